@@ -1,0 +1,1 @@
+"""Attention over sharded sequences, written against Transport; knows neither models nor engines."""

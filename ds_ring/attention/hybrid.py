@@ -1,0 +1,38 @@
+"""Ulysses around ring: the two-dimensional sequence-parallel attention, with either axis of degree 1 allowed."""
+
+# Shapes: B batch, l tokens on this rank, H query heads, K key/value heads, D head_dim.
+from torch import Tensor
+
+from ds_ring.attention.ring import ring_attention
+from ds_ring.attention.spec import AttentionSpec
+from ds_ring.attention.ulysses import ulysses_attention
+from ds_ring.config import RingVariant
+from ds_ring.layout import SequenceLayout
+from ds_ring.transport.base import Transport
+
+
+def sequence_parallel_attention(
+    q_BlHD: Tensor,
+    k_BlKD: Tensor,
+    v_BlKD: Tensor,
+    *,
+    layout: SequenceLayout,
+    spec: AttentionSpec,
+    ring: Transport,
+    ulysses: Transport,
+    variant: RingVariant = "auto",
+    gather_limit_bytes: int = 2 << 30,
+) -> Tensor:
+    """Causal attention of this rank's tokens (``layout.positions``) against the whole sequence.
+
+    The all-to-all makes whole ring slices with a share of the heads; the ring then runs on those, once for each share
+    in parallel. Returns out [B, l, H, D] in q's dtype.
+    """
+
+    def inner(q_BLhD: Tensor, k_BLkD: Tensor, v_BLkD: Tensor) -> Tensor:
+        return ring_attention(
+            q_BLhD, k_BLkD, v_BLkD,
+            layout=layout, spec=spec, transport=ring, variant=variant, gather_limit_bytes=gather_limit_bytes,
+        )  # fmt: skip
+
+    return ulysses_attention(q_BlHD, k_BlKD, v_BlKD, transport=ulysses, inner=inner)

@@ -1,0 +1,156 @@
+"""Ring attention: every rank keeps its queries, keys and values travel, partial results merge by log-sum-exp.
+
+At hop s a rank receives from the rank s places before it and sends to the rank s places after it, straight from the
+owner rather than handed on from neighbour to neighbour. On a switch every pair is as near as any other, and only what
+the receiver's queries can see has to move: under causal attention half of an earlier rank's zigzag slice, nothing of a
+later rank's contiguous one. (Ring attention: arXiv 2310.01889; zigzag: Llama 3's context parallelism, arXiv 2407.21783.)
+"""
+
+# Shapes: B batch, L queries of this ring rank's slice, S keys, H query heads, K key/value heads, D head_dim.
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ds_ring.attention.local import attend
+from ds_ring.attention.merge import merge_
+from ds_ring.attention.spec import AttentionSpec
+from ds_ring.config import RingVariant
+from ds_ring.layout import Block, SequenceLayout
+from ds_ring.transport.base import Pending, Transport
+
+
+def ring_attention(
+    q_BLHD: Tensor,
+    k_BLKD: Tensor,
+    v_BLKD: Tensor,
+    *,
+    layout: SequenceLayout,
+    spec: AttentionSpec,
+    transport: Transport,
+    variant: RingVariant = "auto",
+    gather_limit_bytes: int = 2 << 30,
+) -> Tensor:
+    """Causal attention of this rank's slice against the whole sequence.
+
+    Args:
+        q_BLHD, k_BLKD, v_BLKD: this ring rank's slice, tokens in the order of ``layout.slice_runs``.
+        transport: the ring axis; its rank and size are the ring rank and ``layout.ring_degree``.
+        variant: ``pass_kv`` holds two foreign blocks at a time, ``gather_kv`` all visible K/V of the sequence, in
+            exchange for one attention call a run and no merge; ``auto`` gathers while that stays below the limit.
+
+    Returns:
+        out [B, L, H, D] in q's dtype.
+    """
+    assert transport.size == layout.ring_degree and q_BLHD.shape[1] == layout.slice_length
+    if transport.size == 1:
+        return attend(q_BLHD, k_BLKD, v_BLKD, spec=spec)[0]
+    if variant == "auto":
+        # A property of the layout, so that all ranks decide alike.
+        gathered_bytes = 2 * k_BLKD.nbytes * layout.ring_degree
+        variant = "gather_kv" if gathered_bytes <= gather_limit_bytes else "pass_kv"
+    run = gather_kv if variant == "gather_kv" else pass_kv
+    return run(q_BLHD, k_BLKD, v_BLKD, layout=layout, spec=spec, transport=transport)
+
+
+def pass_kv(
+    q_BLHD: Tensor,
+    k_BLKD: Tensor,
+    v_BLKD: Tensor,
+    *,
+    layout: SequenceLayout,
+    spec: AttentionSpec,
+    transport: Transport,
+) -> Tensor:
+    """Block by block: the next block travels while the present one is computed."""
+    rank, size = transport.rank, transport.size
+    kv_2BLKD = torch.stack((k_BLKD, v_BLKD))
+    arriving = _start_hop(kv_2BLKD, layout, transport, 1)
+    first, *rest = _blocks(layout, spec, rank, rank)
+    whole = slice(0, q_BLHD.shape[1])
+    if first.q_rows == first.k_rows == whole:
+        out, lse_BHL = attend(q_BLHD, k_BLKD, v_BLKD, spec=spec)
+        out_BLHD = out.float()
+    else:
+        out_BLHD = torch.zeros_like(q_BLHD, dtype=torch.float32)
+        lse_BHL = out_BLHD.new_full((q_BLHD.shape[0], q_BLHD.shape[2], q_BLHD.shape[1]), -torch.inf)
+        rest = [first, *rest]
+    _accumulate(out_BLHD, lse_BHL, q_BLHD, kv_2BLKD, rest, spec)
+    for hop in range(1, size):
+        pending, block_2BSKD = arriving
+        if hop + 1 < size:
+            arriving = _start_hop(kv_2BLKD, layout, transport, hop + 1)
+        pending.wait()
+        _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, (rank - hop) % size), spec)
+    return out_BLHD.to(q_BLHD.dtype)
+
+
+def gather_kv(
+    q_BLHD: Tensor,
+    k_BLKD: Tensor,
+    v_BLKD: Tensor,
+    *,
+    layout: SequenceLayout,
+    spec: AttentionSpec,
+    transport: Transport,
+) -> Tensor:
+    """All visible K/V first, put into natural order, then one causal call a run of queries: no merge."""
+    rank, size = transport.rank, transport.size
+    kv_2BLKD = torch.stack((k_BLKD, v_BLKD))
+    hops = [(rank, None, kv_2BLKD)]
+    for hop in range(1, size):
+        hops.append(((rank - hop) % size, *_start_hop(kv_2BLKD, layout, transport, hop)))
+    runs = layout.slice_runs(rank)
+    natural_2BSKD = kv_2BLKD.new_empty((2, kv_2BLKD.shape[1], runs[-1].stop, *kv_2BLKD.shape[3:]))
+    for source, pending, block_2BSKD in hops:
+        if pending is not None:
+            pending.wait()
+        taken = 0
+        for run in layout.slice_runs(source):
+            rows = min(run.length, block_2BSKD.shape[2] - taken)
+            natural_2BSKD[:, :, run.start : run.start + rows] = block_2BSKD[:, :, taken : taken + rows]
+            taken += rows
+            if taken == block_2BSKD.shape[2]:
+                break
+    out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    k_BSKD, v_BSKD = natural_2BSKD
+    done = 0
+    for run in runs:
+        rows = slice(done, done + run.length)
+        out_BLHD[:, rows] = attend(
+            q_BLHD[:, rows], k_BSKD[:, : run.stop], v_BSKD[:, : run.stop], spec=spec, q_offset=run.start
+        )[0]
+        done = rows.stop
+    return out_BLHD
+
+
+def _start_hop(
+    kv_2BLKD: Tensor, layout: SequenceLayout, transport: Transport, hop: int
+) -> tuple[Pending, Tensor]:
+    """Send our visible rows ``hop`` places on and receive those from ``hop`` places back; at most one of each."""
+    rank, size = transport.rank, transport.size
+    target, source = (rank + hop) % size, (rank - hop) % size
+    outgoing, incoming = layout.visible_rows(target, rank), layout.visible_rows(rank, source)
+    # A part of a batched tensor is strided; messages must be whole memory.
+    sends = [(target, kv_2BLKD[:, :, :outgoing].contiguous())] if outgoing else []
+    block_2BSKD = kv_2BLKD.new_empty((*kv_2BLKD.shape[:2], incoming, *kv_2BLKD.shape[3:]))
+    receives = [(source, block_2BSKD)] if incoming else []
+    return transport.exchange(sends, receives), block_2BSKD
+
+
+def _blocks(layout: SequenceLayout, spec: AttentionSpec, q_rank: int, k_rank: int) -> list[Block]:
+    if spec.window is None:
+        return layout.blocks(q_rank, k_rank)
+    return layout.windowed_blocks(q_rank, k_rank, spec.window)
+
+
+def _accumulate(
+    out_BLHD: Tensor, lse_BHL: Tensor, q_BLHD: Tensor, kv_2BSKD: Tensor, blocks: list[Block], spec: AttentionSpec
+) -> None:
+    for block in blocks:
+        k_BSKD, v_BSKD = kv_2BSKD[:, :, block.k_rows]
+        out, lse = attend(
+            q_BLHD[:, block.q_rows], k_BSKD, v_BSKD,
+            spec=spec, causal=block.causal, q_offset=block.q_offset, k_offset=block.k_offset,
+        )  # fmt: skip
+        merge_(out_BLHD[:, block.q_rows], lse_BHL[:, :, block.q_rows], out, lse)

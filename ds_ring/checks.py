@@ -1,0 +1,119 @@
+"""Every rule a run must satisfy before weights load or a process group exists: value, limit, fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError, UnsupportedModelError
+
+SHARDABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What layouts need to know of a model."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int | None
+    layer_types: tuple[str, ...] = ()
+    sliding_window: int | None = None
+
+
+def check_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """Raise ConfigError or UnsupportedModelError for the first rule that ``config`` breaks.
+
+    Runs on every rank with the same arguments, so all ranks refuse together.
+    """
+    _check_axes(config, world_size)
+    _check_model(shape)
+    _check_heads(config, shape)
+    _check_tensor_pipeline(config, shape)
+    _check_workload(config, shape)
+
+
+def valid_degrees(*counts: int, limit: int = 64) -> list[int]:
+    """Degrees above 1 that divide all of ``counts``."""
+    return [d for d in range(2, min(min(counts), limit) + 1) if all(c % d == 0 for c in counts)]
+
+
+def _check_axes(config: RunConfig, world_size: int) -> None:
+    t = config.topology
+    if t.sp > 1 and t.tp * t.pp > 1:
+        raise ConfigError(
+            f"ring_degree={t.ring} x ulysses_degree={t.ulysses} cannot be combined with tp_size={t.tp} x "
+            f"pp_size={t.pp}: a replica is either sequence parallel or tensor x pipeline parallel; set one pair to 1"
+        )
+    if t.world_size != world_size:
+        raise ConfigError(
+            f"dp_size={t.dp} x pp_size={t.pp} x ring_degree={t.ring} x ulysses_degree={t.ulysses} x tp_size={t.tp} "
+            f"= {t.world_size} ranks, but {world_size} were launched; launch with --num_gpus {t.world_size} or "
+            f"change the degrees"
+        )
+
+
+def _check_model(shape: ModelShape) -> None:
+    foreign = sorted(set(shape.layer_types) - SHARDABLE_LAYER_TYPES)
+    if foreign:
+        raise UnsupportedModelError(
+            f"{shape.model_type} has layers of type {', '.join(foreign)}; "
+            f"only {', '.join(sorted(SHARDABLE_LAYER_TYPES))} can be sharded"
+        )
+
+
+def _check_heads(config: RunConfig, shape: ModelShape) -> None:
+    degree = config.parallel.ulysses_degree
+    if shape.num_heads % degree:
+        raise ConfigError(
+            f"num_heads={shape.num_heads} is not divisible by ulysses_degree={degree}; "
+            + _suggest(valid_degrees(shape.num_heads), "use ring_degree instead")
+        )
+
+
+def _check_tensor_pipeline(config: RunConfig, shape: ModelShape) -> None:
+    tp, pp = config.tp_size, config.parallel.pp_size
+    for name in ("num_heads", "num_kv_heads", "intermediate_size", "hidden_size"):
+        count = getattr(shape, name)
+        if count % tp:
+            fitting = valid_degrees(shape.num_heads, shape.num_kv_heads, shape.intermediate_size, shape.hidden_size)
+            raise ConfigError(
+                f"{name}={count} is not divisible by tp_size={tp}; " + _suggest(fitting, "use pp_size instead")
+            )
+    if pp > shape.num_layers:
+        raise ConfigError(f"pp_size={pp} is more than the model's {shape.num_layers} layers; the most is that many")
+
+
+def _check_workload(config: RunConfig, shape: ModelShape) -> None:
+    work, dp = config.workload, config.parallel.dp_size
+    if work.batch_size < dp:
+        raise ConfigError(
+            f"batch_size={work.batch_size} leaves some of dp_size={dp} replicas without a sequence; "
+            f"raise batch_size to {dp} or lower dp_size"
+        )
+    if shape.max_positions is not None and work.max_length > shape.max_positions:
+        raise ConfigError(
+            f"max_length={work.max_length} exceeds the model's max_position_embeddings={shape.max_positions}; "
+            f"shorten it or extend the model's positions"
+        )
+
+
+def _suggest(degrees: Iterable[int], otherwise: str) -> str:
+    listed = [str(d) for d in degrees]
+    if not listed:
+        return otherwise
+    return "try " + (listed[0] if len(listed) == 1 else ", ".join(listed[:-1]) + " or " + listed[-1])
+
+
+def stage_layers(num_layers: int, pp_size: int, stage: int) -> range:
+    """The layers of a pipeline stage; where they do not divide, earlier stages take one more."""
+    base, extra = divmod(num_layers, pp_size)
+    start = stage * base + min(stage, extra)
+    return range(start, start + base + (stage < extra))

@@ -1,0 +1,181 @@
+"""One JSON file a run: DeepSpeed's own keys, handed to it untouched, and ours in the section ``"ds_ring"``.
+
+    {"dtype": "fp16", "tensor_parallel": {"tp_size": 2},
+     "ds_ring": {"model": "checkpoints/paper", "parallel": {"pp_size": 2}, "workload": {"max_length": 10000}}}
+
+A default lives in one place, the field below; the command line is derived from the same fields.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ds_ring.errors import ConfigError
+from ds_ring.layout import RingImpl
+from ds_ring.topology import Topology
+
+RingVariant = Literal["auto", "pass_kv", "gather_kv"]
+DType = Literal["fp32", "fp16", "bf16"]
+
+_DTYPE_NAMES: dict[str, DType] = {
+    "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
+    "fp16": "fp16", "float16": "fp16", "half": "fp16", "torch.float16": "fp16",
+    "bf16": "bf16", "bfloat16": "bf16", "torch.bfloat16": "bf16",
+}  # fmt: skip
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ParallelConfig(_Section):
+    """How the ranks are used. ``tp_size`` is DeepSpeed's: ``"tensor_parallel": {"tp_size": N}``."""
+
+    dp_size: int = Field(1, ge=1, description="replicas, each with its own rows of the batch")
+    pp_size: int = Field(1, ge=1, description="pipeline stages (layers)")
+    ring_degree: int = Field(1, ge=1, description="ranks that share a sequence by ring attention")
+    ulysses_degree: int = Field(1, ge=1, description="ranks that share a sequence by heads-to-sequence all-to-all")
+    ring_impl: RingImpl = Field("zigzag", description="which tokens a ring rank holds")
+    ring_variant: RingVariant = Field("auto", description="K/V block by block, or all visible K/V first")
+    gather_limit_mib: int = Field(
+        2048, ge=0, description="auto takes gather_kv while the gathered K/V of one layer stay below this"
+    )
+
+
+class WorkloadConfig(_Section):
+    """What is run."""
+
+    batch_size: int = Field(1, ge=1, description="sequences of one pass, over all replicas")
+    max_length: int = Field(1024, ge=1, description="tokens a sequence; longer documents are refused by score")
+    micro_batch_size: int = Field(1, ge=1, description="sequences a replica runs at a time")
+    text: tuple[str, ...] = Field((), description="text files; none: the language reference that ships with Python")
+    warmup: int = Field(1, ge=0, description="untimed passes before the timed ones")
+    repeats: int = Field(3, ge=1, description="timed passes")
+
+
+class RingConfig(_Section):
+    """The section ``"ds_ring"``."""
+
+    model: str | None = Field(None, description="checkpoint directory (safetensors) that from_pretrained reads")
+    parallel: ParallelConfig = ParallelConfig()
+    workload: WorkloadConfig = WorkloadConfig()
+    transport: Literal["auto", "process_group"] = Field("auto", description="how K/V and heads move between ranks")
+
+
+class RunConfig(_Section):
+    """A whole run: ``ring`` is our section, ``deepspeed`` the rest of the file."""
+
+    ring: RingConfig = RingConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def load(cls, source: str | Path | dict[str, Any] | RunConfig | None, **overrides: Any) -> RunConfig:
+        """Read a file (or take a dict in the file's form) and apply overrides by field name.
+
+        Args:
+            source: path, dict, RunConfig, or None for the defaults.
+            overrides: any field of ``parallel`` or ``workload``, ``tp_size``, ``dtype``, ``model``, ``transport``;
+                None means "as in the file".
+
+        Raises:
+            ConfigError: unreadable file, unknown key, wrong type or a value out of range.
+        """
+        if isinstance(source, RunConfig):
+            document = source.document()
+        else:
+            document = _read(source) if isinstance(source, str | Path) else dict(source or {})
+        section = dict(document.pop("ds_ring", {}))
+        for name, value in overrides.items():
+            if value is not None:
+                _override(document, section, name, value)
+        try:
+            config = cls(ring=RingConfig.model_validate(section), deepspeed=document)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, source)) from None
+        _ = config.dtype, config.tp_size
+        return config
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.ring.parallel
+
+    @property
+    def workload(self) -> WorkloadConfig:
+        return self.ring.workload
+
+    @property
+    def dtype(self) -> DType:
+        name = str(self.deepspeed.get("dtype", "fp16"))
+        if name not in _DTYPE_NAMES:
+            raise ConfigError(f'dtype="{name}" is not supported; take one of fp32, fp16, bf16')
+        return _DTYPE_NAMES[name]
+
+    @property
+    def tp_size(self) -> int:
+        size = (self.deepspeed.get("tensor_parallel") or {}).get("tp_size", 1)
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"tensor_parallel.tp_size={size!r} must be a whole number of at least 1")
+        return size
+
+    @property
+    def topology(self) -> Topology:
+        p = self.parallel
+        return Topology(dp=p.dp_size, pp=p.pp_size, ring=p.ring_degree, ulysses=p.ulysses_degree, tp=self.tp_size)
+
+    def document(self) -> dict[str, Any]:
+        """The configuration in the file's own form, every default filled in."""
+        document = json.loads(json.dumps(self.deepspeed, default=str))
+        return {"dtype": self.dtype, **document, "ds_ring": self.ring.model_dump(mode="json")}
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        document = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(document).__name__}")
+    return document
+
+
+def _override(document: dict[str, Any], section: dict[str, Any], name: str, value: Any) -> None:
+    if name == "tp_size":
+        document["tensor_parallel"] = {**(document.get("tensor_parallel") or {}), "tp_size": value}
+    elif name == "dtype":
+        document["dtype"] = value
+    elif name in ParallelConfig.model_fields:
+        section["parallel"] = {**section.get("parallel", {}), name: value}
+    elif name in WorkloadConfig.model_fields:
+        section["workload"] = {**section.get("workload", {}), name: value}
+    elif name in RingConfig.model_fields:
+        section[name] = value
+    else:
+        raise ConfigError(f"there is no option {name}")
+
+
+def _explain(error: ValidationError, source: object) -> str:
+    where = f" in {source}" if isinstance(source, str | Path) else ""
+    lines = []
+    for item in error.errors():
+        path = ".".join(("ds_ring", *(str(p) for p in item["loc"][1:])))
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(item["loc"][1:-1])
+            lines.append(f"{path} is not a known key{where}; known here: {', '.join(known)}")
+        else:
+            lines.append(f"{path}={item['input']!r}{where}: {item['msg']}")
+    return "; ".join(lines)
+
+
+def _fields_at(path: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = RingConfig
+    for name in path:
+        annotation = model.model_fields[str(name)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,1 @@
+"""One forward over many ranks: sequence parallel, or tensor x pipeline parallel, behind one interface."""

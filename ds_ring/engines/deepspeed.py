@@ -1,0 +1,91 @@
+"""DeepSpeed as the engines use it: ``init_inference``, and the collectives it issues inside layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.module_inject.layers import TensorParallel_Layer
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError
+from ds_ring.hf.attention import float_buffers_kept, torch_dtype
+from ds_ring.transport.base import Traffic, Transport, blank
+
+
+class SliceGroup:
+    """The part of Megatron's ``mpu`` that ``init_inference`` asks for the group that shares each layer."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def get_model_parallel_group(self) -> Any:
+        return getattr(self._transport, "group", None)
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._transport.size
+
+    def get_model_parallel_rank(self) -> int:
+        return self._transport.rank
+
+
+def serve(model: PreTrainedModel, config: RunConfig, tensor_parallel: Transport | None = None) -> Any:
+    """``deepspeed.init_inference`` with the file's own DeepSpeed keys.
+
+    With ``tensor_parallel`` AutoTP shards the model's linear layers over that group. It must be told the group twice:
+    either alone leaves the model whole without a word, or crashes.
+    """
+    keys = {**config.deepspeed, "dtype": torch_dtype(config.dtype)}
+    keys["tensor_parallel"] = dict(keys.get("tensor_parallel") or {})
+    if tensor_parallel is not None and tensor_parallel.size > 1:
+        mpu = SliceGroup(tensor_parallel)
+        keys["tensor_parallel"] |= {"tp_group": mpu.get_model_parallel_group(), "mpu": mpu}
+    try:
+        with float_buffers_kept(model):
+            return deepspeed.init_inference(model, config=keys)
+    except ValueError as error:
+        raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
+
+
+@contextmanager
+def muted_tensor_parallel(model: nn.Module) -> Iterator[None]:
+    """AutoTP's layers without their all-reduces."""
+    layers = [m for m in model.modules() if isinstance(m, TensorParallel_Layer)]
+    groups = [m.mp_group for m in layers]
+    for layer in layers:
+        layer.mp_group = None
+    try:
+        yield
+    finally:
+        for layer, group in zip(layers, groups, strict=True):
+            layer.mp_group = group
+
+
+class AllReduceMeter(TorchDispatchMode):
+    """Enters the all-reduces that DeepSpeed issues by itself into the account.
+
+    A ring all-reduce over n ranks makes each send 2 (n-1)/n of the tensor; that is what is counted.
+    """
+
+    def __init__(self, traffic: Traffic, group_size: int) -> None:
+        super().__init__()
+        self._traffic, self._group_size = traffic, group_size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.c10d.allreduce_.default:
+            tensors, *rest = args
+            sent = sum(t.nbytes for t in tensors) * 2 * (self._group_size - 1) // self._group_size
+            alike = blank([(0, t) for t in tensors])
+            self._traffic.add(
+                "all_reduce", sent, lambda: func([t for _, t in alike()], *rest, **kwargs)[1].wait()
+            )
+        return func(*args, **kwargs)

@@ -1,0 +1,109 @@
+"""The baseline: tensor x pipeline parallel. DeepSpeed's AutoTP shards each stage's layers; stages hand hidden states
+on while several micro-batches are in flight."""
+
+# Shapes: B rows of a micro-batch, L tokens, d hidden size.
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ds_ring.checks import ModelShape
+from ds_ring.config import RunConfig
+from ds_ring.engines.base import Engine, Shard
+from ds_ring.engines.batch import Batch
+from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
+from ds_ring.hf.anatomy import Anatomy
+from ds_ring.hf.attention import AttentionContext, inject, torch_dtype
+from ds_ring.hf.stage import spliced
+from ds_ring.layout import SequenceLayout
+from ds_ring.transport.base import Done, Pending
+from ds_ring.transport.mesh import Mesh
+
+
+class TensorPipelineEngine(Engine):
+    """``model`` holds this stage's layers only (``hf.loading.load_stage``, ``hf.stage.keep_stage``)."""
+
+    result_axis = "pp"
+
+    def __init__(
+        self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+    ) -> None:
+        super().__init__(config, mesh, shape, device)
+        self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
+        self._context = AttentionContext(mesh, config.parallel)
+        inject(model, self._context)
+        self._deepspeed = serve(model, config, tensor_parallel=mesh["tp"])
+        self._anatomy = Anatomy.of(model)
+        self._muted = ExitStack()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._anatomy.model
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    def held_positions(self, length: int, peer: int) -> Sequence[int]:
+        return range(length) if peer == self.stages - 1 else ()
+
+    def mute(self, muted: bool) -> None:
+        self.mesh["pp"].muted = muted
+        self._muted.close()
+        if muted:
+            self._muted.enter_context(muted_tensor_parallel(self.model))
+
+    @torch.inference_mode()
+    def forward(self, micro_batches: list[Batch], keep: list[list[int]], want_hidden: bool) -> list[Shard]:
+        """Stage s works on micro-batch m while stage s-1 works on m+1; the next input is already on its way."""
+        shards: list[Shard] = []
+        sent: list[Pending] = []
+        arriving = self._receive(micro_batches[0])
+        for number, (batch, kept) in enumerate(zip(micro_batches, keep, strict=True)):
+            hidden_in, pending = arriving
+            if number + 1 < len(micro_batches):
+                arriving = self._receive(micro_batches[number + 1])
+            pending.wait()
+            hidden_out, shard = self._run_stage(batch, kept, hidden_in, want_hidden)
+            if not self.is_last:
+                # Two sends in flight at most: more would hold every micro-batch's hidden states at once.
+                if len(sent) > 1:
+                    sent.pop(0).wait()
+                sent.append(self.mesh["pp"].exchange([(self.stage + 1, hidden_out.contiguous())], []))
+            shards.append(shard)
+        for pending in sent:
+            pending.wait()
+        return shards
+
+    def _receive(self, batch: Batch) -> tuple[Tensor | None, Pending]:
+        if self.stage == 0:
+            return None, Done()
+        size = (len(batch.rows), batch.length, self.shape.hidden_size)
+        hidden_BLd = torch.empty(size, dtype=torch_dtype(self.config.dtype), device=self.device)
+        return hidden_BLd, self.mesh["pp"].exchange([], [(self.stage - 1, hidden_BLd)])
+
+    def _run_stage(
+        self, batch: Batch, keep: list[int], hidden_in: Tensor | None, want_hidden: bool
+    ) -> tuple[Tensor, Shard]:
+        inputs = {"input_ids": batch.ids_BL.to(self.device)} if hidden_in is None else {"inputs_embeds": hidden_in}
+        at = keep if self.is_last else []
+        layout = SequenceLayout(batch.length)
+        with (
+            self._context.forward(layout, len(self._anatomy.layers), type(self.model).__name__),
+            self._anatomy.captured_hidden() as final,
+            spliced(self._anatomy, hidden_in) as behind_layers,
+        ):
+            out = self._deepspeed(
+                **inputs,
+                position_ids=batch.position_ids_BL.to(self.device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(at, dtype=torch.long, device=self.device),
+            )
+        if not self.is_last:
+            return behind_layers[0], Shard(batch, (), None, (), None)
+        hidden_BLd = final[0] if want_hidden else None
+        return behind_layers[0], Shard(batch, range(batch.length), hidden_BLd, keep, out.logits)

@@ -1,0 +1,82 @@
+"""Where a transformers decoder keeps its parts, found by structure rather than by a table of model names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ds_ring.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The module that loops over the layers, and how it is reached."""
+
+    model: PreTrainedModel
+    parent: nn.Module
+    name: str
+    layers_name: str
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Anatomy:
+        count = model.config.get_text_config().num_hidden_layers
+        for parent in model.modules():
+            for name, module in parent.named_children():
+                for layers_name, layers in module.named_children():
+                    if isinstance(layers, nn.ModuleList) and len(layers) == count:
+                        return cls(model, parent, name, layers_name)
+        raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Embeds tokens, runs the layers, applies the last norm; returns ``last_hidden_state``."""
+        return getattr(self.parent, self.name)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        layers = getattr(self.decoder, self.layers_name)
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    @contextmanager
+    def captured_hidden(self) -> Iterator[list[Tensor]]:
+        """Collects the decoder's ``last_hidden_state`` of every forward inside the block."""
+        found: list[Tensor] = []
+        handle = self.decoder.register_forward_hook(lambda module, args, out: found.append(out[0]))
+        try:
+            yield found
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def decoder_bypassed(self) -> Iterator[None]:
+        """Inside the block the model is its head alone: ``inputs_embeds`` are taken for the decoder's output.
+
+        This runs each architecture's own code from hidden states to logits, scaling and soft-capping included.
+        """
+        decoder = self.decoder
+        setattr(self.parent, self.name, _Bypass())
+        try:
+            yield
+        finally:
+            setattr(self.parent, self.name, decoder)
+
+
+class _Bypass(nn.Module):
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def head_logits(anatomy: Anatomy, hidden: Tensor) -> Tensor:
+    """Logits [B, L, V] of final hidden states [B, L, d]."""
+    with anatomy.decoder_bypassed():
+        logits = anatomy.model(inputs_embeds=hidden, use_cache=False).logits
+    assert isinstance(logits, torch.Tensor)
+    return logits

@@ -1,0 +1,133 @@
+"""``attn_implementation="ds_ring"``: our attention behind transformers' attention and mask interfaces."""
+
+# Shapes, as transformers has them: B batch, H query heads, K key/value heads, l tokens on this rank, D head_dim.
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from ds_ring.attention.hybrid import sequence_parallel_attention
+from ds_ring.attention.spec import AttentionSpec
+from ds_ring.config import ParallelConfig
+from ds_ring.errors import DsRingError, UnsupportedModelError
+from ds_ring.layout import SequenceLayout
+from ds_ring.transport.mesh import Mesh
+
+NAME = "ds_ring"
+_ATTRIBUTE = "_ds_ring_context"
+_UNSUPPORTED = ("s_aux", "position_bias", "alibi")
+
+
+@dataclass
+class AttentionContext:
+    """What the attention of one model needs besides its tensors; every module of that model refers to it."""
+
+    mesh: Mesh
+    parallel: ParallelConfig
+    layout: SequenceLayout | None = None
+    calls: int = field(default=0)
+
+    @contextmanager
+    def forward(self, layout: SequenceLayout, expected_calls: int, model_class: str) -> Iterator[None]:
+        """One forward over sequences cut by ``layout``; afterwards the attention must have run once a layer."""
+        self.layout, self.calls = layout, 0
+        yield
+        self.layout = None
+        if self.calls != expected_calls:
+            raise UnsupportedModelError(
+                f"{model_class} ran the injected attention {self.calls} times for {expected_calls} layers: it does "
+                f"not go through transformers' attention interface, so its sequence cannot be sharded"
+            )
+
+    def attend(self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec) -> Tensor:
+        if self.layout is None:
+            raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
+        self.calls += 1
+        return sequence_parallel_attention(
+            q_BlHD, k_BlKD, v_BlKD,
+            layout=self.layout, spec=spec, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"],
+            variant=self.parallel.ring_variant, gather_limit_bytes=self.parallel.gather_limit_mib << 20,
+        )  # fmt: skip
+
+
+def inject(model: PreTrainedModel, context: AttentionContext) -> None:
+    """Make ``model`` use our attention with ``context``. Models are independent of one another."""
+    register()
+    try:
+        model.set_attn_implementation(NAME)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model).__name__} does not take another attention: {error}") from None
+    for module in model.modules():
+        # Only attention modules read it, and only the model's own code knows which those are.
+        setattr(module, _ATTRIBUTE, context)
+
+
+def register() -> None:
+    """Make the name known to transformers; doing so again changes nothing."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Causality and windows follow from the layout, and engines pack padding away before the model sees it."""
+
+
+def _attention(
+    module: nn.Module,
+    query_BHlD: Tensor,
+    key_BKlD: Tensor,
+    value_BKlD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    context = getattr(module, _ATTRIBUTE, None)
+    if not isinstance(context, AttentionContext):
+        raise DsRingError(
+            f'{type(module).__name__}: attn_implementation="{NAME}" works inside an engine; load the model with '
+            f"ds_ring.from_pretrained or hand it to ds_ring.init_inference"
+        )
+    asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    if attention_mask is not None:
+        asked.append("a mask of its own")
+    if dropout:
+        asked.append(f"dropout={dropout}")
+    if not getattr(module, "is_causal", True):
+        asked.append("bidirectional attention")
+    if asked:
+        raise UnsupportedModelError(f"{type(module).__name__} asks for {', '.join(asked)}, which cannot be sharded yet")
+    q, k, v = (t.transpose(1, 2) for t in (query_BHlD, key_BKlD, value_BKlD))
+    spec = AttentionSpec(q.shape[-1] ** -0.5 if scaling is None else float(scaling), sliding_window, softcap)
+    return context.attend(q, k, v, spec), None
+
+
+@contextmanager
+def float_buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what a cast inside the block does to buffers.
+
+    DeepSpeed's ``init_inference`` halves every buffer of the model, the rotary frequencies among them; in fp16 those
+    put hidden states off by 17 % at 10,000 tokens.
+    """
+    kept = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    kept = {name: buffer.clone() for name, buffer in kept.items()}
+    yield
+    for name, buffer in kept.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        current = getattr(module, leaf)
+        if current.dtype != buffer.dtype:
+            setattr(module, leaf, buffer.to(current.device))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]

@@ -1,0 +1,71 @@
+"""Weights from safetensors into a whole model, or into the layers of one pipeline stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from ds_ring.errors import CheckpointError
+from ds_ring.hf.anatomy import Anatomy
+from ds_ring.hf.checkpoint import Checkpoint
+from ds_ring.hf.shape import read_config
+from ds_ring.hf.stage import keep_stage, strip
+
+
+def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The whole model on ``device``; shards are memory-mapped, so ranks of a host share one copy in host memory."""
+    checkpoint = Checkpoint.open(path)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.directory,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise CheckpointError(f"{path} lacks {_some(sorted(info['missing_keys']))}")
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layers: range) -> PreTrainedModel:
+    """The model with only ``layers`` and, at its ends, the embedding and the head; reads no other tensor.
+
+    The model is built on the meta device and stripped to the stage before transformers' own loader, with its renamings
+    and conversions of old checkpoints, fills what remains.
+    """
+    checkpoint = Checkpoint.open(path)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(path), dtype=dtype)
+    anatomy = Anatomy.of(model)
+    last = layers.stop == len(anatomy.layers)
+    tied = last and model.config.get_text_config().tie_word_embeddings
+    # A tied head is loaded as the embedding, which then has to be there.
+    strip(anatomy, layers, keep_embedding=tied)
+    info, _ = convert_and_load_state_dict_in_model(
+        model,
+        checkpoint.lazy_tensors(),
+        LoadStateDictConfig(
+            device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)
+        ),
+    )
+    if tied:
+        model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing or info.mismatched_keys:
+        wrong = sorted(missing) or sorted(str(key[0]) for key in info.mismatched_keys)
+        raise CheckpointError(f"{path} lacks, or has in another shape, {_some(wrong)}")
+    keep_stage(anatomy, layers)
+    return model.to(device).eval()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,43 @@
+"""What layouts need to know of a transformers config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from ds_ring.checks import ModelShape
+from ds_ring.errors import CheckpointError
+
+
+def read_config(path: str | Path) -> PretrainedConfig:
+    """The transformers config of a checkpoint directory or of a config file; runs no code of the checkpoint."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} holds no config that transformers can read: {error}") from None
+    return config
+
+
+def model_shape(config: PretrainedConfig) -> ModelShape:
+    text: Any = config.get_text_config()
+    heads = text.num_attention_heads
+    return ModelShape(
+        model_type=text.model_type,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        num_heads=heads,
+        num_kv_heads=_first(text, "num_key_value_heads", default=heads),
+        head_dim=_first(text, "head_dim", default=text.hidden_size // heads),
+        intermediate_size=_first(text, "intermediate_size", "ffn_dim", "n_inner", default=4 * text.hidden_size),
+        vocab_size=text.vocab_size,
+        max_positions=_first(text, "max_position_embeddings", default=None),
+        layer_types=tuple(getattr(text, "layer_types", None) or ()),
+        sliding_window=_first(text, "sliding_window", default=None),
+    )
+
+
+def _first(config: Any, *names: str, default: Any) -> Any:
+    """The first of ``names`` that the config sets; families of models name the same thing differently."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), default)

@@ -1,0 +1,78 @@
+"""Cutting a transformers model down to one pipeline stage, and running that stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_ring.hf.anatomy import Anatomy
+
+
+class _NoEmbedding(nn.Module):
+    """Stands for embeddings that belong to the first stage; adds nothing to what it is added to."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.zeros(())
+
+
+def strip(anatomy: Anatomy, layers: range, keep_embedding: bool = False) -> None:
+    """Put parameterless stand-ins in place of what belongs to other stages: layers, the embeddings (but on the first),
+    the last norm and the head (but on the last). Layers keep their numbers."""
+    decoder, count = anatomy.decoder, len(anatomy.layers)
+    for i in range(count):
+        if i not in layers:
+            anatomy.layers[i] = nn.Identity()
+    if layers.start > 0 and not keep_embedding:
+        for name, module in list(decoder.named_children()):
+            if isinstance(module, nn.Embedding):
+                setattr(decoder, name, _NoEmbedding())
+    if layers.stop < count:
+        for name, module in list(decoder.named_children()):
+            if "Norm" in type(module).__name__:
+                setattr(decoder, name, nn.Identity())
+        anatomy.model.set_output_embeddings(nn.Identity())
+
+
+def keep_stage(anatomy: Anatomy, layers: range) -> None:
+    """Cut the model down to the stage of ``layers``.
+
+    The config follows, since models index it by the number of a layer in their loop.
+    """
+    strip(anatomy, layers)
+    text_config = anatomy.model.config.get_text_config()
+    setattr(anatomy.decoder, anatomy.layers_name, nn.ModuleList(anatomy.layers[i] for i in layers))
+    text_config.num_hidden_layers = len(layers)
+    if getattr(text_config, "layer_types", None):
+        text_config.layer_types = [text_config.layer_types[i] for i in layers]
+
+
+@contextmanager
+def spliced(anatomy: Anatomy, hidden_in: Tensor | None) -> Iterator[list[Tensor]]:
+    """Inside the block a forward starts its layers from ``hidden_in`` (None: from the model's own embedding).
+
+    The list yielded receives the hidden states behind the stage's last layer. Splicing at the layers, not at
+    ``inputs_embeds``, leaves out all that models do in between: scaling, position embeddings, norms.
+    """
+    found: list[Tensor] = []
+
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": hidden_in}
+        return (hidden_in, *args[1:]), kwargs
+
+    def collect(module: nn.Module, args: Any, out: Any) -> None:
+        found.append(out if isinstance(out, Tensor) else out[0])
+
+    handles = [anatomy.layers[-1].register_forward_hook(collect)]
+    if hidden_in is not None:
+        first = anatomy.layers[0]
+        handles.append(first.register_forward_pre_hook(replace, with_kwargs=True))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,134 @@
+"""From a configuration to an engine inside a launched process: checks, process groups, weights."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ds_ring.checks import ModelShape, check_run, stage_layers
+from ds_ring.config import RunConfig
+from ds_ring.engines.base import Engine
+from ds_ring.engines.sequence_parallel import SequenceParallelEngine
+from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
+from ds_ring.errors import ConfigError
+from ds_ring.hf.anatomy import Anatomy
+from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.checkpoint import Checkpoint
+from ds_ring.hf.loading import load_model, load_stage
+from ds_ring.hf.shape import model_shape, read_config
+from ds_ring.hf.stage import keep_stage
+from ds_ring.topology import Topology
+from ds_ring.transport.mesh import Mesh
+
+
+def from_pretrained(
+    path: str | Path | None = None, config: str | Path | dict[str, Any] | RunConfig | None = None, **overrides: Any
+) -> Engine:
+    """A checkpoint over all ranks of this launch.
+
+    Call it on every rank of a script that the ``deepspeed`` launcher runs; outside a launcher it is a world of one.
+
+    Args:
+        path: checkpoint directory with safetensors; None takes ``ds_ring.model`` of the configuration.
+        config: path of a JSON file of ``ds_configs/``, a dict of the same form, or None for defaults.
+        overrides: fields by name, e.g. ``ring_degree=4``; see ``RunConfig.load``.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedModelError: on every rank alike, before weights load.
+    """
+    run = RunConfig.load(config, **overrides)
+    path = path or run.ring.model
+    if path is None:
+        raise ConfigError('no model: give a checkpoint directory, or "model" in the section "ds_ring"')
+    Checkpoint.open(path)
+    shape = model_shape(read_config(path))
+    check_run(run, shape, world_size())
+    mesh = connect(run)
+    dtype, device = torch_dtype(run.dtype), local_device()
+    if is_tensor_pipeline(run.topology):
+        layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
+        return TensorPipelineEngine(load_stage(path, dtype, device, layers), run, mesh, shape, device)
+    return SequenceParallelEngine(load_model(path, dtype, device), run, mesh, shape, device)
+
+
+def init_inference(
+    model: PreTrainedModel, config: str | Path | dict[str, Any] | RunConfig | None = None, **overrides: Any
+) -> Engine:
+    """An engine around a transformers model that is already loaded, whole, on every rank.
+
+    The model is changed in place: its attention is replaced and, for tensor x pipeline layouts, what belongs to other
+    ranks is dropped. Arguments and errors otherwise as ``from_pretrained``.
+    """
+    run = RunConfig.load(config, **overrides)
+    shape = model_shape(model.config)
+    check_run(run, shape, world_size())
+    mesh = connect(run)
+    return build_engine(model, run, mesh, shape, local_device())
+
+
+def build_engine(
+    model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+) -> Engine:
+    """The engine that ``run`` asks for, over an existing mesh; ``model`` is whole."""
+    model = model.to(device=device, dtype=torch_dtype(run.dtype)).eval() if not _is_at(model, run, device) else model
+    if is_tensor_pipeline(run.topology):
+        layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
+        if len(layers) < shape.num_layers:
+            keep_stage(Anatomy.of(model), layers)
+        return TensorPipelineEngine(model, run, mesh, shape, device)
+    return SequenceParallelEngine(model, run, mesh, shape, device)
+
+
+def is_tensor_pipeline(topology: Topology) -> bool:
+    return topology.tp * topology.pp > 1
+
+
+def connect(run: RunConfig) -> Mesh:
+    """Initialise ``deepspeed.comm`` and make the groups of every axis; ranks must hold the same configuration."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # DeepSpeed's shared-memory all-reduce for CPUs ignores its group: wrong or hanging inside sub-groups.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # It refuses fp16 on CPUs without the instructions; PyTorch computes it all the same, only slowly.
+        get_accelerator().is_fp16_supported = lambda: True
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    mesh = Mesh.from_process_groups(run.topology)
+    mesh["world"].agree("the configuration", run.model_dump_json())
+    mesh["world"].agree("versions", f"torch {torch.__version__}")
+    return mesh
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none. ``DS_ACCELERATOR=cpu`` asks for the CPU."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _is_at(model: PreTrainedModel, run: RunConfig, device: torch.device) -> bool:
+    return all(p.device == device and p.dtype == torch_dtype(run.dtype) for p in model.parameters())
+
+
+def new_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A freshly initialised model of a config, on the default device."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model, PreTrainedModel)
+    return model

@@ -1,0 +1,123 @@
+"""What the attention algorithms ask of communication: three operations along one axis of the mesh.
+
+Implementations move bytes; this base class keeps account of them (``traffic``) and can leave them out (``muted``),
+which is how a benchmark learns what communication costs and how much of it shows.
+Ranks are always numbered inside the group, 0 .. size-1.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ds_ring.errors import TransportError
+
+Message = tuple[int, Tensor]
+"""(peer, tensor): what goes to, or comes from, one peer."""
+
+
+class Pending(Protocol):
+    """Communication under way. On a GPU ``wait`` orders the current stream after it, without blocking the host."""
+
+    def wait(self) -> None: ...
+
+
+class Done:
+    """Communication that has already happened."""
+
+    def wait(self) -> None:
+        return None
+
+
+@dataclass
+class Traffic:
+    """What one rank sends, over all axes: bytes by operation and, while ``journal`` is a list, how to do it again."""
+
+    bytes_by_op: Counter[str] = field(default_factory=Counter)
+    journal: list[Callable[[], None]] | None = None
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(self.bytes_by_op.values())
+
+    def add(self, operation: str, sent: int, again: Callable[[], None]) -> None:
+        self.bytes_by_op[operation] += sent
+        if self.journal is not None:
+            self.journal.append(again)
+
+
+def blank(tensors: Sequence[Message]) -> Callable[[], list[Message]]:
+    """Makes messages of the same peers, shapes and dtypes, without keeping the tensors alive."""
+    likes = [(peer, t.shape, t.dtype, t.device) for peer, t in tensors]
+    return lambda: [(peer, torch.zeros(shape, dtype=dtype, device=device)) for peer, shape, dtype, device in likes]
+
+
+def void(_: object) -> None:
+    """For lambdas whose result nobody wants."""
+
+
+class Transport(ABC):
+    """Point-to-point and collective movement among the ranks of one group."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.traffic = Traffic()
+        self.muted = False
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        """Start sending each tensor to its peer and receiving into each buffer from its peer.
+
+        Tensors must be contiguous; a sent tensor must stay unchanged, and a received one unread, until ``wait``.
+        All ranks of the group must call in the same order; a rank with nothing to move may pass empty lists.
+        """
+        for _, tensor in (*sends, *receives):
+            assert tensor.is_contiguous(), "messages must be contiguous"
+        sent, received = blank(sends), blank(receives)
+        self.traffic.add(
+            "exchange", sum(t.nbytes for _, t in sends), lambda: self._exchange(sent(), received()).wait()
+        )
+        if self.muted or not (sends or receives):
+            return Done()
+        return self._exchange(sends, receives)
+
+    def all_to_all(self, send: Tensor) -> Tensor:
+        """``send[i]`` goes to rank i; row j of the result came from rank j. Shape ``[size, ...]`` both ways."""
+        assert send.shape[0] == self.size and send.is_contiguous()
+        sent = blank([(0, send)])
+        self.traffic.add(
+            "all_to_all", send.nbytes * (self.size - 1) // self.size, lambda: void(self._all_to_all(sent()[0][1]))
+        )
+        return send if self.muted else self._all_to_all(send)
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Every rank's ``tensor``, stacked: ``[size, ...]``. For results; not counted, since no layer uses it."""
+        return self._all_gather(tensor.contiguous())
+
+    def agree(self, name: str, value: str) -> None:
+        """Raise the same TransportError on every rank unless all of them hold the same ``value``."""
+        values = self.all_gather_objects(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise TransportError(f"ranks disagree on {name}: rank 0 has {values[0]}, rank {rank} has {other}")
+
+    @abstractmethod
+    def all_gather_objects(self, value: object) -> list[object]:
+        """Every rank's small Python value, in rank order."""
+
+    @abstractmethod
+    def barrier(self) -> None: ...
+
+    @abstractmethod
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending: ...
+
+    @abstractmethod
+    def _all_to_all(self, send: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _all_gather(self, tensor: Tensor) -> Tensor: ...

@@ -1,0 +1,66 @@
+"""One rank's view of the world: its coordinates and a transport along every axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from ds_ring.topology import Axis, Topology
+from ds_ring.transport.base import Traffic, Transport
+from ds_ring.transport.solo import SoloTransport
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Groups are arguments, never globals: two models in one process hold two meshes and do not meet."""
+
+    topology: Topology
+    rank: int
+    transports: Mapping[Axis, Transport]
+
+    def __getitem__(self, axis: Axis) -> Transport:
+        return self.transports[axis]
+
+    def coordinate(self, axis: Axis) -> int:
+        return self.topology.coordinates(self.rank)[axis]
+
+    @property
+    def traffic(self) -> Traffic:
+        """One account for all axes, so that operations stay in the order in which they happened."""
+        return self.transports["world"].traffic
+
+    @classmethod
+    def build(cls, topology: Topology, rank: int, connect: Callable[[Axis, tuple[int, ...]], Transport | None]) -> Mesh:
+        """``connect(axis, ranks)`` is called for every group of every axis, in the same order on all ranks, and
+        returns this rank's transport where it belongs to the group. Groups of one need no connection."""
+        transports: dict[Axis, Transport] = {}
+        for axis in get_args(Axis):
+            for ranks in topology.groups(axis):
+                if len(ranks) == 1:
+                    transport: Transport | None = SoloTransport()
+                else:
+                    transport = connect(axis, ranks)
+                if rank in ranks:
+                    assert transport is not None
+                    transports[axis] = transport
+        for transport in transports.values():
+            transport.traffic = transports["world"].traffic
+        return cls(topology, rank, transports)
+
+    @classmethod
+    def from_process_groups(cls, topology: Topology) -> Mesh:
+        """Process groups of ``deepspeed.comm``, which must be initialised."""
+        from deepspeed import comm as dist
+
+        from ds_ring.transport.process_group import ProcessGroupTransport
+
+        rank = dist.get_rank()
+
+        def connect(axis: Axis, ranks: tuple[int, ...]) -> Transport | None:
+            group = dist.get_world_group() if axis == "world" else dist.new_group(list(ranks))
+            return ProcessGroupTransport(group, ranks, ranks.index(rank)) if rank in ranks else None
+
+        mesh = cls.build(topology, rank, connect)
+        mesh["world"].barrier()
+        return mesh

@@ -1,0 +1,155 @@
+"""Transport among threads of one process: a world of many ranks without launching any, for tests.
+
+It is stricter than a network. A message is copied only when its receiver waits for it, so a sender that reuses the
+buffer too early is caught, not hidden; shapes and dtypes must match; a peer that never answers is named.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ds_ring.errors import TransportError
+from ds_ring.transport.base import Message, Pending, Transport
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Parcel:
+    tensor: Tensor
+    taken: threading.Event = field(default_factory=threading.Event)
+
+
+class _Group:
+    """What the ranks of one group share."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self.size, self.timeout_s = size, timeout_s
+        self.mailboxes: dict[tuple[int, int], SimpleQueue[_Parcel]] = {
+            (a, b): SimpleQueue() for a in range(size) for b in range(size)
+        }
+        self.slots: list[object] = [None] * size
+        self.barrier = threading.Barrier(size)
+
+    def wait_for_all(self) -> None:
+        try:
+            self.barrier.wait(self.timeout_s)
+        except threading.BrokenBarrierError:
+            raise TransportError(f"a rank of this group of {self.size} did not reach the collective") from None
+
+
+class ThreadedWorld:
+    """``size`` ranks as threads. Groups are made on first use and shared by the ranks that name them."""
+
+    def __init__(self, size: int, timeout_s: float = 30.0) -> None:
+        self.size, self.timeout_s = size, timeout_s
+        self._groups: dict[tuple[str, tuple[int, ...]], _Group] = {}
+        self._lock = threading.Lock()
+
+    def transport(self, axis: str, ranks: Sequence[int], rank: int) -> ThreadedTransport:
+        """The transport of global ``rank`` in the group ``ranks`` along ``axis``."""
+        with self._lock:
+            group = self._groups.setdefault((axis, tuple(ranks)), _Group(len(ranks), self.timeout_s))
+        return ThreadedTransport(group, list(ranks).index(rank))
+
+    def run(self, work: Callable[[int], T]) -> list[T]:
+        """``work(rank)`` on every rank at once; results in rank order, or the first error of any rank."""
+
+        def one(rank: int) -> T:
+            try:
+                with torch.inference_mode():
+                    return work(rank)
+            except BaseException:
+                with self._lock:
+                    for group in self._groups.values():
+                        group.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            futures = [pool.submit(one, rank) for rank in range(self.size)]
+        errors = [e for f in futures if (e := f.exception()) is not None]
+        # Ranks that failed for want of a peer come second: the peer's own error is the cause.
+        errors.sort(key=lambda e: isinstance(e, TransportError))
+        if errors:
+            raise errors[0]
+        return [f.result() for f in futures]
+
+
+class _Exchange:
+    def __init__(self, transport: ThreadedTransport, sent: list[_Parcel], receives: Sequence[Message]) -> None:
+        self._transport, self._sent, self._receives = transport, sent, receives
+
+    def wait(self) -> None:
+        for peer, target in self._receives:
+            self._transport.take(peer, target)
+        for parcel in self._sent:
+            if not parcel.taken.wait(self._transport.timeout_s):
+                raise TransportError(f"rank {self._transport.rank}: a message was never received")
+        self._sent, self._receives = [], ()
+
+
+class ThreadedTransport(Transport):
+    def __init__(self, group: _Group, rank: int) -> None:
+        super().__init__(rank, group.size)
+        self._group = group
+        self.timeout_s = group.timeout_s
+
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
+        parcels = []
+        for peer, tensor in sends:
+            parcels.append(_Parcel(tensor))
+            self._group.mailboxes[self.rank, peer].put(parcels[-1])
+        return _Exchange(self, parcels, receives)
+
+    def take(self, peer: int, target: Tensor) -> None:
+        """Copy the next message from ``peer`` into ``target``."""
+        try:
+            parcel = self._group.mailboxes[peer, self.rank].get(timeout=self.timeout_s)
+        except Empty:
+            raise TransportError(f"rank {self.rank}: no message from rank {peer} in {self.timeout_s} s") from None
+        source = parcel.tensor
+        if (source.shape, source.dtype) != (target.shape, target.dtype):
+            raise TransportError(
+                f"rank {self.rank} expects {tuple(target.shape)} {target.dtype} from rank {peer}, "
+                f"which sent {tuple(source.shape)} {source.dtype}"
+            )
+        target.copy_(source)
+        parcel.taken.set()
+
+    def _all_to_all(self, send: Tensor) -> Tensor:
+        sent = self._swap(send)
+        received = torch.stack([tensor[self.rank] for tensor in sent])
+        self._group.wait_for_all()
+        return received
+
+    def _all_gather(self, tensor: Tensor) -> Tensor:
+        gathered = torch.stack(self._swap(tensor))
+        self._group.wait_for_all()
+        return gathered
+
+    def all_gather_objects(self, value: object) -> list[object]:
+        self._group.slots[self.rank] = value
+        self._group.wait_for_all()
+        values = list(self._group.slots)
+        self._group.wait_for_all()
+        return values
+
+    def barrier(self) -> None:
+        self._group.wait_for_all()
+
+    def _swap(self, tensor: Tensor) -> list[Tensor]:
+        self._group.slots[self.rank] = tensor
+        self._group.wait_for_all()
+        tensors = [t for t in self._group.slots if isinstance(t, Tensor)]
+        if any((t.shape, t.dtype) != (tensor.shape, tensor.dtype) for t in tensors):
+            shapes = [tuple(t.shape) for t in tensors]
+            raise TransportError(f"ranks bring unequal tensors to a collective: {shapes}")
+        return tensors
