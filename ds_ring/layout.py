@@ -65,7 +65,7 @@ class SequenceLayout:
 
     @property
     def chunks_per_rank(self) -> int:
-        return 2 if self.ring_impl == "zigzag" else 1
+        return 2 if self.ring_impl == "zigzag" and self.ring_degree > 1 else 1
 
     @property
     def multiple(self) -> int:
@@ -93,7 +93,7 @@ class SequenceLayout:
     def slice_runs(self, ring_rank: int) -> tuple[Run, ...]:
         """The runs of a ring rank's slice, in ascending order, which is also their order in memory."""
         c = self.chunk_length
-        if self.ring_impl == "zigzag":
+        if self.chunks_per_rank == 2:
             return Run(ring_rank * c, c), Run((2 * self.ring_degree - 1 - ring_rank) * c, c)
         return (Run(ring_rank * c, c),)
 

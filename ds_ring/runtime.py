@@ -70,9 +70,7 @@ def init_inference(
     return build_engine(model, run, mesh, shape, local_device())
 
 
-def build_engine(
-    model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
-) -> Engine:
+def build_engine(model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device) -> Engine:
     """The engine that ``run`` asks for, over an existing mesh; ``model`` is whole."""
     model = model.to(device=device, dtype=torch_dtype(run.dtype)).eval() if not _is_at(model, run, device) else model
     if is_tensor_pipeline(run.topology):

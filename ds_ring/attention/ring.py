@@ -124,9 +124,7 @@ def gather_kv(
     return out_BLHD
 
 
-def _start_hop(
-    kv_2BLKD: Tensor, layout: SequenceLayout, transport: Transport, hop: int
-) -> tuple[Pending, Tensor]:
+def _start_hop(kv_2BLKD: Tensor, layout: SequenceLayout, transport: Transport, hop: int) -> tuple[Pending, Tensor]:
     """Send our visible rows ``hop`` places on and receive those from ``hop`` places back; at most one of each."""
     rank, size = transport.rank, transport.size
     target, source = (rank + hop) % size, (rank - hop) % size

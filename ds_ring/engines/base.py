@@ -189,9 +189,7 @@ class Engine(ABC):
             inside_Bl = (torch.tensor(shard.positions)[None] < last_B).to(self.device)
             return torch.where(inside_Bl, torch.cat(scores, dim=1), 0.0)
 
-    def _assemble(
-        self, local: Tensor | None, batch: Batch, kept: Sequence[int], trailing: tuple[int, ...]
-    ) -> Tensor:
+    def _assemble(self, local: Tensor | None, batch: Batch, kept: Sequence[int], trailing: tuple[int, ...]) -> Tensor:
         """[B, len(kept), *trailing] on every rank of the replica, from what each holds of it in order."""
         transport = self.mesh[self.result_axis]
         wanted = {p: i for i, p in enumerate(kept)}

@@ -96,7 +96,9 @@ def pack(
     ids_BL = input_ids_BT.gather(1, at_BL) * real_BL
     lowest, highest = int(ids_BL.min()), int(ids_BL.max())
     if lowest < 0 or highest >= shape.vocab_size:
-        raise InputError(f"token id {lowest if lowest < 0 else highest} is outside the vocabulary of {shape.vocab_size}")
+        raise InputError(
+            f"token id {lowest if lowest < 0 else highest} is outside the vocabulary of {shape.vocab_size}"
+        )
     if position_ids_BT is None:
         positions_BL = torch.arange(ids_BL.shape[1], device=device) * real_BL
     else:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import deepspeed
@@ -47,7 +48,8 @@ def serve(model: PreTrainedModel, config: RunConfig, tensor_parallel: Transport 
         mpu = SliceGroup(tensor_parallel)
         keys["tensor_parallel"] |= {"tp_group": mpu.get_model_parallel_group(), "mpu": mpu}
     try:
-        with float_buffers_kept(model):
+        # AutoTP prints what it found; standard output belongs to results.
+        with float_buffers_kept(model), redirect_stdout(sys.stderr):
             return deepspeed.init_inference(model, config=keys)
     except ValueError as error:
         raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
@@ -85,7 +87,5 @@ class AllReduceMeter(TorchDispatchMode):
             tensors, *rest = args
             sent = sum(t.nbytes for t in tensors) * 2 * (self._group_size - 1) // self._group_size
             alike = blank([(0, t) for t in tensors])
-            self._traffic.add(
-                "all_reduce", sent, lambda: func([t for _, t in alike()], *rest, **kwargs)[1].wait()
-            )
+            self._traffic.add("all_reduce", sent, lambda: func([t for _, t in alike()], *rest, **kwargs)[1].wait())
         return func(*args, **kwargs)

@@ -57,7 +57,9 @@ def _refuse_remote_code(directory: Path) -> None:
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{directory}/config.json is not JSON: {error}") from None
     if "auto_map" in config:
-        raise CheckpointError(f"{directory}/config.json asks to run its own code (auto_map); only classes of transformers are loaded")
+        raise CheckpointError(
+            f"{directory}/config.json asks to run its own code (auto_map); only classes of transformers are loaded"
+        )
 
 
 def _indexed_shards(directory: Path) -> list[Path]:

@@ -53,9 +53,7 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     info, _ = convert_and_load_state_dict_in_model(
         model,
         checkpoint.lazy_tensors(),
-        LoadStateDictConfig(
-            device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)
-        ),
+        LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)),
     )
     if tied:
         model.tie_weights()

@@ -79,9 +79,7 @@ class Transport(ABC):
         for _, tensor in (*sends, *receives):
             assert tensor.is_contiguous(), "messages must be contiguous"
         sent, received = blank(sends), blank(receives)
-        self.traffic.add(
-            "exchange", sum(t.nbytes for _, t in sends), lambda: self._exchange(sent(), received()).wait()
-        )
+        self.traffic.add("exchange", sum(t.nbytes for _, t in sends), lambda: self._exchange(sent(), received()).wait())
         if self.muted or not (sends or receives):
             return Done()
         return self._exchange(sends, receives)
