@@ -176,6 +176,7 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = RingConfig
     for name in path:
         annotation = model.model_fields[str(name)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
         model = annotation
     return sorted(model.model_fields)

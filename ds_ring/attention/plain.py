@@ -17,8 +17,8 @@ def attention(
 
     Contract as ``local.attend``.
     """
-    batch, n_queries, heads, head_dim = q_BLHD.shape
-    n_keys, kv_heads = k_BSKD.shape[1:3]
+    batch, n_queries, heads, _ = q_BLHD.shape
+    n_keys = k_BSKD.shape[1]
     out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
     lse_BHL = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q_BLHD.device)
     k_BKDS, v_BKSD = k_BSKD.float().permute(0, 2, 3, 1), v_BSKD.float().transpose(1, 2)

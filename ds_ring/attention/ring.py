@@ -6,7 +6,7 @@ the receiver's queries can see has to move: under causal attention half of an ea
 later rank's contiguous one. (Ring attention: arXiv 2310.01889; zigzag: Llama 3's context parallelism, arXiv 2407.21783.)
 """
 
-# Shapes: B batch, L queries of this ring rank's slice, S keys, H query heads, K key/value heads, D head_dim.
+# Shapes: B batch, L queries of this rank's slice, S keys, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
 import torch
@@ -17,7 +17,7 @@ from ds_ring.attention.merge import merge_
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
 from ds_ring.layout import Block, SequenceLayout
-from ds_ring.transport.base import Pending, Transport
+from ds_ring.transport.base import Done, Pending, Transport
 
 
 def ring_attention(
@@ -42,7 +42,8 @@ def ring_attention(
     Returns:
         out [B, L, H, D] in q's dtype.
     """
-    assert transport.size == layout.ring_degree and q_BLHD.shape[1] == layout.slice_length
+    assert transport.size == layout.ring_degree
+    assert q_BLHD.shape[1] == layout.slice_length
     if transport.size == 1:
         return attend(q_BLHD, k_BLKD, v_BLKD, spec=spec)[0]
     if variant == "auto":
@@ -97,21 +98,18 @@ def gather_kv(
     """All visible K/V first, put into natural order, then one causal call a run of queries: no merge."""
     rank, size = transport.rank, transport.size
     kv_2BLKD = torch.stack((k_BLKD, v_BLKD))
-    hops = [(rank, None, kv_2BLKD)]
+    hops: list[tuple[int, Pending, Tensor]] = [(rank, Done(), kv_2BLKD)]
     for hop in range(1, size):
         hops.append(((rank - hop) % size, *_start_hop(kv_2BLKD, layout, transport, hop)))
     runs = layout.slice_runs(rank)
     natural_2BSKD = kv_2BLKD.new_empty((2, kv_2BLKD.shape[1], runs[-1].stop, *kv_2BLKD.shape[3:]))
     for source, pending, block_2BSKD in hops:
-        if pending is not None:
-            pending.wait()
+        pending.wait()
         taken = 0
         for run in layout.slice_runs(source):
-            rows = min(run.length, block_2BSKD.shape[2] - taken)
-            natural_2BSKD[:, :, run.start : run.start + rows] = block_2BSKD[:, :, taken : taken + rows]
-            taken += rows
-            if taken == block_2BSKD.shape[2]:
-                break
+            if taken < block_2BSKD.shape[2]:  # only a prefix of the slice is visible, in whole runs
+                natural_2BSKD[:, :, run.start : run.stop] = block_2BSKD[:, :, taken : taken + run.length]
+                taken += run.length
     out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
     k_BSKD, v_BSKD = natural_2BSKD
     done = 0

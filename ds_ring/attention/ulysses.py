@@ -4,8 +4,8 @@
 receiving just the ones its query heads attend to.
 """
 
-# Shapes: B batch, l tokens on this rank, L = U l tokens of the slice, H query heads, K key/value heads, h and k a rank's
-# share of them, U ranks, D head_dim.
+# Shapes: B batch, l tokens on this rank, L = U l tokens of the slice, H query heads, K key/value heads, h and k a
+# rank's share of them, U ranks, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable

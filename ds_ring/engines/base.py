@@ -4,7 +4,7 @@ Every rank is handed the same tokens and, from ``__call__``, gets the same full 
 it leaves results where they were made, which is what a benchmark times.
 """
 
-# Shapes: B rows, T columns of the caller's tensors, L packed tokens, l tokens held by this rank, V vocabulary, d hidden.
+# Shapes: B rows, T columns of the caller's tensors, L packed tokens, l tokens on this rank, V vocabulary, d hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

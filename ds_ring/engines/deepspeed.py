@@ -76,7 +76,7 @@ class AllReduceMeter(TorchDispatchMode):
     """
 
     def __init__(self, traffic: Traffic, group_size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._traffic, self._group_size = traffic, group_size
 
     def __torch_dispatch__(

@@ -86,7 +86,8 @@ class Transport(ABC):
 
     def all_to_all(self, send: Tensor) -> Tensor:
         """``send[i]`` goes to rank i; row j of the result came from rank j. Shape ``[size, ...]`` both ways."""
-        assert send.shape[0] == self.size and send.is_contiguous()
+        assert send.shape[0] == self.size
+        assert send.is_contiguous()
         sent = blank([(0, send)])
         self.traffic.add(
             "all_to_all", send.nbytes * (self.size - 1) // self.size, lambda: void(self._all_to_all(sent()[0][1]))
