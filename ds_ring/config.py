@@ -88,7 +88,7 @@ class RunConfig(_Section):
             document = source.document()
         else:
             document = _read(source) if isinstance(source, str | Path) else dict(source or {})
-        section = dict(document.pop("ds_ring", {}))
+        section = dict(_object("ds_ring", document.pop("ds_ring", {})))
         for name, value in overrides.items():
             if value is not None:
                 _override(document, section, name, value)
@@ -116,8 +116,8 @@ class RunConfig(_Section):
 
     @property
     def tp_size(self) -> int:
-        size = (self.deepspeed.get("tensor_parallel") or {}).get("tp_size", 1)
-        if not isinstance(size, int) or size < 1:
+        size = _object("tensor_parallel", self.deepspeed.get("tensor_parallel") or {}).get("tp_size", 1)
+        if type(size) is not int or size < 1:
             raise ConfigError(f"tensor_parallel.tp_size={size!r} must be a whole number of at least 1")
         return size
 
@@ -134,9 +134,11 @@ class RunConfig(_Section):
 
 def _read(path: str | Path) -> dict[str, Any]:
     try:
-        document = json.loads(Path(path).read_text())
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not JSON: it is not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     if not isinstance(document, dict):
@@ -144,15 +146,22 @@ def _read(path: str | Path) -> dict[str, Any]:
     return document
 
 
+def _object(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a JSON object, not {value!r}")
+    return value
+
+
 def _override(document: dict[str, Any], section: dict[str, Any], name: str, value: Any) -> None:
     if name == "tp_size":
-        document["tensor_parallel"] = {**(document.get("tensor_parallel") or {}), "tp_size": value}
+        given = _object("tensor_parallel", document.get("tensor_parallel") or {})
+        document["tensor_parallel"] = {**given, "tp_size": value}
     elif name == "dtype":
         document["dtype"] = value
     elif name in ParallelConfig.model_fields:
-        section["parallel"] = {**section.get("parallel", {}), name: value}
+        section["parallel"] = {**_object("ds_ring.parallel", section.get("parallel", {})), name: value}
     elif name in WorkloadConfig.model_fields:
-        section["workload"] = {**section.get("workload", {}), name: value}
+        section["workload"] = {**_object("ds_ring.workload", section.get("workload", {})), name: value}
     elif name in RingConfig.model_fields:
         section[name] = value
     else:
@@ -163,9 +172,9 @@ def _explain(error: ValidationError, source: object) -> str:
     where = f" in {source}" if isinstance(source, str | Path) else ""
     lines = []
     for item in error.errors():
-        path = ".".join(("ds_ring", *(str(p) for p in item["loc"][1:])))
+        path = ".".join(("ds_ring", *(str(p) for p in item["loc"])))
         if item["type"] == "extra_forbidden":
-            known = _fields_at(item["loc"][1:-1])
+            known = _fields_at(item["loc"][:-1])
             lines.append(f"{path} is not a known key{where}; known here: {', '.join(known)}")
         else:
             lines.append(f"{path}={item['input']!r}{where}: {item['msg']}")

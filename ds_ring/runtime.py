@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ds_ring.checks import ModelShape, check_run, stage_layers
 from ds_ring.config import RunConfig
@@ -121,12 +121,3 @@ def local_device() -> torch.device:
 
 def _is_at(model: PreTrainedModel, run: RunConfig, device: torch.device) -> bool:
     return all(p.device == device and p.dtype == torch_dtype(run.dtype) for p in model.parameters())
-
-
-def new_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A freshly initialised model of a config, on the default device."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(config)
-    assert isinstance(model, PreTrainedModel)
-    return model

@@ -73,8 +73,10 @@ def check_convention(backend: Backend, device: torch.device, dtype: torch.dtype,
     spec = AttentionSpec(scale=head_dim**-0.5)
     out, lse = backend(q, k, v, scale=spec.scale, causal=True)
     want_out, want_lse = plain.attention(q.float(), k.float(), v.float(), spec=spec, causal=True, shift=32)
-    if not torch.allclose(lse, want_lse, atol=2e-2, rtol=1e-3) or not torch.allclose(
-        out.float(), want_out, atol=2e-2, rtol=2e-2
+    if (
+        (lse.shape, lse.dtype) != (want_lse.shape, want_lse.dtype)
+        or not torch.allclose(lse, want_lse, atol=2e-2, rtol=1e-3)
+        or not torch.allclose(out.float(), want_out, atol=2e-2, rtol=2e-2)
     ):
         raise RuntimeError(
             f"attention back-end {getattr(backend, '__name__', backend)} fails its self-test on {device} with {dtype}, "

@@ -2,8 +2,9 @@
 
 At hop s a rank receives from the rank s places before it and sends to the rank s places after it, straight from the
 owner rather than handed on from neighbour to neighbour. On a switch every pair is as near as any other, and only what
-the receiver's queries can see has to move: under causal attention half of an earlier rank's zigzag slice, nothing of a
-later rank's contiguous one. (Ring attention: arXiv 2310.01889; zigzag: Llama 3's context parallelism, arXiv 2407.21783.)
+the receiver's queries can see has to move: under causal attention half of a zigzag slice to later ranks, nothing of a
+contiguous one to earlier ranks. (Ring attention: arXiv 2310.01889; zigzag: the context parallelism of Llama 3, arXiv
+2407.21783.)
 """
 
 # Shapes: B batch, L queries of this rank's slice, S keys, H query heads, K key/value heads, D head_dim.

@@ -44,9 +44,11 @@ class Batch:
         return [self.split(range(i, min(i + size, count))) for i in range(0, count, size)]
 
     def digest(self) -> str:
-        """Equal on two ranks exactly when they were given the same tokens."""
-        ids = self.ids_BL.cpu().contiguous()
-        return f"{tuple(ids.shape)} tokens with digest {hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:12]}"
+        """Equal on two ranks exactly when they were given the same tokens at the same positions."""
+        # Padding is token 0, so that only the lengths tell it from a token.
+        parts = self.ids_BL, self.position_ids_BL, torch.tensor(self.lengths)
+        content = b"".join(part.cpu().long().contiguous().numpy().tobytes() for part in parts)
+        return f"{tuple(self.ids_BL.shape)} tokens with digest {hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def pack(

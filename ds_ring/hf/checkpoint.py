@@ -54,8 +54,10 @@ def _refuse_remote_code(directory: Path) -> None:
         config = json.loads((directory / "config.json").read_text())
     except OSError:
         raise CheckpointError(f"{directory} has no config.json") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise CheckpointError(f"{directory}/config.json is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{directory}/config.json must hold a JSON object, not {config!r}")
     if "auto_map" in config:
         raise CheckpointError(
             f"{directory}/config.json asks to run its own code (auto_map); only classes of transformers are loaded"
@@ -66,11 +68,12 @@ def _indexed_shards(directory: Path) -> list[Path]:
     try:
         weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{directory / INDEX} is not a safetensors index: {error!r}") from None
+    if outside:
+        raise CheckpointError(f"{directory / INDEX} points outside its directory: {outside[0]}")
     for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{directory / INDEX} points outside its directory: {name}")
         if not (directory / name).is_file():
             raise CheckpointError(f"{directory} lacks the shard {name} that its index names")
     return [directory / name for name in names]

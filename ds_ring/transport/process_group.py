@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
 from ds_ring.transport.base import Message, Pending, Transport
+
+T = TypeVar("T")
 
 
 class _Requests:
@@ -46,10 +48,8 @@ class ProcessGroupTransport(Transport):
         dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=self.group)
         return gathered
 
-    def all_gather_objects(self, value: object) -> list[object]:
-        values: list[object] = [None] * self.size
-        if self.size == 1:
-            return [value]
+    def all_gather_objects(self, value: T) -> list[T]:
+        values: list[T] = [value] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
 from ds_ring.transport.base import Done, Message, Pending, Transport
+
+T = TypeVar("T")
 
 
 class SoloTransport(Transport):
@@ -26,7 +29,7 @@ class SoloTransport(Transport):
     def _all_gather(self, tensor: Tensor) -> Tensor:
         return tensor.unsqueeze(0)
 
-    def all_gather_objects(self, value: object) -> list[object]:
+    def all_gather_objects(self, value: T) -> list[T]:
         return [value]
 
     def barrier(self) -> None:

@@ -135,10 +135,10 @@ class ThreadedTransport(Transport):
         self._group.wait_for_all()
         return gathered
 
-    def all_gather_objects(self, value: object) -> list[object]:
+    def all_gather_objects(self, value: T) -> list[T]:
         self._group.slots[self.rank] = value
         self._group.wait_for_all()
-        values = list(self._group.slots)
+        values: list[T] = list(self._group.slots)  # type: ignore[arg-type]
         self._group.wait_for_all()
         return values
 

@@ -1,0 +1,184 @@
+"""Measuring one layout on one workload: throughput, latency, memory, and what communication costs.
+
+Per length, in this order: parity with the unsharded model (where a reference is given), a pass that counts bytes and
+keeps a journal of what is sent, warm-ups, timed passes, the same passes with communication left out, and the journal
+alone. *Exposed* communication is the timed step less the step without communication (a pipeline's bubble shows up
+there too); communication *alone* is the journal run through with nothing else to do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ds_ring import parity
+from ds_ring.engines.base import Engine
+from ds_ring.engines.batch import Batch, pack
+from ds_ring.engines.deepspeed import AllReduceMeter
+from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
+from ds_ring.hardware import device_name, peak_flops, peak_memory_gib, synchronize, watched_gpu
+from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.flops import linear_parameters
+from ds_ring.hf.shape import read_config
+from ds_ring.metrics import Work
+from ds_ring.text import rows_of, token_stream
+from ds_ring.volume import bytes_sent_per_rank
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each timed pass: the slowest rank's."""
+
+    samples_s: list[float]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.samples_s)
+
+    @property
+    def spread(self) -> float:
+        """(slowest - fastest) / median."""
+        return (max(self.samples_s) - min(self.samples_s)) / self.median_s
+
+
+def measure(engine: Engine, lengths: list[int], references: dict[int, str], report: Report) -> list[dict[str, Any]]:
+    """A row for each length. ``references``: files of ``parity.write_reference`` by length."""
+    config, dtype = engine.config, torch_dtype(engine.config.dtype)
+    assert config.ring.model is not None
+    stream = token_stream(config.ring.model, config.workload.text)
+    linear = linear_parameters(read_config(config.ring.model))
+    peak, peak_source = peak_flops(engine.device, dtype)
+    peak = statistics.median(engine.mesh["world"].all_gather_objects(peak))
+    rows = []
+    for length in lengths:
+        ids = rows_of(stream, config.workload.batch_size, length)
+        batch, _ = pack(ids, None, None, engine.shape)
+        engine.mesh["world"].agree("input_ids", batch.digest())
+        work = Work(engine.shape, linear, config.workload.batch_size, length)
+        found = _measure_length(engine, batch, references.get(length), report)
+        rows.append(_row(engine, work, found, peak, peak_source))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Findings:
+    difference: parity.Difference | None
+    bytes_sent: float
+    step: Timing
+    step_without_comm: Timing
+    comm_alone: Timing
+    gpu: dict[str, float]
+
+
+def _measure_length(engine: Engine, batch: Batch, reference: str | None, report: Report) -> _Findings:
+    work = engine.config.workload
+    label = f"{engine.mesh.topology.label()}, L = {batch.length}"
+    difference = None
+    if reference is not None:
+        report(f"{label}: compare with the unsharded model")
+        difference = parity.compare(engine, reference)
+    report(f"{label}: count bytes")
+    bytes_sent, journal = _count(engine, batch)
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+
+    def step() -> None:
+        engine.prefill(batch, "last")
+
+    report(f"{label}: warm up")
+    for _ in range(work.warmup):
+        step()
+    report(f"{label}: {work.repeats} timed passes")
+    with watched_gpu(engine.device) as gpu:
+        timing = time_passes(engine, step, work.repeats)
+    report(f"{label}: without communication")
+    engine.mute(True)
+    step()
+    muted = time_passes(engine, step, work.repeats)
+    engine.mute(False)
+    report(f"{label}: communication alone")
+
+    def replay() -> None:
+        for again in journal:
+            again()
+
+    replay()
+    return _Findings(difference, bytes_sent, timing, muted, time_passes(engine, replay, work.repeats), gpu)
+
+
+def time_passes(engine: Engine, step: Callable[[], None], repeats: int) -> Timing:
+    """Time ``step`` on all ranks together; a pass takes as long as its slowest rank."""
+    own = []
+    for _ in range(repeats):
+        synchronize(engine.device)
+        engine.mesh["world"].barrier()
+        started = time.perf_counter()
+        step()
+        synchronize(engine.device)
+        own.append(time.perf_counter() - started)
+    everyone = engine.mesh["world"].all_gather_objects(own)
+    return Timing([max(samples) for samples in zip(*everyone, strict=True)])
+
+
+def _count(engine: Engine, batch: Batch) -> tuple[float, list[Callable[[], None]]]:
+    """(mean bytes a rank sends in one pass, what this rank does to send and receive them)."""
+    traffic = engine.mesh.traffic
+    traffic.bytes_by_op.clear()
+    journal: list[Callable[[], None]] = []
+    traffic.journal = journal
+    tensor_parallel = isinstance(engine, TensorPipelineEngine) and engine.mesh.topology.tp > 1
+    with AllReduceMeter(traffic, engine.mesh.topology.tp) if tensor_parallel else nullcontext():
+        engine.prefill(batch, "last")
+    traffic.journal = None
+    everyone = engine.mesh["world"].all_gather_objects(traffic.bytes_sent)
+    return statistics.mean(everyone), journal
+
+
+def _row(engine: Engine, work: Work, found: _Findings, peak: float, peak_source: str) -> dict[str, Any]:
+    config, topology = engine.config, engine.mesh.topology
+    step = found.step.median_s
+    tps = work.tps(step)
+    itemsize = torch_dtype(config.dtype).itemsize
+    memory = engine.mesh["world"].all_gather_objects(peak_memory_gib(engine.device))
+    return {
+        "layout": topology.label(),
+        "gpus": topology.world_size,
+        **{
+            f"{axis}_degree" if axis in ("ring", "ulysses") else f"{axis}_size": n
+            for axis, n in asdict(topology).items()
+        },
+        "ring_impl": config.parallel.ring_impl,
+        "ring_variant": config.parallel.ring_variant,
+        "batch": work.batch,
+        "micro_batch": config.workload.micro_batch_size,
+        "length": work.length,
+        "dtype": config.dtype,
+        "device": device_name(engine.device),
+        "tps": tps,
+        "tps_per_gpu": tps / topology.world_size,
+        "tpot_ms": work.tpot_ms(step),
+        "token_latency_us": 1e6 / tps,
+        "step_ms": 1e3 * step,
+        "step_spread": found.step.spread,
+        "step_samples_ms": " ".join(f"{1e3 * s:.2f}" for s in found.step.samples_s),
+        "mfu": work.mfu(step, topology.world_size, peak),
+        "peak_flops_per_gpu": peak,
+        "peak_source": peak_source,
+        "flops_per_token": work.flops_per_token,
+        "bytes_sent_per_rank": found.bytes_sent,
+        "bytes_formula": bytes_sent_per_rank(config, engine.shape, work.batch, work.length, itemsize),
+        "comm_alone_ms": 1e3 * found.comm_alone.median_s,
+        "comm_exposed_ms": 1e3 * (step - found.step_without_comm.median_s),
+        "peak_memory_gib": max(memory),
+        "rel_error": found.difference.rel_error if found.difference else None,
+        "max_rel_error": found.difference.max_rel_error if found.difference else None,
+        **found.gpu,
+    }

@@ -1,0 +1,116 @@
+"""What the launch scripts share: options derived from the configuration's fields, exit codes, the last line of output.
+
+Exit codes: 0 done, 2 the user's error (said in one line), 1 ours (with a traceback). Results go to standard output as
+one JSON document on the last line, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, get_args, get_origin
+
+from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
+from ds_ring.errors import DsRingError, UserError
+from ds_ring.results import write_json
+
+
+def run_parser(description: str | None) -> argparse.ArgumentParser:
+    """``--config FILE`` and an option for every field that may override the file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="JSON file of ds_configs/")
+    parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    group = parser.add_argument_group("overrides of the configuration file")
+    group.add_argument("--tp-size", type=int, metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
+    group.add_argument("--dtype", choices=get_args(DType), help="weights and activations")
+    for model in (ParallelConfig, WorkloadConfig, RingConfig):
+        for name, field in model.model_fields.items():
+            if name in ("parallel", "workload"):
+                continue
+            option = f"--{name.replace('_', '-')}"
+            text = f"{field.description} [{field.default}]".replace("%", "%%")
+            if get_origin(field.annotation) is tuple:
+                group.add_argument(option, nargs="+", metavar="FILE", help=field.description)
+            elif field.annotation is int:
+                group.add_argument(option, type=int, metavar="N", help=text)
+            else:
+                choices = get_args(field.annotation) if str not in get_args(field.annotation) else None
+                group.add_argument(option, choices=choices, help=text)
+    return parser
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration's fields that were given as options."""
+    names = {"tp_size", "dtype", "model", "transport", *ParallelConfig.model_fields, *WorkloadConfig.model_fields}
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
+
+
+def run_config(args: argparse.Namespace) -> RunConfig:
+    """The configuration that the parsed options describe."""
+    return RunConfig.load(args.config, **overrides(args))
+
+
+def passed_on(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """The overrides, and the same as options for another launch script."""
+    given = overrides(args)
+    options: list[str] = []
+    for name, value in given.items():
+        options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list | tuple) else [value])]
+    return given, options
+
+
+def require(offenders: list[str], message: str) -> None:
+    """Fail, as our error, if there are any offenders."""
+    if offenders:
+        raise DsRingError(message.format(", ".join(offenders)))
+
+
+def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: argparse.ArgumentParser) -> None:
+    """Parse, run, print; rank 0 speaks for all."""
+    args = parser.parse_args()
+    code = 0
+    try:
+        document = work(args)
+        if is_first_rank() and document is not None:
+            if args.output:
+                write_json(args.output, document)
+            print(json.dumps(document), flush=True)
+    except UserError as error:
+        if not is_first_rank():
+            time.sleep(2)  # all ranks refuse alike: let rank 0 say it once
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except Exception:
+        print(f"rank {os.environ.get('RANK', '0')} failed", file=sys.stderr)
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _leave(code)
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """One line of progress, from rank 0."""
+    if is_first_rank():
+        print(f"[ds_ring] {text}", file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> None:
+    """End the process. Interpreter shutdown would tear down process groups whose threads still run and abort."""
+    if code == 0 and "ds_ring.runtime" in sys.modules:
+        from deepspeed import comm
+
+        if comm.is_initialized():
+            comm.barrier()
+            comm.destroy_process_group()
+    os._exit(code)

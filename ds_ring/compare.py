@@ -1,0 +1,148 @@
+"""Several layouts on one model, one text and one batch, each in a launcher run of its own, one after the other."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_ring import launcher
+from ds_ring.checkpoints import make_checkpoint
+from ds_ring.checks import check_run
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError
+from ds_ring.hf.shape import model_shape, read_config
+from ds_ring.results import read_json
+
+TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
+"""Largest relative error against the unsharded model that counts as the same computation."""
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run: layouts by file, all with the same model and workload."""
+
+    runs: list[tuple[Path, RunConfig]]
+    lengths: list[int]
+
+    @classmethod
+    def make(cls, files: Sequence[str], overrides: dict[str, Any], lengths: list[int] | None) -> Plan:
+        """Load every layout and refuse, before anything runs, those that cannot work or do not compare.
+
+        Raises:
+            ConfigError: a broken rule (``check_run``), or layouts that differ in model, dtype or workload.
+        """
+        runs = [(Path(file), RunConfig.load(file, **overrides)) for file in files]
+        if not runs:
+            raise ConfigError("no layouts to compare")
+        lengths = sorted(lengths or [runs[0][1].workload.max_length])
+        runs = [(file, RunConfig.load(run, max_length=lengths[-1])) for file, run in runs]
+        first = runs[0][1]
+        for file, run in runs:
+            for name in ("model", "workload"):
+                if getattr(run.ring, name) != getattr(first.ring, name) or run.dtype != first.dtype:
+                    raise ConfigError(f"{file} differs from {runs[0][0]} in {name} or dtype: they would not compare")
+            check_run(run, model_shape(read_config(model_source(run))), run.topology.world_size)
+        return cls(runs, lengths)
+
+    @property
+    def first(self) -> RunConfig:
+        return self.runs[0][1]
+
+    @property
+    def parity_rows(self) -> int:
+        """Every replica of every layout needs a row to check."""
+        return max(run.parallel.dp_size for _, run in self.runs)
+
+
+def default_layouts() -> list[str]:
+    """The layouts for the hardware at hand: the largest set that its GPUs allow, else CPUs."""
+    gpus = launcher.gpu_count()
+    fitting = [n for n in (8, 4, 2) if n <= gpus]
+    folder = f"gpu{fitting[0]}" if fitting else "gpu1" if gpus else "cpu4"
+    return sorted(str(path) for path in (launcher.ROOT / "ds_configs" / folder).glob("*.json"))
+
+
+def model_source(run: RunConfig) -> Path:
+    """The checkpoint directory, or, while there is none, the config in ds_configs/models/ it is made from."""
+    if run.ring.model is None:
+        raise ConfigError('no model: "model" in the section "ds_ring", or --model')
+    directory = launcher.ROOT / run.ring.model
+    recipe = launcher.ROOT / "ds_configs" / "models" / f"{directory.name}.json"
+    return directory if directory.is_dir() or not recipe.is_file() else recipe
+
+
+def ensure_checkpoint(run: RunConfig, report: Report) -> None:
+    source = model_source(run)
+    if source.is_dir() or run.ring.model is None:
+        return
+    report(f"make {run.ring.model} from {source.relative_to(launcher.ROOT)}")
+    device = "cuda" if launcher.gpu_count() else "cpu"
+    make_checkpoint(source, launcher.ROOT / run.ring.model, seed=0, dtype=run.dtype, device=device)
+
+
+def run_all(
+    plan: Plan, options: Sequence[str], logs: Path, advance: Callable[[], None], report: Report
+) -> list[dict[str, Any]]:
+    """Run the reference and every layout; rows of all layouts and lengths.
+
+    ``options``: passed on to launch/bench.py. ``advance`` is called after the reference of each length and after each
+    layout.
+
+    Raises:
+        ConfigError, DsRingError: a run refused or failed (see its log).
+    """
+    run = plan.first
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        references = []
+        for length in plan.lengths:
+            report(f"reference: the unsharded model, L = {length}")
+            references.append(str(Path(scratch) / f"reference_{length}.safetensors"))
+            arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--output", references[-1]]
+            arguments += ["--rows", str(plan.parity_rows), "--length", str(length)]
+            arguments += ["--text", *run.workload.text] if run.workload.text else []
+            launcher.run_module("ds_ring.parity", arguments, log=logs / f"reference_{length}.log", report=report)
+            advance()
+        for file, layout in plan.runs:
+            label = layout.topology.label()
+            output = Path(scratch) / f"{label}.json"
+            report(f"{label}: start {layout.topology.world_size} ranks")
+            arguments = ["--config", str(file), *options, "--output", str(output)]
+            arguments += ["--lengths", *map(str, plan.lengths), "--references", *references]
+            launcher.launch(
+                "launch/bench.py", layout.topology.world_size, arguments, log=logs / f"{label}.log", report=report
+            )
+            rows += [{**row, "config_file": file.name} for row in read_json(output)["rows"]]
+            advance()
+    return rows
+
+
+def judge(rows: list[dict[str, Any]], baseline: str | None = None) -> list[dict[str, Any]]:
+    """Add to each row, within its length: ``vs_baseline`` and ``vs_dp`` (ratios of TPS), ``agrees``.
+
+    The baseline is the layout of that name, or the fastest that uses tensor or pipeline parallelism.
+    """
+    judged = []
+    for row in rows:
+        alike = [r for r in rows if r["length"] == row["length"]]
+        base = _tps([r for r in alike if r["layout"] == baseline or (not baseline and r["tp_size"] * r["pp_size"] > 1)])
+        dp = _tps([r for r in alike if r["layout"].startswith("dp") and r["layout"] == f"dp{r['gpus']}"])
+        error = row["max_rel_error"] if row["dtype"] == "fp32" else row["rel_error"]
+        judged.append(
+            {
+                **row,
+                "vs_baseline": row["tps"] / base if base else None,
+                "vs_dp": row["tps"] / dp if dp else None,
+                "agrees": bool(error is not None and error < TOLERANCE[row["dtype"]]),
+            }
+        )
+    return judged
+
+
+def _tps(rows: list[dict[str, Any]]) -> float | None:
+    return max((r["tps"] for r in rows), default=None)

@@ -1,0 +1,85 @@
+"""What the ranks run on: names, peaks, memory, and the clock and power at which a figure was taken."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+DATASHEET_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense fp16/bf16 tensor-core peaks of the SXM parts, by the vendor's datasheets."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything queued on ``device`` has run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s) a rank"
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """(FLOP/s of one rank, where the figure is from): the datasheet's, or a matrix product timed here and now."""
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        for name, flops in DATASHEET_FLOPS.items():
+            if name in torch.cuda.get_device_name(device):
+                return flops, f"datasheet {name} {flops / 1e12:.0f} TFLOP/s"
+    n = 4096 if device.type == "cuda" else 768
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(a, b)
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * n**3 / best, f"best of 5 products of {n} x {n} {dtype} matrices on every rank at once"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most this rank has held: of GPU memory, or of resident host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[str, float]]:
+    """Samples the GPU's clock and power while the block runs; the dict is filled at its end (empty on a CPU)."""
+    found: dict[str, float] = {}
+    if device.type != "cuda":
+        yield found
+        return
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    clocks: list[float] = []
+    watts: list[float] = []
+    stop = threading.Event()
+
+    def sample() -> None:
+        while not stop.wait(period_s):
+            clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
+            watts.append(pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
+        if clocks:
+            found |= {"sm_clock_mhz": statistics.median(clocks), "power_w": statistics.median(watts)}

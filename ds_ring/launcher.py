@@ -1,0 +1,105 @@
+"""Starting scripts with the ``deepspeed`` launcher, and not leaving anything behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ds_ring.errors import ConfigError, DsRingError
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRESS = "[ds_ring] "
+
+
+def gpu_count() -> int:
+    """GPUs this process may use; 0 where ``DS_ACCELERATOR=cpu`` asks for CPUs."""
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def launch(
+    script: str,
+    ranks: int,
+    options: Sequence[str],
+    *,
+    log: Path,
+    report: Callable[[str], None],
+    hostfile: str | None = None,
+) -> None:
+    """Run ``deepspeed --num_gpus ranks script options`` to its end; its output goes to ``log``.
+
+    Lines that the script says with ``cli.say`` are passed to ``report``.
+
+    Raises:
+        ConfigError: the script refused (exit code 2), with what it said. DsRingError: it failed.
+    """
+    command = [_deepspeed(), "--no_local_rank", "--master_port", str(_free_port())]
+    command += ["--hostfile", hostfile] if hostfile else ["--num_gpus", str(ranks)]
+    _run([*command, str(ROOT / script), *options], _environment(ranks), log, report)
+
+
+def run_module(module: str, options: Sequence[str], *, log: Path, report: Callable[[str], None]) -> None:
+    """Run ``python -m module options`` as one process; otherwise as ``launch``."""
+    _run([sys.executable, "-m", module, *options], _environment(1), log, report)
+
+
+def _run(command: list[str], environment: dict[str, str], log: Path, report: Callable[[str], None]) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
+    with log.open("w") as file:
+        # A session of its own, so that everything it started can be ended with it.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, errors="replace",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                if line.startswith(PROGRESS):
+                    report(line.removeprefix(PROGRESS).strip())
+                elif line.startswith("error: "):
+                    said.append(line.removeprefix("error: ").strip())
+            code = process.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if code == 2 or said:
+        raise ConfigError(said[0] if said else f"refused; see {log}")
+    if code:
+        tail = "".join(log.read_text().splitlines(keepends=True)[-25:])
+        raise DsRingError(f"{Path(command[0]).name} ended with exit code {code}; the end of {log}:\n{tail}")
+
+
+def _environment(ranks: int) -> dict[str, str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    if gpu_count() == 0:
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+    return environment
+
+
+def _deepspeed() -> str:
+    beside = Path(sys.executable).parent / "deepspeed"
+    found = str(beside) if beside.exists() else shutil.which("deepspeed")
+    if found is None:
+        raise ConfigError("the deepspeed launcher is not installed; pip install -r requirements.txt")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,101 @@
+"""Does a sharded engine compute what the unsharded model does? Hidden states of every token, at full length.
+
+The reference is transformers' own model with its own attention on one device, written to a file once
+(``python -m ds_ring.parity``) and read by every layout's run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ds_ring.engines.base import Engine
+from ds_ring.engines.batch import pack
+from ds_ring.hf.anatomy import Anatomy
+from ds_ring.hf.attention import torch_dtype
+from ds_ring.runtime import local_device
+from ds_ring.text import rows_of, token_stream
+
+ALL_LOGITS_LIMIT = 1 << 24
+"""Logits of all tokens are compared while a row has no more than this many; else those of the last token."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative errors |x - reference| / |reference| (Euclidean norms): of the whole, and of the worst token."""
+
+    rel_error: float
+    max_rel_error: float
+
+
+def write_reference(
+    checkpoint: str, dtype: torch.dtype, device: torch.device, input_ids_BL: Tensor, path: str | Path
+) -> None:
+    """The unsharded model's final hidden states [B, L, d] and logits, and the tokens they belong to."""
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, device_map={"": device}, trust_remote_code=False, local_files_only=True
+    ).eval()
+    every = input_ids_BL.shape[1] * model.config.get_text_config().vocab_size <= ALL_LOGITS_LIMIT
+    hidden, logits = [], []
+    with torch.inference_mode(), Anatomy.of(model).captured_hidden() as found:
+        for row in input_ids_BL:
+            out = model(input_ids=row[None].to(device), use_cache=False, logits_to_keep=0 if every else 1)
+            hidden.append(found.pop().cpu())
+            logits.append(out.logits.cpu())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file({"input_ids": input_ids_BL, "hidden": torch.cat(hidden), "logits": torch.cat(logits)}, path)
+
+
+def compare(engine: Engine, path: str | Path) -> Difference:
+    """Run the reference's rows through ``engine``; the same result on every rank.
+
+    Every rank checks what it holds, hidden states of its tokens and logits where it has them; the worst token counts.
+    """
+    with safe_open(path, framework="pt") as file:
+        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.shape)
+        every = file.get_slice("logits").get_shape()[1] == batch.length
+        squares, worst = torch.zeros(2, dtype=torch.float64), 0.0
+        for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
+            rows = shard.batch.rows
+            pairs = []
+            if shard.hidden_BlD is not None:
+                real = [i for i, p in enumerate(shard.positions) if p < batch.length]
+                at = [shard.positions[i] for i in real]
+                pairs.append((shard.hidden_BlD[:, real], file.get_slice("hidden")[rows.start : rows.stop][:, at]))
+            if shard.logits_BkV is not None and len(shard.kept):
+                at = list(shard.kept) if every else [0]
+                pairs.append((shard.logits_BkV, file.get_slice("logits")[rows.start : rows.stop][:, at]))
+            for number, (got, want) in enumerate(pairs):
+                difference, size = (got.cpu().double() - want.double()).square().sum(-1), want.double().square().sum(-1)
+                worst = max(worst, float((difference / size).max().sqrt()))
+                if number == 0:
+                    squares += torch.stack((difference.sum(), size.sum()))
+                if not torch.isfinite(difference).all():
+                    worst = float("inf")
+    everyone = engine.mesh["world"].all_gather_objects((squares.tolist(), worst))
+    totals = torch.tensor([pair for pair, _ in everyone]).sum(0)
+    return Difference(float((totals[0] / totals[1]).sqrt()), max(w for _, w in everyone))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--length", type=int, required=True)
+    parser.add_argument("--text", nargs="*", default=[])
+    parser.add_argument("--output", required=True)
+    args = parser.parse_args()
+    ids = rows_of(token_stream(args.model, args.text), args.rows, args.length).contiguous()
+    write_reference(args.model, torch_dtype(args.dtype), local_device(), ids, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The paper's table, on the terminal and in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+COLUMNS = ("layout", "TPS (tok/s)", "TPOT (ms)", "vs TP/PP", "vs DP", "MFU", "sent/rank", "comm shown", "max error")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["layout"],
+        f"{row['tps']:,.0f}",
+        f"{row['tpot_ms']:.4g}",
+        _change(row.get("vs_baseline")),
+        _change(row.get("vs_dp")),
+        f"{100 * row['mfu']:.1f} %",
+        f"{row['bytes_sent_per_rank'] / 2**20:,.1f} MiB",
+        f"{row['comm_exposed_ms']:.1f} of {row['step_ms']:.1f} ms",
+        "-" if row.get("max_rel_error") is None else f"{row['max_rel_error']:.1e}",
+    ]
+
+
+def _change(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
+
+
+def caption(rows: list[dict[str, Any]]) -> str:
+    r = rows[0]
+    return (
+        f"B = {r['batch']} x L = {r['length']}, {r['dtype']}, {r['gpus']} ranks of {r['device']}; one full forward "
+        f"(prefill), logits of the last token"
+    )
+
+
+def terminal_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=caption(rows), title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    for row in rows:
+        table.add_row(*_cells(row), style=None if row.get("agrees", True) else "red")
+    return table
+
+
+def markdown(document: dict[str, Any]) -> str:
+    """The same table, the sweep over lengths, what the columns mean, and how it was made."""
+    rows, sweep = document["rows"], document.get("sweep", [])
+    lines = [f"# {caption(rows)}", "", _row(COLUMNS), _row(["---", *["---:"] * (len(COLUMNS) - 1)])]
+    lines += [_row(_cells(row)) for row in rows]
+    if sweep:
+        lengths = sorted({r["length"] for r in sweep})
+        lines += [
+            "",
+            "TPS by length:",
+            "",
+            _row(["layout", *map(str, lengths)]),
+            _row(["---"] + ["---:"] * len(lengths)),
+        ]
+        for layout in dict.fromkeys(r["layout"] for r in sweep):
+            tps = {r["length"]: r["tps"] for r in sweep if r["layout"] == layout}
+            lines.append(_row([layout, *(f"{tps[n]:,.0f}" if n in tps else "-" for n in lengths)]))
+    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+    lines += [
+        "",
+        "TPS: tokens of one forward / its wall time, all ranks together. TPOT: B / TPS, as the paper has it. vs TP/PP: "
+        "TPS against the fastest tensor/pipeline layout here. sent/rank: bytes counted in one forward. comm shown: "
+        "step time less the step with communication left out (a pipeline's bubble counts). max error: of the worst "
+        "token, against the unsharded model.",
+        "",
+        f"`{document['command']}` at {document['git']}, {document['date']}; {versions}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"

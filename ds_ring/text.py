@@ -1,0 +1,58 @@
+"""Real text as tokens: files of the user's, or the Python language reference that every interpreter ships with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from ds_ring.errors import CheckpointError, InputError
+
+
+def load_tokenizer(checkpoint: str | Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} holds no tokenizer that transformers can read: {error}") from None
+
+
+def read_text(paths: Sequence[str]) -> list[str]:
+    """The text of every file.
+
+    Raises:
+        InputError: a file that is missing, is not UTF-8 or is empty.
+    """
+    texts = []
+    for path in paths:
+        try:
+            texts.append(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        if not texts[-1].strip():
+            raise InputError(f"{path} is empty")
+    return texts
+
+
+def default_text() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def token_stream(checkpoint: str | Path, paths: Sequence[str]) -> Tensor:
+    """All tokens of the files (or of the default text), one after the other: [N], int64."""
+    text = "\n".join(read_text(paths)) if paths else default_text()
+    ids = load_tokenizer(checkpoint)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def rows_of(stream: Tensor, batch: int, length: int) -> Tensor:
+    """[batch, length] windows of the stream, evenly spread over it and wrapping round at its end."""
+    starts = torch.arange(batch) * max(1, len(stream) // batch)
+    return stream[(starts[:, None] + torch.arange(length)) % len(stream)]

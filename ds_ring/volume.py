@@ -1,0 +1,55 @@
+"""Bytes a rank sends for one forward, in closed form; the transports count the same thing as it happens.
+
+All figures are means over ranks, for a batch of equal lengths. Notation: b rows of a replica, P padded length, R and U
+ring and Ulysses degrees, e bytes an element, d hidden size, n ranks of a tensor-parallel group.
+"""
+
+from __future__ import annotations
+
+from ds_ring.attention.ulysses import kv_heads_of
+from ds_ring.checks import ModelShape
+from ds_ring.config import RunConfig
+from ds_ring.layout import SequenceLayout
+
+
+def bytes_sent_per_rank(config: RunConfig, shape: ModelShape, batch: int, length: int, itemsize: int) -> float:
+    """Mean bytes a rank sends in one forward that makes logits for the last token of each row."""
+    t = config.topology
+    rows = batch / t.dp
+    if t.tp * t.pp > 1:
+        return _tensor_parallel(config, shape, rows, length, itemsize) + _pipeline(
+            config, shape, rows, length, itemsize
+        )
+    p = config.parallel
+    layout = SequenceLayout(length, p.ring_degree, p.ulysses_degree, p.ring_impl)
+    per_layer = _ulysses(layout, shape, rows, itemsize) + _ring(layout, shape, rows, itemsize)
+    return shape.num_layers * per_layer
+
+
+def _ulysses(layout: SequenceLayout, shape: ModelShape, rows: float, itemsize: int) -> float:
+    """(U-1)/U of q and out, and of k and v, replicated where a rank needs more than its even share of them."""
+    degree = layout.ulysses_degree
+    kv_heads = degree * len(kv_heads_of(0, shape.num_heads, shape.num_kv_heads, degree))
+    heads = 2 * shape.num_heads + 2 * kv_heads
+    return rows * layout.local_length * shape.head_dim * itemsize * heads * (degree - 1) / degree
+
+
+def _ring(layout: SequenceLayout, shape: ModelShape, rows: float, itemsize: int) -> float:
+    """Zigzag: rank r sends R-1+r chunks of P / 2R tokens, on average 3/2 (R-1). Contiguous: R-1-r of P / R tokens."""
+    ring = layout.ring_degree
+    chunks = (1.5 if layout.ring_impl == "zigzag" else 0.5) * (ring - 1)
+    kv_heads = len(kv_heads_of(0, shape.num_heads, shape.num_kv_heads, layout.ulysses_degree))
+    return rows * chunks * layout.chunk_length * 2 * kv_heads * shape.head_dim * itemsize
+
+
+def _tensor_parallel(config: RunConfig, shape: ModelShape, rows: float, length: int, itemsize: int) -> float:
+    """Two all-reduces of [b, L, d] a layer (each sends 2 (n-1)/n), and one of the last tokens' logits."""
+    n, pp = config.tp_size, config.parallel.pp_size
+    elements = 2 * shape.num_layers * rows * length * shape.hidden_size + rows * shape.vocab_size
+    return elements * itemsize * 2 * (n - 1) / n / pp
+
+
+def _pipeline(config: RunConfig, shape: ModelShape, rows: float, length: int, itemsize: int) -> float:
+    """Every stage but the last hands [b, L, d] on, on each of its tensor-parallel ranks."""
+    pp = config.parallel.pp_size
+    return rows * length * shape.hidden_size * itemsize * (pp - 1) / pp
