@@ -16,7 +16,7 @@ from ds_ring.engines.sequence_parallel import SequenceParallelEngine
 from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
 from ds_ring.errors import ConfigError
 from ds_ring.hf.anatomy import Anatomy
-from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.loading import load_model, load_stage
 from ds_ring.hf.shape import model_shape, read_config
@@ -72,7 +72,8 @@ def init_inference(
 
 def build_engine(model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device) -> Engine:
     """The engine that ``run`` asks for, over an existing mesh; ``model`` is whole."""
-    model = model.to(device=device, dtype=torch_dtype(run.dtype)).eval() if not _is_at(model, run, device) else model
+    with float_buffers_kept(model):
+        model = model.to(device=device, dtype=torch_dtype(run.dtype)).eval()
     if is_tensor_pipeline(run.topology):
         layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
         if len(layers) < shape.num_layers:
@@ -117,7 +118,3 @@ def local_device() -> torch.device:
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-def _is_at(model: PreTrainedModel, run: RunConfig, device: torch.device) -> bool:
-    return all(p.device == device and p.dtype == torch_dtype(run.dtype) for p in model.parameters())

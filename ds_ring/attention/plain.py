@@ -6,8 +6,9 @@ from torch import Tensor
 
 from ds_ring.attention.spec import AttentionSpec
 
-SCORES_LIMIT = 1 << 26
-"""Scores held at a time (fp32 elements); longer blocks go by groups of queries."""
+SCORES_LIMIT = 1 << 20
+"""Scores held at a time (fp32 elements), few enough to stay in cache; longer blocks go by groups of queries, which also
+lets causal blocks leave out the keys that no query of the group sees."""
 
 
 def attention(

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ds_ring.checks import ModelShape
 from ds_ring.config import RunConfig
 from ds_ring.engines.batch import Batch, pack
-from ds_ring.errors import DsRingError
+from ds_ring.errors import DsRingError, InputError
 from ds_ring.hf.anatomy import Anatomy, head_logits
 from ds_ring.topology import Axis
 from ds_ring.transport.mesh import Mesh
@@ -160,13 +160,24 @@ class Engine(ABC):
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Batch, Tensor]:
         """Check and pack the caller's tensors; all ranks must have been given the same."""
-        batch, columns_BL = pack(input_ids.cpu(), attention_mask, position_ids, self.shape)
+        try:
+            batch, columns_BL = pack(input_ids.cpu(), attention_mask, position_ids, self.shape)
+        except InputError as error:
+            # Where only some ranks refuse, the others must hear of it rather than wait for them.
+            self.mesh["world"].agree("input_ids", f"unusable ones: {error}")
+            raise
         self.mesh["world"].agree("input_ids", batch.digest())
         return batch, columns_BL
 
     def own_rows(self, batch: Batch) -> range:
         """The rows of this replica; where they do not divide, earlier replicas take one more."""
-        starts = _row_starts(len(batch.rows), self.mesh.topology.dp)
+        count, replicas = len(batch.rows), self.mesh.topology.dp
+        if count < replicas:
+            raise InputError(
+                f"a batch of {count} rows leaves some of dp_size={replicas} replicas without a sequence; "
+                f"give at least {replicas} rows or lower dp_size"
+            )
+        starts = _row_starts(count, replicas)
         index = self.mesh.coordinate("dp")
         return range(starts[index], starts[index + 1])
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError
+from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.transport.base import Traffic, Transport, blank
 
@@ -53,6 +53,13 @@ def serve(model: PreTrainedModel, config: RunConfig, tensor_parallel: Transport 
             return deepspeed.init_inference(model, config=keys)
     except ValueError as error:
         raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
+    except AssertionError as error:
+        if tensor_parallel is None or tensor_parallel.size == 1:
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be sharded by DeepSpeed's AutoTP ({error}); "
+            f"take pp_size, ring_degree or ulysses_degree instead of tp_size"
+        ) from error
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class SequenceParallelEngine(Engine):
         self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
         super().__init__(config, mesh, shape, device)
-        self._context = AttentionContext(mesh, config.parallel)
+        self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
         inject(model, self._context)
         self._deepspeed = serve(model, config)
         self._anatomy = Anatomy.of(model)

@@ -34,7 +34,7 @@ class TensorPipelineEngine(Engine):
     ) -> None:
         super().__init__(config, mesh, shape, device)
         self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
-        self._context = AttentionContext(mesh, config.parallel)
+        self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
         inject(model, self._context)
         self._deepspeed = serve(model, config, tensor_parallel=mesh["tp"])
         self._anatomy = Anatomy.of(model)

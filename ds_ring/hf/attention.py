@@ -23,6 +23,7 @@ from ds_ring.transport.mesh import Mesh
 NAME = "ds_ring"
 _ATTRIBUTE = "_ds_ring_context"
 _UNSUPPORTED = ("s_aux", "position_bias", "alibi")
+_BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
 
 
 @dataclass
@@ -31,6 +32,7 @@ class AttentionContext:
 
     mesh: Mesh
     parallel: ParallelConfig
+    num_heads: int
     layout: SequenceLayout | None = None
     calls: int = field(default=0)
 
@@ -38,12 +40,14 @@ class AttentionContext:
     def forward(self, layout: SequenceLayout, expected_calls: int, model_class: str) -> Iterator[None]:
         """One forward over sequences cut by ``layout``; afterwards the attention must have run once a layer."""
         self.layout, self.calls = layout, 0
-        yield
-        self.layout = None
+        try:
+            yield
+        finally:
+            self.layout = None
         if self.calls != expected_calls:
             raise UnsupportedModelError(
-                f"{model_class} ran the injected attention {self.calls} times for {expected_calls} layers: it does "
-                f"not go through transformers' attention interface, so its sequence cannot be sharded"
+                f"{model_class} ran the injected attention {self.calls} times for {expected_calls} layers: it "
+                f"{_BYPASSES}"
             )
 
     def attend(self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec) -> Tensor:
@@ -64,6 +68,9 @@ def inject(model: PreTrainedModel, context: AttentionContext) -> None:
         model.set_attn_implementation(NAME)
     except ValueError as error:
         raise UnsupportedModelError(f"{type(model).__name__} does not take another attention: {error}") from None
+    if model.config.get_text_config()._attn_implementation != NAME:
+        # transformers only warns, and DeepSpeed would go on to shard what cannot run.
+        raise UnsupportedModelError(f"{type(model).__name__} {_BYPASSES}")
     for module in model.modules():
         # Only attention modules read it, and only the model's own code knows which those are.
         setattr(module, _ATTRIBUTE, context)
@@ -104,8 +111,16 @@ def _attention(
         asked.append(f"dropout={dropout}")
     if not getattr(module, "is_causal", True):
         asked.append("bidirectional attention")
+    if value_BKlD.shape[-1] != query_BHlD.shape[-1]:
+        asked.append(f"values of {value_BKlD.shape[-1]} elements beside queries of {query_BHlD.shape[-1]}")
     if asked:
         raise UnsupportedModelError(f"{type(module).__name__} asks for {', '.join(asked)}, which cannot be sharded yet")
+    tp, heads = context.mesh.topology.tp, query_BHlD.shape[1]
+    if tp > 1 and heads * tp != context.num_heads:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends with {heads} heads a rank where tp_size={tp} leaves "
+            f"{context.num_heads // tp} of {context.num_heads}: DeepSpeed's AutoTP does not shard it rightly"
+        )
     q, k, v = (t.transpose(1, 2) for t in (query_BHlD, key_BKlD, value_BKlD))
     spec = AttentionSpec(q.shape[-1] ** -0.5 if scaling is None else float(scaling), sliding_window, softcap)
     return context.attend(q, k, v, spec), None

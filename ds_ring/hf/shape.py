@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from ds_ring.checks import ModelShape
-from ds_ring.errors import CheckpointError
+from ds_ring.errors import CheckpointError, UnsupportedModelError
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -21,7 +21,23 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
 
 def model_shape(config: PretrainedConfig) -> ModelShape:
+    """The shape that all layers share.
+
+    Raises:
+        UnsupportedModelError: no attention heads, or layers that differ in them.
+    """
     text: Any = config.get_text_config()
+    try:
+        return _shape(text)
+    except (AttributeError, RuntimeError) as error:  # transformers raises the latter for what differs between layers
+        reason = str(error).partition(". ")[0]
+        raise UnsupportedModelError(
+            f"{type(text).__name__}: {reason}; only decoders whose layers all have the same attention heads can be "
+            f"sharded"
+        ) from None
+
+
+def _shape(text: Any) -> ModelShape:
     heads = text.num_attention_heads
     return ModelShape(
         model_type=text.model_type,
