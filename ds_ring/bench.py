@@ -49,8 +49,8 @@ class Timing:
         return (max(self.samples_s) - min(self.samples_s)) / self.median_s
 
 
-def measure(engine: Engine, lengths: list[int], references: dict[int, str], report: Report) -> list[dict[str, Any]]:
-    """A row for each length. ``references``: files of ``parity.write_reference`` by length."""
+def measure(engine: Engine, references: dict[int, str], report: Report) -> list[dict[str, Any]]:
+    """A row for each length of the workload. ``references``: files of ``parity.write_reference`` by length."""
     config, dtype = engine.config, torch_dtype(engine.config.dtype)
     assert config.ring.model is not None
     stream = token_stream(config.ring.model, config.workload.text)
@@ -58,7 +58,7 @@ def measure(engine: Engine, lengths: list[int], references: dict[int, str], repo
     peak, peak_source = peak_flops(engine.device, dtype)
     peak = statistics.median(engine.mesh["world"].all_gather_objects(peak))
     rows = []
-    for length in lengths:
+    for length in config.workload.lengths:
         ids = rows_of(stream, config.workload.batch_size, length)
         batch, _ = pack(ids, None, None, engine.shape)
         engine.mesh["world"].agree("input_ids", batch.digest())

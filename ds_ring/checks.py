@@ -98,9 +98,13 @@ def _check_workload(config: RunConfig, shape: ModelShape) -> None:
             f"batch_size={work.batch_size} leaves some of dp_size={dp} replicas without a sequence; "
             f"raise batch_size to {dp} or lower dp_size"
         )
-    if shape.max_positions is not None and work.max_length > shape.max_positions:
+    longest = work.lengths[-1]
+    if work.lengths[0] < 1:
+        raise ConfigError(f"sweep={work.lengths[0]} must be at least 1")
+    if shape.max_positions is not None and longest > shape.max_positions:
+        name = "max_length" if longest == work.max_length else "sweep"
         raise ConfigError(
-            f"max_length={work.max_length} exceeds the model's max_position_embeddings={shape.max_positions}; "
+            f"{name}={longest} exceeds the model's max_position_embeddings={shape.max_positions}; "
             f"shorten it or extend the model's positions"
         )
 

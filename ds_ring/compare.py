@@ -27,10 +27,9 @@ class Plan:
     """What will be run: layouts by file, all with the same model and workload."""
 
     runs: list[tuple[Path, RunConfig]]
-    lengths: list[int]
 
     @classmethod
-    def make(cls, files: Sequence[str], overrides: dict[str, Any], lengths: list[int] | None) -> Plan:
+    def make(cls, files: Sequence[str], overrides: dict[str, Any]) -> Plan:
         """Load every layout and refuse, before anything runs, those that cannot work or do not compare.
 
         Raises:
@@ -39,19 +38,26 @@ class Plan:
         runs = [(Path(file), RunConfig.load(file, **overrides)) for file in files]
         if not runs:
             raise ConfigError("no layouts to compare")
-        lengths = sorted(lengths or [runs[0][1].workload.max_length])
-        runs = [(file, RunConfig.load(run, max_length=lengths[-1])) for file, run in runs]
         first = runs[0][1]
         for file, run in runs:
             for name in ("model", "workload"):
                 if getattr(run.ring, name) != getattr(first.ring, name) or run.dtype != first.dtype:
                     raise ConfigError(f"{file} differs from {runs[0][0]} in {name} or dtype: they would not compare")
             check_run(run, model_shape(read_config(model_source(run))), run.topology.world_size)
-        return cls(runs, lengths)
+        return cls(runs)
 
     @property
     def first(self) -> RunConfig:
         return self.runs[0][1]
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.first.workload.lengths
+
+    @property
+    def steps(self) -> int:
+        """References and layouts: how often ``run_all`` advances."""
+        return len(self.lengths) + len(self.runs)
 
     @property
     def parity_rows(self) -> int:
@@ -113,7 +119,7 @@ def run_all(
             output = Path(scratch) / f"{label}.json"
             report(f"{label}: start {layout.topology.world_size} ranks")
             arguments = ["--config", str(file), *options, "--output", str(output)]
-            arguments += ["--lengths", *map(str, plan.lengths), "--references", *references]
+            arguments += ["--references", *references]
             launcher.launch(
                 "launch/bench.py", layout.topology.world_size, arguments, log=logs / f"{label}.log", report=report
             )
@@ -142,6 +148,16 @@ def judge(rows: list[dict[str, Any]], baseline: str | None = None) -> list[dict[
             }
         )
     return judged
+
+
+def document(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """``rows``: a row a layout, at the workload's own length; ``sweep``: every length."""
+    own = [row for row in rows if row["length"] == plan.first.workload.max_length]
+    return {"config": plan.first.document(), "rows": own, "sweep": rows}
+
+
+def disagreeing(document: dict[str, Any]) -> list[str]:
+    return [f"{row['layout']} at L = {row['length']}" for row in document["sweep"] if not row["agrees"]]
 
 
 def _tps(rows: list[dict[str, Any]]) -> float | None:

@@ -52,9 +52,15 @@ class WorkloadConfig(_Section):
     batch_size: int = Field(1, ge=1, description="sequences of one pass, over all replicas")
     max_length: int = Field(1024, ge=1, description="tokens a sequence; longer documents are refused by score")
     micro_batch_size: int = Field(1, ge=1, description="sequences a replica runs at a time")
+    sweep: tuple[int, ...] = Field((), description="other lengths that benchmarks run as well")
     text: tuple[str, ...] = Field((), description="text files; none: the language reference that ships with Python")
     warmup: int = Field(1, ge=0, description="untimed passes before the timed ones")
     repeats: int = Field(3, ge=1, description="timed passes")
+
+    @property
+    def lengths(self) -> list[int]:
+        """Every length that a benchmark runs, ascending."""
+        return sorted({self.max_length, *self.sweep})
 
 
 class RingConfig(_Section):

@@ -44,7 +44,7 @@ def launch(
         ConfigError: the script refused (exit code 2), with what it said. DsRingError: it failed.
     """
     command = [_deepspeed(), "--no_local_rank", "--master_port", str(_free_port())]
-    command += ["--hostfile", hostfile] if hostfile else ["--num_gpus", str(ranks)]
+    command += ["--num_gpus", str(ranks)]
     _run([*command, str(ROOT / script), *options], _environment(ranks), log, report)
 
 

@@ -26,13 +26,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
     """A bar per layout and, where several lengths were run, TPS against length beside it."""
     rows, sweep = document["rows"], document.get("sweep", [])
     lengths = sorted({r["length"] for r in sweep})
-    figure, axes = plt.subplots(
-        1,
-        2 if len(lengths) > 1 else 1,
-        figsize=(12 if len(lengths) > 1 else 7, 4.5),
-        squeeze=False,
-        layout="constrained",
-    )
+    panels = 2 if len(lengths) > 1 else 1
+    figure, axes = plt.subplots(1, panels, figsize=(1 + 5.5 * panels, 4.5), squeeze=False, layout="constrained")
     bars = axes[0][0]
     for i, row in enumerate(rows):
         bar = bars.bar(i, row["tps"], color=KIND_COLOURS[kind(row)], label=kind(row))

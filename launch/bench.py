@@ -20,19 +20,16 @@ from ds_ring import cli
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     config = cli.run_config(args)
-    lengths = args.lengths or [config.workload.max_length]
-    config = config.load(config, max_length=max(lengths))
     from ds_ring import bench, results, runtime
 
     cli.say(f"{config.topology.label()}: load {config.ring.model}")
     engine = runtime.from_pretrained(config=config)
-    references = dict(zip(lengths, args.references, strict=True)) if args.references else {}
-    rows = bench.measure(engine, lengths, references, cli.say)
+    references = dict(zip(config.workload.lengths, args.references or (), strict=bool(args.references)))
+    rows = bench.measure(engine, references, cli.say)
     return {**results.provenance(), "config": config.document(), "rows": rows}
 
 
 if __name__ == "__main__":
     parser = cli.run_parser(__doc__)
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="L", help="several lengths in one run [max_length]")
     parser.add_argument("--references", nargs="+", metavar="FILE", help="a file of ds_ring.parity for each length")
     cli.main(work, parser)

@@ -52,10 +52,11 @@ def attend(
 
 def choose_backend(q_BLHD: Tensor, spec: AttentionSpec) -> Backend | None:
     """The back-end for this device, dtype and head size; None is the plain path."""
-    if not q_BLHD.is_cuda or not spec.plain or q_BLHD.dtype == torch.float32:
+    head_dim = q_BLHD.shape[-1]
+    if not q_BLHD.is_cuda or not spec.plain or q_BLHD.dtype == torch.float32 or head_dim % 8:
         return None
-    backend = aten.flash if q_BLHD.shape[-1] <= aten.FLASH_MAX_HEAD_DIM else aten.memory_efficient
-    check_convention(backend, q_BLHD.device, q_BLHD.dtype, q_BLHD.shape[-1])
+    backend = aten.flash if head_dim <= aten.FLASH_MAX_HEAD_DIM else aten.memory_efficient
+    check_convention(backend, q_BLHD.device, q_BLHD.dtype, head_dim)
     return backend
 
 
