@@ -131,8 +131,10 @@ def run_all(
 def judge(rows: list[dict[str, Any]], baseline: str | None = None) -> list[dict[str, Any]]:
     """Add to each row, within its length: ``vs_baseline`` and ``vs_dp`` (ratios of TPS), ``agrees``.
 
-    The baseline is the layout of that name, or the fastest that uses tensor or pipeline parallelism.
+    The baseline is the layout of that name, or the fastest that uses tensor or pipeline parallelism. Where each run
+    timed its own peak, the highest stands for all: a noisy moment must not flatter a layout's MFU.
     """
+    peak = max(row["peak_flops_per_gpu"] for row in rows)
     judged = []
     for row in rows:
         alike = [r for r in rows if r["length"] == row["length"]]
@@ -142,6 +144,8 @@ def judge(rows: list[dict[str, Any]], baseline: str | None = None) -> list[dict[
         judged.append(
             {
                 **row,
+                "mfu": row["mfu"] * row["peak_flops_per_gpu"] / peak,
+                "peak_flops_per_gpu": peak,
                 "vs_baseline": row["tps"] / base if base else None,
                 "vs_dp": row["tps"] / dp if dp else None,
                 "agrees": bool(error is not None and error < TOLERANCE[row["dtype"]]),

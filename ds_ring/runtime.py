@@ -15,7 +15,7 @@ from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
 from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
 from ds_ring.errors import ConfigError
-from ds_ring.hf.anatomy import Anatomy
+from ds_ring.hf.anatomy import Anatomy, own_configs
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.loading import load_model, load_stage
@@ -72,6 +72,7 @@ def init_inference(
 
 def build_engine(model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device) -> Engine:
     """The engine that ``run`` asks for, over an existing mesh; ``model`` is whole."""
+    own_configs(model)
     with float_buffers_kept(model):
         model = model.to(device=device, dtype=torch_dtype(run.dtype)).eval()
     if is_tensor_pipeline(run.topology):

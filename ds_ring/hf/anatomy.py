@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ds_ring.errors import UnsupportedModelError
@@ -72,6 +73,18 @@ class Anatomy:
 class _Bypass(nn.Module):
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
         return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def own_configs(model: PreTrainedModel) -> None:
+    """Give ``model`` its own copy of its config, which an engine changes.
+
+    transformers lets models that were built from one config object share it.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PretrainedConfig):
+                setattr(module, name, copy.deepcopy(value, memo))
 
 
 def head_logits(anatomy: Anatomy, hidden: Tensor) -> Tensor:

@@ -96,6 +96,7 @@ def _attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     context = getattr(module, _ATTRIBUTE, None)
@@ -109,7 +110,7 @@ def _attention(
         asked.append("a mask of its own")
     if dropout:
         asked.append(f"dropout={dropout}")
-    if not getattr(module, "is_causal", True):
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         asked.append("bidirectional attention")
     if value_BKlD.shape[-1] != query_BHlD.shape[-1]:
         asked.append(f"values of {value_BKlD.shape[-1]} elements beside queries of {query_BHlD.shape[-1]}")

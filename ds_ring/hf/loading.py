@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -29,9 +31,9 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below, by name
     )
-    if info["missing_keys"]:
-        raise CheckpointError(f"{path} lacks {_some(sorted(info['missing_keys']))}")
+    _refuse(path, info["missing_keys"], info["mismatched_keys"])
     assert isinstance(model, PreTrainedModel)
     return model.eval()
 
@@ -58,11 +60,18 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     if tied:
         model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if missing or info.mismatched_keys:
-        wrong = sorted(missing) or sorted(str(key[0]) for key in info.mismatched_keys)
-        raise CheckpointError(f"{path} lacks, or has in another shape, {_some(wrong)}")
+    _refuse(path, missing, info.mismatched_keys)
     keep_stage(anatomy, layers)
     return model.to(device).eval()
+
+
+def _refuse(path: str | Path, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    """Raise CheckpointError where there is anything to name; ``mismatched`` are (name, shape on disk, shape needed)."""
+    if mismatched := sorted(mismatched):
+        name, found, needed = mismatched[0]
+        raise CheckpointError(f"{path} has {name} of shape {tuple(found)}, but its config needs {tuple(needed)}")
+    if missing := sorted(missing):
+        raise CheckpointError(f"{path} lacks {_some(missing)}")
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,121 @@
+"""Planning a comparison, judging its rows, and writing them down."""
+
+import json
+
+import pytest
+
+from ds_ring import compare, plots, report, results
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError
+
+
+def row(layout, tps, *, length=1000, error=1e-6, dtype="fp32", peak=1e12, **degrees):
+    sizes = {"dp_size": 1, "pp_size": 1, "tp_size": 1, "ring_degree": 1, "ulysses_degree": 1} | degrees
+    return {
+        "layout": layout, "gpus": 4, **sizes, "batch": 4, "length": length, "dtype": dtype, "device": "a device",
+        "tps": tps, "tpot_ms": 4e3 / tps, "mfu": tps / peak, "peak_flops_per_gpu": peak, "step_ms": 4e6 / tps,
+        "bytes_sent_per_rank": 2**20, "comm_exposed_ms": 1.5, "max_rel_error": error, "rel_error": error / 2,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def rows():
+    return [
+        row("dp4", 1000.0, dp_size=4),
+        row("tp2_pp2", 800.0, tp_size=2, pp_size=2),
+        row("tp4", 700.0, tp_size=4),
+        row("ring4", 960.0, ring_degree=4),
+        row("tp2_pp2", 100.0, length=500, tp_size=2, pp_size=2),
+        row("ring4", 150.0, length=500, ring_degree=4),
+    ]
+
+
+def test_gains_refer_to_the_fastest_baseline_and_to_dp_at_the_same_length(rows):
+    ring, short = (r for r in compare.judge(rows) if r["layout"] == "ring4")
+    assert ring["vs_baseline"] == pytest.approx(1.2)
+    assert ring["vs_dp"] == pytest.approx(0.96)
+    assert short["vs_baseline"] == pytest.approx(1.5)
+    assert short["vs_dp"] is None
+
+
+def test_a_baseline_can_be_named(rows):
+    ring = next(r for r in compare.judge(rows, baseline="tp4") if r["layout"] == "ring4")
+    assert ring["vs_baseline"] == pytest.approx(960 / 700)
+
+
+def test_mfu_of_all_rows_refers_to_one_peak():
+    judged = compare.judge([row("dp4", 1000.0, peak=1e6, dp_size=4), row("ring4", 1000.0, peak=2e6, ring_degree=4)])
+    assert judged[0]["mfu"] == pytest.approx(judged[1]["mfu"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "agrees"),
+    [("fp32", 9e-6, True), ("fp32", 2e-5, False), ("fp16", 9e-3, True), ("fp16", 1.1e-2, False), ("fp32", None, False)],
+)
+def test_a_row_agrees_only_within_its_dtypes_tolerance(dtype, error, agrees):
+    one = row("ring4", 1.0, dtype=dtype, error=error or 0.0, ring_degree=4)
+    if error is None:
+        one |= {"max_rel_error": None, "rel_error": None}
+    assert compare.judge([one])[0]["agrees"] is agrees
+
+
+def test_document_separates_the_table_from_the_sweep(rows):
+    plan = compare.Plan([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
+    document = compare.document(plan, compare.judge(rows))
+    assert [r["layout"] for r in document["rows"]] == ["dp4", "tp2_pp2", "tp4", "ring4"]
+    assert len(document["sweep"]) == len(rows)
+    assert plan.lengths == [500, 1000]
+    rows[-1]["max_rel_error"] = 1.0
+    assert compare.disagreeing(compare.document(plan, compare.judge(rows))) == ["ring4 at L = 500"]
+
+
+def test_every_set_of_layouts_in_the_repository_compares(monkeypatch):
+    for gpus, folder in [(0, "cpu4"), (1, "gpu1"), (2, "gpu2"), (3, "gpu2"), (4, "gpu4"), (8, "gpu8"), (16, "gpu8")]:
+        monkeypatch.setattr(compare.launcher, "gpu_count", lambda n=gpus: n)
+        files = compare.default_layouts()
+        assert files
+        assert all(f"/{folder}/" in f for f in files)
+        plan = compare.Plan.make(files, {})
+        labels = [run.topology.label() for _, run in plan.runs]
+        assert labels == [file.stem for file, _ in plan.runs]
+
+
+def test_layouts_with_different_workloads_are_refused(tmp_path):
+    files = []
+    for name, batch in (("a", 4), ("b", 8)):
+        files.append(str(tmp_path / f"{name}.json"))
+        section = {"model": "checkpoints/small", "parallel": {"ring_degree": 2}, "workload": {"batch_size": batch}}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"dtype": "fp32", "ds_ring": section}))
+    with pytest.raises(ConfigError, match=r"b\.json differs from .*a\.json in workload or dtype"):
+        compare.Plan.make(files, {})
+    assert len(compare.Plan.make(files, {"batch_size": 4}).runs) == 2
+
+
+def test_the_report_shows_every_layout_and_the_command(rows):
+    plan = compare.Plan([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
+    document = results.provenance() | compare.document(plan, compare.judge(rows))
+    text = report.markdown(document)
+    assert "| ring4 | 960 | 4.167 | +20.0 % | -4.0 % |" in text
+    assert "| tp2_pp2 | 100 | 800 |" in text
+    assert document["command"] in text
+    assert report.terminal_table(document["rows"]).row_count == 4
+
+
+def test_the_plot_is_a_picture(rows, tmp_path):
+    plan = compare.Plan([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
+    plots.draw(compare.document(plan, compare.judge(rows)), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_write_leaves_the_previous_result(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    results.write_json(file, {"rows": [1]})
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(results.os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        results.write_json(file, {"rows": [2]})
+    assert results.read_json(file) == {"rows": [1]}
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

@@ -1,0 +1,209 @@
+"""Real processes, started by the deepspeed launcher, talking over gloo."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
+
+from ds_ring.checkpoints import byte_tokenizer
+
+pytestmark = pytest.mark.launch
+
+ROOT = Path(__file__).resolve().parent.parent
+FIVE_DIGITS = 5e-6
+
+
+def run(command: list[str], expect: int = 0) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def deepspeed(ranks: int, script: str | Path, *options: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    launcher = [
+        "deepspeed",
+        "--quiet",
+        "--no_local_rank",
+        "--master_port",
+        str(29600 + ranks),
+        "--num_gpus",
+        str(ranks),
+    ]
+    return run([*launcher, str(script), *map(str, options)], expect)
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> dict:
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def save(directory: Path, config) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Nine query heads, three key/value heads."""
+    config = LlamaConfig(
+        hidden_size=72, num_attention_heads=9, num_key_value_heads=3, head_dim=8, intermediate_size=96,
+        num_hidden_layers=2, vocab_size=300, max_position_embeddings=4096, initializer_range=0.3,
+    )  # fmt: skip
+    return save(tmp_path_factory.mktemp("llama"), config)
+
+
+@pytest.fixture(scope="module")
+def neox(tmp_path_factory):
+    config = GPTNeoXConfig(
+        hidden_size=64, num_attention_heads=8, intermediate_size=128, num_hidden_layers=4, vocab_size=300,
+        use_parallel_residual=False, hidden_act="gelu_pytorch_tanh", max_position_embeddings=4096,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return save(tmp_path_factory.mktemp("neox"), config)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    """Three documents of unequal, odd lengths."""
+    folder = tmp_path_factory.mktemp("documents")
+    text = (ROOT / "ds_ring" / "layout.py").read_text()
+    files = []
+    for i, (start, stop) in enumerate([(0, 1001), (1500, 1563), (500, 1240)]):
+        files.append(folder / f"{i}.txt")
+        files[-1].write_text(text[start:stop])
+    return files
+
+
+@pytest.fixture(scope="module")
+def unsharded_perplexity(llama, documents):
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    found = []
+    for file in documents:
+        ids = tokenizer(file.read_text(), return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logits = model(ids).logits[0, :-1].double()
+        found.append(math.exp(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(3, ["--ring-degree", 3]), (3, ["--ulysses-degree", 3]), (2, ["--dp-size", 2]), (2, ["--pp-size", 2])],
+    ids=["ring3", "ulysses3", "dp2", "pp2"],
+)
+def test_score_gives_the_unsharded_perplexity_of_every_document(ranks, layout, llama, documents, unsharded_perplexity):
+    done = deepspeed(ranks, "launch/score.py", "--model", llama, "--dtype", "fp32", *layout, "--text", *documents)
+    result = last_line(done)["documents"]
+    assert [d["file"] for d in result] == [str(f) for f in documents]
+    assert [d["tokens"] for d in result] == [1001, 63, 740]
+    for document, want in zip(result, unsharded_perplexity, strict=True):
+        assert document["perplexity"] == pytest.approx(want, rel=FIVE_DIGITS)
+        assert document["nll"] == pytest.approx(math.log(want), rel=FIVE_DIGITS)
+
+
+def test_score_without_a_launcher_is_a_world_of_one(llama, documents, unsharded_perplexity):
+    done = run(
+        [sys.executable, "launch/score.py", "--model", str(llama), "--dtype", "fp32", "--text", str(documents[0])]
+    )
+    assert last_line(done)["documents"][0]["perplexity"] == pytest.approx(unsharded_perplexity[0], rel=FIVE_DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("label", "layout"),
+    [
+        ("tp2_pp2", ["--tp-size", 2, "--pp-size", 2]),
+        ("ulysses2_ring2", ["--ulysses-degree", 2, "--ring-degree", 2, "--ring-variant", "pass_kv"]),
+    ],
+)
+def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox, tmp_path):
+    reference, output = tmp_path / "reference.safetensors", tmp_path / "bench.json"
+    run(
+        [
+            sys.executable, "-m", "ds_ring.parity", "--model", str(neox), "--dtype", "fp32",
+            "--rows", "2", "--length", "1001", "--output", str(reference),
+        ]  # fmt: skip
+    )
+    workload = ["--batch-size", 4, "--max-length", 1001, "--repeats", 2, "--references", reference]
+    done = deepspeed(4, "launch/bench.py", "--model", neox, "--dtype", "fp32", *layout, *workload, "--output", output)
+    document = last_line(done)
+    assert document == json.loads(output.read_text())
+    (row,) = document["rows"]
+    assert row["layout"] == label
+    assert (row["gpus"], row["batch"], row["length"], row["dtype"]) == (4, 4, 1001, "fp32")
+    assert row["max_rel_error"] < 1e-5
+    assert row["bytes_sent_per_rank"] == row["bytes_formula"] > 0
+    assert row["tpot_ms"] == pytest.approx(1e3 * row["batch"] / row["tps"])
+    assert row["tps"] == pytest.approx(4 * 1001 / (row["step_ms"] / 1e3))
+    assert 0 < row["mfu"] < 1
+
+
+def test_the_python_interface_inside_a_launched_script(neox, tmp_path):
+    config = tmp_path / "run.json"
+    config.write_text(
+        json.dumps({"dtype": "fp32", "ds_ring": {"parallel": {"ring_degree": 2}, "workload": {"max_length": 101}}})
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, ds_ring\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "path, config = sys.argv[1:]\n"
+        "ids = torch.arange(101)[None] % 300\n"
+        "whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()\n"
+        "with torch.inference_mode():\n"
+        "    want = whole(ids).logits\n"
+        "for model in (ds_ring.from_pretrained(path, config=config), ds_ring.init_inference(whole, config=config)):\n"
+        "    got = model(ids).logits\n"
+        "    assert got.shape == want.shape\n"
+        "    assert (got - want).norm() < 1e-5 * want.norm()\n"
+        "    last = model(ids, logits_to_keep=1).logits\n"
+        "    assert torch.equal(last, got[:, -1:]) or (last - got[:, -1:]).norm() < 1e-5 * last.norm()\n"
+        "from deepspeed import comm\n"
+        "comm.barrier()\n"
+        "comm.destroy_process_group()\n"
+        "print('agrees', flush=True)\n"
+    )
+    done = deepspeed(2, script, neox, config)
+    assert done.stdout.count("agrees") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ulysses-degree", 3], "num_heads=8 is not divisible by ulysses_degree=3; try 2, 4 or 8"),
+        (["--ring-degree", 2], "ring_degree=2 x ulysses_degree=1 x tp_size=1 = 2 ranks, but 3 were launched"),
+        (["--tp-size", 3], "num_heads=8 is not divisible by tp_size=3"),
+        (
+            ["--ring-degree", 3, "--max-length", 5000],
+            "max_length=5000 exceeds the model's max_position_embeddings=4096",
+        ),
+    ],
+    ids=["heads", "world", "tensor", "length"],
+)
+def test_bad_configurations_are_refused_in_one_line_with_exit_code_2(options, message, neox):
+    started = time.monotonic()
+    done = deepspeed(3, "launch/bench.py", "--model", neox, "--dtype", "fp32", *options, expect=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "{" not in done.stdout
+    assert time.monotonic() - started < 60
+
+
+def test_documents_that_do_not_fit_are_refused(llama, documents, tmp_path):
+    scored = [sys.executable, "launch/score.py", "--model", str(llama), "--dtype", "fp32"]
+    done = run([*scored, "--max-length", "500", "--text", str(documents[0])], expect=2)
+    assert "has 1001 tokens, more than max_length=500; raise --max-length" in done.stderr
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    assert "is empty" in run([*scored, "--text", str(empty)], expect=2).stderr
+    assert "cannot read" in run([*scored, "--text", str(tmp_path / "none.txt")], expect=2).stderr
