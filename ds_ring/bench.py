@@ -61,7 +61,7 @@ def measure(engine: Engine, references: dict[int, str], report: Report) -> list[
     for length in config.workload.lengths:
         ids = rows_of(stream, config.workload.batch_size, length)
         batch, _ = pack(ids, None, None, engine.shape)
-        engine.mesh["world"].agree("input_ids", batch.digest())
+        engine.mesh["world"].agree(input_ids=batch.digest())
         work = Work(engine.shape, linear, config.workload.batch_size, length)
         found = _measure_length(engine, batch, references.get(length), report)
         rows.append(_row(engine, work, found, peak, peak_source))

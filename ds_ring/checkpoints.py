@@ -13,7 +13,8 @@ from ds_ring.errors import ConfigError
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.shape import read_config
 
-BYTES = 256
+END_OF_TEXT = "<|endoftext|>"
+VOCABULARY = 256 + 1  # bytes, and the end of text, which also pads
 
 
 def make_checkpoint(config_file: str | Path, directory: str | Path, *, seed: int, dtype: str, device: str) -> int:
@@ -22,8 +23,9 @@ def make_checkpoint(config_file: str | Path, directory: str | Path, *, seed: int
     The same seed gives the same weights on the same kind of device.
     """
     config = read_config(config_file)
-    if config.get_text_config().vocab_size < BYTES:
-        raise ConfigError(f"vocab_size={config.vocab_size} is too small for bytes; it must be at least {BYTES}")
+    vocab_size = config.get_text_config().vocab_size
+    if vocab_size < VOCABULARY:
+        raise ConfigError(f"vocab_size={vocab_size} is too small for bytes; it must be at least {VOCABULARY}")
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
@@ -38,4 +40,4 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)

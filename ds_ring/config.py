@@ -132,10 +132,20 @@ class RunConfig(_Section):
         p = self.parallel
         return Topology(dp=p.dp_size, pp=p.pp_size, ring=p.ring_degree, ulysses=p.ulysses_degree, tp=self.tp_size)
 
+    def facts(self) -> dict[str, Any]:
+        """Every setting by its dotted path."""
+        return _flatten(self.document(), "")
+
     def document(self) -> dict[str, Any]:
         """The configuration in the file's own form, every default filled in."""
         document = json.loads(json.dumps(self.deepspeed, default=str))
         return {"dtype": self.dtype, **document, "ds_ring": self.ring.model_dump(mode="json")}
+
+
+def _flatten(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for name, inner in value.items() for k, v in _flatten(inner, f"{path}.{name}".lstrip(".")).items()}
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -21,8 +21,13 @@ def provenance() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git": _git_revision(),
-        "versions": {"python": sys.version.split()[0], **{p: v for p in PACKAGES if (v := _version(p))}},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide what a run computes."""
+    return {"python": sys.version.split()[0], **{p: v for p in PACKAGES if (v := _version(p))}}
 
 
 def write_atomically(path: str | Path, text: str) -> None:

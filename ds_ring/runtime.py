@@ -21,8 +21,10 @@ from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.loading import load_model, load_stage
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.hf.stage import keep_stage
+from ds_ring.results import versions
 from ds_ring.topology import Topology
 from ds_ring.transport.mesh import Mesh
+from ds_ring.transport.process_group import ProcessGroupTransport
 
 
 def from_pretrained(
@@ -104,10 +106,11 @@ def connect(run: RunConfig) -> Mesh:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
-    mesh = Mesh.from_process_groups(run.topology)
-    mesh["world"].agree("the configuration", run.model_dump_json())
-    mesh["world"].agree("versions", f"torch {torch.__version__}")
-    return mesh
+    # Before any group is made: ranks that were told different degrees would wait for different peers.
+    world = range(deepspeed.comm.get_world_size())
+    everyone = ProcessGroupTransport(deepspeed.comm.get_world_group(), world, deepspeed.comm.get_rank())
+    everyone.agree(**run.facts(), **{f"the version of {name}": value for name, value in versions().items()})
+    return Mesh.from_process_groups(run.topology)
 
 
 def world_size() -> int:

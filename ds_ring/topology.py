@@ -10,10 +10,10 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-Axis = Literal["dp", "pp", "ring", "ulysses", "tp", "sp", "replica", "world"]
+Axis = Literal["dp", "pp", "ring", "ulysses", "tp", "sp", "world"]
 
 AXES = ("dp", "pp", "ring", "ulysses", "tp")
-COMBINED: dict[str, tuple[str, ...]] = {"sp": ("ring", "ulysses"), "replica": AXES[1:], "world": AXES}
+COMBINED: dict[str, tuple[str, ...]] = {"sp": ("ring", "ulysses"), "world": AXES}
 
 
 @dataclass(frozen=True)

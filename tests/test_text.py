@@ -37,7 +37,7 @@ def test_a_checkpoint_loads_by_from_pretrained_and_is_seeded(small, tmp_path):
 
 def test_a_vocabulary_too_small_for_bytes_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt_neox", "vocab_size": 100}')
-    with pytest.raises(ConfigError, match="vocab_size=100 is too small for bytes; it must be at least 256"):
+    with pytest.raises(ConfigError, match="vocab_size=100 is too small for bytes; it must be at least 257"):
         make_checkpoint(tmp_path, tmp_path / "out", seed=0, dtype="fp32", device="cpu")
 
 

@@ -164,9 +164,9 @@ class Engine(ABC):
             batch, columns_BL = pack(input_ids.cpu(), attention_mask, position_ids, self.shape)
         except InputError as error:
             # Where only some ranks refuse, the others must hear of it rather than wait for them.
-            self.mesh["world"].agree("input_ids", f"unusable ones: {error}")
+            self.mesh["world"].agree(input_ids=f"unusable ones: {error}")
             raise
-        self.mesh["world"].agree("input_ids", batch.digest())
+        self.mesh["world"].agree(input_ids=batch.digest())
         return batch, columns_BL
 
     def own_rows(self, batch: Batch) -> range:

@@ -102,12 +102,16 @@ class Transport(ABC):
         """Every rank's ``tensor``, stacked: ``[size, ...]``. For results; not counted, since no layer uses it."""
         return self._all_gather(tensor.contiguous())
 
-    def agree(self, name: str, value: str) -> None:
-        """Raise the same TransportError on every rank unless all of them hold the same ``value``."""
-        values = self.all_gather_objects(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise TransportError(f"ranks disagree on {name}: rank 0 has {values[0]}, rank {rank} has {other}")
+    def agree(self, **facts: object) -> None:
+        """Raise the same TransportError on every rank unless all hold the same facts; it names the fact and a rank."""
+        everyone = self.all_gather_objects({name: str(value) for name, value in facts.items()})
+        first = everyone[0]
+        for rank, other in enumerate(everyone):
+            for name in first.keys() | other.keys():
+                if first.get(name) != other.get(name):
+                    raise TransportError(
+                        f"ranks disagree on {name}: rank 0 has {first.get(name)}, rank {rank} has {other.get(name)}"
+                    )
 
     @abstractmethod
     def all_gather_objects(self, value: T) -> list[T]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from ds_ring.topology import Axis, Topology
 from ds_ring.transport.base import Traffic, Transport
@@ -56,11 +56,16 @@ class Mesh:
         from ds_ring.transport.process_group import ProcessGroupTransport
 
         rank = dist.get_rank()
+        # Axes that join the same ranks share a group: each costs GPU memory once it has been used.
+        groups: dict[tuple[int, ...], Any] = {tuple(range(topology.world_size)): dist.get_world_group()}
 
         def connect(axis: Axis, ranks: tuple[int, ...]) -> Transport | None:
-            group = dist.get_world_group() if axis == "world" else dist.new_group(list(ranks))
-            return ProcessGroupTransport(group, ranks, ranks.index(rank)) if rank in ranks else None
+            if ranks not in groups:
+                groups[ranks] = dist.new_group(list(ranks))
+            return ProcessGroupTransport(groups[ranks], ranks, ranks.index(rank)) if rank in ranks else None
 
         mesh = cls.build(topology, rank, connect)
-        mesh["world"].barrier()
+        for axis in get_args(Axis):
+            # NCCL sets a group up at its first call, and hangs if that is a message between only some of its ranks.
+            mesh[axis].barrier()
         return mesh
