@@ -1,0 +1,435 @@
+"""Configurations that load, and the exact words with which the others are refused."""
+
+import json
+import re
+from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ds_ring.checks import ModelShape, check_run, stage_layers, valid_degrees
+from ds_ring.config import ParallelConfig, RunConfig, WorkloadConfig
+from ds_ring.errors import ConfigError, UnsupportedModelError, UserError
+from ds_ring.topology import Topology
+
+SHIPPED = Path(__file__).parent.parent / "ds_configs"
+CONFIGS = sorted(file for file in SHIPPED.rglob("*.json") if file.parent.name != "models")
+FOR_ONE_HOST = [file for file in CONFIGS if file.parent != SHIPPED]
+
+DOCUMENT = {
+    "dtype": "bf16",
+    "tensor_parallel": {"tp_size": 2},
+    "replace_with_kernel_inject": False,
+    "ds_ring": {
+        "model": "checkpoints/paper",
+        "parallel": {"pp_size": 2, "ring_impl": "contiguous"},
+        "workload": {"max_length": 10000, "text": ["a.txt", "b.txt"], "sweep": [2048, 512]},
+        "transport": "process_group",
+    },
+}
+
+
+def refused(text: str) -> Any:
+    """Expect a ConfigError of exactly this text."""
+    return pytest.raises(ConfigError, match=f"^{re.escape(text)}$")
+
+
+class TestLoading:
+    def test_nothing_gives_the_defaults(self):
+        config = RunConfig.load(None)
+        assert config == RunConfig.load({}) == RunConfig()
+        assert config.parallel == ParallelConfig()
+        assert config.workload == WorkloadConfig()
+        assert config.topology == Topology()
+        assert (config.dtype, config.tp_size, config.ring.model, config.ring.transport) == ("fp16", 1, None, "auto")
+
+    def test_documented_defaults(self):
+        assert RunConfig.load(None).document() == {
+            "dtype": "fp16",
+            "ds_ring": {
+                "model": None,
+                "parallel": {
+                    "dp_size": 1, "pp_size": 1, "ring_degree": 1, "ulysses_degree": 1,
+                    "ring_impl": "zigzag", "ring_variant": "auto", "gather_limit_mib": 2048,
+                },
+                "workload": {
+                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "text": [],
+                    "warmup": 1, "repeats": 3,
+                },
+                "transport": "auto",
+            },
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("as_path", [str, Path])
+    def test_a_file_and_a_dict_of_its_content_are_the_same(self, tmp_path, as_path):
+        file = tmp_path / "run.json"
+        file.write_text(json.dumps(DOCUMENT))
+        assert RunConfig.load(as_path(file)) == RunConfig.load(DOCUMENT)
+
+    def test_sections_reach_their_places(self):
+        config = RunConfig.load(DOCUMENT)
+        assert config.topology == Topology(pp=2, tp=2)
+        assert config.parallel.ring_impl == "contiguous"
+        assert config.workload.max_length == 10000
+        assert config.workload.text == ("a.txt", "b.txt")
+        assert config.ring.model == "checkpoints/paper"
+        assert config.ring.transport == "process_group"
+
+    def test_lengths_are_the_sweep_and_the_longest_ascending_and_once_each(self):
+        assert RunConfig.load(DOCUMENT).workload.lengths == [512, 2048, 10000]
+        assert WorkloadConfig(max_length=8, sweep=(8, 16, 8)).lengths == [8, 16]
+        assert WorkloadConfig(max_length=8).lengths == [8]
+
+    def test_deepspeeds_keys_are_handed_on_untouched(self):
+        config = RunConfig.load(DOCUMENT)
+        assert config.deepspeed == {key: value for key, value in DOCUMENT.items() if key != "ds_ring"}
+
+    def test_loading_leaves_the_callers_dict_alone(self):
+        before = json.loads(json.dumps(DOCUMENT))
+        RunConfig.load(DOCUMENT, tp_size=4, ring_degree=2, max_length=5, dtype="fp32")
+        assert before == DOCUMENT
+
+    @pytest.mark.parametrize("source", [None, DOCUMENT])
+    def test_document_loads_to_the_same_configuration(self, source):
+        config = RunConfig.load(source)
+        assert RunConfig.load(config.document()).document() == config.document()
+        assert RunConfig.load(json.loads(json.dumps(config.document()))).ring == config.ring
+        assert RunConfig.load(config).document() == config.document()
+
+    def test_every_configuration_is_frozen(self):
+        config = RunConfig.load(DOCUMENT)
+        for section, field in ((config, "ring"), (config.parallel, "pp_size"), (config.workload, "max_length")):
+            with pytest.raises(ValidationError, match="frozen"):
+                setattr(section, field, 1)
+
+
+class TestOverrides:
+    @pytest.mark.parametrize(
+        ("name", "value", "place"),
+        [
+            ("pp_size", 4, "parallel.pp_size"),
+            ("ring_degree", 8, "parallel.ring_degree"),
+            ("ring_impl", "zigzag", "parallel.ring_impl"),
+            ("max_length", 7, "workload.max_length"),
+            ("tp_size", 4, "tp_size"),
+            ("dtype", "fp32", "dtype"),
+            ("model", "elsewhere", "ring.model"),
+            ("transport", "auto", "ring.transport"),
+        ],
+    )
+    def test_an_override_replaces_the_files_value_and_nothing_else(self, name, value, place):
+        where = attrgetter(place)
+        config = RunConfig.load(DOCUMENT, **{name: value})
+        assert where(config) == value
+        assert where(RunConfig.load(DOCUMENT)) != value
+        assert where(RunConfig.load(RunConfig.load(DOCUMENT), **{name: value})) == value
+        others = [line for line in _lines(config) if line not in _lines(RunConfig.load(DOCUMENT))]
+        assert len(others) == 1
+
+    def test_none_means_as_in_the_file(self):
+        assert RunConfig.load(DOCUMENT, pp_size=None, tp_size=None, dtype=None) == RunConfig.load(DOCUMENT)
+
+    def test_tp_size_belongs_to_deepspeeds_part_and_keeps_its_neighbours(self):
+        config = RunConfig.load({"tensor_parallel": {"enabled": True}}, tp_size=8)
+        assert config.deepspeed == {"tensor_parallel": {"enabled": True, "tp_size": 8}}
+        assert config.topology == Topology(tp=8)
+        assert config.document()["tensor_parallel"]["tp_size"] == 8
+
+    def test_an_unknown_override_is_refused(self):
+        with refused("there is no option ring_size"):
+            RunConfig.load(None, ring_size=2)
+
+    def test_an_override_is_checked_like_the_files_values(self):
+        with refused("ds_ring.parallel.ring_degree=0: Input should be greater than or equal to 1"):
+            RunConfig.load(None, ring_degree=0)
+
+
+def _lines(config: RunConfig) -> list[str]:
+    return json.dumps(config.document(), indent=1).replace(",\n", "\n").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ("fp32", "fp32"), ("float32", "fp32"), ("float", "fp32"), ("torch.float32", "fp32"),
+        ("fp16", "fp16"), ("half", "fp16"), ("float16", "fp16"), ("torch.float16", "fp16"),
+        ("bf16", "bf16"), ("bfloat16", "bf16"), ("torch.bfloat16", "bf16"),
+    ],
+)  # fmt: skip
+def test_deepspeeds_dtype_names(given, dtype):
+    assert RunConfig.load({"dtype": given}).dtype == dtype
+
+
+class TestRefusedFiles:
+    def test_missing(self, tmp_path):
+        with refused(f"cannot read the configuration {tmp_path}/no.json: No such file or directory"):
+            RunConfig.load(tmp_path / "no.json")
+
+    def test_a_directory(self, tmp_path):
+        with refused(f"cannot read the configuration {tmp_path}: Is a directory"):
+            RunConfig.load(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (b'{"dtype": }', "is not JSON: Expecting value at line 1, column 11"),
+            (b"{\n  'dtype': 1}", "is not JSON: Expecting property name enclosed in double quotes at line 2, column 3"),
+            (b"", "is not JSON: Expecting value at line 1, column 1"),
+            (b"\xff\xfe", "is not JSON: it is not UTF-8 text"),
+            (b"[]", "must hold a JSON object, not a list"),
+        ],
+    )
+    def test_not_a_json_object(self, tmp_path, content, reason):
+        file = tmp_path / "run.json"
+        file.write_bytes(content)
+        with refused(f"{file} {reason}"):
+            RunConfig.load(file)
+
+    def test_the_file_is_named_beside_a_wrong_key(self, tmp_path):
+        file = tmp_path / "run.json"
+        file.write_text('{"ds_ring": {"parallel": {"tp_size": 2}}}')
+        with refused(
+            f"ds_ring.parallel.tp_size is not a known key in {file}; known here: dp_size, gather_limit_mib, pp_size, "
+            "ring_degree, ring_impl, ring_variant, ulysses_degree"
+        ):
+            RunConfig.load(file)
+
+
+@pytest.mark.parametrize(
+    ("document", "text"),
+    [
+        ({"ds_ring": {"paralel": {}}},
+         "ds_ring.paralel is not a known key; known here: model, parallel, transport, workload"),
+        ({"ds_ring": {"workload": {"length": 5}}},
+         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, repeats, "
+         "sweep, text, warmup"),
+        ({"ds_ring": {"parallel": {"pp_size": "many"}}},
+         "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
+        ({"ds_ring": {"parallel": {"pp_size": 1.5}}},
+         "ds_ring.parallel.pp_size=1.5: Input should be a valid integer, got a number with a fractional part"),
+        ({"ds_ring": {"parallel": {"pp_size": None}}},
+         "ds_ring.parallel.pp_size=None: Input should be a valid integer"),
+        ({"ds_ring": {"parallel": 3}},
+         "ds_ring.parallel=3: Input should be a valid dictionary or instance of ParallelConfig"),
+        ({"ds_ring": {"workload": {"text": 3}}}, "ds_ring.workload.text=3: Input should be a valid tuple"),
+        ({"ds_ring": {"parallel": {"ulysses_degree": 0}}},
+         "ds_ring.parallel.ulysses_degree=0: Input should be greater than or equal to 1"),
+        ({"ds_ring": {"workload": {"warmup": -1}}},
+         "ds_ring.workload.warmup=-1: Input should be greater than or equal to 0"),
+        ({"ds_ring": {"workload": {"max_length": 0}}},
+         "ds_ring.workload.max_length=0: Input should be greater than or equal to 1"),
+        ({"ds_ring": {"parallel": {"ring_impl": "striped"}}},
+         "ds_ring.parallel.ring_impl='striped': Input should be 'zigzag' or 'contiguous'"),
+        ({"ds_ring": {"parallel": {"ring_variant": "pass_q"}}},
+         "ds_ring.parallel.ring_variant='pass_q': Input should be 'auto', 'pass_kv' or 'gather_kv'"),
+        ({"ds_ring": {"transport": "mpi"}}, "ds_ring.transport='mpi': Input should be 'auto' or 'process_group'"),
+        ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},
+         "ds_ring.workload.repeats=0: Input should be greater than or equal to 1; "
+         "ds_ring.modle is not a known key; known here: model, parallel, transport, workload"),
+        ({"ds_ring": 3}, "ds_ring must be a JSON object, not 3"),
+        ({"ds_ring": None}, "ds_ring must be a JSON object, not None"),
+        ({"tensor_parallel": 2}, "tensor_parallel must be a JSON object, not 2"),
+        ({"tensor_parallel": {"tp_size": 0}}, "tensor_parallel.tp_size=0 must be a whole number of at least 1"),
+        ({"tensor_parallel": {"tp_size": "2"}}, "tensor_parallel.tp_size='2' must be a whole number of at least 1"),
+        ({"tensor_parallel": {"tp_size": True}}, "tensor_parallel.tp_size=True must be a whole number of at least 1"),
+        ({"dtype": "int8"}, 'dtype="int8" is not supported; take one of fp32, fp16, bf16'),
+    ],
+)  # fmt: skip
+def test_refused_documents(document, text):
+    with refused(text):
+        RunConfig.load(document)
+
+
+@pytest.mark.parametrize(
+    ("document", "override", "text"),
+    [
+        ({"ds_ring": {"parallel": 3}}, {"pp_size": 2}, "ds_ring.parallel must be a JSON object, not 3"),
+        ({"ds_ring": {"workload": []}}, {"repeats": 2}, "ds_ring.workload must be a JSON object, not []"),
+        ({"tensor_parallel": 2}, {"tp_size": 2}, "tensor_parallel must be a JSON object, not 2"),
+    ],
+)
+def test_an_override_does_not_hide_a_section_of_the_wrong_type(document, override, text):
+    with refused(text):
+        RunConfig.load(document, **override)
+
+
+SHAPE = ModelShape(
+    model_type="llama", num_layers=4, hidden_size=512, num_heads=28, num_kv_heads=4, head_dim=64,
+    intermediate_size=1024, vocab_size=1000, max_positions=4096,
+)  # fmt: skip
+
+
+def check(shape: ModelShape = SHAPE, *, world_size: int | None = None, **options: Any) -> None:
+    config = RunConfig.load(None, **options)
+    check_run(config, shape, config.topology.world_size if world_size is None else world_size)
+
+
+class TestChecks:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"tp_size": 4, "pp_size": 4},
+            {"ulysses_degree": 14, "ring_degree": 3},
+            {"dp_size": 2, "ring_degree": 2, "batch_size": 3},
+            {"pp_size": 3},
+            {"max_length": 4096},
+        ],
+        ids=str,
+    )
+    def test_runs_that_fit_pass(self, options):
+        config = RunConfig.load(None, **options)
+        assert check_run(config, SHAPE, config.topology.world_size) is None
+
+    @pytest.mark.parametrize(
+        ("num_heads", "degree", "text"),
+        [
+            (28, 8, "num_heads=28 is not divisible by ulysses_degree=8; try 2, 4, 7, 14 or 28"),
+            (9, 2, "num_heads=9 is not divisible by ulysses_degree=2; try 3 or 9"),
+            (7, 2, "num_heads=7 is not divisible by ulysses_degree=2; try 7"),
+            (1, 2, "num_heads=1 is not divisible by ulysses_degree=2; use ring_degree instead"),
+        ],
+    )
+    def test_heads_that_do_not_divide_over_ulysses_ranks(self, num_heads, degree, text):
+        with refused(text):
+            check(replace(SHAPE, num_heads=num_heads, num_kv_heads=1), ulysses_degree=degree)
+
+    def test_fewer_kv_heads_than_ulysses_ranks_are_fine(self):
+        check(replace(SHAPE, num_kv_heads=1), ulysses_degree=28)
+        with pytest.raises(ConfigError):
+            check(replace(SHAPE, num_kv_heads=1), tp_size=28)
+
+    @pytest.mark.parametrize(
+        ("change", "tp_size", "text"),
+        [
+            ({"num_heads": 30, "num_kv_heads": 6}, 4, "num_heads=30 is not divisible by tp_size=4; try 2"),
+            ({}, 7, "num_kv_heads=4 is not divisible by tp_size=7; try 2 or 4"),
+            ({"num_kv_heads": 1}, 2, "num_kv_heads=1 is not divisible by tp_size=2; use pp_size instead"),
+            ({"intermediate_size": 1026}, 4, "intermediate_size=1026 is not divisible by tp_size=4; try 2"),
+            ({"hidden_size": 510}, 4, "hidden_size=510 is not divisible by tp_size=4; try 2"),
+        ],
+    )
+    def test_what_tensor_parallel_cannot_cut(self, change, tp_size, text):
+        with refused(text):
+            check(replace(SHAPE, **change), tp_size=tp_size)
+
+    def test_more_stages_than_layers(self):
+        with refused("pp_size=5 is more than the model's 4 layers; the most is that many"):
+            check(pp_size=5)
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            (
+                {"ring_degree": 2, "tp_size": 2},
+                "ring_degree=2 x ulysses_degree=1 cannot be combined with tp_size=2 x pp_size=1: a replica is either "
+                "sequence parallel or tensor x pipeline parallel; set one pair to 1",
+            ),
+            (
+                {"ulysses_degree": 4, "pp_size": 2},
+                "ring_degree=1 x ulysses_degree=4 cannot be combined with tp_size=1 x pp_size=2: a replica is either "
+                "sequence parallel or tensor x pipeline parallel; set one pair to 1",
+            ),
+        ],
+    )
+    def test_sequence_parallel_with_tensor_or_pipeline_parallel(self, options, text):
+        with refused(text):
+            check(**options)
+
+    @pytest.mark.parametrize("world_size", [1, 8, 32])
+    def test_degrees_that_do_not_multiply_to_the_world(self, world_size):
+        with refused(
+            "dp_size=2 x pp_size=1 x ring_degree=4 x ulysses_degree=2 x tp_size=1 = 16 ranks, but "
+            f"{world_size} were launched; launch with --num_gpus 16 or change the degrees"
+        ):
+            check(dp_size=2, ring_degree=4, ulysses_degree=2, batch_size=2, world_size=world_size)
+
+    def test_a_batch_smaller_than_the_replicas(self):
+        with refused(
+            "batch_size=3 leaves some of dp_size=4 replicas without a sequence; raise batch_size to 4 or lower dp_size"
+        ):
+            check(dp_size=4, batch_size=3)
+
+    def test_a_sequence_longer_than_the_models_positions(self):
+        with refused(
+            "max_length=4097 exceeds the model's max_position_embeddings=4096; shorten it or extend the model's "
+            "positions"
+        ):
+            check(max_length=4097)
+        check(replace(SHAPE, max_positions=None), max_length=1 << 20)
+
+    @pytest.mark.parametrize(
+        ("sweep", "text"),
+        [
+            ([5000, 100], "sweep=5000 exceeds the model's max_position_embeddings=4096; shorten it or extend the "
+                          "model's positions"),
+            ([100, 0], "sweep=0 must be at least 1"),
+            ([-3], "sweep=-3 must be at least 1"),
+        ],
+    )  # fmt: skip
+    def test_a_length_of_the_sweep_that_cannot_run(self, sweep, text):
+        with refused(text):
+            check(sweep=sweep)
+
+    def test_layers_that_cannot_be_sharded(self):
+        shape = replace(SHAPE, layer_types=("full_attention", "linear_attention", "chunked_attention"))
+        text = (
+            "llama has layers of type chunked_attention, linear_attention; "
+            "only full_attention, sliding_attention can be sharded"
+        )
+        with pytest.raises(UnsupportedModelError, match=f"^{re.escape(text)}$"):
+            check(shape)
+        check(replace(SHAPE, layer_types=("full_attention", "sliding_attention")))
+
+    def test_every_refusal_is_the_users_to_put_right(self):
+        assert issubclass(ConfigError, UserError)
+        assert issubclass(UnsupportedModelError, UserError)
+
+
+def test_valid_degrees_divide_every_count_and_leave_out_one():
+    assert valid_degrees(28) == [2, 4, 7, 14, 28]
+    assert valid_degrees(16, 8, 12) == [2, 4]
+    assert valid_degrees(5, 3) == []
+    assert valid_degrees(128, limit=16) == [2, 4, 8, 16]
+
+
+class TestStageLayers:
+    @pytest.mark.parametrize(
+        ("num_layers", "pp_size", "counts"),
+        [(4, 1, [4]), (4, 2, [2, 2]), (7, 2, [4, 3]), (7, 3, [3, 2, 2]), (5, 4, [2, 1, 1, 1]), (4, 4, [1] * 4)],
+    )
+    def test_earlier_stages_take_one_more(self, num_layers, pp_size, counts):
+        assert [len(stage_layers(num_layers, pp_size, s)) for s in range(pp_size)] == counts
+
+    @pytest.mark.parametrize("pp_size", range(1, 13))
+    @pytest.mark.parametrize("num_layers", [12, 13, 23])
+    def test_stages_hold_every_layer_once_in_order(self, num_layers, pp_size):
+        stages = [stage_layers(num_layers, pp_size, s) for s in range(pp_size)]
+        assert [layer for stage in stages for layer in stage] == list(range(num_layers))
+        assert all(stages)
+
+
+def name(file: Path) -> str:
+    return file.relative_to(SHIPPED).with_suffix("").as_posix()
+
+
+def test_configurations_are_shipped():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=name)
+def test_every_shipped_configuration_loads_and_documents_itself(file):
+    config = RunConfig.load(file)
+    assert RunConfig.load(config.document()).document() == config.document()
+    model = replace(SHAPE, num_heads=16, num_kv_heads=16, max_positions=None)
+    assert check_run(config, model, config.topology.world_size) is None
+
+
+@pytest.mark.parametrize("file", FOR_ONE_HOST, ids=name)
+def test_a_configuration_for_one_host_is_named_after_its_layout_and_number_of_ranks(file):
+    topology = RunConfig.load(file).topology
+    assert file.stem == topology.label()
+    assert re.fullmatch(rf"[a-z]+{topology.world_size}", file.parent.name)

@@ -1,0 +1,386 @@
+"""What the attention algorithms rely on when they move bytes, and how a world of threads shows a misuse."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_ring.errors import DsRingError, TransportError, UserError
+from ds_ring.layout import SequenceLayout
+from ds_ring.topology import AXES, Topology
+from ds_ring.transport.base import Done, Transport
+from ds_ring.transport.mesh import Mesh
+from ds_ring.transport.solo import SoloTransport
+from ds_ring.transport.threaded import ThreadedWorld
+from tests.worlds import Problem, in_group, in_mesh, mesh_of, run_attention
+
+SHORT_S = 0.5
+
+
+def error_of(work) -> str:
+    """The text of the TransportError that ``work()`` raises."""
+    with pytest.raises(TransportError) as caught:
+        work()
+    return str(caught.value)
+
+
+def to_next(transport: Transport, tensor: Tensor, received: Tensor):
+    """Start an exchange round the ring."""
+    before, after = (transport.rank - 1) % transport.size, (transport.rank + 1) % transport.size
+    return transport.exchange([(after, tensor)], [(before, received)])
+
+
+class TestExchange:
+    @pytest.mark.parametrize("size", [2, 3, 5])
+    def test_round_a_ring(self, size):
+        def work(transport):
+            received = torch.empty(2, 3)
+            to_next(transport, torch.full((2, 3), float(transport.rank)), received).wait()
+            return received.unique().tolist()
+
+        assert in_group(size, work) == [[(r - 1) % size] for r in range(size)]
+
+    def test_messages_between_two_ranks_arrive_in_the_order_in_which_they_were_sent(self):
+        def work(transport):
+            buffers = [torch.empty(1) for _ in range(4)]
+            if transport.rank == 0:
+                pendings = [transport.exchange([(1, torch.tensor([float(i)]))], []) for i in range(4)]
+            else:
+                pendings = [transport.exchange([], [(0, buffer)]) for buffer in buffers]
+            for pending in pendings:
+                pending.wait()
+            return [buffer.item() for buffer in buffers]
+
+        assert in_group(2, work)[1] == [0.0, 1.0, 2.0, 3.0]
+
+    def test_several_messages_of_one_exchange(self):
+        def work(transport):
+            peers = [p for p in range(3) if p != transport.rank]
+            sends = [(p, torch.tensor([10 * transport.rank + p])) for p in peers]
+            receives = [(p, torch.empty(1, dtype=torch.long)) for p in peers]
+            transport.exchange(sends, receives).wait()
+            return [t.item() for _, t in receives]
+
+        assert in_group(3, work) == [[10, 20], [1, 21], [2, 12]]
+
+    def test_a_rank_with_nothing_to_move_is_done_at_once(self):
+        assert in_group(2, lambda transport: isinstance(transport.exchange([], []), Done)) == [True, True]
+
+    @pytest.mark.parametrize("side", ["sends", "receives"])
+    def test_strided_messages_are_refused(self, side):
+        message = [(0, torch.zeros(4, 4).t())]
+        with pytest.raises(AssertionError, match="messages must be contiguous"):
+            SoloTransport().exchange(**{"sends": [], "receives": [], side: message})
+
+    @pytest.mark.parametrize(
+        ("buffer", "text"),
+        [
+            (torch.empty(3), "rank 1 expects (3,) torch.float32 from rank 0, which sent (2,) torch.float32"),
+            (torch.empty(2).half(), "rank 1 expects (2,) torch.float16 from rank 0, which sent (2,) torch.float32"),
+        ],
+    )
+    def test_a_receiver_that_expects_something_else_says_what_it_got(self, buffer, text):
+        def work(transport):
+            if transport.rank == 0:
+                return error_of(transport.exchange([(1, torch.ones(2))], []).wait)
+            return error_of(transport.exchange([], [(0, buffer)]).wait)
+
+        assert in_group(2, work, SHORT_S) == ["rank 0: a message was never received", text]
+
+    def test_a_peer_that_never_sends_is_named(self):
+        def work(transport):
+            if transport.rank == 1:
+                return error_of(transport.exchange([], [(2, torch.empty(1))]).wait)
+            return None
+
+        start = time.monotonic()
+        assert in_group(3, work, SHORT_S)[1] == f"rank 1: no message from rank 2 in {SHORT_S} s"
+        assert time.monotonic() - start < 5
+
+    def test_a_sender_that_reuses_its_buffer_too_early_is_caught(self):
+        overwritten = threading.Event()
+
+        def work(transport):
+            tensor = torch.full((4,), 1.0 + transport.rank)
+            if transport.rank == 0:
+                pending = transport.exchange([(1, tensor)], [])
+                tensor.fill_(-1.0)
+                overwritten.set()
+            else:
+                assert overwritten.wait(5)
+                pending = transport.exchange([], [(0, tensor)])
+            pending.wait()
+            return tensor.tolist()
+
+        assert in_group(2, work)[1] == [-1.0] * 4
+
+    def test_after_wait_a_buffer_may_be_reused(self):
+        def work(transport):
+            received, tensor = torch.empty(1), torch.tensor([float(transport.rank)])
+            seen = []
+            for _ in range(20):
+                to_next(transport, tensor, received).wait()
+                seen.append(received.item())
+                tensor += 2
+            return seen
+
+        assert in_group(2, work) == [[1.0 + 2 * i for i in range(20)], [0.0 + 2 * i for i in range(20)]]
+
+
+class TestCollectives:
+    @pytest.mark.parametrize("size", [2, 4])
+    def test_all_to_all_transposes_ranks(self, size):
+        def work(transport):
+            return transport.all_to_all(torch.arange(size) + 10 * transport.rank).tolist()
+
+        assert in_group(size, work) == [[10 * j + rank for j in range(size)] for rank in range(size)]
+
+    def test_all_gather_stacks_in_rank_order_whatever_the_strides(self):
+        def work(transport):
+            return transport.all_gather((torch.arange(6).view(2, 3) + 10 * transport.rank).t())
+
+        for gathered in in_group(3, work):
+            assert torch.equal(gathered, torch.stack([(torch.arange(6).view(2, 3) + 10 * r).t() for r in range(3)]))
+
+    def test_objects_are_gathered_in_rank_order(self):
+        assert in_group(3, lambda t: t.all_gather_objects(("rank", t.rank))) == [[("rank", r) for r in range(3)]] * 3
+
+    def test_collectives_may_follow_each_other_at_once(self):
+        def work(transport):
+            return [int(transport.all_gather(torch.tensor([i + transport.rank])).sum()) for i in range(20)]
+
+        assert in_group(3, work) == [[3 * i + 3 for i in range(20)]] * 3
+
+    @pytest.mark.parametrize("operation", ["all_to_all", "all_gather"])
+    def test_unequal_tensors_are_refused_on_every_rank(self, operation):
+        def work(transport):
+            return error_of(lambda: getattr(transport, operation)(torch.ones(2, 4 if transport.rank else 3)))
+
+        assert in_group(2, work) == ["ranks bring unequal tensors to a collective: [(2, 3), (2, 4)]"] * 2
+
+    @pytest.mark.parametrize(
+        "operation",
+        [
+            lambda t: t.all_to_all(torch.ones(3)),
+            lambda t: t.all_gather(torch.ones(3)),
+            lambda t: t.all_gather_objects(1),
+            lambda t: t.agree(dtype="fp16"),
+            lambda t: t.barrier(),
+        ],
+        ids=["all_to_all", "all_gather", "all_gather_objects", "agree", "barrier"],
+    )
+    def test_a_rank_that_stays_away_is_noticed(self, operation):
+        def work(transport):
+            return None if transport.rank == 2 else error_of(lambda: operation(transport))
+
+        text = "a rank of this group of 3 did not reach the collective"
+        assert in_group(3, work, SHORT_S) == [text, text, None]
+
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_all_to_all_needs_one_part_a_rank(self, size):
+        with pytest.raises(AssertionError):
+            in_group(size, lambda transport: transport.all_to_all(torch.ones(size + 1)))
+
+
+class TestAgreement:
+    def test_equal_values_pass(self):
+        assert in_group(4, lambda transport: transport.agree(dtype="fp16")) == [None] * 4
+
+    def test_the_first_rank_that_differs_and_both_values_are_named_on_every_rank(self):
+        def work(transport):
+            return error_of(lambda: transport.agree(tokens="abc" if transport.rank < 2 else "xyz"))
+
+        assert in_group(4, work) == ["ranks disagree on tokens: rank 0 has abc, rank 2 has xyz"] * 4
+
+
+class TestWorld:
+    def test_an_error_of_a_rank_is_raised_and_not_what_it_caused_elsewhere(self):
+        def work(transport):
+            if transport.rank == 1:
+                raise ValueError("mine")
+            transport.barrier()
+
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="mine"):
+            in_group(3, work)
+        assert time.monotonic() - start < 5, "the others should not have waited for their time-out"
+
+    def test_ranks_run_at_once_and_results_come_in_rank_order(self):
+        def work(transport):
+            transport.barrier()
+            return transport.rank
+
+        assert in_group(16, work) == list(range(16))
+
+    def test_two_worlds_of_different_degrees_at_once_do_not_meet(self):
+        layouts = [SequenceLayout(24, 4, 1), SequenceLayout(24, 2, 2), SequenceLayout(24, 1, 3)]
+        problems = [Problem(24, heads=12, kv_heads=6, seed=i) for i in range(3)]
+        with ThreadPoolExecutor(3) as pool:
+            for _ in range(5):
+                results = pool.map(lambda p, layout: run_attention(p, layout, variant="pass_kv"), problems, layouts)
+                for problem, result in zip(problems, results, strict=True):
+                    assert problem.error(result.out_BLHD) < 1e-6
+
+    def test_two_meshes_of_different_degrees_in_one_world_do_not_meet(self):
+        world = ThreadedWorld(4, 5.0)
+
+        def work(rank):
+            ring4, ring2 = (mesh_of(world, t, rank) for t in (Topology(ring=4), Topology(ring=2, ulysses=2)))
+            first, second = torch.empty(1), torch.empty(1)
+            pendings = [
+                to_next(ring4["ring"], torch.tensor([float(rank)]), first),
+                to_next(ring2["ring"], torch.tensor([100.0 + rank]), second),
+            ]
+            # Started in one order, waited for in the other: only separate groups keep them apart.
+            for pending in reversed(pendings):
+                pending.wait()
+            return first.item(), second.item(), ring4.traffic.bytes_sent, ring2.traffic.bytes_sent
+
+        assert world.run(work) == [((r - 1) % 4, 100 + (r + 2) % 4, 4, 4) for r in range(4)]
+
+
+class TestTraffic:
+    def test_bytes_that_leave_a_rank_are_counted_by_operation(self):
+        def work(transport):
+            to_next(transport, torch.ones(5, dtype=torch.float16), torch.empty(5, dtype=torch.float16)).wait()
+            transport.all_to_all(torch.ones(4, 3))
+            transport.all_gather(torch.ones(100))
+            return dict(transport.traffic.bytes_by_op), transport.traffic.bytes_sent
+
+        assert in_group(4, work) == [({"exchange": 10, "all_to_all": 3 * 3 * 4}, 46)] * 4
+
+    def test_what_is_received_is_not_counted(self):
+        def work(transport):
+            if transport.rank == 0:
+                transport.exchange([(1, torch.ones(8))], []).wait()
+            else:
+                transport.exchange([], [(0, torch.empty(8))]).wait()
+            return transport.traffic.bytes_sent
+
+        assert in_group(2, work) == [32, 0]
+
+    def test_a_muted_transport_counts_but_moves_nothing(self):
+        def work(transport):
+            if transport.rank == 1:
+                return None  # nobody to answer: a message that moved would be noticed
+            transport.muted = True
+            received, sent = torch.full((2,), torch.nan), torch.ones(2, 3)
+            to_next(transport, torch.ones(2), received).wait()
+            assert transport.all_to_all(sent) is sent
+            assert torch.isfinite(received).all(), "what was not received must still be numbers"
+            return dict(transport.traffic.bytes_by_op)
+
+        assert in_group(2, work, SHORT_S)[0] == {"exchange": 8, "all_to_all": 12}
+
+    def test_unmuting_moves_again(self):
+        def work(transport):
+            received = torch.zeros(1)
+            for muted in (True, False):
+                transport.muted = muted
+                to_next(transport, torch.tensor([5.0 + transport.rank]), received).wait()
+            return received.item()
+
+        assert in_group(2, work) == [6.0, 5.0]
+
+    @pytest.mark.parametrize("muted", [False, True])
+    def test_a_journal_replays_every_operation_in_order_without_counting_it(self, muted):
+        def work(transport):
+            transport.traffic.journal = []
+            transport.muted = muted
+            to_next(transport, torch.ones(3), torch.empty(3)).wait()
+            transport.all_to_all(torch.ones(2, 5))
+            to_next(transport, torch.ones(4).half(), torch.empty(4).half()).wait()
+            journal, before = list(transport.traffic.journal), transport.traffic.bytes_sent
+            moved = []
+            exchange, all_to_all = transport._exchange, transport._all_to_all
+            transport._exchange = lambda sends, receives: (
+                moved.append([(p, t.shape, t.dtype) for p, t in (*sends, *receives)]) or exchange(sends, receives)
+            )
+            transport._all_to_all = lambda send: moved.append(send.shape) or all_to_all(send)
+            for again in journal:
+                again()
+            assert transport.traffic.bytes_sent == before
+            return moved
+
+        def message(size, dtype):
+            return torch.Size([size]), dtype
+
+        for rank, moved in enumerate(in_group(2, work)):
+            assert moved == [
+                [(1 - rank, *message(3, torch.float32))] * 2,
+                torch.Size([2, 5]),
+                [(1 - rank, *message(4, torch.float16))] * 2,
+            ]
+
+    def test_without_a_journal_nothing_is_kept(self):
+        def work(transport):
+            transport.all_to_all(torch.ones(2, 5))
+            return transport.traffic.journal
+
+        assert in_group(2, work) == [None, None]
+
+
+class TestSolo:
+    def test_nothing_moves_and_everything_answers(self):
+        transport = SoloTransport()
+        tensor = torch.arange(6.0).view(1, 6)
+        assert (transport.rank, transport.size) == (0, 1)
+        assert torch.equal(transport.all_to_all(tensor), tensor)
+        assert torch.equal(transport.all_gather(tensor), tensor[None])
+        assert transport.all_gather_objects("x") == ["x"]
+        assert transport.agree(tokens="abc") is None
+        assert transport.barrier() is None
+        assert transport.traffic.bytes_sent == 0
+
+    def test_an_exchange_with_itself_is_a_copy(self):
+        target = torch.zeros(3)
+        SoloTransport().exchange([(0, torch.ones(3))], [(0, target)]).wait()
+        assert target.tolist() == [1.0] * 3
+
+
+class TestMesh:
+    @pytest.mark.parametrize("topology", [Topology(ring=2, ulysses=3), Topology(dp=2, pp=2, tp=2)], ids=Topology.label)
+    def test_every_rank_stands_where_its_coordinates_say_on_every_axis(self, topology):
+        def work(mesh: Mesh):
+            for axis in AXES:
+                transport = mesh[axis]
+                assert (transport.rank, transport.size) == (mesh.coordinate(axis), topology.size(axis))
+                assert isinstance(transport, SoloTransport) == (topology.size(axis) == 1)
+                peers = transport.all_gather_objects(mesh.rank)
+                assert tuple(peers) == topology.group(axis, mesh.rank)
+            return mesh["world"].rank
+
+        assert in_mesh(topology, work) == list(range(topology.world_size))
+
+    def test_all_axes_share_one_account(self):
+        def work(mesh: Mesh):
+            mesh["ulysses"].all_to_all(torch.ones(2, 1))
+            to_next(mesh["ring"], torch.ones(3), torch.empty(3)).wait()
+            return dict(mesh.traffic.bytes_by_op)
+
+        assert in_mesh(Topology(ring=2, ulysses=2), work) == [{"all_to_all": 4, "exchange": 12}] * 4
+
+    def test_groups_are_asked_for_in_the_same_order_on_every_rank(self):
+        topology = Topology(dp=2, ring=2, ulysses=2)
+        world = ThreadedWorld(topology.world_size)
+        asked: list[list[object]] = [[] for _ in range(topology.world_size)]
+
+        for rank in range(topology.world_size):
+
+            def connect(axis, ranks, rank=rank):
+                asked[rank].append((axis, ranks))
+                return world.transport(axis, ranks, rank) if rank in ranks else None
+
+            Mesh.build(topology, rank, connect)
+        assert all(order == asked[0] for order in asked)
+        assert all(len(ranks) > 1 for _, ranks in asked[0]), "a group of one needs no connection"
+        assert ("ring", (0, 2)) in asked[0]
+        assert ("world", tuple(range(8))) in asked[0]
+
+
+def test_transport_errors_are_ours_and_not_the_users():
+    assert issubclass(TransportError, DsRingError)
+    assert not issubclass(TransportError, UserError)
