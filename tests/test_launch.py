@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
-from ds_ring.checkpoints import byte_tokenizer
+from ds_ring.checkpoints import byte_tokenizer, make_checkpoint
 
 pytestmark = pytest.mark.launch
 
@@ -130,9 +131,20 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
     reference, output = tmp_path / "reference.safetensors", tmp_path / "bench.json"
     run(
         [
-            sys.executable, "-m", "ds_ring.parity", "--model", str(neox), "--dtype", "fp32",
-            "--rows", "2", "--length", "1001", "--output", str(reference),
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "ds_ring.parity",
+            "--model",
+            str(neox),
+            "--dtype",
+            "fp32",
+            "--rows",
+            "2",
+            "--length",
+            "1001",
+            "--output",
+            str(reference),
+        ]
     )
     workload = ["--batch-size", 4, "--max-length", 1001, "--repeats", 2, "--references", reference]
     done = deepspeed(4, "launch/bench.py", "--model", neox, "--dtype", "fp32", *layout, *workload, "--output", output)
@@ -175,6 +187,17 @@ def test_the_python_interface_inside_a_launched_script(neox, tmp_path):
     )
     done = deepspeed(2, script, neox, config)
     assert done.stdout.count("agrees") == 2
+
+
+def test_the_example_of_the_readme_runs(tmp_path):
+    checkpoint = tmp_path / "small"
+    make_checkpoint(ROOT / "ds_configs/models/small.json", checkpoint, seed=0, dtype="fp32", device="cpu")
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "example.py"
+    ending = "print('shapes', next_token.shape, [len(n) for n in nats], flush=True)\n"
+    script.write_text(example.replace("checkpoints/small", str(checkpoint)) + ending)
+    done = deepspeed(4, script)
+    assert done.stdout.count("shapes torch.Size([2, 1]) [18, 8]") == 4
 
 
 @pytest.mark.parametrize(

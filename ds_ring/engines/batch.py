@@ -105,8 +105,10 @@ def pack(
         positions_BL = torch.arange(ids_BL.shape[1], device=device) * real_BL
     else:
         positions_BL = position_ids_BT.to(device).gather(1, at_BL) * real_BL
-    if shape.max_positions is not None and int(positions_BL.max()) >= shape.max_positions:
+    lowest, highest = int(positions_BL.min()), int(positions_BL.max())
+    if lowest < 0 or (shape.max_positions is not None and highest >= shape.max_positions):
         raise InputError(
-            f"position {int(positions_BL.max())} is outside the model's max_position_embeddings={shape.max_positions}"
+            f"position {lowest if lowest < 0 else highest} is outside the model's "
+            f"max_position_embeddings={shape.max_positions}"
         )
     return Batch(ids_BL, positions_BL, tuple(lengths), range(count)), columns_BL

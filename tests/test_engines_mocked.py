@@ -1,0 +1,424 @@
+"""Both engines over worlds of up to 16 ranks, held against the unsharded transformers model."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+from mocked_world import ProcessGroupWorld, Wire, one_process, outcome, relative_error, serve
+from tiny_models import build, gpt_neox, llama_gqa, logits, tokens
+from torch import Tensor
+from torch.nn.functional import log_softmax
+from transformers import PreTrainedModel
+
+import ds_ring
+from ds_ring.config import RunConfig
+from ds_ring.engines.base import Engine, Shard
+from ds_ring.errors import InputError, TransportError
+from ds_ring.hf.anatomy import Anatomy
+from ds_ring.hf.shape import model_shape
+from ds_ring.layout import SequenceLayout
+from ds_ring.runtime import build_engine
+from ds_ring.transport.mesh import Mesh
+from ds_ring.volume import bytes_sent_per_rank
+
+TOLERANCE = 1e-5
+"""On the worst token's relative error, fp32 against fp32. The model itself in fp32 is 3e-6 away from fp64."""
+
+RINGS = {
+    "zigzag": {},
+    "contiguous": {"ring_impl": "contiguous"},
+    "zigzag_pass_kv": {"ring_variant": "pass_kv"},
+    "contiguous_pass_kv": {"ring_impl": "contiguous", "ring_variant": "pass_kv"},
+}
+SIXTEEN = {
+    f"{name}_{ring}": {"ulysses_degree": ulysses, "ring_degree": 16 // ulysses} | options
+    for name, ulysses in {"ring16": 1, "ulysses2_ring8": 2, "ulysses4_ring4": 4, "ulysses8_ring2": 8}.items()
+    for ring, options in RINGS.items()
+} | {"ulysses16": {"ulysses_degree": 16}}
+EIGHT = {
+    "dp2_ulysses2_ring2": {"dp_size": 2, "ulysses_degree": 2, "ring_degree": 2},
+    "dp2_tp2_pp2": {"dp_size": 2, "tp_size": 2, "pp_size": 2},
+}
+FOUR = {
+    "ulysses2_ring2": {"ulysses_degree": 2, "ring_degree": 2},
+    "tp2_pp2": {"tp_size": 2, "pp_size": 2},
+}
+
+
+def by_name(layouts: dict[str, dict[str, Any]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("layout", layouts.values(), ids=layouts.keys())
+
+
+@cache
+def paper_model() -> PreTrainedModel:
+    return build(gpt_neox())
+
+
+@cache
+def small_model() -> PreTrainedModel:
+    return build(gpt_neox(heads=4, layers=2))
+
+
+@cache
+def paper_logits(length: int) -> Tensor:
+    return logits(paper_model(), tokens(1, length, seed=length))
+
+
+@pytest.mark.parametrize("length", [63, 1000, 1001])
+@by_name(SIXTEEN)
+def test_sixteen_sequence_parallel_ranks_equal_one(layout, length):
+    results = serve(
+        paper_model(), lambda engine: engine(tokens(1, length, seed=length)).logits, max_length=length, **layout
+    )
+    assert len(results) == 16
+    assert max(relative_error(got, paper_logits(length)) for got in results) < TOLERANCE
+
+
+@pytest.mark.parametrize("length", [63, 1000, 1001])
+def test_eight_tensor_by_two_pipeline_ranks_equal_one(length):
+    results = serve(
+        paper_model(),
+        lambda engine: engine(tokens(1, length, seed=length)).logits,
+        tp_size=8,
+        pp_size=2,
+        max_length=length,
+    )
+    assert len(results) == 16
+    assert max(relative_error(got, paper_logits(length)) for got in results) < TOLERANCE
+
+
+def test_eight_tensor_by_two_pipeline_ranks_hold_a_sixteenth_of_the_layers():
+    def parts(engine: Engine) -> tuple[int, int]:
+        layers = Anatomy.of(engine.model).layers
+        return len(layers), sum(p.numel() for p in layers.parameters() if p.dim() > 1)
+
+    whole = sum(p.numel() for p in Anatomy.of(paper_model()).layers.parameters() if p.dim() > 1)
+    assert serve(paper_model(), parts, tp_size=8, pp_size=2) == [(2, whole // 16)] * 16
+
+
+@pytest.mark.parametrize("ring_impl", ["zigzag", "contiguous"])
+def test_sequence_parallelism_is_the_same_over_process_groups(ring_impl):
+    options = {"ulysses_degree": 2, "ring_degree": 4, "ring_impl": ring_impl, "ring_variant": "pass_kv"}
+    results = serve(
+        paper_model(), lambda engine: engine(tokens(1, 63, seed=63)).logits, wire="process_groups", **options
+    )
+    assert max(relative_error(got, paper_logits(63)) for got in results) < TOLERANCE
+
+
+@by_name(FOUR)
+def test_the_public_entry_point_runs_unchanged_on_every_rank(layout, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    models = [build(gpt_neox(heads=4, layers=2)) for _ in range(4)]
+
+    def work(rank: int) -> Tensor:
+        engine = ds_ring.init_inference(models[rank], {"dtype": "fp32"}, **layout)
+        return engine(tokens(1, 63)).logits
+
+    with one_process():
+        results = ProcessGroupWorld(4).run(work)
+    assert max(relative_error(got, logits(small_model(), tokens(1, 63))) for got in results) < TOLERANCE
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@by_name(EIGHT)
+def test_rows_that_do_not_divide_over_replicas(layout, micro_batch_size):
+    ids = tokens(5, 101)
+    results = serve(
+        small_model(), lambda engine: engine(ids).logits, batch_size=5, micro_batch_size=micro_batch_size, **layout
+    )
+    assert len(results) == 8
+    assert max(relative_error(got, logits(small_model(), ids)) for got in results) < TOLERANCE
+
+
+@pytest.mark.parametrize("side", ["left", "right", "mixed"])
+@by_name(FOUR | EIGHT)
+def test_padded_rows_equal_each_row_alone(layout, side):
+    ids, mask = padded_batch([101, 37, 1, 80, 64], side)
+    results = serve(small_model(), lambda engine: engine(ids, mask).logits, batch_size=5, micro_batch_size=2, **layout)
+    for got in results:
+        for row, alone in enumerate(rows_alone(ids, mask)):
+            assert relative_error(got[row][mask[row]], alone) < TOLERANCE
+        assert not got[~mask].any(), "padding has logits of 0"
+
+
+@pytest.mark.parametrize("keep", [1, 7])
+@pytest.mark.parametrize("side", ["left", "right"])
+@by_name(FOUR)
+def test_logits_to_keep_takes_the_last_columns(layout, side, keep):
+    ids, mask = padded_batch([101, 37, 1, 98], side)
+
+    def work(engine: Engine) -> tuple[Tensor, Tensor]:
+        return engine(ids, mask).logits, engine(ids, mask, logits_to_keep=keep).logits
+
+    for every, last in serve(small_model(), work, batch_size=4, micro_batch_size=3, **layout):
+        assert last.shape == (4, keep, every.shape[2])
+        torch.testing.assert_close(last, every[:, -keep:], rtol=1e-4, atol=1e-4)
+
+
+@by_name(FOUR)
+def test_position_ids_of_the_caller_are_used(layout):
+    # With a mask: without one, transformers takes steps other than 1 for the seams of packed sequences.
+    ids, mask, positions = tokens(1, 101), torch.ones(1, 101), torch.arange(101)[None] * 3 + 5
+    with torch.inference_mode():
+        want = small_model()(ids, mask, position_ids=positions, use_cache=False).logits
+    for got in serve(small_model(), lambda engine: engine(ids, mask, positions).logits, **layout):
+        assert relative_error(got, want) < TOLERANCE
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@by_name(FOUR | EIGHT)
+def test_every_token_is_scored_once(layout, side, monkeypatch):
+    monkeypatch.setattr("ds_ring.engines.base.SCORE_CHUNK", 16)
+    ids, mask = padded_batch([101, 37, 1, 80, 64], side)
+    results = serve(
+        small_model(),
+        lambda engine: engine.token_log_likelihoods(ids, mask),
+        batch_size=5,
+        micro_batch_size=2,
+        **layout,
+    )
+    for scores in results:
+        assert [len(s) for s in scores] == [100, 36, 0, 79, 63]
+        for row, alone in enumerate(rows_alone(ids, mask)):
+            following = ids[row][mask[row]][1:, None]
+            want = log_softmax(alone[:-1].double(), dim=-1).gather(1, following)[:, 0]
+            torch.testing.assert_close(scores[row].double(), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", ["none", "last", "all"])
+@by_name(FOUR)
+def test_prefill_leaves_results_where_they_are_made(layout, wanted):
+    ids, length = tokens(3, 101), 101
+
+    def work(engine: Engine) -> list[Shard]:
+        batch, _ = engine.prepare(ids, None, None)
+        return engine.prefill(batch, wanted, want_hidden=True)
+
+    results = serve(small_model(), work, batch_size=3, micro_batch_size=2, **layout)
+    hidden, whole = final_hidden(small_model(), ids), logits(small_model(), ids)
+    # Tensor-parallel ranks of the last stage all hold the same result.
+    copies = layout.get("tp_size", 1)
+    for number, rows in enumerate([slice(0, 2), slice(2, 3)]):
+        shards = [shards[number] for shards in results]
+        held = sorted(p for s in shards for p in s.positions if p < length)
+        assert held == sorted(list(range(length)) * copies)
+        expected = {"none": [], "last": [length - 1], "all": list(range(length))}[wanted]
+        assert sorted(p for s in shards for p in s.kept) == sorted(expected * copies)
+        for shard in shards:
+            if shard.hidden_BlD is not None:
+                real = [i for i, p in enumerate(shard.positions) if p < length]
+                at = [shard.positions[i] for i in real]
+                assert relative_error(shard.hidden_BlD[:, real], hidden[rows][:, at]) < TOLERANCE
+            if len(shard.kept):
+                assert relative_error(shard.logits_BkV, whole[rows][:, list(shard.kept)]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (lambda ids: ids.flip(1), "digest"),
+        (lambda ids: ids[:, 1:], r"\(1, 62\) tokens"),
+        (lambda ids: ids + 1000, "token id 10.. is outside the vocabulary"),
+    ],
+    ids=["other tokens", "other length", "unusable tokens"],
+)
+@pytest.mark.parametrize("wire", ["threads", "process_groups"])
+def test_other_input_on_one_rank_is_rejected_by_all(wire: Wire, alter, reason):
+    ids = tokens(1, 63)
+
+    def work(engine: Engine) -> Exception | None:
+        return outcome(lambda: engine(alter(ids) if engine.mesh.rank == 2 else ids))
+
+    errors = serve(small_model(), work, wire=wire, ring_degree=4)
+    assert {type(error) for error in errors} == {TransportError}
+    assert len({str(error) for error in errors}) == 1
+    with pytest.raises(TransportError, match=f"ranks disagree on input_ids: rank 0 has .* rank 2 has .*{reason}"):
+        raise errors[0]
+
+
+def test_unusable_input_on_all_ranks_is_named_by_all():
+    errors = serve(small_model(), lambda engine: outcome(lambda: engine(tokens(1, 63) + 1000)), ring_degree=4)
+    assert {type(error) for error in errors} == {InputError}
+    assert "outside the vocabulary of 97" in str(errors[0])
+
+
+@by_name(EIGHT)
+def test_fewer_rows_than_replicas_are_rejected_by_all(layout):
+    errors = serve(
+        small_model(), lambda engine: outcome(lambda: engine(tokens(1, 63))), batch_size=2, max_length=63, **layout
+    )
+    assert [type(e) for e in errors] == [InputError] * 8
+    assert "dp_size=2" in str(errors[0])
+
+
+@by_name(FOUR)
+def test_two_models_with_other_head_counts_do_not_meet(layout):
+    ids = tokens(1, 101)
+    others = [build(gpt_neox(heads=6, layers=3), seed=1) for _ in range(4)]
+    want_first, want_second = logits(small_model(), ids), logits(others[0], ids)
+
+    def work(engine: Engine) -> list[Tensor]:
+        model = others[engine.mesh.rank]
+        second = build_engine(model, engine.config, engine.mesh, model_shape(model.config), engine.device)
+        return [e(ids).logits for e in (engine, second, engine)]
+
+    for first, second, again in serve(small_model(), work, **layout):
+        assert relative_error(first, want_first) < TOLERANCE
+        assert relative_error(second, want_second) < TOLERANCE
+        assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("layout", [{"ring_degree": 4}, {"ulysses_degree": 4}, {"pp_size": 2, "tp_size": 2}], ids=str)
+def test_a_muted_engine_talks_to_nobody(layout):
+    ids = tokens(1, 63)
+
+    def work(engine: Engine) -> Tensor:
+        batch, _ = engine.prepare(ids, None, None)
+        if engine.mesh.rank in (0, 3):
+            # Were anything sent, these ranks would wait for the others.
+            engine.mute(True)
+            engine.prefill(batch, "last")
+            engine.mute(False)
+        return engine(ids).logits
+
+    results = serve(small_model(), work, **layout)
+    assert max(relative_error(got, logits(small_model(), ids)) for got in results) < TOLERANCE
+
+
+@pytest.mark.parametrize("ring_impl", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("ring_variant", ["gather_kv", "pass_kv"])
+def test_ring_traffic(ring_impl, ring_variant):
+    ring, rows, length = 4, 3, 101
+    options = {"ring_degree": ring, "ring_impl": ring_impl, "ring_variant": ring_variant, "batch_size": rows}
+    sent = traffic(build(llama_gqa()), length, micro_batch_size=2, **options)
+    padded = SequenceLayout(length, ring, 1, ring_impl).padded_length
+    layers, kv_heads, head_dim = 3, 3, 8
+    token = 2 * kv_heads * head_dim * 4  # a key and a value in fp32
+    if ring_impl == "zigzag":
+        # Later ranks see this rank's first chunk, earlier ones both: their last chunk lies behind everything of ours.
+        tokens_sent = [padded // (2 * ring) * ((ring - 1 - rank) + 2 * rank) for rank in range(ring)]
+    else:
+        tokens_sent = [padded // ring * (ring - 1 - rank) for rank in range(ring)]
+    expected = [layers * rows * token * n for n in tokens_sent]
+    assert [s["exchange"] for s in sent] == expected
+    assert not any(s.get("all_to_all") for s in sent)
+    assert mean(expected) == bytes_sent_per_rank(run_config(**options), model_shape(llama_gqa()), rows, length, 4)
+
+
+@pytest.mark.parametrize(("kv_heads", "replicated"), [(8, 8), (4, 4), (2, 4), (1, 4)])
+def test_ulysses_traffic(kv_heads, replicated):
+    degree, heads, head_dim, rows, length, layers = 4, 8, 6, 3, 101, 3
+    config = llama_gqa(hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    options = {"ulysses_degree": degree, "batch_size": rows}
+    sent = traffic(build(config), length, micro_batch_size=2, **options)
+    local = -(-length // degree)
+    # q and out whole, k and v with every head that some rank lacks; a quarter of it stays.
+    elements = local * head_dim * (2 * heads + 2 * replicated) * (degree - 1) // degree
+    assert [s["all_to_all"] for s in sent] == [layers * rows * elements * 4] * degree
+    assert sum(sum(s.values()) for s in sent) == degree * layers * rows * elements * 4
+    assert (
+        bytes_sent_per_rank(run_config(**options), model_shape(config), rows, length, 4) == layers * rows * elements * 4
+    )
+
+
+def test_hybrid_traffic_is_the_plan():
+    options = {"ulysses_degree": 2, "ring_degree": 2, "batch_size": 2}
+    sent = traffic(build(gpt_neox(heads=4, layers=2)), 101, **options)
+    planned = bytes_sent_per_rank(run_config(**options), model_shape(gpt_neox(heads=4, layers=2)), 2, 101, 4)
+    assert mean(sum(s.values()) for s in sent) == planned
+
+
+def test_pipeline_traffic():
+    stages, rows, length, hidden = 4, 3, 101, 32
+    options = {"pp_size": stages, "batch_size": rows}
+    sent = traffic(build(gpt_neox(heads=4, layers=5)), length, micro_batch_size=2, **options)
+    state = rows * length * hidden * 4
+    assert [sum(s.values()) for s in sent] == [state, state, state, 0]
+    shape = model_shape(gpt_neox(heads=4, layers=5))
+    assert mean([state, state, state, 0]) == bytes_sent_per_rank(run_config(**options), shape, rows, length, 4)
+
+
+def test_the_mocked_wire_shows_a_buffer_reused_or_read_too_early():
+    def work(rank: int) -> list[float]:
+        mesh = Mesh.from_process_groups(run_config(pp_size=2).topology)
+        buffer = torch.ones(3)
+        message = [(1 - rank, buffer)]
+        pending = mesh["pp"].exchange(*((message, []) if rank == 0 else ([], message)))
+        early = buffer.tolist()
+        if rank == 0:
+            buffer.zero_()
+        mesh["world"].barrier()
+        pending.wait()
+        return early + buffer.tolist()
+
+    with one_process():
+        received = ProcessGroupWorld(2).run(work)[1]
+    assert all(math.isnan(x) for x in received[:3])
+    assert received[3:] == [0.0, 0.0, 0.0]
+
+
+def test_the_mocked_wire_rejects_messages_of_unequal_shape():
+    def work(rank: int) -> None:
+        pp = Mesh.from_process_groups(run_config(pp_size=2).topology)["pp"]
+        pp.exchange(*([(1, torch.ones(3))], []) if rank == 0 else ([], [(0, torch.ones(4))])).wait()
+
+    with one_process(), pytest.raises(TransportError, match=r"\(3,\).*sent, \(4,\) expected"):
+        ProcessGroupWorld(2).run(work)
+
+
+@pytest.mark.parametrize("where", ["layers", "between"])
+def test_the_mocked_world_raises_what_failed_first_and_stops_the_others(where):
+    def work(engine: Engine) -> None:
+        def fail(*args: object) -> None:
+            raise ValueError("only here")
+
+        if engine.mesh.rank == 3:
+            if where == "between":
+                fail()
+            Anatomy.of(engine.model).layers[-1].register_forward_hook(fail)
+        engine(tokens(1, 63))
+
+    with pytest.raises(ValueError, match="only here"):
+        serve(small_model(), work, tp_size=2, pp_size=2)
+
+
+def run_config(**options: Any) -> RunConfig:
+    return RunConfig.load({"dtype": "fp32"}, **options)
+
+
+def traffic(model: PreTrainedModel, length: int, **options: Any) -> list[dict[str, int]]:
+    """Bytes that each rank sends in one prefill for the last token, by operation."""
+
+    def work(engine: Engine) -> dict[str, int]:
+        batch, _ = engine.prepare(tokens(options["batch_size"], length), None, None)
+        engine.mesh.traffic.bytes_by_op.clear()
+        engine.prefill(batch, "last")
+        return dict(engine.mesh.traffic.bytes_by_op)
+
+    return serve(model, work, max_length=length, **options)
+
+
+def padded_batch(lengths: list[int], side: str) -> tuple[Tensor, Tensor]:
+    """Ids and a boolean mask [rows, longest + 2]; under padding stand tokens that must not count."""
+    columns = max(lengths) + 2
+    mask = torch.zeros(len(lengths), columns, dtype=torch.bool)
+    for row, n in enumerate(lengths):
+        left = side == "left" or (side == "mixed" and row % 2 == 0)
+        mask[row, columns - n if left else 0 : columns if left else n] = True
+    return tokens(len(lengths), columns), mask
+
+
+def rows_alone(ids: Tensor, mask: Tensor) -> list[Tensor]:
+    return [logits(small_model(), ids[row : row + 1, mask[row]])[0] for row in range(len(ids))]
+
+
+def final_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return Anatomy.of(model).decoder(ids, use_cache=False).last_hidden_state
