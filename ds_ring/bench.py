@@ -18,14 +18,17 @@ from typing import Any
 import torch
 
 from ds_ring import parity
+from ds_ring.checks import check_workload
+from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import Batch, pack
 from ds_ring.engines.deepspeed import AllReduceMeter
 from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
+from ds_ring.errors import ConfigError
 from ds_ring.hardware import device_name, peak_flops, peak_memory_gib, synchronize, watched_gpu
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.flops import linear_parameters
-from ds_ring.hf.shape import read_config
+from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.metrics import Work
 from ds_ring.text import rows_of, token_stream
 from ds_ring.volume import bytes_sent_per_rank
@@ -47,6 +50,17 @@ class Timing:
     def spread(self) -> float:
         """(slowest - fastest) / median."""
         return (max(self.samples_s) - min(self.samples_s)) / self.median_s
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a workload that the model cannot run, before anything loads.
+
+    Raises:
+        ConfigError, CheckpointError: no model, more tokens than positions, fewer rows than replicas.
+    """
+    if config.ring.model is None:
+        raise ConfigError('no model: "model" in the section "ds_ring", or --model')
+    check_workload(config, model_shape(read_config(config.ring.model)))
 
 
 def measure(engine: Engine, references: dict[int, str], report: Report) -> list[dict[str, Any]]:

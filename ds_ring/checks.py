@@ -33,11 +33,16 @@ def check_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
 
     Runs on every rank with the same arguments, so all ranks refuse together.
     """
+    check_layout(config, shape, world_size)
+    check_workload(config, shape)
+
+
+def check_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+    """The rules of a layout by itself: what an engine needs."""
     _check_axes(config, world_size)
     _check_model(shape)
     _check_heads(config, shape)
     _check_tensor_pipeline(config, shape)
-    _check_workload(config, shape)
 
 
 def valid_degrees(*counts: int, limit: int = 64) -> list[int]:
@@ -91,7 +96,8 @@ def _check_tensor_pipeline(config: RunConfig, shape: ModelShape) -> None:
         raise ConfigError(f"pp_size={pp} is more than the model's {shape.num_layers} layers; the most is that many")
 
 
-def _check_workload(config: RunConfig, shape: ModelShape) -> None:
+def check_workload(config: RunConfig, shape: ModelShape) -> None:
+    """The rules of a benchmark's batch and lengths."""
     work, dp = config.workload, config.parallel.dp_size
     if work.batch_size < dp:
         raise ConfigError(

@@ -86,6 +86,9 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
             time.sleep(2)  # all ranks refuse alike: let rank 0 say it once
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
+    except DsRingError as error:
+        print(f"failed on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        code = 1
     except Exception:
         print(f"rank {os.environ.get('RANK', '0')} failed", file=sys.stderr)
         traceback.print_exc()

@@ -25,5 +25,9 @@ class UnsupportedModelError(UserError):
     """A model whose attention cannot be sharded by injection; names the class and the reason."""
 
 
+class NumericsError(DsRingError, ArithmeticError):
+    """A model gave NaN or infinity; names the layer and the ranks it began on."""
+
+
 class TransportError(DsRingError, RuntimeError):
     """Ranks disagree on what to move, or a peer did not answer."""

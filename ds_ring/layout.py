@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 from ds_ring.errors import ConfigError
@@ -104,11 +103,6 @@ class SequenceLayout:
         """Global positions of the tokens on one rank, in memory order; those >= ``length`` are padding."""
         n = self.local_length
         return self.slice_positions(ring_rank)[ulysses_rank * n : (ulysses_rank + 1) * n]
-
-    @cached_property
-    def all_positions(self) -> list[int]:
-        """Positions of all ranks one after the other (ring-major), the order an all-gather over them returns."""
-        return [p for r in range(self.ring_degree) for p in self.slice_positions(r)]
 
     def visible_rows(self, q_rank: int, k_rank: int) -> int:
         """How many leading rows of ``k_rank``'s slice some query of ``q_rank`` sees under causal attention.

@@ -20,6 +20,7 @@ from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import pack
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.shape import read_config
 from ds_ring.runtime import local_device
 from ds_ring.text import rows_of, token_stream
 
@@ -39,8 +40,15 @@ def write_reference(
     checkpoint: str, dtype: torch.dtype, device: torch.device, input_ids_BL: Tensor, path: str | Path
 ) -> None:
     """The unsharded model's final hidden states [B, L, d] and logits, and the tokens they belong to."""
+    capped = getattr(read_config(checkpoint).get_text_config(), "attn_logit_softcapping", None) is not None
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=dtype, device_map={"": device}, trust_remote_code=False, local_files_only=True
+        checkpoint,
+        dtype=dtype,
+        device_map={"": device},
+        trust_remote_code=False,
+        local_files_only=True,
+        # Older transformers drop soft-capping under SDPA without a word.
+        attn_implementation="eager" if capped else "sdpa",
     ).eval()
     every = input_ids_BL.shape[1] * model.config.get_text_config().vocab_size <= ALL_LOGITS_LIMIT
     hidden, logits = [], []
@@ -65,12 +73,12 @@ def compare(engine: Engine, path: str | Path) -> Difference:
         for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
             rows = shard.batch.rows
             pairs = []
-            if shard.hidden_BlD is not None:
-                real = [i for i, p in enumerate(shard.positions) if p < batch.length]
-                at = [shard.positions[i] for i in real]
-                pairs.append((shard.hidden_BlD[:, real], file.get_slice("hidden")[rows.start : rows.stop][:, at]))
-            if shard.logits_BkV is not None and len(shard.kept):
-                at = list(shard.kept) if every else [0]
+            if shard.hidden_Bld is not None:
+                real = shard.positions_l < batch.length
+                want = file.get_slice("hidden")[rows.start : rows.stop][:, shard.positions_l[real]]
+                pairs.append((shard.hidden_Bld[:, real], want))
+            if shard.logits_BkV is not None and len(shard.kept_k):
+                at = shard.kept_k if every else [0]
                 pairs.append((shard.logits_BkV, file.get_slice("logits")[rows.start : rows.stop][:, at]))
             for number, (got, want) in enumerate(pairs):
                 difference, size = (got.cpu().double() - want.double()).square().sum(-1), want.double().square().sum(-1)

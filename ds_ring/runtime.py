@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ds_ring.checks import ModelShape, check_run, stage_layers
+from ds_ring.checks import ModelShape, check_layout, stage_layers
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
@@ -48,7 +48,7 @@ def from_pretrained(
         raise ConfigError('no model: give a checkpoint directory, or "model" in the section "ds_ring"')
     Checkpoint.open(path)
     shape = model_shape(read_config(path))
-    check_run(run, shape, world_size())
+    check_layout(run, shape, world_size())
     mesh = connect(run)
     dtype, device = torch_dtype(run.dtype), local_device()
     if is_tensor_pipeline(run.topology):
@@ -67,7 +67,7 @@ def init_inference(
     """
     run = RunConfig.load(config, **overrides)
     shape = model_shape(model.config)
-    check_run(run, shape, world_size())
+    check_layout(run, shape, world_size())
     mesh = connect(run)
     return build_engine(model, run, mesh, shape, local_device())
 

@@ -22,6 +22,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     config = cli.run_config(args)
     from ds_ring import bench, results, runtime
 
+    bench.check(config)
     cli.say(f"{config.topology.label()}: load {config.ring.model}")
     engine = runtime.from_pretrained(config=config)
     references = dict(zip(config.workload.lengths, args.references or (), strict=bool(args.references)))

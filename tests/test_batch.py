@@ -75,7 +75,8 @@ def test_given_positions_travel_with_their_tokens():
     ids = tokens([PAD, 5, 6, 7], [1, 2, PAD, PAD])
     batch, _ = packed(ids, tokens([1, 10, 20, 30], [4, 5, 6, 7]))
     assert batch.position_ids_BL.tolist() == [[10, 20, 30], [4, 5, 0]]
-    assert pack(ids[:1], None, ids[:1] * 0 + 3, SHAPE)[0].position_ids_BL.tolist() == [[3, 3, 3, 3]]
+    counting = torch.arange(3, 7)[None]
+    assert pack(ids[:1], None, counting, SHAPE)[0].position_ids_BL.tolist() == [[3, 4, 5, 6]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
@@ -148,7 +149,17 @@ class TestRefused:
 
     def test_a_given_position_beyond_the_models(self):
         with refused("position 64 is outside the model's max_position_embeddings=64"):
-            pack(tokens([1, 2]), None, tokens([0, 64]), SHAPE)
+            pack(tokens([1, 2]), None, tokens([63, 64]), SHAPE)
+        with refused("position -1 is outside the model's max_position_embeddings=64"):
+            pack(tokens([1, 2]), None, tokens([-1, 0]), SHAPE)
+
+    @pytest.mark.parametrize("positions", [[0, 1, 0, 1], [0, 2, 4, 6], [3, 2, 1, 0]])
+    def test_positions_that_transformers_takes_for_packed_sequences(self, positions):
+        with refused(
+            "position_ids do not count up by 1: transformers would take the rows for packed sequences that do not see "
+            "each other, which cannot be sharded yet; give every sequence a row of its own"
+        ):
+            pack(tokens([1, 2, 3, 4]), None, tokens(positions), SHAPE)
 
     def test_what_padding_holds_does_not_matter(self):
         ids, mask = tokens([-100, 1, 2, 10**6]), tokens([0, 1, 1, 0])

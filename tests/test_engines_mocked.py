@@ -175,7 +175,7 @@ def test_position_ids_of_the_caller_are_used(layout):
 @pytest.mark.parametrize("side", ["left", "right"])
 @by_name(FOUR | EIGHT)
 def test_every_token_is_scored_once(layout, side, monkeypatch):
-    monkeypatch.setattr("ds_ring.engines.base.SCORE_CHUNK", 16)
+    monkeypatch.setattr("ds_ring.engines.scoring.CHUNK", 16)
     ids, mask = padded_batch([101, 37, 1, 80, 64], side)
     results = serve(
         small_model(),
@@ -207,17 +207,17 @@ def test_prefill_leaves_results_where_they_are_made(layout, wanted):
     copies = layout.get("tp_size", 1)
     for number, rows in enumerate([slice(0, 2), slice(2, 3)]):
         shards = [shards[number] for shards in results]
-        held = sorted(p for s in shards for p in s.positions if p < length)
+        held = sorted(p for s in shards for p in s.positions_l.tolist() if p < length)
         assert held == sorted(list(range(length)) * copies)
         expected = {"none": [], "last": [length - 1], "all": list(range(length))}[wanted]
-        assert sorted(p for s in shards for p in s.kept) == sorted(expected * copies)
+        assert sorted(p for s in shards for p in s.kept_k.tolist()) == sorted(expected * copies)
         for shard in shards:
-            if shard.hidden_BlD is not None:
-                real = [i for i, p in enumerate(shard.positions) if p < length]
-                at = [shard.positions[i] for i in real]
-                assert relative_error(shard.hidden_BlD[:, real], hidden[rows][:, at]) < TOLERANCE
-            if len(shard.kept):
-                assert relative_error(shard.logits_BkV, whole[rows][:, list(shard.kept)]) < TOLERANCE
+            if shard.hidden_Bld is not None:
+                real = [i for i, p in enumerate(shard.positions_l.tolist()) if p < length]
+                at = shard.positions_l[real]
+                assert relative_error(shard.hidden_Bld[:, real], hidden[rows][:, at]) < TOLERANCE
+            if len(shard.kept_k):
+                assert relative_error(shard.logits_BkV, whole[rows][:, shard.kept_k]) < TOLERANCE
 
 
 @pytest.mark.parametrize(

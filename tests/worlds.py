@@ -99,7 +99,7 @@ def put_together(parts_BlHD: Sequence[Tensor], layout: SequenceLayout) -> Tensor
     """All ranks' tokens, ring-major, in natural order and without padding."""
     rows = torch.cat(list(parts_BlHD), 1)
     out = torch.full_like(rows, torch.nan)
-    out[:, layout.all_positions] = rows
+    out[:, [p for rank in range(layout.ring_degree) for p in layout.slice_positions(rank)]] = rows
     return out[:, : layout.length]
 
 

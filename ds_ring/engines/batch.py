@@ -101,6 +101,11 @@ def pack(
         raise InputError(
             f"token id {lowest if lowest < 0 else highest} is outside the vocabulary of {shape.vocab_size}"
         )
+    if position_ids_BT is not None and attention_mask_BT is None and (position_ids_BT.diff(dim=1) != 1).any():
+        raise InputError(
+            "position_ids do not count up by 1: transformers would take the rows for packed sequences that do not see "
+            "each other, which cannot be sharded yet; give every sequence a row of its own"
+        )
     if position_ids_BT is None:
         positions_BL = torch.arange(ids_BL.shape[1], device=device) * real_BL
     else:

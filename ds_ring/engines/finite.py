@@ -17,7 +17,7 @@ def all_finite(*tensors: Tensor | None) -> bool:
 
 
 @contextmanager
-def first_bad_layer(anatomy: Anatomy) -> Iterator[list[int]]:
+def bad_layers(anatomy: Anatomy) -> Iterator[list[int]]:
     """Inside the block, collects the numbers (within ``anatomy.layers``) of layers whose output is not finite."""
     found: list[int] = []
 
@@ -43,6 +43,6 @@ def describe(bad: list[int | None], num_layers: int) -> str:
         return f"the model gave NaN or infinity behind its last layer ({num_layers} layers are finite)"
     ranks = ", ".join(str(rank) for rank, layer in enumerate(bad) if layer == first)
     return (
-        f"layer {first} of {num_layers} gave NaN or infinity, on rank {ranks}; check the checkpoint, or take dtype bf16 "
-        f"or fp32 if activations overflow fp16"
+        f"layer {first} of {num_layers} gave NaN or infinity, on rank {ranks}; check the weights, or, if "
+        f"activations overflow fp16, take dtype bf16 or fp32"
     )

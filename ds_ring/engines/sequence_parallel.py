@@ -4,9 +4,10 @@ also one replica of data parallelism."""
 # Shapes: B rows, L tokens of the batch, P padded to the layout, l tokens on this rank.
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
@@ -43,10 +44,14 @@ class SequenceParallelEngine(Engine):
         p = self.config.parallel
         return SequenceLayout(length, p.ring_degree, p.ulysses_degree, p.ring_impl)
 
-    def held_positions(self, length: int, peer: int) -> Sequence[int]:
-        return self.layout(length).positions(*divmod(peer, self.config.parallel.ulysses_degree))
+    @property
+    def layers(self) -> range:
+        return range(self.shape.num_layers)
 
-    def forward(self, micro_batches: list[Batch], keep: list[list[int]], want_hidden: bool) -> list[Shard]:
+    def held_positions(self, length: int, peer: int) -> Tensor:
+        return _positions(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
+
+    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         return [self._forward(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
 
     def mute(self, muted: bool) -> None:
@@ -54,15 +59,14 @@ class SequenceParallelEngine(Engine):
             self.mesh[axis].muted = muted
 
     @torch.inference_mode()
-    def _forward(self, batch: Batch, keep: list[int], want_hidden: bool) -> Shard:
+    def _forward(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
         layout = self.layout(batch.length)
-        positions = layout.positions(self.mesh.coordinate("ring"), self.mesh.coordinate("ulysses"))
+        positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
         padding = (0, layout.padded_length - batch.length)
         ids_Bl, position_ids_Bl = (
-            pad(t, padding)[:, positions].to(self.device) for t in (batch.ids_BL, batch.position_ids_BL)
+            pad(t, padding)[:, positions_l].to(self.device) for t in (batch.ids_BL, batch.position_ids_BL)
         )
-        wanted = set(keep)
-        at = [i for i, p in enumerate(positions) if p in wanted]
+        at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
         expected = len(self._anatomy.layers)
         with (
             self._context.forward(layout, expected, type(self.model).__name__),
@@ -72,7 +76,11 @@ class SequenceParallelEngine(Engine):
                 input_ids=ids_Bl,
                 position_ids=position_ids_Bl,
                 use_cache=False,
-                logits_to_keep=torch.tensor(at, dtype=torch.long, device=self.device),
+                logits_to_keep=at.to(self.device),
             )
-        kept = [positions[i] for i in at]
-        return Shard(batch, positions, hidden[0] if want_hidden else None, kept, out.logits)
+        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], out.logits)
+
+
+@lru_cache(maxsize=64)
+def _positions(layout: SequenceLayout, ring_rank: int, ulysses_rank: int) -> Tensor:
+    return torch.tensor(layout.positions(ring_rank, ulysses_rank))

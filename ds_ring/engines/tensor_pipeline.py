@@ -4,16 +4,15 @@ on while several micro-batches are in flight."""
 # Shapes: B rows of a micro-batch, L tokens, d hidden size.
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ds_ring.checks import ModelShape
+from ds_ring.checks import ModelShape, stage_layers
 from ds_ring.config import RunConfig
-from ds_ring.engines.base import Engine, Shard
+from ds_ring.engines.base import NO_POSITIONS, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
 from ds_ring.hf.anatomy import Anatomy
@@ -48,8 +47,12 @@ class TensorPipelineEngine(Engine):
     def is_last(self) -> bool:
         return self.stage == self.stages - 1
 
-    def held_positions(self, length: int, peer: int) -> Sequence[int]:
-        return range(length) if peer == self.stages - 1 else ()
+    @property
+    def layers(self) -> range:
+        return stage_layers(self.shape.num_layers, self.stages, self.stage)
+
+    def held_positions(self, length: int, peer: int) -> Tensor:
+        return torch.arange(length) if peer == self.stages - 1 else NO_POSITIONS
 
     def mute(self, muted: bool) -> None:
         self.mesh["pp"].muted = muted
@@ -58,7 +61,7 @@ class TensorPipelineEngine(Engine):
             self._muted.enter_context(muted_tensor_parallel(self.model))
 
     @torch.inference_mode()
-    def forward(self, micro_batches: list[Batch], keep: list[list[int]], want_hidden: bool) -> list[Shard]:
+    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         """Stage s works on micro-batch m while stage s-1 works on m+1; the next input is already on its way."""
         shards: list[Shard] = []
         sent: list[Pending] = []
@@ -87,10 +90,10 @@ class TensorPipelineEngine(Engine):
         return hidden_BLd, self.mesh["pp"].exchange([], [(self.stage - 1, hidden_BLd)])
 
     def _run_stage(
-        self, batch: Batch, keep: list[int], hidden_in: Tensor | None, want_hidden: bool
+        self, batch: Batch, keep: Tensor, hidden_in: Tensor | None, want_hidden: bool
     ) -> tuple[Tensor, Shard]:
         inputs = {"input_ids": batch.ids_BL.to(self.device)} if hidden_in is None else {"inputs_embeds": hidden_in}
-        at = keep if self.is_last else []
+        kept_k = keep if self.is_last else NO_POSITIONS
         layout = SequenceLayout(batch.length)
         with (
             self._context.forward(layout, len(self._anatomy.layers), type(self.model).__name__),
@@ -101,9 +104,9 @@ class TensorPipelineEngine(Engine):
                 **inputs,
                 position_ids=batch.position_ids_BL.to(self.device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(at, dtype=torch.long, device=self.device),
+                logits_to_keep=kept_k.to(self.device),
             )
         if not self.is_last:
-            return behind_layers[0], Shard(batch, (), None, (), None)
+            return behind_layers[0], Shard(batch, NO_POSITIONS, None, NO_POSITIONS, None)
         hidden_BLd = final[0] if want_hidden else None
-        return behind_layers[0], Shard(batch, range(batch.length), hidden_BLd, keep, out.logits)
+        return behind_layers[0], Shard(batch, torch.arange(batch.length), hidden_BLd, kept_k, out.logits)
