@@ -149,7 +149,7 @@ def _count(engine: Engine, batch: Batch) -> tuple[float, list[Callable[[], None]
     journal: list[Callable[[], None]] = []
     traffic.journal = journal
     tensor_parallel = isinstance(engine, TensorPipelineEngine) and engine.mesh.topology.tp > 1
-    with AllReduceMeter(traffic, engine.mesh.topology.tp) if tensor_parallel else nullcontext():
+    with AllReduceMeter(engine.mesh["tp"]) if tensor_parallel else nullcontext():
         engine.prefill(batch, "last")
     traffic.journal = None
     everyone = engine.mesh["world"].all_gather_objects(traffic.bytes_sent)

@@ -12,7 +12,7 @@ from ds_ring import launcher
 from ds_ring.checkpoints import make_checkpoint
 from ds_ring.checks import check_run
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError
+from ds_ring.errors import ConfigError, DsRingError
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.results import read_json
 
@@ -93,39 +93,53 @@ def ensure_checkpoint(run: RunConfig, report: Report) -> None:
 
 def run_all(
     plan: Plan, options: Sequence[str], logs: Path, advance: Callable[[], None], report: Report
-) -> list[dict[str, Any]]:
-    """Run the reference and every layout; rows of all layouts and lengths.
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Run the reference and every layout.
 
-    ``options``: passed on to launch/bench.py. ``advance`` is called after the reference of each length and after each
-    layout.
+    Args:
+        options: passed on to launch/bench.py.
+        logs: a folder for every run's log and each layout's own result.
+        advance: called after the reference of each length and after each layout.
+
+    Returns:
+        Rows of all layouts and lengths, and what went wrong with layouts that have none: one that fails does not take
+        the others' results with it.
 
     Raises:
-        ConfigError, DsRingError: a run refused or failed (see its log).
+        ConfigError: a run refused. DsRingError: there is no reference to compare with.
     """
-    run = plan.first
     rows: list[dict[str, Any]] = []
+    failures: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         references = []
         for length in plan.lengths:
             report(f"reference: the unsharded model, L = {length}")
-            references.append(str(Path(scratch) / f"reference_{length}.safetensors"))
-            arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--output", references[-1]]
-            arguments += ["--rows", str(plan.parity_rows), "--length", str(length)]
-            arguments += ["--text", *run.workload.text] if run.workload.text else []
-            launcher.run_module("ds_ring.parity", arguments, log=logs / f"reference_{length}.log", report=report)
+            references.append(_reference(plan, length, Path(scratch), logs, report))
             advance()
         for file, layout in plan.runs:
-            label = layout.topology.label()
-            output = Path(scratch) / f"{label}.json"
-            report(f"{label}: start {layout.topology.world_size} ranks")
-            arguments = ["--config", str(file), *options, "--output", str(output)]
-            arguments += ["--references", *references]
-            launcher.launch(
-                "launch/bench.py", layout.topology.world_size, arguments, log=logs / f"{label}.log", report=report
-            )
-            rows += [{**row, "config_file": file.name} for row in read_json(output)["rows"]]
+            label, ranks = layout.topology.label(), layout.topology.world_size
+            report(f"{label}: start {ranks} ranks")
+            output = logs / f"{label}.json"
+            arguments = ["--config", str(file), *options, "--output", str(output), "--references", *references]
+            try:
+                launcher.launch("launch/bench.py", ranks, arguments, log=logs / f"{label}.log", report=report)
+                rows += [{**row, "config_file": file.name} for row in read_json(output)["rows"]]
+            except ConfigError:
+                raise
+            except DsRingError as error:
+                report(f"{label} failed: {error}")
+                failures.append(label)
             advance()
-    return rows
+    return rows, failures
+
+
+def _reference(plan: Plan, length: int, folder: Path, logs: Path, report: Report) -> str:
+    run, output = plan.first, folder / f"reference_{length}.safetensors"
+    arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--output", str(output)]
+    arguments += ["--rows", str(plan.parity_rows), "--length", str(length)]
+    arguments += ["--text", *run.workload.text] if run.workload.text else []
+    launcher.run_module("ds_ring.parity", arguments, log=logs / f"reference_{length}.log", report=report)
+    return str(output)
 
 
 def judge(rows: list[dict[str, Any]], baseline: str | None = None) -> list[dict[str, Any]]:

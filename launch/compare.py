@@ -28,13 +28,15 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     console = progress.make_console()
     with progress.steps(console, plan.steps) as (advance, say):
         compare.ensure_checkpoint(plan.first, say)
-        rows = compare.run_all(plan, options, output.with_suffix(".logs"), advance, say)
+        rows, failures = compare.run_all(plan, options, output.with_suffix(".logs"), advance, say)
+    cli.require(failures if not rows else [], "no layout ran: {} failed; see the logs beside the output")
     document = results.provenance() | compare.document(plan, compare.judge(rows, args.baseline))
     results.write_json(output, document)
     results.write_atomically(output.with_suffix(".md"), report.markdown(document))
     plots.draw(document, output.with_suffix(".png"))
     console.print(report.terminal_table(document["rows"]))
     console.print(f"written: {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
+    cli.require(failures, "these layouts failed, see the logs beside the output: {}")
     cli.require(compare.disagreeing(document), "not the unsharded model's result: {}")
     return document
 

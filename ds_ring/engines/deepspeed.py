@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
-from ds_ring.transport.base import Traffic, Transport, blank
+from ds_ring.transport.base import Transport, blank
 
 
 class SliceGroup:
@@ -82,17 +82,23 @@ class AllReduceMeter(TorchDispatchMode):
     A ring all-reduce over n ranks makes each send 2 (n-1)/n of the tensor; that is what is counted.
     """
 
-    def __init__(self, traffic: Traffic, group_size: int) -> None:
+    def __init__(self, tensor_parallel: Transport) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._traffic, self._group_size = traffic, group_size
+        self._transport = tensor_parallel
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.c10d.allreduce_.default:
-            tensors, *rest = args
-            sent = sum(t.nbytes for t in tensors) * 2 * (self._group_size - 1) // self._group_size
+            tensors, size = args[0], self._transport.size
+            sent = sum(t.nbytes for t in tensors) * 2 * (size - 1) // size
             alike = blank([(0, t) for t in tensors])
-            self._traffic.add("all_reduce", sent, lambda: func([t for _, t in alike()], *rest, **kwargs)[1].wait())
+
+            def again() -> None:
+                # The operation's own arguments are not to be kept: what they point to is gone after the call.
+                for _, tensor in alike():
+                    deepspeed.comm.all_reduce(tensor, group=getattr(self._transport, "group", None))
+
+            self._transport.traffic.add("all_reduce", sent, again)
         return func(*args, **kwargs)
