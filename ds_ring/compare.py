@@ -77,7 +77,7 @@ def model_source(run: RunConfig) -> Path:
     """The checkpoint directory, or, while there is none, the config in ds_configs/models/ it is made from."""
     if run.ring.model is None:
         raise ConfigError('no model: "model" in the section "ds_ring", or --model')
-    directory = launcher.ROOT / run.ring.model
+    directory = Path(run.ring.model)
     recipe = launcher.ROOT / "ds_configs" / "models" / f"{directory.name}.json"
     return directory if directory.is_dir() or not recipe.is_file() else recipe
 
@@ -88,7 +88,7 @@ def ensure_checkpoint(run: RunConfig, report: Report) -> None:
         return
     report(f"make {run.ring.model} from {source.relative_to(launcher.ROOT)}")
     device = "cuda" if launcher.gpu_count() else "cpu"
-    make_checkpoint(source, launcher.ROOT / run.ring.model, seed=0, dtype=run.dtype, device=device)
+    make_checkpoint(source, run.ring.model, seed=0, dtype=run.dtype, device=device)
 
 
 def run_all(

@@ -87,6 +87,8 @@ class RunConfig(_Section):
             overrides: any field of ``parallel`` or ``workload``, ``tp_size``, ``dtype``, ``model``, ``transport``;
                 None means "as in the file".
 
+        A dtype that neither gives is the checkpoint's own, else fp32, as in transformers.
+
         Raises:
             ConfigError: unreadable file, unknown key, wrong type or a value out of range.
         """
@@ -98,6 +100,8 @@ class RunConfig(_Section):
         for name, value in overrides.items():
             if value is not None:
                 _override(document, section, name, value)
+        if "dtype" not in document and (own := _checkpoint_dtype(section.get("model"))) is not None:
+            document["dtype"] = own
         try:
             config = cls(ring=RingConfig.model_validate(section), deepspeed=document)
         except ValidationError as error:
@@ -115,7 +119,7 @@ class RunConfig(_Section):
 
     @property
     def dtype(self) -> DType:
-        name = str(self.deepspeed.get("dtype", "fp16"))
+        name = str(self.deepspeed.get("dtype", "fp32"))
         if name not in _DTYPE_NAMES:
             raise ConfigError(f'dtype="{name}" is not supported; take one of fp32, fp16, bf16')
         return _DTYPE_NAMES[name]
@@ -166,6 +170,15 @@ def _object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{name} must be a JSON object, not {value!r}")
     return value
+
+
+def _checkpoint_dtype(model: object) -> str | None:
+    """What the checkpoint's config says its weights are; None where there is no such file or word."""
+    try:
+        config = json.loads((Path(str(model)) / "config.json").read_text(encoding="utf-8"))
+        return str(config.get("dtype") or config.get("torch_dtype") or "") or None
+    except (OSError, ValueError, AttributeError):
+        return None  # what is wrong with the file is said where it is read for its own sake
 
 
 def _override(document: dict[str, Any], section: dict[str, Any], name: str, value: Any) -> None:

@@ -59,7 +59,7 @@ def _run(command: list[str], environment: dict[str, str], log: Path, report: Cal
     with log.open("w") as file:
         # A session of its own, so that everything it started can be ended with it.
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, errors="replace",
+            command, env=environment, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:

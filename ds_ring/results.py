@@ -52,6 +52,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
+    """The commit that ran; ``DS_RING_REVISION`` names it where the files were copied without their history."""
     root = Path(__file__).parent.parent
     try:
         found = subprocess.run(
@@ -62,7 +63,7 @@ def _git_revision() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("DS_RING_REVISION")
     return found.stdout.strip()
 
 

@@ -42,8 +42,8 @@ def from_pretrained(
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError: on every rank alike, before weights load.
     """
-    run = RunConfig.load(config, **overrides)
-    path = path or run.ring.model
+    run = RunConfig.load(config, **{"model": str(path) if path else None, **overrides})
+    path = run.ring.model
     if path is None:
         raise ConfigError('no model: give a checkpoint directory, or "model" in the section "ds_ring"')
     Checkpoint.open(path)
@@ -66,6 +66,8 @@ def init_inference(
     ranks is dropped. Arguments and errors otherwise as ``from_pretrained``.
     """
     run = RunConfig.load(config, **overrides)
+    if "dtype" not in run.deepspeed:
+        run = RunConfig.load(run, dtype=str(model.dtype))
     shape = model_shape(model.config)
     check_layout(run, shape, world_size())
     mesh = connect(run)

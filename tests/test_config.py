@@ -44,11 +44,11 @@ class TestLoading:
         assert config.parallel == ParallelConfig()
         assert config.workload == WorkloadConfig()
         assert config.topology == Topology()
-        assert (config.dtype, config.tp_size, config.ring.model, config.ring.transport) == ("fp16", 1, None, "auto")
+        assert (config.dtype, config.tp_size, config.ring.model, config.ring.transport) == ("fp32", 1, None, "auto")
 
     def test_documented_defaults(self):
         assert RunConfig.load(None).document() == {
-            "dtype": "fp16",
+            "dtype": "fp32",
             "ds_ring": {
                 "model": None,
                 "parallel": {
@@ -62,6 +62,16 @@ class TestLoading:
                 "transport": "auto",
             },
         }  # fmt: skip
+
+    @pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+    def test_the_dtype_is_the_checkpoints_own_unless_said_otherwise(self, tmp_path, field):
+        (tmp_path / "config.json").write_text(json.dumps({field: "bfloat16"}))
+        model = {"model": str(tmp_path)}
+        assert RunConfig.load({"ds_ring": model}).dtype == RunConfig.load(None, **model).dtype == "bf16"
+        assert RunConfig.load({"dtype": "fp16", "ds_ring": model}).dtype == "fp16"
+        assert RunConfig.load({"ds_ring": model}, dtype="fp32").dtype == "fp32"
+        (tmp_path / "config.json").write_text("{}")
+        assert RunConfig.load(None, **model).dtype == "fp32"
 
     @pytest.mark.parametrize("as_path", [str, Path])
     def test_a_file_and_a_dict_of_its_content_are_the_same(self, tmp_path, as_path):
