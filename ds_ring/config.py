@@ -69,7 +69,9 @@ class RingConfig(_Section):
     model: str | None = Field(None, description="checkpoint directory (safetensors) that from_pretrained reads")
     parallel: ParallelConfig = ParallelConfig()
     workload: WorkloadConfig = WorkloadConfig()
-    transport: Literal["auto", "process_group"] = Field("auto", description="how K/V and heads move between ranks")
+    transport: Literal["auto", "process_group"] = Field(
+        "auto", description="how K/V and heads move between ranks; auto is process groups, the only way so far"
+    )
 
 
 class RunConfig(_Section):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from statistics import mean
 from typing import Any
 
 import pytest
 import torch
 from mocked_world import ProcessGroupWorld, Wire, one_process, outcome, relative_error, serve
-from tiny_models import build, gpt_neox, llama_gqa, logits, tokens
+from tiny_models import build, gpt_neox, logits, tokens
 from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
@@ -21,10 +20,8 @@ from ds_ring.engines.base import Engine, Shard
 from ds_ring.errors import InputError, TransportError
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.shape import model_shape
-from ds_ring.layout import SequenceLayout
 from ds_ring.runtime import build_engine
 from ds_ring.transport.mesh import Mesh
-from ds_ring.volume import bytes_sent_per_rank
 
 TOLERANCE = 1e-5
 """On the worst token's relative error, fp32 against fp32. The model itself in fp32 is 3e-6 away from fp64."""
@@ -292,59 +289,6 @@ def test_a_muted_engine_talks_to_nobody(layout):
     assert max(relative_error(got, logits(small_model(), ids)) for got in results) < TOLERANCE
 
 
-@pytest.mark.parametrize("ring_impl", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("ring_variant", ["gather_kv", "pass_kv"])
-def test_ring_traffic(ring_impl, ring_variant):
-    ring, rows, length = 4, 3, 101
-    options = {"ring_degree": ring, "ring_impl": ring_impl, "ring_variant": ring_variant, "batch_size": rows}
-    sent = traffic(build(llama_gqa()), length, micro_batch_size=2, **options)
-    padded = SequenceLayout(length, ring, 1, ring_impl).padded_length
-    layers, kv_heads, head_dim = 3, 3, 8
-    token = 2 * kv_heads * head_dim * 4  # a key and a value in fp32
-    if ring_impl == "zigzag":
-        # Later ranks see this rank's first chunk, earlier ones both: their last chunk lies behind everything of ours.
-        tokens_sent = [padded // (2 * ring) * ((ring - 1 - rank) + 2 * rank) for rank in range(ring)]
-    else:
-        tokens_sent = [padded // ring * (ring - 1 - rank) for rank in range(ring)]
-    expected = [layers * rows * token * n for n in tokens_sent]
-    assert [s["exchange"] for s in sent] == expected
-    assert not any(s.get("all_to_all") for s in sent)
-    assert mean(expected) == bytes_sent_per_rank(run_config(**options), model_shape(llama_gqa()), rows, length, 4)
-
-
-@pytest.mark.parametrize(("kv_heads", "replicated"), [(8, 8), (4, 4), (2, 4), (1, 4)])
-def test_ulysses_traffic(kv_heads, replicated):
-    degree, heads, head_dim, rows, length, layers = 4, 8, 6, 3, 101, 3
-    config = llama_gqa(hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    options = {"ulysses_degree": degree, "batch_size": rows}
-    sent = traffic(build(config), length, micro_batch_size=2, **options)
-    local = -(-length // degree)
-    # q and out whole, k and v with every head that some rank lacks; a quarter of it stays.
-    elements = local * head_dim * (2 * heads + 2 * replicated) * (degree - 1) // degree
-    assert [s["all_to_all"] for s in sent] == [layers * rows * elements * 4] * degree
-    assert sum(sum(s.values()) for s in sent) == degree * layers * rows * elements * 4
-    assert (
-        bytes_sent_per_rank(run_config(**options), model_shape(config), rows, length, 4) == layers * rows * elements * 4
-    )
-
-
-def test_hybrid_traffic_is_the_plan():
-    options = {"ulysses_degree": 2, "ring_degree": 2, "batch_size": 2}
-    sent = traffic(build(gpt_neox(heads=4, layers=2)), 101, **options)
-    planned = bytes_sent_per_rank(run_config(**options), model_shape(gpt_neox(heads=4, layers=2)), 2, 101, 4)
-    assert mean(sum(s.values()) for s in sent) == planned
-
-
-def test_pipeline_traffic():
-    stages, rows, length, hidden = 4, 3, 101, 32
-    options = {"pp_size": stages, "batch_size": rows}
-    sent = traffic(build(gpt_neox(heads=4, layers=5)), length, micro_batch_size=2, **options)
-    state = rows * length * hidden * 4
-    assert [sum(s.values()) for s in sent] == [state, state, state, 0]
-    shape = model_shape(gpt_neox(heads=4, layers=5))
-    assert mean([state, state, state, 0]) == bytes_sent_per_rank(run_config(**options), shape, rows, length, 4)
-
-
 def test_the_mocked_wire_shows_a_buffer_reused_or_read_too_early():
     def work(rank: int) -> list[float]:
         mesh = Mesh.from_process_groups(run_config(pp_size=2).topology)
@@ -391,18 +335,6 @@ def test_the_mocked_world_raises_what_failed_first_and_stops_the_others(where):
 
 def run_config(**options: Any) -> RunConfig:
     return RunConfig.load({"dtype": "fp32"}, **options)
-
-
-def traffic(model: PreTrainedModel, length: int, **options: Any) -> list[dict[str, int]]:
-    """Bytes that each rank sends in one prefill for the last token, by operation."""
-
-    def work(engine: Engine) -> dict[str, int]:
-        batch, _ = engine.prepare(tokens(options["batch_size"], length), None, None)
-        engine.mesh.traffic.bytes_by_op.clear()
-        engine.prefill(batch, "last")
-        return dict(engine.mesh.traffic.bytes_by_op)
-
-    return serve(model, work, max_length=length, **options)
 
 
 def padded_batch(lengths: list[int], side: str) -> tuple[Tensor, Tensor]:
