@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from ds_ring.attention import aten
 from ds_ring.attention.local import attend, choose_backend
 from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
+from ds_ring.kernels import attention512
+from ds_ring.kernels.build import unavailable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,10 +44,83 @@ def test_back_end_matches_the_reference(head_dim, dtype, queries, keys, q_offset
     torch.testing.assert_close(lse[seen].double(), want_lse[seen], atol=2e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("head_dim", "name"), [(64, "flash"), (256, "flash"), (512, "memory_efficient")])
-def test_the_back_end_follows_the_head_size(head_dim, name):
-    q = torch.zeros(1, 1, 1, head_dim, device="cuda", dtype=torch.float16)
-    assert choose_backend(q, AttentionSpec(1.0)).__name__ == name
+def test_the_back_end_follows_the_head_size():
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    wanted = {64: aten.flash, 256: aten.flash, 320: aten.memory_efficient}
+    wanted[512] = attention512.block if hopper else aten.memory_efficient
+    for head_dim, backend in wanted.items():
+        q = torch.zeros(1, 1, 1, head_dim, device="cuda", dtype=torch.float16)
+        assert choose_backend(q, AttentionSpec(1.0)) is backend
+
+
+@pytest.fixture
+def hopper():
+    reason = unavailable(torch.device("cuda"))
+    if reason is not None:
+        pytest.skip(f"the head_dim 512 kernel cannot run: {reason}")
+
+
+def whole_call(q, segments, chunks, causal, scale=512**-0.5):
+    keys, values, offsets = zip(*segments, strict=True)
+    flat = [number for chunk in chunks for number in chunk]
+    return attention512.attention512(q, list(keys), list(values), list(offsets), flat, causal, scale)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("cuts", [[300, 513, 200], [1, 64, 128, 63, 500], [17] * 40], ids=len)
+def test_segments_and_chunks_in_one_call(dtype, heads, kv_heads, cuts):
+    """Chunks of queries at positions of their own against segments of unequal, odd lengths, out of order."""
+    generator = torch.Generator("cuda").manual_seed(torch.seed() % 2**31)
+    total = sum(cuts)
+    k, v = (torch.randn(2, total, kv_heads, 512, device="cuda", generator=generator).to(dtype) for _ in range(2))
+    starts = [sum(cuts[:i]) for i in range(len(cuts))]
+    segments = [(k[:, a : a + n], v[:, a : a + n], a) for a, n in zip(starts, cuts, strict=True)][::-1]
+    chunks = [(300, 37, total - 37), (0, 100, 0), (100, 200, total // 2)]
+    q = torch.randn(2, 337, heads, 512, device="cuda", generator=generator).to(dtype)
+    for causal in (True, False):
+        out, lse = whole_call(q, segments, chunks, causal)
+        for row, n, offset in chunks:
+            rows = slice(row, row + n)
+            spec = AttentionSpec(512**-0.5)
+            want_out, want_lse = reference_attention(q[:, rows], k, v, spec=spec, causal=causal, q_offset=offset)
+            assert relative_error(out[:, rows], want_out) < TOLERANCE[dtype]
+            torch.testing.assert_close(lse[:, :, rows].double(), want_lse, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_every_row_is_written_and_repeats_are_bit_equal():
+    q, k, v = (torch.randn(2, 777, 4, 512, device="cuda", dtype=torch.float16) for _ in range(3))
+    first = whole_call(q, [(k, v, 0)], [(0, 777, 0)], True)
+    for _ in range(20):
+        # What the caching allocator hands out next holds NaN wherever the kernel would leave it unwritten.
+        poison = [torch.full_like(t, float("nan")) for t in first]
+        del poison
+        again = whole_call(q, [(k, v, 0)], [(0, 777, 0)], True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_queries_without_a_visible_key_give_zero_and_minus_infinity():
+    q, k, v = (torch.randn(1, 200, 2, 512, device="cuda", dtype=torch.float16) for _ in range(3))
+    out, lse = whole_call(q, [(k, v, 100)], [(0, 200, 0)], True)
+    assert not out[:, :100].any()
+    assert torch.isneginf(lse[:, :, :100]).all()
+    assert torch.isfinite(lse[:, :, 100:]).all()
+
+
+@pytest.mark.usefixtures("hopper")
+def test_the_kernel_runs_in_a_cuda_graph_and_under_compile():
+    q, k, v = (torch.randn(1, 300, 2, 512, device="cuda", dtype=torch.float16) for _ in range(3))
+    want = whole_call(q, [(k, v, 0)], [(0, 300, 0)], True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = whole_call(q, [(k, v, 0)], [(0, 300, 0)], True)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    torch.library.opcheck(torch.ops.ds_ring.attention512, (q, [k], [v], [0], [0, 300, 0], True, 0.04))
 
 
 def test_scores_over_the_fp16_range_stay_finite():

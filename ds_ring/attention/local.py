@@ -12,12 +12,15 @@ from torch import Tensor
 
 from ds_ring.attention import aten, plain
 from ds_ring.attention.spec import AttentionSpec
+from ds_ring.kernels import attention512
+from ds_ring.kernels.build import log, unavailable
 
 
 class Backend(Protocol):
     """A block whose causal mask is aligned to the last query and the last key: query i sees keys 0 .. S - L + i."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]: ...
+    def __hash__(self) -> int: ...
 
 
 def attend(
@@ -55,9 +58,21 @@ def choose_backend(q_BLHD: Tensor, spec: AttentionSpec) -> Backend | None:
     head_dim = q_BLHD.shape[-1]
     if not q_BLHD.is_cuda or not spec.plain or q_BLHD.dtype == torch.float32 or head_dim % 8:
         return None
-    backend = aten.flash if head_dim <= aten.FLASH_MAX_HEAD_DIM else aten.memory_efficient
+    backend = _fastest(q_BLHD.device, head_dim)
     check_convention(backend, q_BLHD.device, q_BLHD.dtype, head_dim)
     return backend
+
+
+@cache
+def _fastest(device: torch.device, head_dim: int) -> Backend:
+    if head_dim <= aten.FLASH_MAX_HEAD_DIM:
+        return aten.flash
+    if head_dim == attention512.HEAD_DIM:
+        reason = unavailable(device)
+        if reason is None:
+            return attention512.block
+        log.warning("attention at head_dim 512: %s; taking PyTorch's memory-efficient kernel instead", reason)
+    return aten.memory_efficient
 
 
 @cache

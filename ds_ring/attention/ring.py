@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ds_ring.attention.local import attend
 from ds_ring.attention.merge import merge_
+from ds_ring.attention.runs import Segment, attend_runs
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
 from ds_ring.layout import Block, SequenceLayout
-from ds_ring.transport.base import Done, Pending, Transport
+from ds_ring.transport.base import Pending, Transport
 
 
 def ring_attention(
@@ -96,31 +97,27 @@ def gather_kv(
     spec: AttentionSpec,
     transport: Transport,
 ) -> Tensor:
-    """All visible K/V first, put into natural order, then one causal call a run of queries: no merge."""
+    """All visible K/V first, then one call for all runs of queries: no merge."""
     rank, size = transport.rank, transport.size
     kv_2BLKD = torch.stack((k_BLKD, v_BLKD))
-    hops: list[tuple[int, Pending, Tensor]] = [(rank, Done(), kv_2BLKD)]
-    for hop in range(1, size):
-        hops.append(((rank - hop) % size, *_start_hop(kv_2BLKD, layout, transport, hop)))
-    runs = layout.slice_runs(rank)
-    natural_2BSKD = kv_2BLKD.new_empty((2, kv_2BLKD.shape[1], runs[-1].stop, *kv_2BLKD.shape[3:]))
+    hops = [((rank - hop) % size, *_start_hop(kv_2BLKD, layout, transport, hop)) for hop in range(1, size)]
+    segments = _segments(layout, rank, k_BLKD, v_BLKD)
     for source, pending, block_2BSKD in hops:
         pending.wait()
-        taken = 0
-        for run in layout.slice_runs(source):
-            if taken < block_2BSKD.shape[2]:  # only a prefix of the slice is visible, in whole runs
-                natural_2BSKD[:, :, run.start : run.stop] = block_2BSKD[:, :, taken : taken + run.length]
-                taken += run.length
-    out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
-    k_BSKD, v_BSKD = natural_2BSKD
-    done = 0
-    for run in runs:
-        rows = slice(done, done + run.length)
-        out_BLHD[:, rows] = attend(
-            q_BLHD[:, rows], k_BSKD[:, : run.stop], v_BSKD[:, : run.stop], spec=spec, q_offset=run.start
-        )[0]
-        done = rows.stop
-    return out_BLHD
+        segments += _segments(layout, source, *block_2BSKD)
+    return attend_runs(q_BLHD, layout.slice_runs(rank), segments, spec)
+
+
+def _segments(layout: SequenceLayout, source: int, k_BSKD: Tensor, v_BSKD: Tensor) -> list[Segment]:
+    """The runs of ``source``'s slice, as far as they are there: what is visible is a prefix, in whole runs."""
+    found = []
+    taken = 0
+    for run in layout.slice_runs(source):
+        if taken < k_BSKD.shape[1]:
+            rows = slice(taken, taken + run.length)
+            found.append(Segment(run.start, k_BSKD[:, rows], v_BSKD[:, rows]))
+            taken += run.length
+    return found
 
 
 def _start_hop(kv_2BLKD: Tensor, layout: SequenceLayout, transport: Transport, hop: int) -> tuple[Pending, Tensor]:

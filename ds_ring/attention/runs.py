@@ -1,0 +1,65 @@
+"""A rank's whole attention when all the keys it sees are there: runs of queries against segments of keys."""
+
+# Shapes: B batch, L queries, S keys of a segment, H query heads, K key/value heads, D head_dim.
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_ring.attention.local import attend, choose_backend
+from ds_ring.attention.spec import AttentionSpec
+from ds_ring.kernels import attention512
+from ds_ring.layout import Run
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Keys and values [B, S, K, D] at the global positions ``start .. start + S - 1``."""
+
+    start: int
+    k_BSKD: Tensor
+    v_BSKD: Tensor
+
+
+def attend_runs(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> Tensor:
+    """Causal attention by global positions.
+
+    Args:
+        q_BLHD: the queries of all runs, one after the other.
+        segments: together they hold every position from 0 to the last query's, each once, in any order.
+
+    Returns:
+        out [B, L, H, D] in q's dtype.
+    """
+    if _one_launch(q_BLHD, runs, segments, spec):
+        return _attend_segments(q_BLHD, runs, segments, spec)
+    ordered = sorted(segments, key=lambda segment: segment.start)
+    k_BSKD = torch.cat([segment.k_BSKD for segment in ordered], dim=1)
+    v_BSKD = torch.cat([segment.v_BSKD for segment in ordered], dim=1)
+    parts = []
+    done = 0
+    for run in runs:
+        q_run = q_BLHD[:, done : done + run.length]
+        parts.append(attend(q_run, k_BSKD[:, : run.stop], v_BSKD[:, : run.stop], spec=spec, q_offset=run.start)[0])
+        done += run.length
+    return torch.cat(parts, dim=1)
+
+
+def _one_launch(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> bool:
+    fits = len(runs) <= attention512.MAX_CHUNKS and len(segments) <= attention512.MAX_SEGMENTS
+    return fits and choose_backend(q_BLHD, spec) is attention512.block
+
+
+def _attend_segments(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> Tensor:
+    """The segments where they are: nothing is copied into order."""
+    chunks: list[int] = []
+    done = 0
+    for run in runs:
+        chunks += [done, run.length, run.start]
+        done += run.length
+    keys, values = [s.k_BSKD for s in segments], [s.v_BSKD for s in segments]
+    out, _ = attention512.attention512(q_BLHD, keys, values, [s.start for s in segments], chunks, True, spec.scale)
+    return out
