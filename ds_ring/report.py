@@ -44,6 +44,19 @@ def terminal_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def attention_table(rows: list[dict[str, Any]]) -> Table:
+    """Rates of attention blocks: rows of ``bench_attention.run``."""
+    table = Table(title="One block of attention, fp16; share: of the matrix product timed in turn with it")
+    for name in ("block", "implementation", "ms", "TFLOP/s", "share", "rel. error"):
+        table.add_column(name, justify="left" if name in ("block", "implementation") else "right")
+    for r in rows:
+        mask = "causal" if r["causal"] else "full"
+        block = f"d{r['head_dim']} {mask} B{r['batch']} H{r['heads']}/{r['kv_heads']} {r['seq_q']} x {r['seq_k']}"
+        figures = f"{r['ms']:.2f}", f"{r['tflops']:.0f}", f"{r['share']:.2f}", f"{r['rel_error']:.1e}"
+        table.add_row(block, r["impl"], *figures)
+    return table
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The same table, the sweep over lengths, what the columns mean, and how it was made."""
     rows, sweep = document["rows"], document.get("sweep", [])
