@@ -23,7 +23,7 @@ check: lint test
 .venv/.ready: requirements.txt
 	@echo "setting up .venv (once, about a minute) ..."
 	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 .PHONY: demo test test-gpu lint check
