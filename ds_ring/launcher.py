@@ -43,7 +43,7 @@ def launch(
     Raises:
         ConfigError: the script refused (exit code 2), with what it said. DsRingError: it failed.
     """
-    command = [_deepspeed(), "--no_local_rank", "--master_port", str(_free_port())]
+    command = [_deepspeed(), "--no_local_rank", "--master_port", str(free_port())]
     command += ["--num_gpus", str(ranks)]
     _run([*command, str(ROOT / script), *options], _environment(ranks), log, report)
 
@@ -98,7 +98,8 @@ def _deepspeed() -> str:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

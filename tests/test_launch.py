@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
 from ds_ring.checkpoints import byte_tokenizer, make_checkpoint
+from ds_ring.launcher import free_port
 
 pytestmark = pytest.mark.launch
 
@@ -35,7 +36,7 @@ def deepspeed(ranks: int, script: str | Path, *options: object, expect: int = 0)
         "--quiet",
         "--no_local_rank",
         "--master_port",
-        str(29600 + ranks),
+        str(free_port()),
         "--num_gpus",
         str(ranks),
     ]
