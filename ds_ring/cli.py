@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin
 from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
 from ds_ring.errors import DsRingError, UserError
 from ds_ring.results import write_json
+from ds_ring.watch import end_with_launcher
 
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
@@ -74,6 +75,7 @@ def require(offenders: list[str], message: str) -> None:
 def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: argparse.ArgumentParser) -> None:
     """Parse, run, print; rank 0 speaks for all."""
     args = parser.parse_args()
+    end_with_launcher()
     code = 0
     try:
         document = work(args)

@@ -1,0 +1,46 @@
+"""Ranks that outlive their launcher hold GPUs and hosts for nothing: they end themselves when it is gone.
+
+``deepspeed`` starts ``launch.py``, which starts the ranks. Killing the first orphans the other two, killing the second
+orphans the ranks, and neither kill reaches them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+PERIOD_S = 1.0
+
+
+def end_with_launcher() -> None:
+    """From now on, in a launched rank, end the process when either process above it ends. Linux only; else nothing."""
+    parent = os.getppid()
+    grandparent = parent_of(parent)
+    if "LOCAL_RANK" not in os.environ or grandparent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent and parent_of(parent) == grandparent:
+            time.sleep(PERIOD_S)
+        print(f"rank {os.environ.get('RANK')}: the launcher is gone, ending", file=sys.stderr, flush=True)
+        if os.getppid() == parent:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(parent, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end_with_launcher").start()
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of a process; None where it is gone or this system does not say."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # pid (name) state parent …; the name may hold anything, parentheses and blanks included.
+    return int(status.rpartition(")")[2].split()[1])
