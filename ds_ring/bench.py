@@ -23,8 +23,6 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import Batch, pack
 from ds_ring.engines.deepspeed import AllReduceMeter
-from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
-from ds_ring.errors import ConfigError
 from ds_ring.hardware import device_name, peak_flops, peak_memory_gib, synchronize, watched_gpu
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.flops import linear_parameters
@@ -58,17 +56,14 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError, CheckpointError: no model, more tokens than positions, fewer rows than replicas.
     """
-    if config.ring.model is None:
-        raise ConfigError('no model: "model" in the section "ds_ring", or --model')
-    check_workload(config, model_shape(read_config(config.ring.model)))
+    check_workload(config, model_shape(read_config(config.checkpoint)))
 
 
 def measure(engine: Engine, references: dict[int, str], report: Report) -> list[dict[str, Any]]:
     """A row for each length of the workload. ``references``: files of ``parity.write_reference`` by length."""
     config, dtype = engine.config, torch_dtype(engine.config.dtype)
-    assert config.ring.model is not None
-    stream = token_stream(config.ring.model, config.workload.text)
-    linear = linear_parameters(read_config(config.ring.model))
+    stream = token_stream(config.checkpoint, config.workload.text)
+    linear = linear_parameters(read_config(config.checkpoint))
     peak, peak_source = peak_flops(engine.device, dtype)
     peak = statistics.median(engine.mesh["world"].all_gather_objects(peak))
     rows = []
@@ -148,8 +143,7 @@ def _count(engine: Engine, batch: Batch) -> tuple[float, list[Callable[[], None]
     traffic.bytes_by_op.clear()
     journal: list[Callable[[], None]] = []
     traffic.journal = journal
-    tensor_parallel = isinstance(engine, TensorPipelineEngine) and engine.mesh.topology.tp > 1
-    with AllReduceMeter(engine.mesh["tp"]) if tensor_parallel else nullcontext():
+    with AllReduceMeter(engine.mesh["tp"]) if engine.mesh.topology.tp > 1 else nullcontext():
         engine.prefill(batch, "last")
     traffic.journal = None
     everyone = engine.mesh["world"].all_gather_objects(traffic.bytes_sent)

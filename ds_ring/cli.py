@@ -20,6 +20,10 @@ from ds_ring.errors import DsRingError, UserError
 from ds_ring.results import write_json
 from ds_ring.watch import end_with_launcher
 
+_OWN = {name: field for name, field in RingConfig.model_fields.items() if name not in ("parallel", "workload")}
+FIELDS = {**ParallelConfig.model_fields, **WorkloadConfig.model_fields, **_OWN}
+"""Every field of our section, each an option of the launch scripts."""
+
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
     """``--config FILE`` and an option for every field that may override the file."""
@@ -30,25 +34,24 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
     group = parser.add_argument_group("overrides of the configuration file")
     group.add_argument("--tp-size", type=int, metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
     group.add_argument("--dtype", choices=get_args(DType), help="weights and activations")
-    for model in (ParallelConfig, WorkloadConfig, RingConfig):
-        for name, field in model.model_fields.items():
-            if name in ("parallel", "workload"):
-                continue
-            option = f"--{name.replace('_', '-')}"
-            text = f"{field.description} [{field.default}]".replace("%", "%%")
-            if get_origin(field.annotation) is tuple:
-                group.add_argument(option, nargs="+", metavar="FILE", help=field.description)
-            elif field.annotation is int:
-                group.add_argument(option, type=int, metavar="N", help=text)
-            else:
-                choices = get_args(field.annotation) if str not in get_args(field.annotation) else None
-                group.add_argument(option, choices=choices, help=text)
+    for name, field in FIELDS.items():
+        option = f"--{name.replace('_', '-')}"
+        text = f"{field.description} [{field.default}]".replace("%", "%%")
+        if get_origin(field.annotation) is tuple:
+            kind = get_args(field.annotation)[0]
+            metavar = "N" if kind is int else "FILE"
+            group.add_argument(option, nargs="+", type=kind, metavar=metavar, help=field.description)
+        elif field.annotation is int:
+            group.add_argument(option, type=int, metavar="N", help=text)
+        else:
+            choices = get_args(field.annotation) if str not in get_args(field.annotation) else None
+            group.add_argument(option, choices=choices, help=text)
     return parser
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The configuration's fields that were given as options."""
-    names = {"tp_size", "dtype", "model", "transport", *ParallelConfig.model_fields, *WorkloadConfig.model_fields}
+    names = {"tp_size", "dtype", *FIELDS}
     return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
 

@@ -75,20 +75,23 @@ def default_layouts() -> list[str]:
 
 def model_source(run: RunConfig) -> Path:
     """The checkpoint directory, or, while there is none, the config in ds_configs/models/ it is made from."""
-    if run.ring.model is None:
-        raise ConfigError('no model: "model" in the section "ds_ring", or --model')
-    directory = Path(run.ring.model)
+    directory = Path(run.checkpoint)
     recipe = launcher.ROOT / "ds_configs" / "models" / f"{directory.name}.json"
     return directory if directory.is_dir() or not recipe.is_file() else recipe
 
 
 def ensure_checkpoint(run: RunConfig, report: Report) -> None:
-    source = model_source(run)
-    if source.is_dir() or run.ring.model is None:
+    """Make the checkpoint where there is only its recipe; an interruption leaves none, not half of one."""
+    source, directory = model_source(run), Path(run.checkpoint)
+    if source.is_dir():
         return
-    report(f"make {run.ring.model} from {source.relative_to(launcher.ROOT)}")
+    report(f"make {directory} from {source}")
     device = "cuda" if launcher.gpu_count() else "cpu"
-    make_checkpoint(source, run.ring.model, seed=0, dtype=run.dtype, device=device)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        made = Path(scratch) / directory.name
+        make_checkpoint(source, made, seed=0, dtype=run.dtype, device=device)
+        made.rename(directory)
 
 
 def run_all(
@@ -117,18 +120,21 @@ def run_all(
             references.append(_reference(plan, length, Path(scratch), logs, report))
             advance()
         for file, layout in plan.runs:
-            label, ranks = layout.topology.label(), layout.topology.world_size
-            report(f"{label}: start {ranks} ranks")
-            output = logs / f"{label}.json"
+            name, ranks = file.stem, layout.topology.world_size
+            report(f"{name}: start {ranks} ranks")
+            output = logs / f"{name}.json"
+            output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one's
             arguments = ["--config", str(file), *options, "--output", str(output), "--references", *references]
             try:
-                launcher.launch("launch/bench.py", ranks, arguments, log=logs / f"{label}.log", report=report)
+                launcher.launch("launch/bench.py", ranks, arguments, log=logs / f"{name}.log", report=report)
+                if not output.exists():
+                    raise DsRingError(f"the launcher ended without a result; see {logs / name}.log")
                 rows += [{**row, "config_file": file.name} for row in read_json(output)["rows"]]
             except ConfigError:
                 raise
             except DsRingError as error:
-                report(f"{label} failed: {error}")
-                failures.append(label)
+                report(f"{name} failed: {error}")
+                failures.append(name)
             advance()
     return rows, failures
 

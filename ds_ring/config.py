@@ -120,6 +120,13 @@ class RunConfig(_Section):
         return self.ring.workload
 
     @property
+    def checkpoint(self) -> str:
+        """The checkpoint directory; ConfigError where none was given."""
+        if self.ring.model is None:
+            raise ConfigError('no model: give a checkpoint directory, "model" in the section "ds_ring", or --model')
+        return self.ring.model
+
+    @property
     def dtype(self) -> DType:
         name = str(self.deepspeed.get("dtype", "fp32"))
         if name not in _DTYPE_NAMES:

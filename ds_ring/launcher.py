@@ -27,15 +27,7 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def launch(
-    script: str,
-    ranks: int,
-    options: Sequence[str],
-    *,
-    log: Path,
-    report: Callable[[str], None],
-    hostfile: str | None = None,
-) -> None:
+def launch(script: str, ranks: int, options: Sequence[str], *, log: Path, report: Callable[[str], None]) -> None:
     """Run ``deepspeed --num_gpus ranks script options`` to its end; its output goes to ``log``.
 
     Lines that the script says with ``cli.say`` are passed to ``report``.
@@ -43,8 +35,7 @@ def launch(
     Raises:
         ConfigError: the script refused (exit code 2), with what it said. DsRingError: it failed.
     """
-    command = [_deepspeed(), "--no_local_rank", "--master_port", str(free_port())]
-    command += ["--num_gpus", str(ranks)]
+    command = [_deepspeed(), "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", str(ranks)]
     _run([*command, str(ROOT / script), *options], _environment(ranks), log, report)
 
 

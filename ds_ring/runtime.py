@@ -14,7 +14,6 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
 from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
-from ds_ring.errors import ConfigError
 from ds_ring.hf.anatomy import Anatomy, own_configs
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.hf.checkpoint import Checkpoint
@@ -43,9 +42,7 @@ def from_pretrained(
         ConfigError, CheckpointError, UnsupportedModelError: on every rank alike, before weights load.
     """
     run = RunConfig.load(config, **{"model": str(path) if path else None, **overrides})
-    path = run.ring.model
-    if path is None:
-        raise ConfigError('no model: give a checkpoint directory, or "model" in the section "ds_ring"')
+    path = run.checkpoint
     Checkpoint.open(path)
     shape = model_shape(read_config(path))
     check_layout(run, shape, world_size())

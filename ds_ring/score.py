@@ -12,13 +12,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
-from ds_ring.errors import ConfigError, InputError
+from ds_ring.errors import InputError
 from ds_ring.progress import make_console
 from ds_ring.text import load_tokenizer, read_text
 
+Document = tuple[str, list[int]]
+"""(file, its tokens)"""
 
-def read_documents(config: RunConfig) -> dict[str, list[int]]:
-    """Tokens of each file of the workload, in order.
+
+def read_documents(config: RunConfig) -> list[Document]:
+    """Every file of the workload with its tokens, in order.
 
     Raises:
         InputError: no file, fewer than two tokens (nothing to predict), or more than ``max_length``.
@@ -27,9 +30,7 @@ def read_documents(config: RunConfig) -> dict[str, list[int]]:
     files = config.workload.text
     if not files:
         raise InputError("no documents: give --text FILE…")
-    if config.ring.model is None:
-        raise ConfigError('no model: "model" in the section "ds_ring", or --model')
-    tokenizer = load_tokenizer(config.ring.model)
+    tokenizer = load_tokenizer(config.checkpoint)
     documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in read_text(files)]
     for file, tokens in zip(files, documents, strict=True):
         limit = config.workload.max_length
@@ -37,10 +38,10 @@ def read_documents(config: RunConfig) -> dict[str, list[int]]:
             raise InputError(f"{file} has {len(tokens)} token(s); at least 2 are needed to predict one from another")
         if len(tokens) > limit:
             raise InputError(f"{file} has {len(tokens)} tokens, more than max_length={limit}; raise --max-length")
-    return dict(zip(files, documents, strict=True))
+    return list(zip(files, documents, strict=True))
 
 
-def score(engine: Engine, documents: dict[str, list[int]], show_progress: bool) -> dict[str, Any]:
+def score(engine: Engine, documents: list[Document], show_progress: bool) -> dict[str, Any]:
     """``{"documents": [{file, tokens, nll, perplexity, log_likelihood}]}``, in the order of ``documents``.
 
     ``nll`` is the mean negative log-likelihood in nats of a document's tokens after its first, ``perplexity`` its
@@ -49,19 +50,19 @@ def score(engine: Engine, documents: dict[str, list[int]], show_progress: bool) 
     replicas = engine.mesh.topology.dp
     at_a_time = replicas * engine.config.workload.micro_batch_size
     # Neighbours of like length waste the least padding.
-    order = sorted(documents, key=lambda file: len(documents[file]))
-    found: dict[str, dict[str, Any]] = {}
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i][1]))
+    found: dict[int, dict[str, Any]] = {}
     with Progress(console=make_console(), disable=not show_progress) as progress:
-        bar = progress.add_task("scoring", total=sum(map(len, documents.values())))
+        bar = progress.add_task("scoring", total=sum(len(tokens) for _, tokens in documents))
         for start in range(0, len(order), at_a_time):
-            files = order[start : start + at_a_time]
-            rows = [documents[file] for file in files]
+            group = order[start : start + at_a_time]
+            rows = [documents[i][1] for i in group]
             # Replicas without a document of their own repeat one; what they find is left out.
             ids, mask = padded(rows + rows[:1] * (replicas - len(rows)))
-            for file, scores in zip(files, engine.token_log_likelihoods(ids, mask), strict=False):
-                found[file] = entry(file, scores)
+            for i, scores in zip(group, engine.token_log_likelihoods(ids, mask), strict=False):
+                found[i] = entry(documents[i][0], scores)
             progress.advance(bar, sum(map(len, rows)))
-    return {"layout": engine.mesh.topology.label(), "documents": [found[file] for file in documents]}
+    return {"layout": engine.mesh.topology.label(), "documents": [found[i] for i in range(len(documents))]}
 
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

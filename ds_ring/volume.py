@@ -6,7 +6,7 @@ ring and Ulysses degrees, e bytes an element, d hidden size, n ranks of a tensor
 
 from __future__ import annotations
 
-from ds_ring.attention.ulysses import kv_heads_of
+from ds_ring.attention import ulysses
 from ds_ring.checks import ModelShape
 from ds_ring.config import RunConfig
 from ds_ring.layout import SequenceLayout
@@ -22,23 +22,16 @@ def bytes_sent_per_rank(config: RunConfig, shape: ModelShape, batch: int, length
         )
     p = config.parallel
     layout = SequenceLayout(length, p.ring_degree, p.ulysses_degree, p.ring_impl)
-    per_layer = _ulysses(layout, shape, rows, itemsize) + _ring(layout, shape, rows, itemsize)
-    return shape.num_layers * per_layer
-
-
-def _ulysses(layout: SequenceLayout, shape: ModelShape, rows: float, itemsize: int) -> float:
-    """(U-1)/U of q and out, and of k and v, replicated where a rank needs more than its even share of them."""
-    degree = layout.ulysses_degree
-    kv_heads = degree * len(kv_heads_of(0, shape.num_heads, shape.num_kv_heads, degree))
-    heads = 2 * shape.num_heads + 2 * kv_heads
-    return rows * layout.local_length * shape.head_dim * itemsize * heads * (degree - 1) / degree
+    row = 1, layout.local_length, shape.num_heads, shape.head_dim
+    exchanged = rows * ulysses.bytes_sent(row, shape.num_kv_heads, p.ulysses_degree, itemsize)
+    return shape.num_layers * (exchanged + _ring(layout, shape, rows, itemsize))
 
 
 def _ring(layout: SequenceLayout, shape: ModelShape, rows: float, itemsize: int) -> float:
     """Zigzag: rank r sends R-1+r chunks of P / 2R tokens, on average 3/2 (R-1). Contiguous: R-1-r of P / R tokens."""
     ring = layout.ring_degree
     chunks = (1.5 if layout.ring_impl == "zigzag" else 0.5) * (ring - 1)
-    kv_heads = len(kv_heads_of(0, shape.num_heads, shape.num_kv_heads, layout.ulysses_degree))
+    kv_heads = len(ulysses.kv_heads_of(0, shape.num_heads, shape.num_kv_heads, layout.ulysses_degree))
     return rows * chunks * layout.chunk_length * 2 * kv_heads * shape.head_dim * itemsize
 
 

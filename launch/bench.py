@@ -1,6 +1,6 @@
 """Measure one layout on one workload.
 
-    deepspeed --num_gpus 4 launch/bench.py --config ds_configs/paper_ring4.json --model checkpoints/paper
+    deepspeed --num_gpus 4 launch/bench.py --config ds_configs/gpu4/ring4.json
 
 Prints throughput (TPS), TPOT, MFU, memory, bytes sent and exposed communication: definitions in ds_ring/metrics.py
 and ds_ring/bench.py.

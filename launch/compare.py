@@ -23,7 +23,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring import compare, plots, progress, report, results
 
     overrides, options = cli.passed_on(args)
-    plan = compare.Plan.make(args.layouts or compare.default_layouts(), overrides)
+    plan = compare.Plan.make(args.layouts or ([args.config] if args.config else compare.default_layouts()), overrides)
     output = Path(args.output)
     console = progress.make_console()
     with progress.steps(console, plan.steps) as (advance, say):

@@ -6,7 +6,7 @@ import pytest
 
 from ds_ring import compare, plots, report, results
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError
+from ds_ring.errors import ConfigError, DsRingError
 
 
 def row(layout, tps, *, length=1000, error=1e-6, dtype="fp32", peak=1e12, **degrees):
@@ -119,3 +119,60 @@ def test_an_interrupted_write_leaves_the_previous_result(tmp_path, monkeypatch):
         results.write_json(file, {"rows": [2]})
     assert results.read_json(file) == {"rows": [1]}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.fixture
+def two_layouts(tmp_path, monkeypatch):
+    """A plan of ring4 and tp2_pp2 whose launcher does what ``outcomes`` says by layout, and its folder of logs."""
+    outcomes = {}
+
+    def launch(script, ranks, options, *, log, report):
+        outcome = outcomes.get(log.stem)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome is not None:
+            results.write_json(options[options.index("--output") + 1], {"rows": [outcome]})
+
+    monkeypatch.setattr(compare.launcher, "launch", launch)
+    monkeypatch.setattr(compare.launcher, "run_module", lambda *_, **__: None)
+    files = [str(compare.launcher.ROOT / "ds_configs" / "cpu4" / f"{name}.json") for name in ("ring4", "tp2_pp2")]
+    return compare.Plan.make(files, {"sweep": ()}), outcomes, tmp_path / "logs"
+
+
+def run_all(plan, logs):
+    return compare.run_all(plan, [], logs, lambda: None, lambda text: None)
+
+
+def test_a_failing_layout_does_not_take_the_others_with_it(two_layouts):
+    plan, outcomes, logs = two_layouts
+    outcomes |= {"ring4": DsRingError("out of memory"), "tp2_pp2": row("tp2_pp2", 1.0, tp_size=2, pp_size=2)}
+    rows, failures = run_all(plan, logs)
+    assert [r["config_file"] for r in rows] == ["tp2_pp2.json"]
+    assert failures == ["ring4"]
+
+
+def test_an_earlier_result_does_not_pass_for_a_run_that_wrote_none(two_layouts):
+    plan, outcomes, logs = two_layouts
+    outcomes |= {"ring4": row("ring4", 1.0), "tp2_pp2": row("tp2_pp2", 1.0)}
+    assert len(run_all(plan, logs)[0]) == 2
+    outcomes["ring4"] = None
+    rows, failures = run_all(plan, logs)
+    assert [r["layout"] for r in rows] == ["tp2_pp2"]
+    assert failures == ["ring4"]
+
+
+def test_an_interrupted_checkpoint_is_not_left_half_made(tmp_path, monkeypatch):
+    run = RunConfig.load({}, model=str(tmp_path / "checkpoints" / "small"))
+
+    def interrupted(source, directory, **_):
+        directory.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "make_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            compare.ensure_checkpoint(run, lambda text: None)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    compare.ensure_checkpoint(run, lambda text: None)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["small"]
+    assert (tmp_path / "checkpoints" / "small" / "config.json").is_file()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ds_ring.transport.base import Transport
@@ -62,8 +61,8 @@ def ulysses_attention(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, *, transpo
     return received_UBlhD.permute(1, 2, 0, 3, 4).reshape(batch, local, heads, head_dim)
 
 
-def bytes_sent(q_shape: torch.Size, num_kv_heads: int, degree: int, itemsize: int) -> int:
+def bytes_sent(q_shape: tuple[int, ...], num_kv_heads: int, degree: int, itemsize: int) -> int:
     """What a rank sends for one call: (U-1)/U of q, of the (replicated) k and v, and of out."""
     batch, local, heads, head_dim = q_shape
-    kv = len(kv_heads_of(0, heads, num_kv_heads, degree)) * degree
-    return batch * local * head_dim * itemsize * (2 * heads + 2 * kv) * (degree - 1) // degree
+    kv_heads = len(kv_heads_of(0, heads, num_kv_heads, degree))
+    return batch * local * head_dim * itemsize * 2 * (heads // degree + kv_heads) * (degree - 1)

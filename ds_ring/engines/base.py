@@ -23,6 +23,7 @@ from ds_ring.engines.batch import Batch, pack
 from ds_ring.engines.gather import assemble, gather_replicas, row_starts
 from ds_ring.errors import InputError, NumericsError
 from ds_ring.hf.anatomy import Anatomy
+from ds_ring.hf.attention import AttentionContext, inject
 from ds_ring.topology import Axis
 from ds_ring.transport.mesh import Mesh
 
@@ -55,13 +56,18 @@ class Engine(ABC):
     result_axis: Axis
     """The axis of a replica over which results are spread."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+    ) -> None:
         self.config, self.mesh, self.shape, self.device = config, mesh, shape, device
+        self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
+        inject(model, self._context)
+        self.anatomy = Anatomy.of(model)
 
     @property
-    @abstractmethod
     def model(self) -> PreTrainedModel:
         """The transformers model, or this rank's part of it."""
+        return self.anatomy.model
 
     @property
     @abstractmethod
@@ -108,16 +114,16 @@ class Engine(ABC):
         wanted_BL = columns_BL >= first
         keep = [torch.nonzero(wanted_BL[_rows(m), : m.length].any(0))[:, 0] for m in micro_batches]
         shards = self._checked_forward(micro_batches, keep, want_hidden=False)
-        parts = [
-            self._assemble(s.logits_BkV, s.batch, k, (self.shape.vocab_size,))
-            for s, k in zip(shards, keep, strict=True)
-        ]
-        logits_BTV = parts[0].new_zeros(len(mine), input_ids.shape[1] - first, self.shape.vocab_size)
-        for part_BkV, kept_k, micro_batch in zip(parts, keep, micro_batches, strict=True):
+        logits_BTV: Tensor | None = None
+        for shard, kept_k, micro_batch in zip(shards, keep, micro_batches, strict=True):
+            part_BkV = self._assemble(shard.logits_BkV, micro_batch, kept_k, (self.shape.vocab_size,))
+            if logits_BTV is None:
+                logits_BTV = part_BkV.new_zeros(len(mine), input_ids.shape[1] - first, self.shape.vocab_size)
             columns_Bk = columns_BL[_rows(micro_batch)][:, kept_k].to(self.device)
             row, k = torch.nonzero(columns_Bk >= first, as_tuple=True)
             own_row = row + (micro_batch.rows.start - mine.start)
             logits_BTV[own_row, columns_Bk[row, k] - first] = part_BkV[row, k]
+        assert logits_BTV is not None
         return CausalLMOutput(logits=gather_replicas(logits_BTV, len(batch.rows), self.mesh["dp"]))
 
     def token_log_likelihoods(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
@@ -139,7 +145,7 @@ class Engine(ABC):
             local_Bl = None
             if shard.hidden_Bld is not None:
                 local_Bl = scoring.next_token_log_likelihoods(
-                    Anatomy.of(self.model), shard.batch, shard.positions_l, shard.hidden_Bld
+                    self.anatomy, shard.batch, shard.positions_l, shard.hidden_Bld
                 )[:, shard.positions_l < shard.batch.length]
             length, start = shard.batch.length, shard.batch.rows.start - mine.start
             whole_BL = self._assemble(local_Bl, shard.batch, torch.arange(length), ())
@@ -195,7 +201,7 @@ class Engine(ABC):
         fine = all(finite.all_finite(shard.logits_BkV, shard.hidden_Bld) for shard in shards)
         if all(self.mesh["world"].all_gather_objects(fine)):
             return shards
-        with finite.bad_layers(Anatomy.of(self.model)) as found:
+        with finite.bad_layers(self.anatomy) as found:
             self.forward(micro_batches, keep, want_hidden)
         own = self.layers[min(found)] if found else None
         raise NumericsError(finite.describe(self.mesh["world"].all_gather_objects(own), self.shape.num_layers))

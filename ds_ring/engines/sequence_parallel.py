@@ -16,8 +16,6 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import serve
-from ds_ring.hf.anatomy import Anatomy
-from ds_ring.hf.attention import AttentionContext, inject
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
 
@@ -30,15 +28,8 @@ class SequenceParallelEngine(Engine):
     def __init__(
         self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
-        super().__init__(config, mesh, shape, device)
-        self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
-        inject(model, self._context)
+        super().__init__(model, config, mesh, shape, device)
         self._deepspeed = serve(model, config)
-        self._anatomy = Anatomy.of(model)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self._anatomy.model
 
     def layout(self, length: int) -> SequenceLayout:
         p = self.config.parallel
@@ -67,10 +58,10 @@ class SequenceParallelEngine(Engine):
             pad(t, padding)[:, positions_l].to(self.device) for t in (batch.ids_BL, batch.position_ids_BL)
         )
         at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
-        expected = len(self._anatomy.layers)
+        expected = len(self.anatomy.layers)
         with (
             self._context.forward(layout, expected, type(self.model).__name__),
-            self._anatomy.captured_hidden() as hidden,
+            self.anatomy.captured_hidden() as hidden,
         ):
             out = self._deepspeed(
                 input_ids=ids_Bl,

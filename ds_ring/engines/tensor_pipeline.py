@@ -15,8 +15,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import NO_POSITIONS, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
-from ds_ring.hf.anatomy import Anatomy
-from ds_ring.hf.attention import AttentionContext, inject, torch_dtype
+from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.stage import spliced
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.base import Done, Pending
@@ -31,17 +30,10 @@ class TensorPipelineEngine(Engine):
     def __init__(
         self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
-        super().__init__(config, mesh, shape, device)
+        super().__init__(model, config, mesh, shape, device)
         self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
-        self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
-        inject(model, self._context)
         self._deepspeed = serve(model, config, tensor_parallel=mesh["tp"])
-        self._anatomy = Anatomy.of(model)
         self._muted = ExitStack()
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self._anatomy.model
 
     @property
     def is_last(self) -> bool:
@@ -96,9 +88,9 @@ class TensorPipelineEngine(Engine):
         kept_k = keep if self.is_last else NO_POSITIONS
         layout = SequenceLayout(batch.length)
         with (
-            self._context.forward(layout, len(self._anatomy.layers), type(self.model).__name__),
-            self._anatomy.captured_hidden() as final,
-            spliced(self._anatomy, hidden_in) as behind_layers,
+            self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__),
+            self.anatomy.captured_hidden() as final,
+            spliced(self.anatomy, hidden_in) as behind_layers,
         ):
             out = self._deepspeed(
                 **inputs,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from ds_ring.transport.base import Message, Pending, Transport
-
-T = TypeVar("T")
+from ds_ring.transport.base import Message, Pending, T, Transport
 
 
 class _Requests:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 from torch import Tensor
 
-from ds_ring.transport.base import Done, Message, Pending, Transport
-
-T = TypeVar("T")
+from ds_ring.transport.base import Done, Message, Pending, T, Transport
 
 
 class SoloTransport(Transport):
