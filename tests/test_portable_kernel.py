@@ -1,0 +1,478 @@
+"""The Triton kernel, run by Triton's interpreter on CPU tensors: what it computes, not how fast or on which GPU."""
+
+# Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim.
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ds_ring.attention import plain
+from ds_ring.attention.merge import merge_
+from ds_ring.attention.reference import reference_attention
+from ds_ring.attention.spec import AttentionSpec
+from ds_ring.kernels import portable
+
+triton = pytest.importorskip("triton")
+from ds_ring.kernels import portable_kernel  # noqa: E402
+
+
+def release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+pytestmark = [
+    pytest.mark.skipif(
+        not portable_kernel.INTERPRETED, reason="with a GPU, tests/test_portable_gpu.py runs the kernel"
+    ),
+    pytest.mark.skipif(
+        release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4),
+        reason="the interpreter of Triton 3.6 needs NumPy < 2.4",
+    ),
+]
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random block and how it is seen."""
+
+    batch: int = 1
+    n_queries: int = 37
+    n_keys: int = 41
+    kv_heads: int = 1
+    group: int = 2
+    head_dim: int = 16
+    causal: bool = True
+    q_offset: int = 0
+    k_offset: int = 0
+    window: int | None = None
+    softcap: float | None = None
+    seed: int = 0
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(self.head_dim**-0.5, self.window, self.softcap)
+
+    def tensors(self, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        heads = self.kv_heads * self.group
+        shapes = ((self.n_queries, heads), (self.n_keys, self.kv_heads), (self.n_keys, self.kv_heads))
+        q, k, v = (
+            (scale * torch.randn(self.batch, length, n, self.head_dim, generator=generator)).to(dtype)
+            for length, n in shapes
+        )
+        return q, k, v
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        previous: tuple[Tensor, Tensor] | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return portable.attention(
+            q, k, v, scale=self.spec.scale, causal=self.causal, q_offset=self.q_offset, k_offset=self.k_offset,
+            window=self.window, softcap=self.softcap, previous=previous, out_dtype=out_dtype,
+        )  # fmt: skip
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return reference_attention(
+            q, k, v, spec=self.spec, causal=self.causal, q_offset=self.q_offset, k_offset=self.k_offset
+        )
+
+
+cases = st.builds(
+    Case,
+    batch=st.integers(1, 2),
+    n_queries=st.integers(1, 40),
+    n_keys=st.integers(1, 70),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 2),
+    head_dim=st.integers(1, 40),
+    causal=st.booleans(),
+    q_offset=st.integers(0, 80),
+    k_offset=st.integers(0, 80),
+    window=st.none() | st.integers(1, 60),
+    softcap=st.none() | st.floats(0.5, 50.0),
+    seed=st.integers(0, 1000),
+)
+
+
+def assert_is(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tolerance: float = 3e-6) -> None:
+    """``got`` has the contract's shape and dtype, no NaN, and the values of ``want``."""
+    (out, lse), (want_out, want_lse) = got, want
+    assert out.shape == want_out.shape
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    assert lse.dtype == torch.float32
+    assert torch.isfinite(out).all()
+    assert torch.equal(lse == -math.inf, want_lse == -math.inf)
+    torch.testing.assert_close(out.double(), want_out.double(), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse.double(), atol=1e-5, rtol=2e-6)
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    """Outputs hold NaN wherever the kernel leaves them unwritten."""
+    outputs = portable._outputs
+    monkeypatch.setattr(portable, "_outputs", lambda *args: tuple(t.fill_(NAN) for t in outputs(*args)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases)
+def test_a_block_is_reference_attention(case):
+    tensors = case.tensors()
+    assert_is(case.attend(*tensors), case.reference(*tensors))
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases, far=st.sampled_from([-(1 << 40), -1000, 1000, 1 << 40]), window=st.sampled_from([None, 5, 1 << 41]))
+def test_it_agrees_with_the_plain_path_at_any_distance(case, far, window):
+    case = replace(case, q_offset=case.q_offset + far, window=window)
+    q, k, v = case.tensors()
+    shift = case.q_offset - case.k_offset
+    assert_is(case.attend(q, k, v), plain.attention(q, k, v, spec=case.spec, causal=case.causal, shift=shift))
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=cases)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str)
+def test_half_precision_loses_no_more_than_the_rounding_of_weights_and_output(dtype, tolerance, case):
+    tensors = case.tensors(dtype)
+    out, lse = case.attend(*tensors)
+    assert out.dtype == dtype
+    assert_is((out, lse), case.reference(*tensors), tolerance)
+
+
+@settings(max_examples=15, deadline=None)
+@given(case=cases, cuts=st.lists(st.integers(1, 40), min_size=1, max_size=4), ahead=st.integers(-20, 80))
+def test_state_carried_over_blocks_gives_attention_over_all_of_them(case, cuts, ahead):
+    case = replace(case, n_keys=sum(cuts), q_offset=ahead, k_offset=0)
+    q, k, v = case.tensors()
+    state = None
+    for start, stop in reversed(list(pairwise(accumulate(cuts, initial=0)))):
+        state = replace(case, k_offset=start).attend(q, k[:, start:stop], v[:, start:stop], previous=state)
+    assert_is(state, case.reference(q, k, v), 1e-5)
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("window", [None, 1, 16, 20, 33])
+@pytest.mark.parametrize(("n_queries", "n_keys", "shift"), [(33, 33, 0), (1, 50, 49), (48, 16, -20), (20, 64, 40)])
+def test_edges_of_tiles_and_windows(n_queries, n_keys, shift, window):
+    case = Case(n_queries=n_queries, n_keys=n_keys, group=1, q_offset=shift, window=window)
+    tensors = case.tensors()
+    assert_is(case.attend(*tensors), case.reference(*tensors))
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("head_dim", [1, 5, 80, 96, 112, 192, 300])
+@pytest.mark.parametrize(("kv_heads", "group"), [(3, 3), (1, 4)])
+def test_head_sizes_and_groups_of_heads(head_dim, kv_heads, group):
+    case = Case(n_queries=19, n_keys=19, head_dim=head_dim, kv_heads=kv_heads, group=group)
+    tensors = case.tensors()
+    assert_is(case.attend(*tensors), case.reference(*tensors))
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("previous", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [(16, 16, 2, False), (32, 16, 1, True), (16, 32, 2, True), (64, 64, 1, False)],
+    ids=lambda config: "x".join(map(str, config)),
+)
+def test_every_kind_of_tile(monkeypatch, config, previous, causal):
+    block_m, block_n, v_split, use_tma = config
+    tile = portable_kernel._config(block_m, block_n, 4, 2, v_split, use_tma)
+    monkeypatch.setattr(portable_kernel, "INTERPRETER_CONFIG", tile)
+    case = Case(n_keys=90, head_dim=40, causal=causal, q_offset=45, window=30 if causal else None)
+    q, k, v = case.tensors()
+    if previous:
+        first = replace(case, k_offset=48).attend(q, k[:, 48:], v[:, 48:])
+        got = case.attend(q, k[:, :48], v[:, :48], previous=first)
+    else:
+        got = case.attend(q, k, v)
+    assert_is(got, case.reference(q, k, v), 1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_only_blocks_of_keys_that_a_tile_sees_are_read(softcap):
+    """Poison in all other blocks would reach the output: weights of 0 times NaN."""
+    case = Case(n_queries=32, n_keys=160, group=1, q_offset=96, window=20, softcap=softcap)
+    q, k, v = case.tensors()
+    want = case.reference(q, k, v)
+    for tensor in (k, v):
+        tensor[:, :64] = NAN  # the first query sees keys 77 .. 96: blocks of 16 from 64 on
+        tensor[:, 128:] = NAN
+    assert_is(case.attend(q, k, v), want)
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("previous_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(n_queries=6, n_keys=3, q_offset=10, k_offset=12),  # the first two see nothing
+        Case(q_offset=0, k_offset=100),
+        Case(q_offset=100, k_offset=0, window=5),
+        Case(window=0),
+        Case(n_keys=0),
+        Case(n_keys=0, causal=False),
+    ],
+)
+def test_rows_that_see_no_key_keep_what_they_have(case, previous_dtype):
+    q, k, v = case.tensors()
+    if previous_dtype is None:
+        out, lse = case.attend(q, k, v)
+        assert_is((out, lse), case.reference(q, k, v))
+        blind = lse == -math.inf
+        assert blind[:, :, :2].all()
+        assert not out.transpose(1, 2)[blind].any()
+        return
+    before = torch.randn(q.shape).to(previous_dtype), torch.randn(1, 2, q.shape[1])
+    before[0][:, 1] = NAN
+    before[1][:, :, 1] = -math.inf
+    out, lse = case.attend(q, k, v, previous=before, out_dtype=torch.float32)
+    assert torch.equal(out[:, 0], before[0][:, 0].float())
+    assert not out[:, 1].any()
+    torch.testing.assert_close(lse[:, :, :2], before[1][:, :, :2], atol=0.0, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("shape", [(0, 5, 2, 8), (1, 0, 2, 8)])
+def test_no_queries_give_no_output(shape):
+    q, k = torch.zeros(shape), torch.zeros(shape[0], 5, 2, 8)
+    out, lse = portable.attention(q, k, k, scale=1.0, causal=True, q_offset=0, k_offset=0)
+    assert out.shape == shape
+    assert lse.shape == (shape[0], 2, shape[1])
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_whatever_a_previous_out_holds_where_nothing_was_seen_does_not_matter(dtype):
+    case = Case(n_queries=20, n_keys=20, k_offset=-4)
+    q, k, v = case.tensors()
+    before = torch.full(q.shape, NAN, dtype=dtype), torch.full((1, 2, 20), -math.inf)
+    out, lse = case.attend(q, k, v, previous=before, out_dtype=torch.float32)
+    assert_is((out, lse), case.reference(q, k, v))
+
+
+@settings(max_examples=12, deadline=None)
+@given(case=cases, seen=st.integers(0, 40))
+def test_a_previous_result_is_merged_and_not_changed(case, seen):
+    q, k, v = case.tensors()
+    generator = torch.Generator().manual_seed(1)
+    before = torch.randn(q.shape, generator=generator), 3 * torch.randn(q.shape[0], q.shape[2], q.shape[1])
+    before[1][:, :, seen:] = -math.inf
+    before[0][:, seen:] = 0.0
+    copies = [t.clone() for t in before]
+    got = case.attend(q, k, v, previous=before)
+    assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True))
+    merge_(*before, *case.attend(q, k, v))
+    assert_is(got, before, 1e-5)
+
+
+def test_dtypes_of_the_output():
+    case = Case(n_queries=5, n_keys=5)
+    half = case.tensors(torch.float16)
+    lse = torch.zeros(1, 2, 5)
+    assert case.attend(*half)[0].dtype == torch.float16
+    assert case.attend(*half, out_dtype=torch.float32)[0].dtype == torch.float32
+    assert case.attend(*half, previous=(torch.zeros(1, 5, 2, 16), lse))[0].dtype == torch.float32
+    assert case.attend(*half, previous=(half[0], lse))[0].dtype == torch.float16
+    assert case.attend(*case.tensors(), out_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_tensors_of_any_strides(causal):
+    case = Case(batch=2, n_queries=21, n_keys=21, kv_heads=2, causal=causal)
+    q, k, v = case.tensors()
+    want = case.reference(q, k, v)
+    fused = torch.cat((q, k, v), dim=2).split([4, 2, 2], dim=2)
+    transposed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    last_dim_strided = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (q, k, v)]
+    for strided in (fused, transposed, last_dim_strided):
+        assert not any(t.is_contiguous() for t in strided)
+        assert_is(case.attend(*strided), want)
+    before = torch.randn(q.shape), torch.randn(2, 4, 21)
+    want = case.attend(q, k, v, previous=before)
+    scattered = torch.randn(2, 21, 4, 32)[..., ::2].copy_(before[0]), torch.randn(2, 21, 4).transpose(1, 2)
+    scattered[1].copy_(before[1])
+    got = case.attend(q, k, v, previous=scattered)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("causal", [True, False])
+def test_fp16_scores_beyond_its_largest_number_stay_finite(causal, softcap):
+    case = Case(n_queries=24, n_keys=24, head_dim=32, causal=causal, softcap=softcap)
+    q, k, v = case.tensors(torch.float16, scale=300.0)
+    assert torch.einsum("blhd,bshd->bhls", q.double(), k.double().repeat_interleave(2, 2)).abs().max() > 65504
+    out, lse = case.attend(q, k, v)
+    want_out, want_lse = case.reference(q, k, v)
+    torch.testing.assert_close(out.double(), want_out, atol=1.0, rtol=2e-3)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_nan_reaches_the_rows_that_see_it(softcap):
+    case = Case(n_queries=40, n_keys=40, group=1, softcap=softcap)
+    for poisoned in range(3):
+        tensors = case.tensors()
+        tensors[poisoned][0, 20] = NAN
+        out, lse = case.attend(*tensors)
+        wrong = torch.isnan(out).any(3)[0, :, 0]
+        assert wrong[20 if poisoned == 0 else slice(20, None)].all()
+        assert not wrong[:16].any()  # other tiles
+        assert torch.equal(torch.isnan(lse)[0, 0], torch.isnan(case.reference(*tensors)[1])[0, 0])
+    before = torch.zeros(1, 40, 1, 16), torch.zeros(1, 1, 40)
+    before[1][0, 0, 3] = NAN
+    assert torch.isnan(case.attend(*case.tensors(), previous=before)[1])[0, 0].nonzero().tolist() == [[3]]
+
+
+def test_repeats_are_bit_equal():
+    case = Case(window=20, softcap=10.0)
+    q, k, v = case.tensors(torch.float16)
+    first = case.attend(q, k, v)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(case.attend(q, k, v), first, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"v": torch.zeros(1, 6, 2, 8)}, "do not fit together"),
+        ({"q": torch.zeros(1, 4, 3, 8)}, "do not fit together"),
+        ({"k": torch.zeros(1, 5, 0, 8), "v": torch.zeros(1, 5, 0, 8)}, "do not fit together"),
+        ({"q": torch.zeros(1, 4, 2, 8, dtype=torch.float16)}, "not all fp16, bf16 or fp32"),
+        ({"scale": 0.0}, "have to be positive"),
+        ({"softcap": 0.0}, "have to be positive"),
+        ({"previous": (torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2))}, "previous"),
+        ({"previous": (torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 4).half())}, "previous out and lse are"),
+        ({name: torch.zeros(1, 4, 2, 513) for name in "qkv"}, "head_dim 513 is not in 1 .. 512"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    given = {"q": torch.zeros(1, 4, 2, 8), "k": torch.zeros(1, 5, 2, 8), "v": torch.zeros(1, 5, 2, 8), "scale": 1.0}
+    given |= change
+    q, k, v = (given.pop(name) for name in "qkv")
+    with pytest.raises(ValueError, match=message):
+        portable.attention(q, k, v, causal=True, q_offset=0, k_offset=0, **given)
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_the_operator_keeps_its_promises_to_pytorch(previous):
+    case = Case(n_queries=9, n_keys=12)
+    q, k, v = case.tensors(torch.float16)
+    state = (torch.zeros(1, 9, 2, 16), torch.zeros(1, 2, 9)) if previous else (None, None)
+    torch.library.opcheck(portable.portable_attention, (q, k, v, 0.25, True, 3, 4, 20.0, *state, None))
+
+
+def test_torch_compile_sees_one_operator():
+    case = Case(n_queries=9, n_keys=12, q_offset=3)
+    q, k, v = case.tensors()
+    before = torch.randn(q.shape), torch.randn(1, 2, 9)
+    compiled = torch.compile(lambda *args: case.attend(*args, previous=before), fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(q, k, v), case.attend(q, k, v, previous=before), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_module_does_without_triton_until_it_is_used():
+    """A machine without Triton imports everything, and is told why this kernel is not for it."""
+    program = """
+import sys, importlib.util, torch
+importlib.util.find_spec = lambda name, find=importlib.util.find_spec: None if name == "triton" else find(name)
+sys.modules["triton"] = None
+from ds_ring.attention import local
+from ds_ring.kernels import portable
+assert portable.unavailable(torch.device("cpu")) == "Triton is not installed"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_where_it_can_run(monkeypatch):
+    portable.unavailable.cache_clear()
+    assert portable.unavailable(torch.device("cpu")) is None  # interpreted, here
+    portable.unavailable.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "does not compile for cpu" in portable.unavailable(torch.device("cpu"))
+    portable.unavailable.cache_clear()
+
+
+class TestTileSizes:
+    def suitable(self, *, head_dim=128, dtype=torch.float16, aligned=True, rows=8192, capability=(9, 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.version, "cuda", "13.0")
+            patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+            arguments = {"q": torch.zeros(1, dtype=dtype), "queries_bucket": rows}
+            return portable_kernel.suitable_configs(None, arguments, BLOCK_D=head_dim, ALIGNED=aligned)
+
+    @pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256, 512])
+    def test_there_are_some_for_every_head_size(self, head_dim):
+        found = self.suitable(head_dim=head_dim)
+        assert {config.kwargs["USE_TMA"] for config in found} == {True, False}
+        assert len(set(found)) == len(found)
+        assert all(config in portable_kernel.tuned_forward.configs for config in found)
+
+    def test_the_copy_engine_is_for_aligned_tensors_on_hopper_and_later(self):
+        for found in (
+            self.suitable(aligned=False),
+            self.suitable(capability=(8, 0)),
+            self.suitable(dtype=torch.float32),
+        ):
+            assert found
+            assert not any(config.kwargs["USE_TMA"] for config in found)
+
+    def test_few_queries_take_small_tiles(self):
+        assert {config.kwargs["BLOCK_M"] for config in self.suitable(rows=16)} == {16, 64}
+
+    def test_lengths_share_tile_sizes_by_powers_of_two(self):
+        buckets = [portable_kernel._bucket(n) for n in (1, 16, 17, 1000, 1024, 8193, 1 << 20)]
+        assert buckets == [16, 16, 32, 1024, 1024, 8192, 8192]
+        assert portable_kernel._bucket(1 << 20, 64) == 64
+
+    def test_a_capture_without_a_tile_size_says_so(self, monkeypatch):
+        class OnGpu:
+            is_cuda = True
+
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="call it once before"):
+            portable_kernel.suitable_configs(None, {"q": OnGpu()}, BLOCK_D=64, ALIGNED=True)
+
+    @pytest.mark.parametrize(
+        ("lengths", "ahead", "behind", "cut"),
+        [
+            ((20000, 30000), 10000, None, (8192, 8192, 0, None)),
+            ((20000, 30000), 10000, 9000, (8192, 8192, 0, -1000)),
+            ((100, 30000), 29900, None, (100, 8192, 8092, None)),
+            ((20000, 20000), None, -30000, (8192, 8192, None, -8191)),
+            ((20000, 20000), None, None, (8192, 8192, None, None)),
+        ],
+    )
+    def test_long_blocks_are_tried_in_part_and_once(self, monkeypatch, lengths, ahead, behind, cut):
+        tried = []
+        monkeypatch.setattr(portable_kernel, "_tried", set())
+        monkeypatch.setattr(portable_kernel, "_launch", lambda *args: tried.append(args))
+        q, k, lse = torch.empty(1, lengths[0], 1, 1), torch.empty(1, lengths[1], 1, 1), torch.empty(1, 1, lengths[0])
+        for _ in range(2):
+            portable_kernel._choose_for_long(q, k, k, q, lse, (q, lse), 1.0, None, ahead, behind)
+        ((q, k, v, out, lse, previous, *_, ahead, behind),) = tried
+        assert (q.shape[1], k.shape[1], ahead, behind) == cut
+        assert v.shape == k.shape
+        assert out.shape == previous[0].shape == q.shape
+        assert lse.shape == previous[1].shape == (1, 1, q.shape[1])
+
+    def test_short_blocks_are_tried_as_they_are(self, monkeypatch):
+        monkeypatch.setattr(portable_kernel, "_launch", lambda *args: pytest.fail("tried in part"))
+        q, lse = torch.empty(1, 8192, 1, 1), torch.empty(1, 1, 8192)
+        portable_kernel._choose_for_long(q, q, q, q, lse, None, 1.0, None, 0, None)
