@@ -25,7 +25,7 @@ class _Args(ctypes.Structure):
         ("q_strides", _L * 3), ("out_strides", _L * 3), ("lse_strides", _L * 2),
         ("previous_out_strides", _L * 3), ("previous_lse_strides", _L * 2),
         *((name, _I) for name in ("batch", "heads", "kv_heads", "rows", "segments", "chunks", "causal", "bf16")),
-        *((name, _I) for name in ("out_fp32", "previous_fp32", "max_ctas", "multicast")),
+        *((name, _I) for name in ("out_fp32", "previous_fp32", "max_ctas")),
         ("scale", ctypes.c_float),
         ("k", _P * MAX_SEGMENTS), ("v", _P * MAX_SEGMENTS),
         ("k_strides", _L * 3 * MAX_SEGMENTS), ("v_strides", _L * 3 * MAX_SEGMENTS),
@@ -43,6 +43,9 @@ def attention512(
     chunks: Sequence[int],
     causal: bool,
     scale: float,
+    previous_out: Tensor | None = None,
+    previous_lse: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of all rows of ``q`` against all segments of keys, in one launch.
 
@@ -53,29 +56,117 @@ def attention512(
         chunks: (first row, rows, global position of the first row) of up to 16 chunks of queries, flattened; together
             they cover all rows.
         causal: a key is visible from queries at its position or later; otherwise from all.
+        scale: positive factor on the scores.
+        previous_out, previous_lse: the result over other keys that this one continues, [B, L, H, 512] in fp32 or q's
+            dtype and [B, H, L] fp32; nothing where the lse is -inf, whatever the output holds there.
+        out_dtype: fp32, or q's dtype (None).
 
     Returns:
-        out [B, L, H, 512] in q's dtype; lse [B, H, L], fp32, natural. Rows that see no key: 0 and -inf.
+        out [B, L, H, 512] in ``out_dtype``; lse [B, H, L], fp32, natural. Rows that see no key: 0 and -inf.
     """
+    out, lse = _outputs(q, out_dtype)
+    previous = None
+    if previous_out is not None:
+        assert previous_lse is not None
+        previous = (_aligned(previous_out), previous_lse.contiguous())
+    _launch(q, keys, values, k_offsets, chunks, causal, scale, previous, (out, lse))
+    return out, lse
+
+
+@attention512.register_fake
+def _(
+    q: Tensor,
+    keys: object,
+    values: object,
+    k_offsets: object,
+    chunks: object,
+    causal: bool,
+    scale: float,
+    previous_out: Tensor | None = None,
+    previous_lse: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(q, out_dtype)
+
+
+@torch.library.custom_op("ds_ring::attention512_accumulate_", mutates_args=("out", "lse"), device_types="cuda")
+def accumulate_(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    k_offsets: Sequence[int],
+    chunks: Sequence[int],
+    causal: bool,
+    scale: float,
+) -> None:
+    """``attention512`` continuing from (out, lse), in place.
+
+    Args:
+        out: [B, L, H, 512], fp32 or q's dtype; strides are multiples of 16 bytes, the last dimension contiguous.
+        lse: [B, H, L], fp32, the last dimension contiguous.
+    """
+    assert _aligned(out) is out
+    _launch(q, keys, values, k_offsets, chunks, causal, scale, (out, lse), (out, lse))
+
+
+@accumulate_.register_fake
+def _(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    keys: object,
+    values: object,
+    k_offsets: object,
+    chunks: object,
+    causal: bool,
+    scale: float,
+) -> None:
+    return None
+
+
+def _launch(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    k_offsets: Sequence[int],
+    chunks: Sequence[int],
+    causal: bool,
+    scale: float,
+    previous: tuple[Tensor, Tensor] | None,
+    result: tuple[Tensor, Tensor],
+) -> None:
     q = _aligned(q)
     keys, values = [_aligned(t) for t in keys], [_aligned(t) for t in values]
+    out, lse = result
     batch, rows, heads, _ = q.shape
     triples = sorted(zip(chunks[0::3], chunks[1::3], chunks[2::3], strict=True), key=lambda chunk: chunk[2])
     assert q.shape[3] == HEAD_DIM
     assert q.dtype in (torch.float16, torch.bfloat16)
+    assert scale > 0
     assert 0 < len(keys) == len(values) == len(k_offsets) <= MAX_SEGMENTS
     assert 0 < len(triples) <= MAX_CHUNKS
     assert sum(n for _, n, _ in triples) == rows
-    out, lse = _outputs(q)
+    for state_out, state_lse in (result, *([previous] if previous else [])):
+        assert state_out.shape == q.shape
+        assert state_out.dtype in (torch.float32, q.dtype)
+        assert state_lse.shape == (batch, heads, rows)
+        assert state_lse.dtype == torch.float32
+        assert state_lse.stride(2) == 1 or rows == 1
     stream = torch.cuda.current_stream(q.device).cuda_stream
     counter = torch.zeros(2, dtype=torch.int32, device=q.device)
     args = _Args(q=q.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(), counter=counter.data_ptr(), stream=stream)
     args.q_strides[:], args.out_strides[:] = q.stride()[:3], out.stride()[:3]
     args.lse_strides[:] = lse.stride()[:2]
+    if previous:
+        args.previous_out, args.previous_lse = (t.data_ptr() for t in previous)
+        args.previous_out_strides[:], args.previous_lse_strides[:] = previous[0].stride()[:3], previous[1].stride()[:2]
+        args.previous_fp32 = previous[0].dtype == torch.float32
     args.batch, args.heads, args.kv_heads, args.rows = batch, heads, keys[0].shape[2], rows
     args.segments, args.chunks, args.causal, args.bf16 = len(keys), len(triples), causal, q.dtype == torch.bfloat16
+    args.out_fp32, args.scale = out.dtype == torch.float32, scale
     args.max_ctas = torch.cuda.get_device_properties(q.device).multi_processor_count
-    args.multicast, args.scale = causal, scale  # multicast pays only where the CTAs of a pair drift apart: causal
     for i, (k, v, offset) in enumerate(zip(keys, values, k_offsets, strict=True)):
         assert k.shape == v.shape == (batch, k.shape[1], args.kv_heads, HEAD_DIM)
         assert k.dtype == v.dtype == q.dtype
@@ -88,18 +179,10 @@ def attention512(
     code = library.attention512_forward(ctypes.byref(args))
     if code:
         raise RuntimeError(f"attention512 failed with CUDA error {code} (10000 + n: no tensor map, driver error n)")
-    return out, lse
 
 
-@attention512.register_fake
-def _(
-    q: Tensor, keys: object, values: object, k_offsets: object, chunks: object, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _outputs(q)
-
-
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+def _outputs(q: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, dtype=out_dtype or q.dtype, memory_format=torch.contiguous_format)
     return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 

@@ -47,16 +47,17 @@ __device__ __forceinline__ void mbar_arrive(uint32_t bar) {
 __device__ __forceinline__ void mbar_arrive_cluster(uint32_t mapped) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
 }
-// to either CTA, ordering nothing but this thread's own CTA: a release.cluster here is a MEMBAR.ALL.GPU (3x slower kernel)
-__device__ __forceinline__ void mbar_arrive_remote(uint32_t mapped) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapped) : "memory");
-}
 __device__ __forceinline__ void st_cluster(uint32_t mapped, uint32_t v) {
   asm volatile("st.shared::cluster.b32 [%0], %1;" ::"r"(mapped), "r"(v) : "memory");
 }
 __device__ __forceinline__ uint32_t ld_shared(uint32_t addr) {
   uint32_t v;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+  return v;
+}
+__device__ __forceinline__ float2 ld_shared_pair(uint32_t addr) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(addr) : "memory");
   return v;
 }
 __device__ __forceinline__ void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c1, int c2, int c3,
@@ -67,18 +68,16 @@ __device__ __forceinline__ void tma_load(uint32_t dst, const CUtensorMap* map, u
       "l"(map), "r"(bar), "r"(0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
-template <bool MC>
-__device__ __forceinline__ void tma_load_kv(uint32_t dst, const CUtensorMap* map, uint32_t bar, int c1, int c2, int c3,
-                                            int c4) {
-  if (!MC) return tma_load(dst, map, bar, c1, c2, c3, c4);
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
-      "l"(map), "r"(bar), "r"(0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "h"((uint16_t)3)
-      : "memory");
+// Stores to the other CTA of the pair that arrive as bytes on a barrier of its own, as a TMA load's do: no fence, no wait.
+__device__ __forceinline__ void st_async(uint32_t mapped, float x, float y, uint32_t mapped_bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(mapped), "f"(x),
+               "f"(y), "r"(mapped_bar)
+               : "memory");
 }
-__device__ __forceinline__ void bar_sync(int id, int n) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(n) : "memory");
+__device__ __forceinline__ void st_async(uint32_t mapped, uint4 v, uint32_t mapped_bar) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(mapped),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(mapped_bar)
+               : "memory");
 }
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wg_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -110,9 +109,6 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float a, float b) {
   uint32_t r;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
   return r;
-}
-__device__ __forceinline__ void st_shared(uint32_t addr, uint32_t v) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(addr), "r"(v) : "memory");
 }
 // Low word of a shared-memory matrix descriptor.  The high word is always 0x40000040: 128-byte swizzle, 1024 bytes
 // between 8-row groups.  lbo (bytes) only counts for an N-major operand: the distance between 64-column chunks.

@@ -4,8 +4,8 @@
 
 namespace ds_ring {
 
-constexpr int BM = 64;      // query rows of a tile (one CTA)
-constexpr int BN = 128;     // keys of a step: one block of 64 for each computing warpgroup
+constexpr int BM = 64;      // query rows of a warpgroup; a tile is two of them
+constexpr int BN = 128;     // keys of a step: the scores of 64 for each CTA of the pair
 constexpr int MAXQ = 16;    // chunks of queries a call may have
 
 struct Params {
@@ -15,9 +15,9 @@ struct Params {
   const float* plse;   // previous lse
   int* counter;        // two zeroed ints; left zeroed
   long long o_b, o_m, o_h, lse_b, lse_h, po_b, po_m, po_h, plse_b, plse_h;
-  int Hq, G, n_seg, n_pairs, n_tiles, reverse, out32, prev32;  // n_pairs: pairs of tiles of one head; n_tiles: of all
+  int Hq, G, n_seg, head_tiles, n_tiles, reverse, out32, prev32;  // head_tiles: of one head; n_tiles: of all
   float scale, scale_log2;
-  int q_row[MAXQ], q_len[MAXQ], q_off[MAXQ], q_pairs[MAXQ];
+  int q_row[MAXQ], q_len[MAXQ], q_off[MAXQ], q_tiles[MAXQ];
 };
 template <int NS>
 struct Segs {
@@ -26,24 +26,24 @@ struct Segs {
 };
 
 struct Tile {
-  int b, h, row, rows, gq, qend;  // row: in the tensor; rows: valid ones; gq: global position; qend: last of the pair
+  int b, h, row, rows, gq, qend;  // row: in the tensor; rows: valid ones; gq: global position; qend: of the last one
 };
-__device__ __forceinline__ Tile decode(const Params& p, int t, int rank) {
+__device__ __forceinline__ Tile decode(const Params& p, int t) {
   Tile x;
-  const int hb = t / p.n_pairs;
-  int pr = t - hb * p.n_pairs, c = 0;
-  if (p.reverse) pr = p.n_pairs - 1 - pr;  // causal: longest first
-  while (pr >= p.q_pairs[c]) pr -= p.q_pairs[c++];
+  const int hb = t / p.head_tiles;
+  int i = t - hb * p.head_tiles, c = 0;
+  if (p.reverse) i = p.head_tiles - 1 - i;  // causal: longest first
+  while (i >= p.q_tiles[c]) i -= p.q_tiles[c++];
   x.b = hb / p.Hq;
   x.h = hb - x.b * p.Hq;
-  const int m = pr * 2 * BM + rank * BM;
+  const int m = i * 2 * BM;
   x.row = p.q_row[c] + m;
   x.rows = p.q_len[c] - m;
   x.gq = p.q_off[c] + m;
-  x.qend = p.q_off[c] + min(p.q_len[c], (pr + 1) * 2 * BM) - 1;
+  x.qend = p.q_off[c] + min(p.q_len[c], m + 2 * BM) - 1;
   return x;
 }
-// walks the key blocks that a pair of tiles sees; the same sequence in every role and in both CTAs of the pair
+// walks the key blocks that a tile sees; the same sequence in every role and in both CTAs of the pair
 template <int NS>
 struct Walk {
   int s, j, nb, left;

@@ -1,4 +1,4 @@
-// Asynchronous matrix products of a warpgroup (wgmma), both operands in shared memory, fp32 accumulators in registers.
+// Asynchronous matrix products of a warpgroup (wgmma): B in shared memory, A there or in registers, fp32 accumulators.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -28,8 +28,18 @@ namespace ds_ring {
                : outs                                                                                                \
                : "r"(a), "r"(b), "r"(accumulate), "n"(0x40000040))
 
+// The same with A in registers: four words a thread.
+#define WGMMA_A_REGS(shape, type, regs, outs, a0_no, a1_no, a2_no, a3_no, b_no, acc_no, high_no, b_transposed)       \
+  asm volatile("{\n.reg .pred p;\n.reg .b64 db;\nsetp.ne.b32 p, %" #acc_no ", 0;\n"                                  \
+               "mov.b64 db, {%" #b_no ", %" #high_no "};\n"                                                          \
+               "wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" regs                                 \
+               "}, {%" #a0_no ", %" #a1_no ", %" #a2_no ", %" #a3_no "}, db, p, 1, 1, " #b_transposed ";\n}\n"       \
+               : outs                                                                                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(1), "n"(0x40000040))
+
 template <typename T>
-struct Mma;  // qk: S[64x64] (+)= Q[64x16] K[64x16]^T, both K-major. pv: O[64x256] += P[64x16] V[16x256], V N-major.
+struct Mma;  // qk: S[64x64] (+)= Q[64x16] K[64x16]^T, both K-major. pv: O[64x256] += P[64x16] V[16x256], V N-major,
+             // P in shared memory or in registers.
 
 #define DEFINE_MMA(T, type)                                                                                          \
   template <>                                                                                                        \
@@ -39,6 +49,9 @@ struct Mma;  // qk: S[64x64] (+)= Q[64x16] K[64x16]^T, both K-major. pv: O[64x25
     }                                                                                                                \
     static __device__ __forceinline__ void pv(float (&d)[128], uint32_t a, uint32_t b, int accumulate) {             \
       WGMMA("m64n256k16", type, REGS_128, OUT_128(d), 128, 129, 130, 131, 1);                                        \
+    }                                                                                                                \
+    static __device__ __forceinline__ void pv(float (&d)[128], const uint32_t* a, uint32_t b) {                      \
+      WGMMA_A_REGS("m64n256k16", type, REGS_128, OUT_128(d), 128, 129, 130, 131, 132, 133, 134, 1);                  \
     }                                                                                                                \
   };
 DEFINE_MMA(__half, "f16")
