@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from ds_ring.attention import aten
-from ds_ring.attention.local import attend, choose_backend
+from ds_ring.attention.local import attend
 from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.kernels import attention512
@@ -44,15 +43,6 @@ def test_back_end_matches_the_reference(head_dim, dtype, queries, keys, q_offset
     torch.testing.assert_close(lse[seen].double(), want_lse[seen], atol=2e-3, rtol=1e-4)
 
 
-def test_the_back_end_follows_the_head_size():
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    wanted = {64: aten.flash, 256: aten.flash, 320: aten.memory_efficient}
-    wanted[512] = attention512.block if hopper else aten.memory_efficient
-    for head_dim, backend in wanted.items():
-        q = torch.zeros(1, 1, 1, head_dim, device="cuda", dtype=torch.float16)
-        assert choose_backend(q, AttentionSpec(1.0)) is backend
-
-
 @pytest.fixture
 def hopper():
     reason = unavailable(torch.device("cuda"))
@@ -60,10 +50,14 @@ def hopper():
         pytest.skip(f"the head_dim 512 kernel cannot run: {reason}")
 
 
-def whole_call(q, segments, chunks, causal, scale=512**-0.5):
+def arguments(q, segments, chunks, causal, scale=512**-0.5):
     keys, values, offsets = zip(*segments, strict=True)
     flat = [number for chunk in chunks for number in chunk]
-    return attention512.attention512(q, list(keys), list(values), list(offsets), flat, causal, scale)
+    return q, list(keys), list(values), list(offsets), flat, causal, scale
+
+
+def whole_call(q, segments, chunks, causal):
+    return attention512.attention512(*arguments(q, segments, chunks, causal))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -87,6 +81,31 @@ def test_segments_and_chunks_in_one_call(dtype, heads, kv_heads, cuts):
             want_out, want_lse = reference_attention(q[:, rows], k, v, spec=spec, causal=causal, q_offset=offset)
             assert relative_error(out[:, rows], want_out) < TOLERANCE[dtype]
             torch.testing.assert_close(lse[:, :, rows].double(), want_lse, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state_dtype", [torch.float32, None], ids=["fp32 state", "half state"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_previous_result_is_continued(dtype, state_dtype, in_place):
+    """Block after block equals all keys at once; beside an lse of -inf the previous output may be anything."""
+    q = torch.randn(2, 300, 4, 512, device="cuda").to(dtype)
+    k, v = (torch.randn(2, 500, 2, 512, device="cuda").to(dtype) for _ in range(2))
+    chunks = [(0, 100, 0), (100, 200, 300)]
+    out = torch.full_like(q, float("nan"), dtype=state_dtype or dtype)
+    lse = torch.full((2, 4, 300), -torch.inf, device="cuda")
+    for a, b in ((350, 500), (0, 17), (17, 350)):
+        call = arguments(q, [(k[:, a:b], v[:, a:b], a)], chunks, True)
+        if in_place:
+            attention512.accumulate_(out, lse, *call)
+        else:
+            out, lse = attention512.attention512(*call, previous_out=out, previous_lse=lse, out_dtype=state_dtype)
+    spec = AttentionSpec(512**-0.5)
+    for row, n, offset in chunks:
+        rows = slice(row, row + n)
+        want_out, want_lse = reference_attention(q[:, rows], k, v, spec=spec, causal=True, q_offset=offset)
+        assert relative_error(out[:, rows], want_out) < TOLERANCE[dtype]
+        torch.testing.assert_close(lse[:, :, rows].double(), want_lse, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("hopper")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from mocked_world import one_process, relative_error, serve, threaded_mesh
 from tiny_models import ARCHITECTURES, build, gemma2, gpt2, gpt_neox, llama_gqa, logits, opt, tokens
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BertConfig, GptOssConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from ds_ring.attention import sinks
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import ParallelConfig, RunConfig
 from ds_ring.engines.base import Engine
@@ -113,15 +115,6 @@ def test_the_model_inside_an_engine_is_not_to_be_called():
     serve(build(gpt2()), work, ring_degree=2)
 
 
-def gpt_oss() -> PreTrainedModel:
-    return build(
-        GptOssConfig(
-            vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            head_dim=8, intermediate_size=32, num_local_experts=2, num_experts_per_tok=1,
-        )
-    )  # fmt: skip
-
-
 def bert() -> PreTrainedModel:
     return build(
         BertConfig(
@@ -131,14 +124,38 @@ def bert() -> PreTrainedModel:
     )  # fmt: skip
 
 
+def test_a_model_that_asks_for_bidirectional_attention_is_refused():
+    words = "BertSelfAttention asks for bidirectional attention, which cannot be sharded yet"
+    with pytest.raises(UnsupportedModelError, match=words):
+        serve(bert(), lambda engine: engine(tokens(1, 9)), ring_degree=2)
+
+
+@pytest.mark.parametrize("layout", [{"ring_degree": 3}, {"ulysses_degree": 2}, {"tp_size": 2}], ids=str)
+def test_forgotten_sinks_are_far_above_tolerance(layout, monkeypatch):
+    monkeypatch.setattr("ds_ring.attention.sinks.apply_", lambda out, lse, sinks: out)
+    model, ids = build(ARCHITECTURES["gpt_oss"]()), tokens(1, LENGTH)
+    results = serve(model, lambda engine: engine(ids).logits, **layout)
+    assert min(relative_error(got, logits(model, ids)) for got in results) > 1000 * TOLERANCE
+
+
 @pytest.mark.parametrize(
-    ("make", "words"),
-    [(gpt_oss, "GptOssAttention asks for s_aux"), (bert, "BertSelfAttention asks for bidirectional attention")],
-    ids=["sinks", "bidirectional"],
+    "layout", [{"ulysses_degree": 2}, {"ulysses_degree": 3, "ring_degree": 2}, {"tp_size": 2}], ids=str
 )
-def test_models_that_ask_for_more_than_causal_attention_are_refused(make: Callable[[], PreTrainedModel], words):
-    with pytest.raises(UnsupportedModelError, match=f"{words}, which cannot be sharded yet"):
-        serve(make(), lambda engine: engine(tokens(1, 9)), ring_degree=2)
+def test_sinks_of_other_heads_are_far_above_tolerance(layout, monkeypatch):
+    apply_ = sinks.apply_
+    monkeypatch.setattr("ds_ring.attention.sinks.apply_", lambda out, lse, sinks: apply_(out, lse, sinks.flip(0)))
+    model, ids = build(ARCHITECTURES["gpt_oss"]()), tokens(1, LENGTH)
+    results = serve(model, lambda engine: engine(ids).logits, **layout)
+    assert min(relative_error(got, logits(model, ids)) for got in results) > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(3,), (8,), (1, 4)])
+def test_sinks_that_are_not_one_a_head_are_refused(shape):
+    with (
+        attention_alone() as attention,
+        pytest.raises(UnsupportedModelError, match="Linear has attention sinks of shape"),
+    ):
+        attention(s_aux=torch.zeros(shape))
 
 
 def test_dropout_is_refused():
@@ -161,16 +178,22 @@ def test_dropout_is_refused():
     ids=["mask", "position_bias", "alibi", "is_causal"],
 )
 def test_arguments_that_would_be_dropped_are_refused(asked, words):
+    with attention_alone() as attention, pytest.raises(UnsupportedModelError, match=f"Linear asks for {words}"):
+        attention(**asked)
+
+
+@contextmanager
+def attention_alone() -> Iterator[Callable[..., Tensor]]:
+    """The registered function on one rank with four heads, called as transformers calls it."""
     module, q = nn.Linear(1, 1), torch.zeros(1, 4, 5, 8)
     mesh = Mesh.build(Topology(), 0, lambda axis, ranks: None)
     context = AttentionContext(mesh, ParallelConfig(), num_heads=4)
     module._ds_ring_context = context
     register()
-    with (
-        context.forward(SequenceLayout(5), 0, "Model"),
-        pytest.raises(UnsupportedModelError, match=f"Linear asks for {words}"),
-    ):
-        ALL_ATTENTION_FUNCTIONS[NAME](module, q, q, q, **{"attention_mask": None, "scaling": 1.0} | asked)
+    with context.forward(SequenceLayout(5), 0, "Model"):
+        yield lambda **asked: ALL_ATTENTION_FUNCTIONS[NAME](
+            module, q, q, q, **{"attention_mask": None, "scaling": 1.0} | asked
+        )
 
 
 def test_a_model_left_in_training_mode_is_served_without_dropout():

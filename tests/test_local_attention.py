@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_ring.attention import local, plain
+from ds_ring.attention.backends import Aligned
 from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
 
 FP16_MAX = 65504.0
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -194,34 +194,15 @@ def bottom_right(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool)
     return out.to(q.dtype), lse.float()
 
 
-def top_left(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse = reference_attention(q, k, v, spec=AttentionSpec(scale), causal=causal)
-    return out.to(q.dtype), lse.float()
-
-
-def base_two(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse = bottom_right(q, k, v, scale=scale, causal=causal)
-    return out, lse / math.log(2)
-
-
-def rows_before_heads(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse = bottom_right(q, k, v, scale=scale, causal=causal)
-    return out, lse.transpose(1, 2)
-
-
-def lse_of_unscaled_scores(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    return bottom_right(q, k, v, scale=scale, causal=causal)[0], bottom_right(q, k, v, scale=1.0, causal=causal)[1]
-
-
-def half_precision_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    out, lse = bottom_right(q, k, v, scale=scale, causal=causal)
-    return out, lse.half()
+def through(monkeypatch, kernel) -> None:
+    """Blocks go to ``kernel``."""
+    monkeypatch.setattr(local, "choose", lambda q, n_keys, block: Aligned(kernel.__name__, kernel))
 
 
 @pytest.mark.parametrize("n_keys", [1, 2, 5, 8])
 @pytest.mark.parametrize("n_queries", [1, 2, 5, 8])
 def test_every_offset_reduces_to_the_alignment_that_kernels_offer(monkeypatch, n_queries, n_keys):
-    monkeypatch.setattr(local, "choose_backend", lambda q, spec: bottom_right)
+    through(monkeypatch, bottom_right)
     for shift in range(-n_queries - 2, n_keys + 3):
         case = Case(n_queries=n_queries, n_keys=n_keys, q_offset=20 + shift, k_offset=20)
         tensors = case.tensors()
@@ -231,50 +212,60 @@ def test_every_offset_reduces_to_the_alignment_that_kernels_offer(monkeypatch, n
 def test_a_full_block_goes_to_the_kernel_as_it_is(monkeypatch):
     calls = []
 
-    def backend(q, k, v, *, scale, causal):
+    def kernel(q, k, v, *, scale, causal):
         calls.append((q.shape[1], k.shape[1], causal))
         return bottom_right(q, k, v, scale=scale, causal=causal)
 
-    monkeypatch.setattr(local, "choose_backend", lambda q, spec: backend)
+    through(monkeypatch, kernel)
     for case in (Case(causal=False), Case(n_keys=7), Case(q_offset=9)):
         tensors = case.tensors()
         assert_is(case.attend(*tensors), case.reference(*tensors))
     assert calls == [(7, 9, False), (7, 7, True), (7, 9, False)]
 
 
-def test_the_cpu_takes_the_plain_path():
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert local.choose_backend(torch.zeros(1, 1, 1, 8, dtype=dtype), AttentionSpec(1.0)) is None
-
-
+@pytest.mark.parametrize("kernel", [None, bottom_right], ids=["plain", "kernel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [16, 64])
-def test_the_self_test_accepts_a_backend_of_the_right_convention(head_dim, dtype):
-    assert local.check_convention(bottom_right, CPU, dtype, head_dim) is None
+def test_the_output_may_be_asked_for_in_fp32(monkeypatch, kernel, dtype):
+    if kernel:
+        through(monkeypatch, kernel)
+    for case in (Case(), Case(n_keys=7), Case(n_queries=9, n_keys=7), Case(causal=False)):
+        tensors = case.tensors(dtype)
+        out, lse = local.attend(
+            *tensors, spec=case.spec, causal=case.causal, q_offset=case.q_offset, out_dtype=torch.float32
+        )
+        assert out.dtype == torch.float32
+        assert_is((out, lse), case.reference(*tensors), 4e-3 if kernel and dtype != torch.float32 else 2e-6)
 
 
-@pytest.mark.parametrize("backend", [base_two, top_left, rows_before_heads, lse_of_unscaled_scores, half_precision_lse])
-def test_the_self_test_catches_a_backend_of_another_convention(backend):
-    text = (
-        f"attention back-end {backend.__name__} fails its self-test on cpu with torch.float32, head_dim 16: "
-        "its lse or its mask follows another convention"
-    )
-    with pytest.raises(RuntimeError, match=f"^{text}$"):
-        local.check_convention(backend, CPU, torch.float32, 16)
+@settings(max_examples=60, deadline=None)
+@given(case=cases, cut=st.integers(0, 40))
+def test_blocks_folded_into_a_running_result_are_attention_over_all_their_keys(case, cut):
+    q, k, v = case.tensors()
+    cut = min(cut, case.n_keys)
+    out, lse = torch.zeros_like(q), torch.full((case.batch, q.shape[2], case.n_queries), -math.inf)
+    for keys in (slice(0, cut), slice(cut, case.n_keys)):
+        local.accumulate_(
+            out, lse, q, k[:, keys], v[:, keys],
+            spec=case.spec, causal=case.causal, q_offset=case.q_offset, k_offset=case.k_offset + keys.start,
+        )  # fmt: skip
+    assert_is((out, lse), case.reference(q, k, v), 4e-6)
 
 
-def test_the_self_test_runs_once_a_backend_and_shape():
-    calls = []
-
-    def backend(q, k, v, *, scale, causal):
-        calls.append(q.shape)
-        return bottom_right(q, k, v, scale=scale, causal=causal)
-
-    for _ in range(3):
-        local.check_convention(backend, CPU, torch.float32, 16)
-    assert len(calls) == 1
-    local.check_convention(backend, CPU, torch.float32, 32)
-    assert len(calls) == 2
+@pytest.mark.parametrize("kernel", [None, bottom_right], ids=["plain", "kernel"])
+def test_folding_into_a_part_of_the_rows_leaves_the_others(monkeypatch, kernel):
+    if kernel:
+        through(monkeypatch, kernel)
+    case = Case(batch=2, n_queries=8)
+    q, k, v = case.tensors()
+    out, lse = local.attend(q, k, v, spec=case.spec, causal=False)
+    before = out.clone(), lse.clone()
+    local.accumulate_(out[:, 3:6], lse[:, :, 3:6], q[:, 3:6], k, v, spec=case.spec, causal=False)
+    for rows in (slice(0, 3), slice(6, 8)):
+        assert torch.equal(out[:, rows], before[0][:, rows])
+        assert torch.equal(lse[:, :, rows], before[1][:, :, rows])
+    # The same keys once more: the same average, twice the weight.
+    torch.testing.assert_close(out, before[0])
+    torch.testing.assert_close(lse[:, :, 3:6], before[1][:, :, 3:6] + math.log(2))
 
 
 class TestReference:

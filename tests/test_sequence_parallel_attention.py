@@ -98,6 +98,17 @@ def test_softcap(split, window, variant):
     assert replace(problem, softcap=None).error(result.out_BLHD) > WRONG
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("ring_impl", IMPLS)
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("split", [(1, 1), (1, 2), (4, 1), (3, 2), (2, 4)], ids=name)
+def test_attention_sinks(split, window, ring_impl, variant):
+    problem = Problem(63, heads=8, kv_heads=2, window=window, with_sinks=True)
+    result = run_attention(problem, SequenceLayout(63, *split, ring_impl), variant=variant)
+    assert problem.error(result.out_BLHD) < EXACT
+    assert replace(problem, with_sinks=False).error(result.out_BLHD) > WRONG
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     length=st.integers(1, 90),
@@ -108,12 +119,15 @@ def test_softcap(split, window, variant):
     window=st.none() | st.integers(1, 60),
     ring_impl=st.sampled_from(IMPLS),
     variant=st.sampled_from(VARIANTS),
+    with_sinks=st.booleans(),
     batch=st.integers(1, 2),
     seed=st.integers(0, 100),
 )
-def test_any_shape(length, ring_degree, ulysses_degree, kv_heads, group, window, ring_impl, variant, batch, seed):
+def test_any_shape(
+    length, ring_degree, ulysses_degree, kv_heads, group, window, ring_impl, variant, with_sinks, batch, seed
+):
     heads = math.lcm(kv_heads * group, ulysses_degree)
-    problem = Problem(length, heads, kv_heads, batch=batch, window=window, seed=seed)
+    problem = Problem(length, heads, kv_heads, batch=batch, window=window, with_sinks=with_sinks, seed=seed)
     layout = SequenceLayout(length, ring_degree, ulysses_degree, ring_impl)
     assert error(problem, layout, variant=variant) < EXACT
 

@@ -13,6 +13,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -107,6 +108,18 @@ def mixtral(**overrides: Any) -> MixtralConfig:
     )
 
 
+def gpt_oss(**overrides: Any) -> GptOssConfig:
+    """Attention sinks; windowed and full layers in turn; a mixture of experts."""
+    layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    return GptOssConfig(
+        **_decoder(
+            num_key_value_heads=2, head_dim=12, sliding_window=24, layer_types=layer_types,
+            num_local_experts=4, num_experts_per_tok=2,
+        )
+        | overrides
+    )  # fmt: skip
+
+
 def phi3(**overrides: Any) -> Phi3Config:
     """Query, key and value in one matrix, gate and up in another."""
     return Phi3Config(**_decoder(num_key_value_heads=2, pad_token_id=0) | overrides)
@@ -141,6 +154,7 @@ ARCHITECTURES: dict[str, Callable[..., PretrainedConfig]] = {
     "gemma3": gemma3,
     "mistral": mistral,
     "mixtral": mixtral,
+    "gpt_oss": gpt_oss,
     "phi3": phi3,
     "gpt2": gpt2,
     "opt": opt,

@@ -56,6 +56,13 @@ class Problem:
     softcap: float | None = None
     seed: int = 0
     dtype: torch.dtype = torch.float32
+    with_sinks: bool = False
+
+    @property
+    def sinks_H(self) -> Tensor | None:
+        if not self.with_sinks:
+            return None
+        return 2 * torch.randn(self.heads, generator=torch.Generator().manual_seed(self.seed + 1)).to(self.dtype)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -78,7 +85,14 @@ class Problem:
 
 @cache
 def _expected(problem: Problem) -> Tensor:
-    return reference_attention(*problem.tensors(), spec=problem.spec)[0]
+    out, lse = reference_attention(*problem.tensors(), spec=problem.spec)
+    return out if problem.sinks_H is None else sink_reference(out, lse, problem.sinks_H)
+
+
+def sink_reference(out_BLHD: Tensor, lse_BHL: Tensor, sinks_H: Tensor) -> Tensor:
+    """fp64 attention with sinks: the share of a softmax over (all keys, sink) that goes to the keys."""
+    columns = torch.stack((lse_BHL, sinks_H.double()[None, :, None].expand_as(lse_BHL)), -1)
+    return out_BLHD * torch.softmax(columns, -1)[..., 0].transpose(1, 2)[..., None]
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,7 @@ def run_attention(
         q, k, v = (view(cut(x, cut_by or layout, *place)) for x in tensors)
         out = sequence_parallel_attention(
             q, k, v, layout=layout, spec=problem.spec, ring=mesh["ring"], ulysses=mesh["ulysses"],
-            variant=variant, gather_limit_bytes=gather_limit_bytes,
+            sinks_H=problem.sinks_H, variant=variant, gather_limit_bytes=gather_limit_bytes,
         )  # fmt: skip
         return out, mesh.traffic
 

@@ -20,19 +20,24 @@ def sequence_parallel_attention(
     spec: AttentionSpec,
     ring: Transport,
     ulysses: Transport,
+    sinks_H: Tensor | None = None,
     variant: RingVariant = "auto",
     gather_limit_bytes: int = 2 << 30,
 ) -> Tensor:
     """Causal attention of this rank's tokens (``layout.positions``) against the whole sequence.
 
     The all-to-all makes whole ring slices with a share of the heads; the ring then runs on those, once for each share
-    in parallel. Returns out [B, l, H, D] in q's dtype.
+    in parallel. ``sinks_H``, the attention sinks, are those of all heads on every rank. Returns out [B, l, H, D] in q's
+    dtype.
     """
+    share = q_BlHD.shape[2] // ulysses.size
+    sinks_h = None if sinks_H is None else sinks_H[ulysses.rank * share : (ulysses.rank + 1) * share]
 
     def inner(q_BLhD: Tensor, k_BLkD: Tensor, v_BLkD: Tensor) -> Tensor:
         return ring_attention(
             q_BLhD, k_BLkD, v_BLkD,
-            layout=layout, spec=spec, transport=ring, variant=variant, gather_limit_bytes=gather_limit_bytes,
+            layout=layout, spec=spec, transport=ring, sinks_H=sinks_h,
+            variant=variant, gather_limit_bytes=gather_limit_bytes,
         )  # fmt: skip
 
     return ulysses_attention(q_BlHD, k_BlKD, v_BlKD, transport=ulysses, inner=inner)

@@ -19,11 +19,17 @@ def merge_(out_BLHD: Tensor, lse_BHL: Tensor, block_out_BLHD: Tensor, block_lse_
         block_lse_BHL: the block's log-sum-exp, fp32.
     """
     assert out_BLHD.dtype == lse_BHL.dtype == block_lse_BHL.dtype == torch.float32
+    weight_BLH1, total_BHL = block_weight(lse_BHL, block_lse_BHL)
+    out_BLHD.lerp_(block_out_BLHD.to(out_BLHD.dtype), weight_BLH1)
+    lse_BHL.copy_(total_BHL)
+
+
+def block_weight(lse_BHL: Tensor, block_lse_BHL: Tensor) -> tuple[Tensor, Tensor]:
+    """The block's share of the merged output, [B, L, H, 1], and the merged log-sum-exp."""
     total = torch.logaddexp(lse_BHL, block_lse_BHL)
     # e^(lse - total) is inf - inf where total is infinite: nothing seen on both sides (keep what is there), or an
     # overflowed side (takes all).
     weight = torch.where(
         torch.isinf(total), (block_lse_BHL == torch.inf).to(total.dtype), torch.exp(block_lse_BHL - total)
     )
-    out_BLHD.lerp_(block_out_BLHD.to(out_BLHD.dtype), weight.transpose(1, 2).unsqueeze(-1))
-    lse_BHL.copy_(total)
+    return weight.transpose(1, 2).unsqueeze(-1), total

@@ -12,7 +12,14 @@ lets causal blocks leave out the keys that no query of the group sees."""
 
 
 def attention(
-    q_BLHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, *, spec: AttentionSpec, causal: bool, shift: int
+    q_BLHD: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    *,
+    spec: AttentionSpec,
+    causal: bool,
+    shift: int,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one block; with ``causal``, key j is visible from query i when ``j <= i + shift``.
 
@@ -20,7 +27,7 @@ def attention(
     """
     batch, n_queries, heads, _ = q_BLHD.shape
     n_keys = k_BSKD.shape[1]
-    out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    out_BLHD = torch.empty_like(q_BLHD, dtype=out_dtype, memory_format=torch.contiguous_format)
     lse_BHL = torch.empty(batch, heads, n_queries, dtype=torch.float32, device=q_BLHD.device)
     k_BKDS, v_BKSD = k_BSKD.float().permute(0, 2, 3, 1), v_BSKD.float().transpose(1, 2)
     step = max(1, SCORES_LIMIT // max(1, batch * heads * n_keys))
@@ -35,10 +42,12 @@ def attention(
 def _rows(
     q_BLHD: Tensor, k_BKDS: Tensor, v_BKSD: Tensor, spec: AttentionSpec, causal: bool, shift: int
 ) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a group of queries, both fp32."""
     batch, n_queries, heads, head_dim = q_BLHD.shape
     kv_heads, n_keys = k_BKDS.shape[1], k_BKDS.shape[3]
     if n_keys == 0:
-        return torch.zeros_like(q_BLHD), q_BLHD.new_full((batch, heads, n_queries), -torch.inf, dtype=torch.float32)
+        lse = q_BLHD.new_full((batch, heads, n_queries), -torch.inf, dtype=torch.float32)
+        return torch.zeros_like(q_BLHD, dtype=torch.float32), lse
     # Query heads that share a key/value head become more rows of one matrix product: no key is repeated in memory.
     q_BKGLD = q_BLHD.float().transpose(1, 2).reshape(batch, kv_heads, -1, n_queries, head_dim) * spec.scale
     scores = (q_BKGLD.flatten(2, 3) @ k_BKDS).view(batch, kv_heads, -1, n_queries, n_keys)
@@ -55,4 +64,4 @@ def _rows(
     # A row that sees nothing has lse -inf; shifting it by 0 instead keeps its weights at exp(-inf) = 0.
     weights = torch.exp_(scores.sub_(torch.where(torch.isinf(lse), 0.0, lse).unsqueeze(-1)))
     out = (weights.flatten(2, 3) @ v_BKSD).view(batch, heads, n_queries, head_dim)
-    return out.transpose(1, 2).to(q_BLHD.dtype), lse.view(batch, heads, n_queries)
+    return out.transpose(1, 2), lse.view(batch, heads, n_queries)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_ring.attention.local import attend
-from ds_ring.attention.merge import merge_
+from ds_ring.attention import sinks
+from ds_ring.attention.local import accumulate_, attend
 from ds_ring.attention.runs import Segment, attend_runs
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
@@ -30,6 +30,7 @@ def ring_attention(
     layout: SequenceLayout,
     spec: AttentionSpec,
     transport: Transport,
+    sinks_H: Tensor | None = None,
     variant: RingVariant = "auto",
     gather_limit_bytes: int = 2 << 30,
 ) -> Tensor:
@@ -38,6 +39,7 @@ def ring_attention(
     Args:
         q_BLHD, k_BLKD, v_BLKD: this ring rank's slice, tokens in the order of ``layout.slice_runs``.
         transport: the ring axis; its rank and size are the ring rank and ``layout.ring_degree``.
+        sinks_H: attention sinks, one a head of ``q_BLHD``.
         variant: ``pass_kv`` holds two foreign blocks at a time, ``gather_kv`` all visible K/V of the sequence, in
             exchange for one attention call a run and no merge; ``auto`` gathers while that stays below the limit.
 
@@ -47,13 +49,13 @@ def ring_attention(
     assert transport.size == layout.ring_degree
     assert q_BLHD.shape[1] == layout.slice_length
     if transport.size == 1:
-        return attend(q_BLHD, k_BLKD, v_BLKD, spec=spec)[0]
+        return sinks.apply_(*attend(q_BLHD, k_BLKD, v_BLKD, spec=spec), sinks_H)
     if variant == "auto":
         # A property of the layout, so that all ranks decide alike.
         gathered_bytes = 2 * k_BLKD.nbytes * layout.ring_degree
         variant = "gather_kv" if gathered_bytes <= gather_limit_bytes else "pass_kv"
     run = gather_kv if variant == "gather_kv" else pass_kv
-    return run(q_BLHD, k_BLKD, v_BLKD, layout=layout, spec=spec, transport=transport)
+    return run(q_BLHD, k_BLKD, v_BLKD, layout=layout, spec=spec, transport=transport, sinks_H=sinks_H)
 
 
 def pass_kv(
@@ -64,16 +66,16 @@ def pass_kv(
     layout: SequenceLayout,
     spec: AttentionSpec,
     transport: Transport,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Block by block: the next block travels while the present one is computed."""
+    """Block by block into one running result, fp32: the next block travels while the present one is computed."""
     rank, size = transport.rank, transport.size
     kv_2BLKD = torch.stack((k_BLKD, v_BLKD))
     arriving = _start_hop(kv_2BLKD, layout, transport, 1)
     first, *rest = _blocks(layout, spec, rank, rank)
     whole = slice(0, q_BLHD.shape[1])
     if first.q_rows == first.k_rows == whole:
-        out, lse_BHL = attend(q_BLHD, k_BLKD, v_BLKD, spec=spec)
-        out_BLHD = out.float()
+        out_BLHD, lse_BHL = attend(q_BLHD, k_BLKD, v_BLKD, spec=spec, out_dtype=torch.float32)
     else:
         out_BLHD = torch.zeros_like(q_BLHD, dtype=torch.float32)
         lse_BHL = out_BLHD.new_full((q_BLHD.shape[0], q_BLHD.shape[2], q_BLHD.shape[1]), -torch.inf)
@@ -85,7 +87,7 @@ def pass_kv(
             arriving = _start_hop(kv_2BLKD, layout, transport, hop + 1)
         pending.wait()
         _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, (rank - hop) % size), spec)
-    return out_BLHD.to(q_BLHD.dtype)
+    return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
 
 
 def gather_kv(
@@ -96,6 +98,7 @@ def gather_kv(
     layout: SequenceLayout,
     spec: AttentionSpec,
     transport: Transport,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """All visible K/V first, then one call for all runs of queries: no merge."""
     rank, size = transport.rank, transport.size
@@ -105,7 +108,7 @@ def gather_kv(
     for source, pending, block_2BSKD in hops:
         pending.wait()
         segments += _segments(layout, source, *block_2BSKD)
-    return attend_runs(q_BLHD, layout.slice_runs(rank), segments, spec)
+    return attend_runs(q_BLHD, layout.slice_runs(rank), segments, spec, sinks_H)
 
 
 def _segments(layout: SequenceLayout, source: int, k_BSKD: Tensor, v_BSKD: Tensor) -> list[Segment]:
@@ -143,8 +146,7 @@ def _accumulate(
 ) -> None:
     for block in blocks:
         k_BSKD, v_BSKD = kv_2BSKD[:, :, block.k_rows]
-        out, lse = attend(
-            q_BLHD[:, block.q_rows], k_BSKD, v_BSKD,
+        accumulate_(
+            out_BLHD[:, block.q_rows], lse_BHL[:, :, block.q_rows], q_BLHD[:, block.q_rows], k_BSKD, v_BSKD,
             spec=spec, causal=block.causal, q_offset=block.q_offset, k_offset=block.k_offset,
         )  # fmt: skip
-        merge_(out_BLHD[:, block.q_rows], lse_BHL[:, :, block.q_rows], out, lse)

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_ring.attention.local import attend, choose_backend
-from ds_ring.attention.spec import AttentionSpec
+from ds_ring.attention import sinks
+from ds_ring.attention.backends import HOPPER512
+from ds_ring.attention.choice import choose
+from ds_ring.attention.local import attend
+from ds_ring.attention.spec import AttentionSpec, BlockSpec
 from ds_ring.kernels import attention512
 from ds_ring.layout import Run
 
@@ -24,18 +27,25 @@ class Segment:
     v_BSKD: Tensor
 
 
-def attend_runs(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> Tensor:
+def attend_runs(
+    q_BLHD: Tensor,
+    runs: Sequence[Run],
+    segments: Sequence[Segment],
+    spec: AttentionSpec,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
     """Causal attention by global positions.
 
     Args:
         q_BLHD: the queries of all runs, one after the other.
         segments: together they hold every position from 0 to the last query's, each once, in any order.
+        sinks_H: attention sinks, one a head.
 
     Returns:
         out [B, L, H, D] in q's dtype.
     """
     if _one_launch(q_BLHD, runs, segments, spec):
-        return _attend_segments(q_BLHD, runs, segments, spec)
+        return sinks.apply_(*_attend_segments(q_BLHD, runs, segments, spec), sinks_H)
     ordered = sorted(segments, key=lambda segment: segment.start)
     k_BSKD = torch.cat([segment.k_BSKD for segment in ordered], dim=1)
     v_BSKD = torch.cat([segment.v_BSKD for segment in ordered], dim=1)
@@ -43,17 +53,21 @@ def attend_runs(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment]
     done = 0
     for run in runs:
         q_run = q_BLHD[:, done : done + run.length]
-        parts.append(attend(q_run, k_BSKD[:, : run.stop], v_BSKD[:, : run.stop], spec=spec, q_offset=run.start)[0])
+        out, lse = attend(q_run, k_BSKD[:, : run.stop], v_BSKD[:, : run.stop], spec=spec, q_offset=run.start)
+        parts.append(sinks.apply_(out, lse, sinks_H))
         done += run.length
     return torch.cat(parts, dim=1)
 
 
 def _one_launch(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> bool:
     fits = len(runs) <= attention512.MAX_CHUNKS and len(segments) <= attention512.MAX_SEGMENTS
-    return fits and choose_backend(q_BLHD, spec) is attention512.block
+    n_keys = sum(segment.k_BSKD.shape[1] for segment in segments)
+    return fits and choose(q_BLHD, n_keys, BlockSpec(spec, True, 0)) is HOPPER512
 
 
-def _attend_segments(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> Tensor:
+def _attend_segments(
+    q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
     """The segments where they are: nothing is copied into order."""
     chunks: list[int] = []
     done = 0
@@ -61,5 +75,5 @@ def _attend_segments(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Seg
         chunks += [done, run.length, run.start]
         done += run.length
     keys, values = [s.k_BSKD for s in segments], [s.v_BSKD for s in segments]
-    out, _ = attention512.attention512(q_BLHD, keys, values, [s.start for s in segments], chunks, True, spec.scale)
-    return out
+    out, lse = attention512.attention512(q_BLHD, keys, values, [s.start for s in segments], chunks, True, spec.scale)
+    return out, lse

@@ -20,3 +20,18 @@ class AttentionSpec:
     @property
     def plain(self) -> bool:
         return self.window is None and self.softcap is None
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What one block of it asks.
+
+    Attributes:
+        causal: key j is visible from query i when ``j <= i + shift`` (and inside the window, where there is one);
+            otherwise every key is visible from every query.
+        shift: global position of the block's first query less that of its first key.
+    """
+
+    attention: AttentionSpec
+    causal: bool
+    shift: int

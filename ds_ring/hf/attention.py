@@ -22,7 +22,7 @@ from ds_ring.transport.mesh import Mesh
 
 NAME = "ds_ring"
 _ATTRIBUTE = "_ds_ring_context"
-_UNSUPPORTED = ("s_aux", "position_bias", "alibi")
+_UNSUPPORTED = ("position_bias", "alibi")
 _BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
 
 
@@ -50,13 +50,15 @@ class AttentionContext:
                 f"{_BYPASSES}"
             )
 
-    def attend(self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec) -> Tensor:
+    def attend(
+        self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
+    ) -> Tensor:
         if self.layout is None:
             raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
         self.calls += 1
         return sequence_parallel_attention(
             q_BlHD, k_BlKD, v_BlKD,
-            layout=self.layout, spec=spec, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"],
+            layout=self.layout, spec=spec, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], sinks_H=sinks_H,
             variant=self.parallel.ring_variant, gather_limit_bytes=self.parallel.gather_limit_mib << 20,
         )  # fmt: skip
 
@@ -97,6 +99,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     context = getattr(module, _ATTRIBUTE, None)
@@ -122,9 +125,16 @@ def _attention(
             f"{type(module).__name__} attends with {heads} heads a rank where tp_size={tp} leaves "
             f"{context.num_heads // tp} of {context.num_heads}: DeepSpeed's AutoTP does not shard it rightly"
         )
+    if s_aux is not None and s_aux.shape != (context.num_heads,):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has attention sinks of shape {tuple(s_aux.shape)} for {context.num_heads} heads"
+        )
+    if s_aux is not None and tp > 1:
+        # AutoTP shards linear layers only: all ranks hold the sinks of all heads.
+        s_aux = s_aux.narrow(0, context.mesh.coordinate("tp") * heads, heads)
     q, k, v = (t.transpose(1, 2) for t in (query_BHlD, key_BKlD, value_BKlD))
     spec = AttentionSpec(q.shape[-1] ** -0.5 if scaling is None else float(scaling), sliding_window, softcap)
-    return context.attend(q, k, v, spec), None
+    return context.attend(q, k, v, spec, s_aux), None
 
 
 @contextmanager

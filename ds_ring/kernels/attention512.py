@@ -191,10 +191,3 @@ def _aligned(tensor: Tensor) -> Tensor:
     if strides[3] == 1 and tensor.data_ptr() % 16 == 0 and not any(s % _ALIGNMENT for s in strides[:3]):
         return tensor
     return tensor.contiguous()
-
-
-def block(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """One block with the causal mask aligned to the last key: a ``local.Backend``."""
-    rows = q.shape[1]
-    out, lse = attention512(q, [k], [v], [0], [0, rows, k.shape[1] - rows], causal, scale)
-    return out, lse

@@ -1,0 +1,141 @@
+"""What can compute one block of attention, behind one interface: its result alone, or folded into a running one."""
+
+# Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim.
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ds_ring.attention import aten, plain
+from ds_ring.attention.merge import merge_
+from ds_ring.attention.spec import BlockSpec
+from ds_ring.kernels import attention512, build, portable
+
+Partial = tuple[Tensor, Tensor]
+"""out [B, L, H, D] and lse [B, H, L], fp32, natural logarithm; 0 and -inf for rows that see no key."""
+
+
+class Backend(ABC):
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def unusable(self, device: torch.device) -> str | None:
+        """Why it cannot run on ``device``; None where it can."""
+        return None
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype) -> Partial:
+        """q [B, L, H, D], k and v [B, S, K, D], any strides with a contiguous last dimension."""
+
+    def accumulate_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> None:
+        """Fold the block into the running ``out`` and ``lse``, both fp32 and of any strides, in place."""
+        merge_(out, lse, *self.attend(q, k, v, block, torch.float32))
+
+
+class _Plain(Backend):
+    name = "plain PyTorch"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype) -> Partial:
+        return plain.attention(
+            q, k, v, spec=block.attention, causal=block.causal, shift=block.shift, out_dtype=out_dtype
+        )
+
+
+class _Portable(Backend):
+    """Our Triton kernel: windows, softcap, any head size; the running result goes through the kernel."""
+
+    name = "the portable Triton kernel"
+
+    def unusable(self, device: torch.device) -> str | None:
+        return portable.unavailable(device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype) -> Partial:
+        return self._run(q, k, v, block, None, out_dtype)
+
+    def accumulate_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> None:
+        new_out, new_lse = self._run(q, k, v, block, (out, lse), torch.float32)
+        out.copy_(new_out)
+        lse.copy_(new_lse)
+
+    @staticmethod
+    def _run(
+        q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, previous: Partial | None, out_dtype: torch.dtype
+    ) -> Partial:
+        spec = block.attention
+        return portable.attention(
+            q, k, v, scale=spec.scale, causal=block.causal, q_offset=block.shift, k_offset=0,
+            window=spec.window if block.causal else None, softcap=spec.softcap, previous=previous, out_dtype=out_dtype,
+        )  # fmt: skip
+
+
+class _Hopper512(Backend):
+    """Our CUDA kernel for head_dim 512; it reads and writes a running result where it lies."""
+
+    name = "attention512"
+
+    def unusable(self, device: torch.device) -> str | None:
+        return build.unavailable(device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype) -> Partial:
+        chunk = [0, q.shape[1], block.shift]
+        out, lse = attention512.attention512(
+            q, [k], [v], [0], chunk, block.causal, block.attention.scale, out_dtype=out_dtype
+        )
+        return out, lse
+
+    def accumulate_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> None:
+        chunk = [0, q.shape[1], block.shift]
+        attention512.accumulate_(out, lse, q, [k], [v], [0], chunk, block.causal, block.attention.scale)
+
+
+class AlignedKernel(Protocol):
+    """A causal mask is aligned to the last query and the last key: query i sees keys 0 .. S - L + i.
+
+    Blocks in which a query sees nothing are not asked for.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> Partial: ...
+
+
+class Aligned(Backend):
+    """A kernel that knows no offsets, windows or softcap."""
+
+    def __init__(self, name: str, kernel: AlignedKernel) -> None:
+        self.name, self.kernel = name, kernel
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype) -> Partial:
+        """Reduce any offset to the kernel's one alignment."""
+        assert block.attention.plain
+        scale, shift = block.attention.scale, block.shift
+        n_queries, n_keys = q.shape[1], k.shape[1]
+        if not block.causal or shift >= n_keys:  # every query sees every key
+            out, lse = self.kernel(q, k, v, scale=scale, causal=False)
+            return out.to(out_dtype), lse
+        blind = min(n_queries, max(0, -shift))  # leading queries that see nothing
+        sighted = min(n_queries, max(blind, n_keys - shift))  # from here on, queries see every key
+        seen = sighted + shift
+        if blind == 0 and sighted == n_queries:
+            out, lse = self.kernel(q, k[:, :seen], v[:, :seen], scale=scale, causal=True)
+            return out.to(out_dtype), lse
+        out = torch.zeros_like(q, dtype=out_dtype, memory_format=torch.contiguous_format)
+        lse = q.new_full((q.shape[0], q.shape[2], n_queries), -torch.inf, dtype=torch.float32)
+        if sighted > blind:
+            out[:, blind:sighted], lse[:, :, blind:sighted] = self.kernel(
+                q[:, blind:sighted], k[:, :seen], v[:, :seen], scale=scale, causal=True
+            )
+        if n_queries > sighted:
+            out[:, sighted:], lse[:, :, sighted:] = self.kernel(q[:, sighted:], k, v, scale=scale, causal=False)
+        return out, lse
+
+
+PLAIN: Backend = _Plain()
+PORTABLE: Backend = _Portable()
+HOPPER512: Backend = _Hopper512()
+FLASH: Backend = Aligned("FlashAttention-2", aten.flash)
+CUDNN: Backend = Aligned("cuDNN", aten.cudnn)
+MEMORY_EFFICIENT: Backend = Aligned("PyTorch's memory-efficient kernel", aten.memory_efficient)

@@ -1,0 +1,62 @@
+"""Holding a back-end against the plain path on small blocks, before its results are merged with others'."""
+
+# Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim.
+from __future__ import annotations
+
+import torch
+
+from ds_ring.attention import plain
+from ds_ring.attention.backends import Backend, Partial
+from ds_ring.attention.spec import AttentionSpec, BlockSpec
+
+QUERIES, KEYS, HEADS, KV_HEADS = 33, 65, 4, 2
+WINDOW, SOFTCAP = 20, 2.0
+
+
+def self_test(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, windowed: bool, capped: bool
+) -> None:
+    """A full block, a square causal one, one with more keys than queries, and one folded into a running result.
+
+    Libraries differ in the logarithm's base, in the alignment of the causal mask, in the order of grouped heads and in
+    the shape of the lse; a difference there would not crash but give wrong numbers.
+
+    Raises:
+        RuntimeError: the back-end's results are not the plain path's.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, length, heads, head_dim, generator=generator, device=device, dtype=dtype)
+        for length, heads in ((QUERIES, HEADS), (KEYS, KV_HEADS), (KEYS, KV_HEADS))
+    )
+    spec = AttentionSpec(head_dim**-0.5, WINDOW if windowed else None, SOFTCAP if capped else None)
+    ahead = KEYS - QUERIES
+
+    def want(block: BlockSpec, keys: slice) -> Partial:
+        single = q.float(), k[:, keys].float(), v[:, keys].float()
+        return plain.attention(*single, spec=spec, causal=block.causal, shift=block.shift)
+
+    def check(got: Partial, wanted: Partial, what: str) -> None:
+        (out, lse), (want_out, want_lse) = got, wanted
+        if (
+            (out.shape, lse.shape, lse.dtype) != (want_out.shape, want_lse.shape, want_lse.dtype)
+            or not torch.allclose(lse, want_lse, atol=2e-2, rtol=1e-3)
+            or not torch.allclose(out.float(), want_out, atol=2e-2, rtol=2e-2)
+        ):
+            raise RuntimeError(
+                f"attention back-end {backend.name} fails its self-test on {device} with {dtype}, head_dim {head_dim}: "
+                f"in {what} its lse or its mask follows another convention"
+            )
+
+    everything, behind = slice(0, KEYS), slice(ahead, KEYS)
+    for block, keys, what in (
+        (BlockSpec(spec, False, 0), everything, "a full block"),
+        (BlockSpec(spec, True, 0), behind, "a square causal block"),
+        (BlockSpec(spec, True, ahead), everything, "a causal block with more keys than queries"),
+    ):
+        check(backend.attend(q, k[:, keys], v[:, keys], block, dtype), want(block, keys), what)
+
+    first = BlockSpec(spec, True, ahead)
+    out, lse = backend.attend(q, k[:, :ahead], v[:, :ahead], first, torch.float32)
+    backend.accumulate_(out, lse, q, k[:, ahead:], v[:, ahead:], BlockSpec(spec, True, 0))
+    check((out, lse), want(first, everything), "a block folded into a running result")
