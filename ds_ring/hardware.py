@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -72,7 +73,7 @@ def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[st
     def sample() -> None:
         while not stop.wait(period_s):
             clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
-            watts.append(pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3)
+            watts.append(_power_w(handle))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -83,3 +84,16 @@ def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[st
         thread.join()
         if clocks:
             found |= {"sm_clock_mhz": statistics.median(clocks), "power_w": statistics.median(watts)}
+
+
+def _power_w(handle: Any) -> float:
+    """The power now, where the driver tells it: the plain query is an average over the last second."""
+    import pynvml
+
+    try:
+        (field,) = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
+        if field.nvmlReturn == pynvml.NVML_SUCCESS and field.value.uiVal:
+            return float(field.value.uiVal) / 1e3
+    except pynvml.NVMLError:
+        pass
+    return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1e3

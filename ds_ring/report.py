@@ -44,17 +44,56 @@ def terminal_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+ATTENTION_COLUMNS = ("case, implementation", "ms", "TFLOP/s", "share", "GB/s", "error", "lse error", "MHz", "W", "note")
+STATE_COSTS = (("carrying costs", "carry_cost_ms"), ("merging costs", "merge_cost_ms"))
+WRONG = 1e-2
+"""A relative error that no rounding of fp16 explains."""
+
+
 def attention_table(rows: list[dict[str, Any]]) -> Table:
-    """Rates of attention blocks: rows of ``bench_attention.run``."""
-    table = Table(title="One block of attention, fp16; share: of the matrix product timed in turn with it")
-    for name in ("block", "implementation", "ms", "TFLOP/s", "share", "rel. error"):
-        table.add_column(name, justify="left" if name in ("block", "implementation") else "right")
-    for r in rows:
-        mask = "causal" if r["causal"] else "full"
-        block = f"d{r['head_dim']} {mask} B{r['batch']} H{r['heads']}/{r['kv_heads']} {r['seq_q']} x {r['seq_k']}"
-        figures = f"{r['ms']:.2f}", f"{r['tflops']:.0f}", f"{r['share']:.2f}", f"{r['rel_error']:.1e}"
-        table.add_row(block, r["impl"], *figures)
+    """Rates of attention blocks, case by case: rows of ``bench_attention.run``."""
+    table = Table(
+        title="Attention, fp16. share: of the matrix product timed in turn with it; MHz, W: while it ran alone; "
+        "*: the fastest that is not ours",
+        title_justify="left",
+    )
+    first, *middle, last = ATTENTION_COLUMNS
+    table.add_column(first, no_wrap=True)
+    for name in middle:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column(last)
+    for case in dict.fromkeys(r["case"] for r in rows):
+        table.add_section()
+        table.add_row(case, style="bold")
+        group = [r for r in rows if r["case"] == case]
+        right = [r for r in group if "error" not in r and r["rel_error"] < WRONG]
+        peers = [r for r in right if not r["impl"].startswith("ds_ring")]
+        best = min(peers, key=lambda r: r["ms"], default=None)
+        for r in group:
+            name = f"  {r['impl']} *" if r is best else f"  {r['impl']}"
+            table.add_row(name, *_attention_cells(r), style=None if r in right else "red")
     return table
+
+
+def _attention_cells(r: dict[str, Any]) -> list[str]:
+    if "error" in r:
+        return [*("-" for _ in ATTENTION_COLUMNS[2:]), r["error"]]
+
+    def given(name: str, style: str) -> str:
+        return "-" if r.get(name) is None else format(r[name], style)
+
+    costs = [f"{word} {r[name]:+.3f} ms" for word, name in STATE_COSTS if name in r]
+    return [
+        f"{r['ms']:.3f}",
+        f"{r['tflops']:.1f}",
+        f"{r['share']:.2f}",
+        given("gbps", ",.0f"),
+        f"{r['rel_error']:.1e}",
+        given("lse_error", ".1e"),
+        given("sm_clock_mhz", ".0f"),
+        given("power_w", ".0f"),
+        "; ".join([*costs, r["detail"]]),
+    ]
 
 
 def markdown(document: dict[str, Any]) -> str:

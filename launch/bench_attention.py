@@ -1,6 +1,7 @@
-"""Time one block of attention on one GPU: every implementation at hand beside a matrix product.
+"""Time one block of attention on one GPU: every implementation at hand, each in turn with a matrix product.
 
-python launch/bench_attention.py --output benchmarks/results/attention.json
+python launch/bench_attention.py --list
+python launch/bench_attention.py --only d512 causal --impl ds_ring flex --output results/attention.json
 """
 
 from __future__ import annotations
@@ -16,23 +17,44 @@ from ds_ring import cli
 from ds_ring.errors import ConfigError
 
 
-def work(args: argparse.Namespace) -> dict[str, Any]:
+def work(args: argparse.Namespace) -> dict[str, Any] | None:
     import torch
 
-    from ds_ring import bench_attention, hardware, report, results
+    from ds_ring import hardware, report, results
+    from ds_ring.bench_attention import cases
+    from ds_ring.bench_attention.run import run
     from ds_ring.progress import make_console
 
+    selected = cases.select(cases.default_cases(), args.only, args.kind)
+    if not selected:
+        raise ConfigError("no case has all of these in its name; --list shows the names")
+    if args.list:
+        print("\n".join(case.label for case in selected))
+        return None
     if not torch.cuda.is_available():
         raise ConfigError("no CUDA GPU; this benchmark needs one")
     device = torch.device("cuda")
     torch.manual_seed(0)
-    rows = bench_attention.run(bench_attention.default_cases(), device, args.seconds, cli.say)
+    rows: list[dict[str, Any]] = []
+    document = {**results.provenance(), "device": hardware.device_name(device), "rows": rows}
+    for row in run(selected, device, args.seconds, cli.say, names=args.impl):
+        rows.append(row)
+        if args.output:  # after every row: a run that is cut short leaves what it has
+            results.write_json(args.output, document)
+    if not rows:
+        raise ConfigError(f"no implementation is called {' or '.join(args.impl)}")
     make_console().print(report.attention_table(rows))
-    return {**results.provenance(), "device": hardware.device_name(device), "rows": rows}
+    return document
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4.0, help="how long each case is timed [4]")
+    parser.add_argument("--list", action="store_true", help="print the cases' names and do nothing")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with all of these in their name")
+    parser.add_argument("--kind", nargs="+", default=[], metavar="WORD", help="cases of a kind with one of these in it")
+    parser.add_argument("--impl", nargs="+", default=[], metavar="WORD", help="implementations with one of these in it")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="how long each implementation, and the product, is sustained [2]"
+    )
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     cli.main(work, parser)

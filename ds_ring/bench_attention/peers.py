@@ -1,0 +1,186 @@
+"""Every implementation of attention that a machine offers, made ready for a case."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ds_ring.attention import aten
+from ds_ring.attention.choice import choose
+from ds_ring.attention.local import accumulate_, attend
+from ds_ring.attention.merge import merge_
+from ds_ring.attention.runs import attend_runs
+from ds_ring.attention.spec import AttentionSpec, BlockSpec
+from ds_ring.bench_attention import flex
+from ds_ring.bench_attention.cases import Case, Inputs
+from ds_ring.kernels import portable
+
+Result = tuple[Tensor, Tensor | None]
+Block = Callable[[Tensor, Tensor, Tensor, float, bool], Result]
+"""(q, k, v, scale, causal) -> (out, lse or None); causal masks are aligned to the last query and the last key."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An implementation bound to a case's tensors, compiled and tuned as far as it wants to be."""
+
+    call: Callable[[], Result]
+    detail: str = ""
+    carries: bool = False
+    """Whether the result includes the inputs' previous state."""
+
+
+Prepare = Callable[[Inputs], Prepared]
+
+
+def implementations(case: Case, device: torch.device) -> dict[str, Prepare]:
+    """What can serve the case, by name; ours begin with ``ds_ring``. On a CPU: our plain path and SDPA's."""
+    if case.kind == "carry":
+        return {"ds_ring, no state": _ds_ring, "ds_ring": _ds_ring_carrying, "ds_ring + merge": _ds_ring_merging}
+    found: dict[str, Prepare] = {}
+    # scaled_dot_product_attention aligns its causal mask to the first key; the two agree on squares only.
+    first_key_will_do = not case.causal or (case.ranks == 1 and case.seq_q == case.seq_k)
+    if device.type == "cuda":
+        flash_fits = case.head_dim <= aten.FLASH_MAX_HEAD_DIM
+        found["sdpa memory_efficient"] = partial(_by_blocks, _returning_lse(aten.memory_efficient))
+        if flash_fits:
+            found["sdpa flash"] = partial(_by_blocks, _returning_lse(aten.flash))
+        if flash_fits and first_key_will_do:
+            found["sdpa cudnn"] = partial(_by_blocks, _sdpa(SDPBackend.CUDNN_ATTENTION))
+        found["flex"] = _flex
+        if flash_fits:
+            found |= _flash_attn_packages()
+    elif first_key_will_do:
+        found["sdpa math"] = partial(_by_blocks, _sdpa(SDPBackend.MATH))
+    found["ds_ring"] = _ds_ring
+    if portable.unavailable(device) is None:
+        found["ds_ring triton"] = partial(_by_blocks, _triton)
+    return found
+
+
+def _by_blocks(block: Block, inputs: Inputs) -> Prepared:
+    """One call a run of queries. K and V are in the sequence's order already, which flatters those that need it."""
+    case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
+    if case.ranks == 1:
+        return Prepared(lambda: block(q, k, v, case.scale, case.causal))
+
+    def call() -> Result:
+        results = []
+        done = 0
+        for run in case.runs:
+            q_run = q[:, done : done + run.length]
+            results.append(block(q_run, k[:, : run.stop], v[:, : run.stop], case.scale, True))
+            done += run.length
+        lses = [lse for _, lse in results if lse is not None]
+        return torch.cat([out for out, _ in results], dim=1), torch.cat(lses, dim=2) if lses else None
+
+    return Prepared(call, f"{len(case.runs)} calls, K and V in order")
+
+
+def _returning_lse(kernel: Any) -> Block:
+    return lambda q, k, v, scale, causal: kernel(q, k, v, scale=scale, causal=causal)
+
+
+def _sdpa(backend: SDPBackend) -> Block:
+    def block(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Result:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        with sdpa_kernel(backend):
+            out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2), None
+
+    return block
+
+
+def _flex(inputs: Inputs) -> Prepared:
+    call, options = flex.tuned(inputs)
+    detail = ", ".join(f"{name.removeprefix('num_')} {value}" for name, value in options.items())
+    return Prepared(call, detail or "default options")
+
+
+def _flash_attn_packages() -> dict[str, Prepare]:
+    found: dict[str, Prepare] = {}
+    if package := _module("flash_attn"):
+
+        def two(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Result:
+            out, lse, _ = package.flash_attn_func(
+                q, k, v, softmax_scale=scale, causal=causal, return_attn_probs=True
+            )  # the flag's name is historical: out of training it returns the lse and an empty tensor
+            return out, lse
+
+        found["flash-attn"] = partial(_by_blocks, two)
+    if interface := _module("flash_attn_interface"):
+
+        def three(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Result:
+            result = interface.flash_attn_func(q, k, v, softmax_scale=scale, causal=causal)
+            return (result[0], result[1]) if isinstance(result, tuple) else (result, None)  # differs by release
+
+        found["flash-attn 3"] = partial(_by_blocks, three)
+    return found
+
+
+def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Result:
+    offset = k.shape[1] - q.shape[1]
+    return portable.attention(q, k, v, scale=scale, causal=causal, q_offset=offset, k_offset=0)
+
+
+def _ds_ring(inputs: Inputs) -> Prepared:
+    """What an engine would run: ``local.attend``, or ``runs.attend_runs`` with the segments as they arrive."""
+    case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
+    spec = AttentionSpec(case.scale)
+    if case.ranks > 1:
+        segments = inputs.segments
+        detail = f"{_backends(inputs)}, {len(segments)} segments"
+        return Prepared(lambda: (attend_runs(q, case.runs, segments, spec), None), detail)
+    offset = case.runs[0].start
+    return Prepared(lambda: attend(q, k, v, spec=spec, causal=case.causal, q_offset=offset), _backends(inputs))
+
+
+def _ds_ring_carrying(inputs: Inputs) -> Prepared:
+    """A ring's hop as it is: the block folded into the running state, in place. The state creeps, call by call."""
+    assert inputs.state is not None
+    case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
+    spec, offset = AttentionSpec(case.scale), case.runs[0].start
+    out, lse = (t.clone() for t in inputs.state)
+
+    def call() -> Result:
+        accumulate_(out, lse, q, k, v, spec=spec, causal=case.causal, q_offset=offset)
+        return out, lse
+
+    return Prepared(call, f"{_backends(inputs)}, state in place", carries=True)
+
+
+def _ds_ring_merging(inputs: Inputs) -> Prepared:
+    """The same in two passes: the block without the state, and a compiled merge into it."""
+    assert inputs.state is not None
+    block = _ds_ring(inputs)
+    out, lse = (t.clone() for t in inputs.state)
+    merge = torch.compile(merge_, dynamic=False)
+
+    def call() -> Result:
+        block_out, block_lse = block.call()
+        assert block_lse is not None
+        merge(out, lse, block_out, block_lse)
+        return out, lse
+
+    return Prepared(call, f"{block.detail}, compiled merge", carries=True)
+
+
+def _backends(inputs: Inputs) -> str:
+    case, spec = inputs.case, AttentionSpec(inputs.case.scale)
+    chosen = [choose(inputs.q[:, : r.length], r.stop, BlockSpec(spec, case.causal, r.start)) for r in case.runs]
+    return ", ".join(dict.fromkeys(backend.name for backend in chosen))
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
