@@ -62,7 +62,8 @@ def _attend_keys(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         unit = factor
         if SOFTCAP:
-            # tanh x = 1 - 2 / (1 + e^2x), total: the exponential may overflow. Here 2x = scores * factor * ln 2.
+            # tanh x = 1 - 2 / (1 + e^2x), total: the exponential may overflow. Here 2x = scores * factor * ln 2. A
+            # small x is the difference of large numbers: off by a few units of rounding of the cap.
             scores = ceiling - 2.0 * ceiling / (1.0 + tl.math.exp2(scores * factor))
             unit = 1.0
         if EDGE:
