@@ -8,12 +8,51 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 DATASHEET_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense fp16/bf16 tensor-core peaks of the SXM parts, by the vendor's datasheets."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What planning needs to know of one rank's device and its links.
+
+    Attributes:
+        product_flops: FLOP/s of a large half-precision matrix product, sustained.
+        memory_gib: its memory.
+        link_bytes: bytes/s one way between two of a host.
+        network_bytes: bytes/s one way a device between hosts.
+        per_host: how many a host has.
+    """
+
+    product_flops: float
+    memory_gib: float
+    link_bytes: float
+    network_bytes: float = 50e9
+    per_host: int = 8
+
+
+CARDS = {
+    "H100": Card(product_flops=660e12, memory_gib=79, link_bytes=340e9),
+    "H200": Card(product_flops=660e12, memory_gib=139, link_bytes=340e9),
+    "A100": Card(product_flops=250e12, memory_gib=79, link_bytes=230e9),
+    "CPU": Card(product_flops=5e10, memory_gib=16, link_bytes=2e9, per_host=64),
+}
+"""H100 and H200: sustained on parts with a 700 W cap and an NVSwitch (benchmarks/results/); the network is a 400 Gbit/s
+adapter a GPU. A100: the same shares of its datasheet, not measured. CPU: only the order of layouts means anything."""
+
+
+def card_of(device: torch.device) -> Card:
+    """The planning card of ``device``: by its name; an unknown GPU is taken for an A100, with its own memory."""
+    if device.type != "cuda":
+        return CARDS["CPU"]
+    name = torch.cuda.get_device_name(device)
+    known = next((card for key, card in CARDS.items() if key in name), CARDS["A100"])
+    return replace(known, memory_gib=torch.cuda.get_device_properties(device).total_memory / 2**30)
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,0 +1,198 @@
+"""Which layout suits a model, a batch and a number of GPUs: every one that can run, its predicted step and memory.
+
+A prediction is arithmetic and a few measured rates (``Card``), meant to order layouts, not to replace
+``launch/compare.py``. Data parallelism is always among the candidates: with a sequence for every GPU nothing beats it.
+
+    step = (linear + attention) x (1 + bubble) + exposed communication
+
+- linear: 2 FLOPs a weight and token at the rate of a large matrix product, less for products of few rows;
+- attention: causal, once (``metrics.Work``), at the share of that rate which its kernel reaches;
+- bubble: (pp - 1) / micro-batches, the pipeline's filling and draining;
+- exposed communication: bytes (``volume``) over the link's rate, times how much of it showed when measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ds_ring.checks import ModelShape, check_run
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError, UserError
+from ds_ring.hardware import Card
+from ds_ring.kernels.attention512 import HEAD_DIM
+from ds_ring.layout import SequenceLayout
+from ds_ring.metrics import Work
+from ds_ring.volume import bytes_sent_per_rank
+
+EXPOSED = {"sp": 1.8, "tp": 1.1, "pp": 0.2}
+"""Seconds that show for a second of the same traffic alone: ``benchmarks/results/gpu2.json``, process groups. Ring
+through NCCL slows the attention beside it; all-reduces are not overlapped; a pipeline's hand-over almost is."""
+ATTENTION_SHARE = {"head_dim 512": 0.87, "up to 256": 0.85, "other": 0.45}
+"""Of the product's rate, by which kernel serves the head size (``attention/choice.py``)."""
+FEW_ROWS = 64
+"""Rows at which a product reaches half of its rate: weights are then read for too few tokens."""
+MESSAGE_S = 20e-6
+"""What a message costs however small it is."""
+RESERVE = 0.92
+"""Of a card's memory; the rest is the runtime's, NCCL's and what fragmentation takes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout and what is expected of it.
+
+    Attributes:
+        step_s: one forward of the whole batch, seconds.
+        exposed_s: the part of it in which communication shows, a pipeline's bubble included.
+        memory_gib: of the fullest rank: weights, activations of a micro-batch, K/V in transit.
+        fits: whether that is below the card's memory.
+    """
+
+    config: RunConfig
+    step_s: float
+    exposed_s: float
+    memory_gib: float
+    fits: bool
+
+    @property
+    def label(self) -> str:
+        return self.config.topology.label()
+
+    def tps(self) -> float:
+        work = self.config.workload
+        return work.batch_size * work.max_length / self.step_s
+
+
+def plans(run: RunConfig, shape: ModelShape, linear_parameters: int, ranks: int, card: Card) -> list[Plan]:
+    """All layouts of ``ranks`` ranks that ``run``'s model and workload allow: those that fit, fastest first, then the
+    others, smallest first. The degrees in ``run`` are ignored.
+
+    Raises:
+        ConfigError: none is possible; says what the last one breaks.
+    """
+    found: list[Plan] = []
+    refusal: UserError | None = None
+    for degrees in _degrees(ranks, shape):
+        candidate = RunConfig.load(run, **degrees)
+        try:
+            check_run(candidate, shape, ranks)
+        except UserError as error:
+            refusal = error
+            continue
+        if candidate.parallel.ulysses_degree > card.per_host or candidate.tp_size > card.per_host:
+            continue
+        found.append(_predict(candidate, shape, linear_parameters, card))
+    if not found:
+        raise ConfigError(f"no layout of {ranks} ranks can run this: {refusal}")
+    return sorted(found, key=lambda plan: (not plan.fits, plan.step_s if plan.fits else plan.memory_gib))
+
+
+def choose(run: RunConfig, shape: ModelShape, linear_parameters: int, ranks: int, card: Card) -> tuple[Plan, str]:
+    """The fastest layout that fits, and a sentence that says why.
+
+    Raises:
+        ConfigError: none fits, with the smallest one's memory.
+    """
+    ordered = plans(run, shape, linear_parameters, ranks, card)
+    best = ordered[0]
+    if not best.fits:
+        raise ConfigError(
+            f"no layout of {ranks} ranks fits {card.memory_gib:.0f} GiB a rank: {best.label} comes closest with "
+            f"{best.memory_gib:.0f} GiB; take more ranks, shorter sequences or a smaller micro_batch_size"
+        )
+    return best, _reason(best, ordered[1:], run.workload.batch_size, ranks)
+
+
+def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
+    t = best.config.topology
+    if t.tp * t.pp > 1:
+        why = "the weights do not fit on one rank, so layers are shared"
+    elif t.sp == 1:
+        why = f"{batch} sequences keep {ranks} ranks busy, and replicas need no communication"
+    else:
+        why = f"{batch} sequence(s) for {ranks} ranks, so {t.sp} share each"
+    text = f"{best.label}: {why}; {best.tps():,.0f} tok/s predicted"
+    rival = next((plan for plan in others if plan.fits), None)
+    return text + (f", next {rival.label} with {rival.tps():,.0f}" if rival else "")
+
+
+def _degrees(ranks: int, shape: ModelShape) -> Iterator[dict[str, int]]:
+    ones = {"dp_size": 1, "ring_degree": 1, "ulysses_degree": 1, "tp_size": 1, "pp_size": 1}
+    for dp in _divisors(ranks):
+        share = ranks // dp
+        for inner in _divisors(share):
+            outer = share // inner
+            yield {**ones, "dp_size": dp, "ring_degree": outer, "ulysses_degree": inner}
+            if share > 1 and outer <= shape.num_layers:
+                yield {**ones, "dp_size": dp, "pp_size": outer, "tp_size": inner}
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _predict(config: RunConfig, shape: ModelShape, linear_parameters: int, card: Card) -> Plan:
+    work, p, t = config.workload, config.parallel, config.topology
+    itemsize = 4 if config.dtype == "fp32" else 2
+    layout = SequenceLayout(work.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
+    rows = math.ceil(work.batch_size / t.dp)
+    micro = min(rows, work.micro_batch_size)
+    steps = math.ceil(rows / micro)
+    tokens = rows * layout.local_length / (t.tp * t.pp)  # whole tokens' worth of work
+    few = 1 + FEW_ROWS / (micro * layout.local_length)
+    flops = Work(shape, linear_parameters, work.batch_size, work.max_length)
+    linear = 2.0 * linear_parameters * tokens * few / card.product_flops
+    share = ATTENTION_SHARE[_head_size(shape.head_dim)]
+    attention = (flops.flops_per_token - 2.0 * linear_parameters) * tokens / (card.product_flops * share)
+    compute = linear + attention
+    bubble = compute * (t.pp - 1) / steps
+    exposed = bubble + _exposed(config, shape, itemsize, steps, card)
+    memory = _memory_gib(config, shape, linear_parameters, layout, micro, itemsize)
+    return Plan(config, compute + exposed, exposed, memory, memory <= RESERVE * card.memory_gib)
+
+
+def _head_size(head_dim: int) -> str:
+    if head_dim == HEAD_DIM:
+        return "head_dim 512"
+    return "up to 256" if head_dim <= 256 else "other"
+
+
+def _exposed(config: RunConfig, shape: ModelShape, itemsize: int, steps: int, card: Card) -> float:
+    """Seconds a step in which communication shows."""
+    work, t = config.workload, config.topology
+    sent = bytes_sent_per_rank(config, shape, work.batch_size, work.max_length, itemsize)
+    kind = "sp" if t.sp > 1 else "tp" if t.tp > 1 else "pp"
+    rate = card.link_bytes if t.world_size // t.dp <= card.per_host else card.network_bytes
+    messages = steps * shape.num_layers * (2 * (t.ulysses > 1) + (t.ring - 1) + 2 * (t.tp > 1)) / t.pp
+    return EXPOSED[kind] * sent / rate + messages * MESSAGE_S
+
+
+def _memory_gib(
+    config: RunConfig, shape: ModelShape, linear_parameters: int, layout: SequenceLayout, micro: int, itemsize: int
+) -> float:
+    """Weights; the MLP's and the attention's activations of one layer; gathered or travelling K/V."""
+    t = config.topology
+    embeddings = 2 * shape.vocab_size * shape.hidden_size
+    weights = (linear_parameters / t.pp + embeddings) / t.tp
+    per_token = 4 * shape.hidden_size + (shape.intermediate_size + 4 * shape.num_heads * shape.head_dim) / t.tp
+    activations = micro * layout.local_length * per_token
+    kv_row = 2 * shape.num_kv_heads * shape.head_dim / t.ulysses
+    gathered = micro * layout.padded_length * kv_row
+    limit = (config.parallel.gather_limit_mib << 20) / itemsize
+    travelling = gathered if gathered <= limit else 3 * micro * layout.slice_length * kv_row
+    return (weights + activations + (travelling if t.ring > 1 else 0)) * itemsize / 2**30
+
+
+def row(plan: Plan) -> dict[str, Any]:
+    """A line of the table and of the JSON document."""
+    return {
+        "layout": plan.label,
+        "tps": plan.tps(),
+        "step_ms": 1e3 * plan.step_s,
+        "exposed_ms": 1e3 * plan.exposed_s,
+        "memory_gib": plan.memory_gib,
+        "fits": plan.fits,
+    }

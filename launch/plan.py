@@ -1,0 +1,42 @@
+"""Which layout to take: every one that a model, a batch and a number of GPUs allow, with its predicted step and memory.
+
+    python launch/plan.py --model checkpoints/paper --ranks 16 --card H100 --batch-size 1024 --max-length 10000
+
+Needs no GPU and no weights: --model may be a config file of ds_configs/models/. Predictions order layouts;
+launch/compare.py measures them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ds_ring import cli
+from ds_ring.hardware import CARDS
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    from ds_ring import plan, progress, report, results
+    from ds_ring.hf.flops import linear_parameters
+    from ds_ring.hf.shape import model_shape, read_config
+
+    run = cli.run_config(args)
+    config = read_config(run.checkpoint)
+    card, weights = CARDS[args.card], linear_parameters(config)
+    found = plan.plans(run, model_shape(config), weights, args.ranks, card)
+    rows = [plan.row(each) for each in found]
+    progress.make_console().print(report.plan_table(rows))
+    chosen, reason = plan.choose(run, model_shape(config), weights, args.ranks, card)
+    cli.say(reason)
+    return {**results.provenance(), "chosen": chosen.config.document(), "reason": reason, "rows": rows}
+
+
+if __name__ == "__main__":
+    parser = cli.run_parser(__doc__)
+    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs, over all hosts")
+    parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="which GPU [H100]")
+    cli.main(work, parser)

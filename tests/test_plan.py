@@ -1,0 +1,99 @@
+"""The planner: what it takes for which batch, length and memory, and that it never takes what cannot run."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ds_ring.checks import ModelShape, check_run
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError
+from ds_ring.hardware import CARDS
+from ds_ring.plan import choose, plans
+
+ROOT = Path(__file__).parent.parent
+H100 = CARDS["H100"]
+PAPER = ModelShape("gpt_neox", 4, 8192, 16, 16, 512, 32768, 256, 131072)
+PAPER_WEIGHTS = 4 * 12 * 8192**2
+LLAMA = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072)
+LLAMA_WEIGHTS = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+
+
+def run(batch: int, length: int, micro: int = 1) -> RunConfig:
+    return RunConfig.load({"dtype": "fp16"}, batch_size=batch, max_length=length, micro_batch_size=micro)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_a_sequence_for_every_rank_makes_replicas(ranks):
+    best, reason = choose(run(4 * ranks, 10_000), PAPER, PAPER_WEIGHTS, ranks, H100)
+    assert best.config.parallel.dp_size == ranks
+    assert best.exposed_s == 0
+    assert "no communication" in reason
+
+
+def test_one_long_sequence_is_shared_by_all():
+    best, reason = choose(run(1, 131_072), PAPER, PAPER_WEIGHTS, 4, H100)
+    assert best.config.topology.sp == 4
+    assert "1 sequence(s) for 4 ranks, so 4 share each" in reason
+    alone, _ = choose(run(1, 131_072), PAPER, PAPER_WEIGHTS, 1, H100)
+    assert 2 < alone.step_s / best.step_s < 4
+
+
+def test_few_sequences_are_shared_by_some():
+    best, _ = choose(run(2, 100_000), PAPER, PAPER_WEIGHTS, 4, H100)
+    assert (best.config.parallel.dp_size, best.config.topology.sp) == (2, 2)
+
+
+def test_weights_that_do_not_fit_are_cut():
+    best, reason = choose(run(8, 4096), LLAMA, LLAMA_WEIGHTS, 8, H100)
+    assert best.config.topology.tp * best.config.topology.pp > 1
+    assert "the weights do not fit on one rank" in reason
+    with pytest.raises(
+        ConfigError, match=r"no layout of 1 ranks fits 79 GiB a rank: single comes closest with \d+ GiB"
+    ):
+        choose(run(8, 4096), LLAMA, LLAMA_WEIGHTS, 1, H100)
+
+
+def test_heads_that_do_not_divide_go_by_ring():
+    odd = replace(PAPER, num_heads=9, num_kv_heads=3, hidden_size=9 * 512, head_dim=512)
+    found = plans(run(1, 50_000), odd, 10**9, 4, H100)
+    assert {p.config.parallel.ulysses_degree for p in found} == {1}
+
+
+def test_ulysses_and_tensor_groups_stay_inside_a_host():
+    for plan in plans(run(1, 100_000), PAPER, PAPER_WEIGHTS, 16, H100):
+        assert plan.config.parallel.ulysses_degree <= H100.per_host
+        assert plan.config.tp_size <= H100.per_host
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 6, 16])
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_all_that_is_offered_can_run_and_is_sorted(ranks, batch):
+    found = plans(run(batch, 9_999), PAPER, PAPER_WEIGHTS, ranks, H100)
+    assert len({plan.label for plan in found}) == len(found)
+    for plan in found:
+        check_run(plan.config, PAPER, ranks)
+        assert math.isfinite(plan.step_s)
+        assert 0 <= plan.exposed_s < plan.step_s
+    fitting = [plan.step_s for plan in found if plan.fits]
+    assert fitting == sorted(fitting)
+
+
+def test_more_tokens_take_longer_and_more_memory():
+    short, long = (plans(run(1, n), PAPER, PAPER_WEIGHTS, 1, H100)[0] for n in (10_000, 100_000))
+    assert long.step_s > 10 * short.step_s  # attention grows faster than the length
+    assert long.memory_gib > short.memory_gib
+
+
+def test_the_script_prints_a_plan():
+    command = [sys.executable, "launch/plan.py", "--model", "ds_configs/models/paper.json", "--dtype", "fp16"]
+    command += ["--ranks", "16", "--batch-size", "1024", "--max-length", "10000", "--micro-batch-size", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["rows"][0]["layout"] == "dp16"
+    assert {"tp8_pp2", "ring16", "ulysses8_ring2"} <= {row["layout"] for row in document["rows"]}
+    assert document["chosen"]["ds_ring"]["parallel"]["dp_size"] == 16
