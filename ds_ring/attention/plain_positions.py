@@ -53,12 +53,13 @@ def _block(
     """(out, lse), both fp32."""
     batch, n_queries, heads, head_dim = q_BLHD.shape
     n_keys, kv_heads = k_BSKD.shape[1:3]
+    groups = heads // kv_heads
     # Query heads that share a key/value head become more rows of one matrix product: no key is repeated in memory.
-    q_BKGLD = q_BLHD.float().transpose(1, 2).reshape(batch, kv_heads, -1, n_queries, head_dim) * spec.scale
+    q_BKGLD = q_BLHD.float().transpose(1, 2).reshape(batch, kv_heads, groups, n_queries, head_dim) * spec.scale
     k_BKDS, v_BKSD = k_BSKD.float().permute(0, 2, 3, 1), v_BSKD.float().transpose(1, 2)
     # An empty slot may hold NaN, which a weight of 0 would not remove.
     v_BKSD = v_BKSD.masked_fill(~visible_BLS.any(1)[:, None, :, None], 0.0)
-    scores = (q_BKGLD.flatten(2, 3) @ k_BKDS).view(batch, kv_heads, -1, n_queries, n_keys)
+    scores = (q_BKGLD.flatten(2, 3) @ k_BKDS).view(batch, kv_heads, groups, n_queries, n_keys)
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
     scores = scores.masked_fill_(~visible_BLS[:, None, None], -torch.inf)

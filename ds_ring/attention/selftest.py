@@ -105,9 +105,13 @@ def self_test_positions(
     for n_queries in (1, QUERIES):
         q = torch.randn(2, n_queries, HEADS, head_dim, generator=generator, device=device, dtype=dtype)
         q_positions = torch.arange(LIVE - n_queries, LIVE, device=device, dtype=torch.int32).expand(2, -1)
-        positions = {"q_positions_BL": q_positions, "k_positions_BS": k_positions}
-        out, lse = kernel(q, k, v, **positions, scale=spec.scale, window=spec.window, softcap=spec.softcap)
-        want_out, want_lse = plain_positions.attention(q.float(), k.float(), v.float(), **positions, spec=spec)
+        out, lse = kernel(
+            q, k, v, q_positions_BL=q_positions, k_positions_BS=k_positions, scale=spec.scale, window=spec.window,
+            softcap=spec.softcap,
+        )  # fmt: skip
+        want_out, want_lse = plain_positions.attention(
+            q.float(), k.float(), v.float(), q_positions_BL=q_positions, k_positions_BS=k_positions, spec=spec
+        )
         if not torch.allclose(lse, want_lse, atol=2e-2, rtol=1e-3) or not torch.allclose(
             out.float(), want_out, atol=2e-2, rtol=2e-2
         ):

@@ -3,8 +3,8 @@
 """The Triton kernels behind ``decode.py``: their code, their tile sizes and their launch.
 
 The query heads that share a key/value head become the rows of one tile, times the queries, so that keys are read once
-and tensor cores multiply; the keys are split over programs (Flash-Decoding) whose results a second kernel merges. Scores
-are kept in units of log 2, so that exp2 needs no further factor.
+and tensor cores multiply; the keys are split over programs (Flash-Decoding), whose results a second kernel merges.
+Scores are kept in units of log 2, so that exp2 needs no further factor.
 """
 
 # Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim.
@@ -51,7 +51,8 @@ def _seek(
 
 @triton.jit
 def _fold(
-    acc, total, peak, q, k, v, k_row, v_row, k_positions, k_position, start, stop, row_positions, window, factor, ceiling,
+    acc, total, peak, q, k, v, k_row, v_row, k_positions, k_position, start, stop, row_positions, window,
+    factor, ceiling,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -72,11 +73,8 @@ def _fold(
             visible = visible & (positions[None, :] > row_positions[:, None] - window)
         # What no row sees is not read: an empty slot may hold NaN, which a weight of 0 would not remove.
         inside = inside & (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
-    if EDGE or PADDED:
-        keys_tile = tl.load(k_pointers, mask=inside, other=0.0)
-    else:
-        keys_tile = tl.load(k_pointers)
-    scores = tl.dot(q, tl.trans(keys_tile), input_precision="ieee")
+    k_tile = tl.load(k_pointers, mask=inside, other=0.0) if EDGE or PADDED else tl.load(k_pointers)
+    scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
     unit = factor
     if SOFTCAP:
         # tanh x = 1 - 2 / (1 + e^2x), total: the exponential may overflow. Here 2x = scores * factor * ln 2.
@@ -91,11 +89,8 @@ def _fold(
     decay = tl.math.exp2(peak - base)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
-    if EDGE or PADDED:
-        values = tl.load(v_pointers, mask=inside, other=0.0)
-    else:
-        values = tl.load(v_pointers)
-    acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    v_tile = tl.load(v_pointers, mask=inside, other=0.0) if EDGE or PADDED else tl.load(v_pointers)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
     return acc, total, new_peak
 
 
@@ -195,13 +190,15 @@ def merge_splits(
     base = tl.where(peak == float("-inf"), 0.0, peak)
     weights = tl.math.exp2((lses - base) * LOG2_E)
     total = tl.sum(weights, 0)
-    share = weights * (1.0 / tl.where(total == 0.0, 1.0, total))
+    unseen = total == 0.0
+    total = tl.where(unseen, 1.0, total)
+    share = weights * (1.0 / total)
     pointers = split_out + (splits * out_split + row * HEAD_DIM)[:, None] + columns[None, :]
     parts = tl.load(pointers, mask=there[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
     merged = tl.sum(parts * share[:, None], 0)
     tl.store(out + row * HEAD_DIM + columns, merged.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
     if tl.program_id(1) == 0:
-        tl.store(lse + at, base + tl.math.log2(total) / LOG2_E)
+        tl.store(lse + at, tl.where(unseen, float("-inf"), base + tl.math.log2(total) / LOG2_E))
 
 
 # (BLOCK_M, BLOCK_N, warps, stages) by padded head size. The first that the GPU has the shared memory for is taken.
