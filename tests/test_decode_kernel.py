@@ -17,6 +17,9 @@ from ds_ring.attention.positions import EMPTY, attend_positions, kernel_usable
 from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.selftest import self_test_positions
 from ds_ring.attention.spec import AttentionSpec
+from ds_ring.bench_attention import check, peers
+from ds_ring.bench_attention.cases import Case as BenchmarkCase
+from ds_ring.bench_attention.cases import make_inputs
 from ds_ring.kernels import decode
 
 triton = pytest.importorskip("triton")
@@ -363,6 +366,13 @@ def test_what_does_not_fit_is_refused(change, message):
     q, k, v = (given.pop(name) for name in "qkv")
     with pytest.raises(ValueError, match=message):
         decode.attention(q, k, v, **given)
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_interpreter)])
+def test_the_benchmark_can_time_any_tile(mark):
+    inputs = make_inputs(BenchmarkCase(8, False, 2, 4, 2, 1, 33, "decode"), torch.device("cpu"))
+    out, lse = peers._with_tile((16, 32, 4, 1), inputs).call()
+    assert max(check.errors(out, lse, inputs, False)) < 1e-5
 
 
 @pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_interpreter)])

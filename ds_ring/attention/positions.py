@@ -30,8 +30,8 @@ def attend_positions(
     spec: AttentionSpec,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """On GPUs our Triton kernel, on CPUs plain PyTorch. Never asks the device what a tensor holds, once a head size,
-    dtype and feature has had its first call, so that calls can be captured in a CUDA graph.
+    """On GPUs our Triton kernel, on CPUs and for fp32 plain PyTorch. Once a head size, dtype and feature has had its
+    first call, which tests the kernel, nothing asks the device what a tensor holds: calls can be captured in a graph.
 
     Args:
         q_BLHD, k_BSKD, v_BSKD: any strides with a contiguous last dimension; H is a multiple of K (GQA, MQA). A slot
@@ -44,8 +44,7 @@ def attend_positions(
         out [B, L, H, D], and lse [B, H, L], fp32, natural logarithm, of the scaled scores. A row that sees no key
         gives out 0 and lse -inf.
     """
-    capped, windowed = spec.softcap is not None, spec.window is not None
-    if q_BLHD.device.type == "cuda" and kernel_usable(q_BLHD.device, q_BLHD.dtype, q_BLHD.shape[3], windowed, capped):
+    if uses_kernel(q_BLHD, spec):
         return decode.attention(
             q_BLHD, k_BSKD, v_BSKD, q_positions_BL=q_positions_BL, k_positions_BS=k_positions_BS,
             scale=spec.scale, window=spec.window, softcap=spec.softcap, out_dtype=out_dtype,
@@ -54,6 +53,14 @@ def attend_positions(
         q_BLHD, k_BSKD, v_BSKD,
         q_positions_BL=q_positions_BL, k_positions_BS=k_positions_BS, spec=spec, out_dtype=out_dtype,
     )  # fmt: skip
+
+
+def uses_kernel(q_BLHD: Tensor, spec: AttentionSpec) -> bool:
+    """Whether queries like ``q_BLHD`` go to the Triton kernel. In fp32 it has no tensor cores to be faster with."""
+    device, dtype, head_dim = q_BLHD.device, q_BLHD.dtype, q_BLHD.shape[3]
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return kernel_usable(device, dtype, head_dim, spec.window is not None, spec.softcap is not None)
 
 
 @cache

@@ -215,7 +215,7 @@ _WIDE = {
     256: [(64, 64, 4, 2), (64, 32, 4, 2)],
     512: [(64, 32, 8, 2), (64, 32, 8, 1)],
 }
-_FP32 = [(16, 32, 8, 1), (16, 16, 8, 1)]
+_FP32 = [(16, 16, 8, 1)]
 """Without tensor cores every product is unrolled: larger tiles run out of registers."""
 INTERPRETER_TILE = (16, 16, 4, 1)
 INTERPRETER_SMS, INTERPRETER_SCAN, SCAN = 1, 32, 2048
