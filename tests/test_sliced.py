@@ -279,3 +279,23 @@ def test_layers_that_are_not_plain_ones_and_parameters_out_of_plan_are_refused()
     layer.mlp.up_proj = OwnLinear(48, 96, bias=False)
     with pytest.raises(UnsupportedModelError, match=r"mlp\.up_proj\.weight, of a OwnLinear, as colwise"):
         slices_of(model, 0, 2, Silent(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one")
+@pytest.mark.parametrize("rows", [1, 8, 512])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_gpu_multiplies_with_the_view_and_not_with_a_copy(dim, rows):
+    weight = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
+    part = weight.narrow(dim, 1024, 2048)
+    share = Slice(part, None, SoloTransport() if dim == 1 else None)
+    x = torch.randn(rows, 1, part.shape[1], device="cuda", dtype=torch.float16)
+    with torch.inference_mode():
+        share(x)  # cuBLAS takes its workspace
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        got = share(x)
+        assert torch.cuda.max_memory_allocated() - before < part.nbytes // 2
+    want = x.double() @ part.double().t()
+    assert (got.double() - want).norm() < 1e-3 * want.norm()

@@ -94,7 +94,10 @@ def _fold(
     return acc, total, new_peak
 
 
-@triton.jit(do_not_specialize=["kv_heads", "group", "n_rows", "n_keys", "length", "window", "lse_split"])
+@triton.jit(do_not_specialize=[
+    "q_position_batch", "lse_split", "lse_batch", "lse_head", "kv_heads", "group", "n_rows", "n_keys", "n_groups",
+    "length", "window",
+])  # fmt: skip
 def attend_split(
     q, k, v, q_positions, k_positions, out, lse,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, q_position_batch, q_position,
@@ -206,15 +209,16 @@ _NARROW = {
     64: [(16, 128, 4, 3), (16, 64, 4, 4), (16, 64, 4, 2)],
     128: [(16, 64, 4, 4), (16, 128, 8, 3), (16, 64, 4, 3), (16, 64, 4, 2)],
     256: [(16, 64, 8, 3), (16, 32, 4, 4), (16, 32, 4, 2)],
-    512: [(16, 32, 8, 3), (16, 32, 4, 3), (16, 32, 8, 4), (16, 32, 4, 2), (16, 32, 4, 1)],
+    512: [(16, 32, 8, 3), (16, 32, 4, 3), (16, 32, 8, 4), (16, 64, 8, 2), (16, 32, 4, 2), (16, 32, 4, 1)],
 }
-"""Up to 16 rows. Warps share out the columns of a tile only where it has more columns than rows, so BLOCK_N >= 32."""
+"""Up to 16 rows. Warps share a tile of scores out by its keys only where these outnumber the rows: BLOCK_N >= 32."""
 _WIDE = {
-    64: [(128, 64, 4, 3), (64, 64, 4, 2)],
-    128: [(128, 64, 8, 2), (64, 64, 4, 2)],
-    256: [(64, 64, 4, 2), (64, 32, 4, 2)],
+    64: [(128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)],
+    128: [(128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)],
+    256: [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
     512: [(64, 32, 8, 2), (64, 32, 8, 1)],
 }
+"""Over 16 rows; those of 128 for more than 64."""
 _FP32 = [(16, 16, 8, 1)]
 """Without tensor cores every product is unrolled: larger tiles run out of registers."""
 INTERPRETER_TILE = (16, 16, 4, 1)
@@ -230,7 +234,9 @@ def tiles(head_dim: int, rows: int, dtype: torch.dtype) -> list[Tile]:
     if dtype == torch.float32:
         return _FP32
     padded = max(64, triton.next_power_of_2(head_dim))
-    return _NARROW[padded] if rows <= 16 else _WIDE[padded] + _NARROW[padded]
+    if rows <= 16:
+        return _NARROW[padded]
+    return [tile for tile in _WIDE[padded] if tile[0] <= 64 or rows > 64] + _NARROW[padded]
 
 
 def split_length(n_keys: int, groups: int, sms: int) -> int:
