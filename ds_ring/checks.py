@@ -79,7 +79,7 @@ def _check_heads(config: RunConfig, shape: ModelShape) -> None:
     if shape.num_heads % degree:
         raise ConfigError(
             f"num_heads={shape.num_heads} is not divisible by ulysses_degree={degree}; "
-            + _suggest(valid_degrees(shape.num_heads), "use ring_degree instead")
+            + suggest(valid_degrees(shape.num_heads), "use ring_degree instead")
         )
 
 
@@ -90,7 +90,7 @@ def _check_tensor_pipeline(config: RunConfig, shape: ModelShape) -> None:
         if count % tp:
             fitting = valid_degrees(shape.num_heads, shape.num_kv_heads, shape.intermediate_size, shape.hidden_size)
             raise ConfigError(
-                f"{name}={count} is not divisible by tp_size={tp}; " + _suggest(fitting, "use pp_size instead")
+                f"{name}={count} is not divisible by tp_size={tp}; " + suggest(fitting, "use pp_size instead")
             )
     if pp > shape.num_layers:
         raise ConfigError(f"pp_size={pp} is more than the model's {shape.num_layers} layers; the most is that many")
@@ -115,7 +115,8 @@ def check_workload(config: RunConfig, shape: ModelShape) -> None:
         )
 
 
-def _suggest(degrees: Iterable[int], otherwise: str) -> str:
+def suggest(degrees: Iterable[int], otherwise: str) -> str:
+    """The fix that an error ends with: ``degrees`` to try or, where there are none, what else to do."""
     listed = [str(d) for d in degrees]
     if not listed:
         return otherwise

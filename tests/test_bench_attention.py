@@ -172,6 +172,17 @@ def test_every_kind_gives_full_and_right_rows():
     assert {"sdpa math", "ds_ring"} <= {row["impl"] for row in rows if row["kind"] == "self"}
 
 
+def test_decoding_goes_by_positions_and_is_held_against_the_block_path(monkeypatch):
+    def block_path(*args, **options):
+        raise RuntimeError("the block path")
+
+    monkeypatch.setattr(peers, "attend", block_path)
+    rows = {row["impl"]: row for row in tiny_rows(TINY[-1:], names=["ds_ring"])}
+    assert rows["ds_ring"]["detail"] == "plain PyTorch"
+    assert rows["ds_ring"]["rel_error"] < 1e-5
+    assert "the block path" in rows["ds_ring block"]["error"]
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_costs_of_the_state_are_differences_within_the_case():
     without, carried, merged = tiny_rows([TINY[3]])
@@ -275,6 +286,9 @@ def test_what_a_gpu_is_offered(monkeypatch):
     assert names(Case(512, True, 1, 1, 1, 9, 9)) == always
     assert names(Case(256, True, 1, 1, 1, 9, 9)) == always | {"sdpa flash", "sdpa cudnn", "flash-attn"}
     assert names(zigzag_rank(128, 1, 1, 40, 2)) == always | {"sdpa flash", "flash-attn"}
+    decoding = names(Case(512, False, 1, 8, 2, 1, 9, "decode"))
+    assert decoding >= always | {"ds_ring block"}
+    assert len([name for name in decoding if name.startswith("ds_ring 16x32 ")]) > 2
 
 
 def test_flash_attn_packages_are_called_as_they_ask(monkeypatch):

@@ -145,6 +145,14 @@ class TestCollectives:
         for gathered in in_group(3, work):
             assert torch.equal(gathered, torch.stack([(torch.arange(6).view(2, 3) + 10 * r).t() for r in range(3)]))
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int32])
+    def test_all_reduce_gives_every_rank_the_same_sum(self, dtype):
+        def work(transport):
+            return transport.all_reduce((torch.arange(6).view(2, 3) + 10 * transport.rank).to(dtype))
+
+        for total in in_group(3, work):
+            assert torch.equal(total, (3 * torch.arange(6).view(2, 3) + 30).to(dtype))
+
     def test_objects_are_gathered_in_rank_order(self):
         assert in_group(3, lambda t: t.all_gather_objects(("rank", t.rank))) == [[("rank", r) for r in range(3)]] * 3
 
@@ -154,7 +162,7 @@ class TestCollectives:
 
         assert in_group(3, work) == [[3 * i + 3 for i in range(20)]] * 3
 
-    @pytest.mark.parametrize("operation", ["all_to_all", "all_gather"])
+    @pytest.mark.parametrize("operation", ["all_to_all", "all_gather", "all_reduce"])
     def test_unequal_tensors_are_refused_on_every_rank(self, operation):
         def work(transport):
             return error_of(lambda: getattr(transport, operation)(torch.ones(2, 4 if transport.rank else 3)))
@@ -166,11 +174,12 @@ class TestCollectives:
         [
             lambda t: t.all_to_all(torch.ones(3)),
             lambda t: t.all_gather(torch.ones(3)),
+            lambda t: t.all_reduce(torch.ones(3)),
             lambda t: t.all_gather_objects(1),
             lambda t: t.agree(dtype="fp16"),
             lambda t: t.barrier(),
         ],
-        ids=["all_to_all", "all_gather", "all_gather_objects", "agree", "barrier"],
+        ids=["all_to_all", "all_gather", "all_reduce", "all_gather_objects", "agree", "barrier"],
     )
     def test_a_rank_that_stays_away_is_noticed(self, operation):
         def work(transport):
@@ -248,9 +257,11 @@ class TestTraffic:
             to_next(transport, torch.ones(5, dtype=torch.float16), torch.empty(5, dtype=torch.float16)).wait()
             transport.all_to_all(torch.ones(4, 3))
             transport.all_gather(torch.ones(100))
+            transport.all_reduce(torch.ones(8, 2))
             return dict(transport.traffic.bytes_by_op), transport.traffic.bytes_sent
 
-        assert in_group(4, work) == [({"exchange": 10, "all_to_all": 3 * 3 * 4}, 46)] * 4
+        expected = {"exchange": 10, "all_to_all": 3 * 3 * 4, "all_reduce": 64 * 2 * 3 // 4}
+        assert in_group(4, work) == [(expected, 46 + 96)] * 4
 
     def test_what_is_received_is_not_counted(self):
         def work(transport):
@@ -270,10 +281,11 @@ class TestTraffic:
             received, sent = torch.full((2,), torch.nan), torch.ones(2, 3)
             to_next(transport, torch.ones(2), received).wait()
             assert transport.all_to_all(sent) is sent
+            assert transport.all_reduce(sent) is sent
             assert torch.isfinite(received).all(), "what was not received must still be numbers"
             return dict(transport.traffic.bytes_by_op)
 
-        assert in_group(2, work, SHORT_S)[0] == {"exchange": 8, "all_to_all": 12}
+        assert in_group(2, work, SHORT_S)[0] == {"exchange": 8, "all_to_all": 12, "all_reduce": 24}
 
     def test_unmuting_moves_again(self):
         def work(transport):
@@ -292,14 +304,16 @@ class TestTraffic:
             transport.muted = muted
             to_next(transport, torch.ones(3), torch.empty(3)).wait()
             transport.all_to_all(torch.ones(2, 5))
+            transport.all_reduce(torch.ones(7))
             to_next(transport, torch.ones(4).half(), torch.empty(4).half()).wait()
             journal, before = list(transport.traffic.journal), transport.traffic.bytes_sent
             moved = []
-            exchange, all_to_all = transport._exchange, transport._all_to_all
+            exchange, all_to_all, all_reduce = transport._exchange, transport._all_to_all, transport._all_reduce
             transport._exchange = lambda sends, receives: (
                 moved.append([(p, t.shape, t.dtype) for p, t in (*sends, *receives)]) or exchange(sends, receives)
             )
             transport._all_to_all = lambda send: moved.append(send.shape) or all_to_all(send)
+            transport._all_reduce = lambda tensor: moved.append(tensor.shape) or all_reduce(tensor)
             for again in journal:
                 again()
             assert transport.traffic.bytes_sent == before
@@ -312,6 +326,7 @@ class TestTraffic:
             assert moved == [
                 [(1 - rank, *message(3, torch.float32))] * 2,
                 torch.Size([2, 5]),
+                torch.Size([7]),
                 [(1 - rank, *message(4, torch.float16))] * 2,
             ]
 
@@ -330,6 +345,7 @@ class TestSolo:
         assert (transport.rank, transport.size) == (0, 1)
         assert torch.equal(transport.all_to_all(tensor), tensor)
         assert torch.equal(transport.all_gather(tensor), tensor[None])
+        assert torch.equal(transport.all_reduce(tensor), tensor)
         assert transport.all_gather_objects("x") == ["x"]
         assert transport.agree(tokens="abc") is None
         assert transport.barrier() is None

@@ -93,6 +93,8 @@ def default_cases() -> list[Case]:
     # One query sees all keys: a causal mask would hide nothing.
     for head_dim, heads, kv_heads in ((512, 16, 16), (512, 16, 4), (128, 32, 8)):
         cases += [Case(head_dim, False, 8, heads, kv_heads, 1, 32_768, "decode")]
+    for head_dim, heads, kv_heads in ((512, 16, 4), (128, 32, 8)):
+        cases += [Case(head_dim, False, 8, heads, kv_heads, 1, 100_000, "decode")]
     return sorted(cases, key=lambda case: KINDS.index(case.kind))
 
 

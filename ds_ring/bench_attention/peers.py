@@ -17,11 +17,12 @@ from ds_ring.attention import aten
 from ds_ring.attention.choice import choose
 from ds_ring.attention.local import accumulate_, attend
 from ds_ring.attention.merge import merge_
+from ds_ring.attention.positions import attend_positions, uses_kernel
 from ds_ring.attention.runs import attend_runs
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 from ds_ring.bench_attention import flex
 from ds_ring.bench_attention.cases import Case, Inputs
-from ds_ring.kernels import portable
+from ds_ring.kernels import decode, portable
 
 Result = tuple[Tensor, Tensor | None]
 Block = Callable[[Tensor, Tensor, Tensor, float, bool], Result]
@@ -60,7 +61,12 @@ def implementations(case: Case, device: torch.device) -> dict[str, Prepare]:
             found |= _flash_attn_packages()
     elif first_key_will_do:
         found["sdpa math"] = partial(_by_blocks, _sdpa(SDPBackend.MATH))
-    found["ds_ring"] = _ds_ring
+    if case.kind == "decode":
+        found |= {"ds_ring": _by_positions, "ds_ring block": _ds_ring}
+        if device.type == "cuda" and decode.unavailable(device) is None:
+            found |= _decode_tiles(case)
+    else:
+        found["ds_ring"] = _ds_ring
     if portable.unavailable(device) is None:
         found["ds_ring triton"] = partial(_by_blocks, _triton)
     return found
@@ -141,6 +147,48 @@ def _ds_ring(inputs: Inputs) -> Prepared:
         return Prepared(lambda: (attend_runs(q, case.runs, segments, spec), None), detail)
     offset = case.runs[0].start
     return Prepared(lambda: attend(q, k, v, spec=spec, causal=case.causal, q_offset=offset), _backends(inputs))
+
+
+def _positions(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Of queries and keys, as a full cache has them: the last query is as far on as the last key."""
+    case = inputs.case
+    everywhere = torch.arange(case.seq_k, device=inputs.q.device, dtype=torch.int32).repeat(case.batch, 1)
+    return everywhere[:, case.runs[0].start :], everywhere
+
+
+def _by_positions(inputs: Inputs) -> Prepared:
+    """A step of decoding as an engine would run it."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    q_positions, k_positions = _positions(inputs)
+    spec = AttentionSpec(inputs.case.scale)
+    return Prepared(
+        lambda: attend_positions(q, k, v, q_positions_BL=q_positions, k_positions_BS=k_positions, spec=spec),
+        "the decode kernel" if uses_kernel(q, spec) else "plain PyTorch",
+    )
+
+
+def _decode_tiles(case: Case) -> dict[str, Prepare]:
+    """The decode kernel with each of its tile sizes, its own choice first."""
+    from ds_ring.kernels import decode_kernel
+
+    tiles = decode_kernel.tiles(case.head_dim, case.seq_q * case.heads // case.kv_heads, torch.float16)
+    return {f"ds_ring {m}x{n} {w}w {s}s": partial(_with_tile, (m, n, w, s)) for m, n, w, s in tiles}
+
+
+def _with_tile(tile: tuple[int, int, int, int], inputs: Inputs) -> Prepared:
+    from ds_ring.kernels import decode_kernel
+
+    case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
+    positions = _positions(inputs)
+
+    def call() -> Result:
+        out, lse = torch.empty_like(q), q.new_empty((case.batch, case.heads, case.seq_q), dtype=torch.float32)
+        decode_kernel.launch(
+            q, k, v, *positions, out, lse, scale=case.scale, window=None, softcap=None, tile=tile
+        )  # fmt: skip
+        return out, lse
+
+    return Prepared(call, "rows x keys, warps, stages")
 
 
 def _ds_ring_carrying(inputs: Inputs) -> Prepared:

@@ -1,4 +1,4 @@
-"""What the attention algorithms ask of communication: three operations along one axis of the mesh.
+"""What the attention algorithms ask of communication: four operations along one axis of the mesh.
 
 Implementations move bytes; this base class keeps account of them (``traffic``) and can leave them out (``muted``),
 which is how a benchmark learns what communication costs and how much of it shows.
@@ -98,6 +98,17 @@ class Transport(ABC):
         )
         return send if self.muted else self._all_to_all(send)
 
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's ``tensor``, the same on all; ``tensor`` itself may be overwritten with it.
+
+        A ring all-reduce over n ranks makes each send 2 (n-1)/n of the tensor; that is what is counted.
+        """
+        assert tensor.is_contiguous()
+        alike = blank([(0, tensor)])
+        sent = tensor.nbytes * 2 * (self.size - 1) // self.size
+        self.traffic.add("all_reduce", sent, lambda: void(self._all_reduce(alike()[0][1])))
+        return tensor if self.muted else self._all_reduce(tensor)
+
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Every rank's ``tensor``, stacked: ``[size, ...]``. For results; not counted, since no layer uses it."""
         return self._all_gather(tensor.contiguous())
@@ -125,6 +136,9 @@ class Transport(ABC):
 
     @abstractmethod
     def _all_to_all(self, send: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _all_reduce(self, tensor: Tensor) -> Tensor: ...
 
     @abstractmethod
     def _all_gather(self, tensor: Tensor) -> Tensor: ...

@@ -41,6 +41,10 @@ class ProcessGroupTransport(Transport):
         dist.all_to_all_single(received, send, group=self.group)
         return received
 
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
+
     def _all_gather(self, tensor: Tensor) -> Tensor:
         gathered = tensor.new_empty((self.size, *tensor.shape))
         dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=self.group)

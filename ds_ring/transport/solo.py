@@ -23,6 +23,9 @@ class SoloTransport(Transport):
     def _all_to_all(self, send: Tensor) -> Tensor:
         return send
 
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def _all_gather(self, tensor: Tensor) -> Tensor:
         return tensor.unsqueeze(0)
 

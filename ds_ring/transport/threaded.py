@@ -130,6 +130,13 @@ class ThreadedTransport(Transport):
         self._group.wait_for_all()
         return received
 
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        total = torch.stack(self._swap(tensor)).sum(
+            0, dtype=tensor.dtype
+        )  # in rank order everywhere: all ranks get the same bits
+        self._group.wait_for_all()
+        return total
+
     def _all_gather(self, tensor: Tensor) -> Tensor:
         gathered = torch.stack(self._swap(tensor))
         self._group.wait_for_all()
