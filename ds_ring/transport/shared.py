@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class Shared(ABC):
     def close(self) -> None:
         """No more is read from ``own`` by this rank than what is queued already."""
 
-    def __enter__(self) -> Shared:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
