@@ -57,8 +57,8 @@ class Mesh:
         return cls(topology, rank, transports)
 
     @property
-    def interleaves(self) -> bool:
-        """Whether another micro-batch's layers hide transfers here."""
+    def overlaps(self) -> bool:
+        """Whether a sequence-parallel axis moves bytes at (almost) no cost to the kernels beside it."""
         return any(self[axis].overlaps for axis in PULLED_AXES)
 
     @classmethod
