@@ -57,6 +57,11 @@ class Mesh:
         return cls(topology, rank, transports)
 
     @property
+    def transport_names(self) -> str:
+        """What moves K/V and heads, e.g. "ring: copy engine"; empty where no sequence is shared."""
+        return ", ".join(f"{axis}: {self[axis].name}" for axis in PULLED_AXES if self[axis].size > 1)
+
+    @property
     def overlaps(self) -> bool:
         """Whether a sequence-parallel axis moves bytes at (almost) no cost to the kernels beside it."""
         return any(self[axis].overlaps for axis in PULLED_AXES)
