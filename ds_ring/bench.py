@@ -174,7 +174,9 @@ def _row(engine: Engine, work: Work, found: _Findings, peak: float, peak_source:
     step = found.step.median_s
     tps = work.tps(step)
     itemsize = torch_dtype(config.dtype).itemsize
-    memory = engine.mesh["world"].all_gather_objects(peak_memory_gib(engine.device))
+    # Shared memory only grows, so that what it is now is its peak; on a CPU it is among the process's own.
+    shared_gib = engine.mesh.shared_bytes / 2**30 if engine.device.type == "cuda" else 0.0
+    memory = engine.mesh["world"].all_gather_objects(peak_memory_gib(engine.device) + shared_gib)
     return {
         "layout": topology.label(),
         "gpus": topology.world_size,

@@ -6,10 +6,13 @@ import time
 import peer_threads
 import pytest
 import torch
+from deepspeed import comm as dist
+from mocked_world import ProcessGroupWorld, one_process
 from peer_threads import AtOnce, Later, copy_engine_mesh, no_delay, pulling
 
 from ds_ring.layout import SequenceLayout
-from ds_ring.transport.copy_engine import CopyEngineTransport, contiguous_pieces
+from ds_ring.transport.copy_engine import CopyEngineTransport, Slots, contiguous_pieces
+from ds_ring.transport.host_staged import HostStagedTransport
 from tests.worlds import Problem, run_attention
 
 EXACT, WRONG = 1e-6, 1e-2
@@ -52,6 +55,19 @@ def all_are_late(rank: int, peer: int) -> float:
     return LATE_S
 
 
+@pytest.fixture
+def late_writer(monkeypatch):
+    """Rank 0 takes its time between having a slot and writing into it."""
+    acquire = Slots.acquire
+
+    def late(self, needed):
+        slot = acquire(self, needed)
+        time.sleep(2 * LATE_S if self._rank == 0 else 0.0)
+        return slot
+
+    monkeypatch.setattr(Slots, "acquire", late)
+
+
 def random_delay(seed: int):
     dice = random.Random(seed)
     return lambda rank, peer: dice.choice((0.0, 0.0, 0.002, 0.006))
@@ -68,13 +84,10 @@ class TestProtocol:
     def test_every_round_is_exact_beside_a_late_reader(self, sees):
         assert pulling(3, lambda t: rounds(t, 6, sees), one_is_late) == [0.0] * 3
 
-    def test_every_round_is_exact_beside_a_late_writer(self):
-        def work(transport):
-            if transport.rank == 0:
-                time.sleep(5 * LATE_S)
-            return rounds(transport, 3)
-
-        assert pulling(3, work) == [0.0] * 3
+    @pytest.mark.parametrize("sees", [everyone, later_ranks])
+    @pytest.mark.usefixtures("late_writer")
+    def test_every_round_is_exact_beside_a_late_writer(self, sees):
+        assert pulling(3, lambda t: rounds(t, 4, sees)) == [0.0] * 3
 
     def test_two_tensors_shared_at_once_have_memory_of_their_own(self):
         def work(transport):
@@ -96,17 +109,11 @@ class TestProtocol:
 class TestMistakesShow:
     """Each wait and each order of the protocol, left out, gives wrong numbers on a schedule that is exact with it."""
 
-    def broken(self, delay=no_delay, late_writer_s: float = 0.0) -> bool:
-        def work(transport):
-            if transport.rank == 0:
-                time.sleep(late_writer_s)
-            return rounds(transport, 5, later_ranks)
+    def broken(self, delay=no_delay) -> bool:
+        return max(pulling(3, lambda t: rounds(t, 5, later_ranks), delay)) > 0.0
 
-        return max(pulling(3, work, delay)) > 0.0
-
-    def test_the_schedules_are_exact_as_long_as_nothing_is_left_out(self):
+    def test_the_schedule_is_exact_as_long_as_nothing_is_left_out(self):
         assert not self.broken(all_are_late)
-        assert not self.broken(late_writer_s=5 * LATE_S)
 
     def test_writing_before_all_readers_are_through(self, monkeypatch):
         # AtOnce's own, not what pull queues inherit: the wait of (1).
@@ -116,9 +123,10 @@ class TestMistakesShow:
         )
         assert self.broken(all_are_late)
 
+    @pytest.mark.usefixtures("late_writer")
     def test_reading_before_the_owner_has_written(self, monkeypatch):
         monkeypatch.setattr(Later, "wait_flag", lambda *_: None)
-        assert self.broken(late_writer_s=5 * LATE_S)
+        assert self.broken()
 
     def test_saying_that_one_has_read_before_one_has(self, monkeypatch):
         copy = Later.copy
@@ -172,10 +180,10 @@ class TestSlots:
             worst = rounds(transport, 10)
             first = list(transport.slots._device.allocated)
             worst += rounds(transport, 6, shape=(9, 5)) + rounds(transport, 6)
-            return worst, first, transport.slots._device.allocated, transport.slots.count
+            return worst, first, transport.slots._device.allocated, transport.shared_bytes
 
         small, large = 3 * 4 * 4, 9 * 5 * 4
-        assert pulling(3, work) == [(0.0, [small] * 2, [small] * 2 + [large] * 2, 2)] * 3
+        assert pulling(3, work) == [(0.0, [small] * 2, [small] * 2 + [large] * 2, 2 * large)] * 3
 
     def test_dtypes_take_turns_in_a_slot(self):
         def work(transport):
@@ -276,6 +284,25 @@ def test_copies_are_whole_memory_and_as_few_as_can_be(shape, rows, count):
     assert len(pieces) == count
 
 
+def test_messages_by_way_of_host_memory():
+    """What controls the copy engine where ranks share a GPU."""
+
+    def work(rank: int):
+        transport = HostStagedTransport(dist.get_world_group(), range(3), rank)
+        received = torch.empty(2)
+        pending = transport.exchange([((rank + 1) % 3, torch.full((2,), 1.0 * rank))], [((rank - 1) % 3, received)])
+        pending.wait()
+        gathered, swapped = (
+            transport.all_gather(torch.tensor([rank])),
+            transport.all_to_all(torch.arange(3) + 10 * rank),
+        )
+        return received.tolist(), gathered.tolist(), swapped.tolist()
+
+    with one_process():
+        for rank, found in enumerate(ProcessGroupWorld(3).run(work)):
+            assert found == ([(rank - 1.0) % 3] * 2, [[0], [1], [2]], [rank, 10 + rank, 20 + rank])
+
+
 VARIANTS = ("pass_kv", "gather_kv", "local_first", "auto")
 
 
@@ -299,6 +326,7 @@ def test_few_tokens_and_windows(length, window, variant):
     assert problem.error(result.out_BLHD) < EXACT
 
 
+@pytest.mark.usefixtures("late_writer")
 def test_attention_shows_a_missing_wait(monkeypatch):
     problem = Problem(63, heads=4, kv_heads=4)
     monkeypatch.setattr(Later, "wait_flag", lambda *_: None)

@@ -74,6 +74,11 @@ class Transport(ABC):
         self.meanwhile: Callable[[], None] | None = None
         """Called when transfers are under way and only waiting is left: time for another micro-batch."""
 
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that peers can read, which is apart from what PyTorch's allocator counts."""
+        return 0
+
     def share(self, shape: Sequence[int], like: Tensor) -> Shared:
         """A tensor of ``like``'s dtype and device for peers to take parts of; see ``Shared``."""
         return SentShared(like.new_empty(tuple(shape)), self.exchange)

@@ -65,7 +65,7 @@ class Slots:
     def __init__(self, device: Device, rank: int, size: int) -> None:
         self._device, self._rank, self._size = device, rank, size
         self._free: list[Slot] = []
-        self.count = 0
+        self.count = self.nbytes = 0
 
     def acquire(self, needed: int) -> Slot:
         """A slot of at least so many bytes that may be written."""
@@ -75,6 +75,7 @@ class Slots:
             self.count += 1
             slot = self._new(needed)
         if slot.memory.nbytes < needed:
+            self.nbytes -= slot.memory.nbytes
             slot = self._new(needed)
         slot.round += 1
         queue = self._device.computations()
@@ -103,7 +104,9 @@ class Slots:
         self._free.append(slot)
 
     def _new(self, needed: int) -> Slot:
-        return Slot(self._device.allocate(needed, 2 * self._size))
+        slot = Slot(self._device.allocate(needed, 2 * self._size))
+        self.nbytes += slot.memory.nbytes
+        return slot
 
 
 class CopyEngineTransport(Transport):
@@ -117,6 +120,10 @@ class CopyEngineTransport(Transport):
         self._control = control
         self.slots = Slots(device, self.rank, self.size)
         self._lent: dict[int, Slot] = {}
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.slots.nbytes
 
     def share(self, shape: Sequence[int], like: Tensor) -> Shared:
         shared = PulledShared(self, tuple(shape), like.dtype, like.device)

@@ -62,6 +62,11 @@ class Mesh:
         return ", ".join(f"{axis}: {self[axis].name}" for axis in PULLED_AXES if self[axis].size > 1)
 
     @property
+    def shared_bytes(self) -> int:
+        """Of this rank's memory, what peers can read."""
+        return sum(self[axis].shared_bytes for axis in PULLED_AXES)
+
+    @property
     def overlaps(self) -> bool:
         """Whether a sequence-parallel axis moves bytes at (almost) no cost to the kernels beside it."""
         return any(self[axis].overlaps for axis in PULLED_AXES)
