@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from ds_ring.hf.flops import linear_parameters
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.metrics import Work
 from ds_ring.text import rows_of, token_stream
+from ds_ring.trace import trace_step
+from ds_ring.transport.base import void
 from ds_ring.volume import bytes_sent_per_rank
 
 Report = Callable[[str], None]
@@ -59,8 +62,11 @@ def check(config: RunConfig) -> None:
     check_workload(config, model_shape(read_config(config.checkpoint)))
 
 
-def measure(engine: Engine, references: dict[int, str], report: Report) -> list[dict[str, Any]]:
-    """A row for each length of the workload. ``references``: files of ``parity.write_reference`` by length."""
+def measure(
+    engine: Engine, references: dict[int, str], report: Report, trace: Path | None = None
+) -> list[dict[str, Any]]:
+    """A row for each length of the workload. ``references``: files of ``parity.write_reference`` by length; ``trace``:
+    where one more pass over the longest leaves its Chrome trace."""
     config, dtype = engine.config, torch_dtype(engine.config.dtype)
     stream = token_stream(config.checkpoint, config.workload.text)
     linear = linear_parameters(read_config(config.checkpoint))
@@ -74,7 +80,20 @@ def measure(engine: Engine, references: dict[int, str], report: Report) -> list[
         work = Work(engine.shape, linear, config.workload.batch_size, length)
         found = _measure_length(engine, batch, references.get(length), report)
         rows.append(_row(engine, work, found, peak, peak_source))
+        if trace is not None and length == config.workload.lengths[-1]:
+            report(f"{engine.mesh.topology.label()}, L = {length}: trace one pass")
+            rows[-1] |= _trace(engine, batch, trace)
     return rows
+
+
+def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
+    """Figures of ``trace.summary``, means over ranks."""
+    engine.mesh["world"].barrier()
+    own = trace_step(
+        lambda: void(engine.prefill(batch, "last")), engine.device, file, engine.mesh.rank, len(engine.layers)
+    )
+    everyone = engine.mesh["world"].all_gather_objects(own)
+    return {"trace": str(file)} | {f"trace_{name}": statistics.mean(o[name] for o in everyone) for name in own}
 
 
 @dataclass(frozen=True)
@@ -155,7 +174,9 @@ def _row(engine: Engine, work: Work, found: _Findings, peak: float, peak_source:
     step = found.step.median_s
     tps = work.tps(step)
     itemsize = torch_dtype(config.dtype).itemsize
-    memory = engine.mesh["world"].all_gather_objects(peak_memory_gib(engine.device))
+    # Shared memory only grows, so that what it is now is its peak; on a CPU it is among the process's own.
+    shared_gib = engine.mesh.shared_bytes / 2**30 if engine.device.type == "cuda" else 0.0
+    memory = engine.mesh["world"].all_gather_objects(peak_memory_gib(engine.device) + shared_gib)
     return {
         "layout": topology.label(),
         "gpus": topology.world_size,
@@ -165,6 +186,8 @@ def _row(engine: Engine, work: Work, found: _Findings, peak: float, peak_source:
         },
         "ring_impl": config.parallel.ring_impl,
         "ring_variant": config.parallel.ring_variant,
+        "transport": engine.mesh.transport_names,
+        "interleaved": getattr(engine, "interleaves", False),
         "batch": work.batch,
         "micro_batch": config.workload.micro_batch_size,
         "length": work.length,

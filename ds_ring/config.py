@@ -18,7 +18,8 @@ from ds_ring.errors import ConfigError
 from ds_ring.layout import RingImpl
 from ds_ring.topology import Topology
 
-RingVariant = Literal["auto", "pass_kv", "gather_kv"]
+RingVariant = Literal["auto", "pass_kv", "gather_kv", "local_first"]
+TransportName = Literal["auto", "process_group", "copy_engine"]
 DType = Literal["fp32", "fp16", "bf16"]
 
 _DTYPE_NAMES: dict[str, DType] = {
@@ -40,7 +41,9 @@ class ParallelConfig(_Section):
     ring_degree: int = Field(1, ge=1, description="ranks that share a sequence by ring attention")
     ulysses_degree: int = Field(1, ge=1, description="ranks that share a sequence by heads-to-sequence all-to-all")
     ring_impl: RingImpl = Field("zigzag", description="which tokens a ring rank holds")
-    ring_variant: RingVariant = Field("auto", description="K/V block by block, or all visible K/V first")
+    ring_variant: RingVariant = Field(
+        "auto", description="K/V block by block, or all visible K/V first, or those behind the own block"
+    )
     gather_limit_mib: int = Field(
         2048, ge=0, description="auto takes gather_kv while the gathered K/V of one layer stay below this"
     )
@@ -69,8 +72,13 @@ class RingConfig(_Section):
     model: str | None = Field(None, description="checkpoint directory (safetensors) that from_pretrained reads")
     parallel: ParallelConfig = ParallelConfig()
     workload: WorkloadConfig = WorkloadConfig()
-    transport: Literal["auto", "process_group"] = Field(
-        "auto", description="how K/V and heads move between ranks; auto is process groups, the only way so far"
+    transport: TransportName = Field(
+        "auto",
+        description="how K/V and heads move between ranks; auto is the copy engine inside a host whose GPUs reach each "
+        "other, process groups otherwise, for the ring and Ulysses each",
+    )
+    interleave: Literal["auto", "on", "off"] = Field(
+        "auto", description="two micro-batches in flight, one's transfers under the other's layers; auto: if that gains"
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ds_ring.checks import ModelShape, check_layout, stage_layers
+from ds_ring.cli import say
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
@@ -22,6 +23,7 @@ from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.hf.stage import keep_stage
 from ds_ring.results import versions
 from ds_ring.topology import Topology
+from ds_ring.transport.choice import Place, choose, sharing_a_gpu
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.process_group import ProcessGroupTransport
 
@@ -103,13 +105,23 @@ def connect(run: RunConfig) -> Mesh:
         get_accelerator().is_fp16_supported = lambda: True
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    # Peers' memory is read by address; NVLink multicast is not used, and where it is broken, asking for it fails.
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    if sharing_a_gpu():
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+        # NCCL takes no two ranks on one GPU.
+        nccl = device.type == "cuda" and not sharing_a_gpu()
+        deepspeed.init_distributed("nccl" if nccl else "gloo", verbose=False)
     # Before any group is made: ranks that were told different degrees would wait for different peers.
     world = range(deepspeed.comm.get_world_size())
     everyone = ProcessGroupTransport(deepspeed.comm.get_world_group(), world, deepspeed.comm.get_rank())
     everyone.agree(**run.facts(), **{f"the version of {name}": value for name, value in versions().items()})
-    return Mesh.from_process_groups(run.topology)
+    places = everyone.all_gather_objects(Place.of(device))
+    choice = choose(run.ring.transport, run.topology, places, sharing_a_gpu())
+    if choice.describe():
+        say(f"transport: {choice.describe()}")
+    return Mesh.from_process_groups(run.topology, choice.pulled, device)
 
 
 def world_size() -> int:
@@ -117,7 +129,9 @@ def world_size() -> int:
 
 
 def local_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none. ``DS_ACCELERATOR=cpu`` asks for the CPU."""
+    """This rank's GPU, or the CPU where there is none. ``DS_ACCELERATOR=cpu`` asks for the CPU; with
+    ``DS_RING_SHARE_GPU=1``, for tests, ranks beyond the number of GPUs share them."""
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", local_rank % torch.cuda.device_count() if sharing_a_gpu() else local_rank)

@@ -26,11 +26,12 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     cli.say(f"{config.topology.label()}: load {config.ring.model}")
     engine = runtime.from_pretrained(config=config)
     references = dict(zip(config.workload.lengths, args.references or (), strict=bool(args.references)))
-    rows = bench.measure(engine, references, cli.say)
+    rows = bench.measure(engine, references, cli.say, Path(args.trace) if args.trace else None)
     return {**results.provenance(), "config": config.document(), "rows": rows}
 
 
 if __name__ == "__main__":
     parser = cli.run_parser(__doc__)
     parser.add_argument("--references", nargs="+", metavar="FILE", help="a file of ds_ring.parity for each length")
+    parser.add_argument("--trace", metavar="FILE.json", help="leave a Chrome trace of one pass of every rank here")
     cli.main(work, parser)

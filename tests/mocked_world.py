@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator, set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from peer_threads import copy_engine_mesh
 from torch import Tensor
 from torch.distributed.distributed_c10d import _store_based_barrier
 from torch.testing._internal.distributed.multi_threaded_pg import (
@@ -49,7 +50,7 @@ from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.threaded import ThreadedWorld
 
 T = TypeVar("T")
-Wire = Literal["threads", "process_groups"]
+Wire = Literal["threads", "process_groups", "copy_engine"]
 
 TIMEOUT_S = 60.0
 
@@ -84,7 +85,8 @@ def serve(
         if wire == "process_groups" or is_tensor_pipeline(run.topology):
             return ProcessGroupWorld(size).run(lambda rank: on_rank(Mesh.from_process_groups(run.topology)))
         world = ThreadedWorld(size, TIMEOUT_S)
-        return world.run(lambda rank: on_rank(threaded_mesh(world, run.topology, rank)))
+        mesh_of = copy_engine_mesh() if wire == "copy_engine" else threaded_mesh
+        return world.run(lambda rank: on_rank(mesh_of(world, run.topology, rank)))
 
 
 def threaded_mesh(world: ThreadedWorld, topology: Topology, rank: int) -> Mesh:

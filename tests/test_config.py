@@ -60,6 +60,7 @@ class TestLoading:
                     "warmup": 1, "repeats": 3,
                 },
                 "transport": "auto",
+                "interleave": "auto",
             },
         }  # fmt: skip
 
@@ -212,7 +213,7 @@ class TestRefusedFiles:
     ("document", "text"),
     [
         ({"ds_ring": {"paralel": {}}},
-         "ds_ring.paralel is not a known key; known here: model, parallel, transport, workload"),
+         "ds_ring.paralel is not a known key; known here: interleave, model, parallel, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
          "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, repeats, "
          "sweep, text, warmup"),
@@ -234,11 +235,13 @@ class TestRefusedFiles:
         ({"ds_ring": {"parallel": {"ring_impl": "striped"}}},
          "ds_ring.parallel.ring_impl='striped': Input should be 'zigzag' or 'contiguous'"),
         ({"ds_ring": {"parallel": {"ring_variant": "pass_q"}}},
-         "ds_ring.parallel.ring_variant='pass_q': Input should be 'auto', 'pass_kv' or 'gather_kv'"),
-        ({"ds_ring": {"transport": "mpi"}}, "ds_ring.transport='mpi': Input should be 'auto' or 'process_group'"),
+         "ds_ring.parallel.ring_variant='pass_q': Input should be 'auto', 'pass_kv', 'gather_kv' "
+         "or 'local_first'"),
+        ({"ds_ring": {"transport": "mpi"}},
+         "ds_ring.transport='mpi': Input should be 'auto', 'process_group' or 'copy_engine'"),
         ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},
          "ds_ring.workload.repeats=0: Input should be greater than or equal to 1; "
-         "ds_ring.modle is not a known key; known here: model, parallel, transport, workload"),
+         "ds_ring.modle is not a known key; known here: interleave, model, parallel, transport, workload"),
         ({"ds_ring": 3}, "ds_ring must be a JSON object, not 3"),
         ({"ds_ring": None}, "ds_ring must be a JSON object, not None"),
         ({"tensor_parallel": 2}, "tensor_parallel must be a JSON object, not 2"),

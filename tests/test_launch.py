@@ -148,6 +148,7 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
         ]
     )
     workload = ["--batch-size", 4, "--max-length", 1001, "--repeats", 2, "--references", reference]
+    workload += ["--trace", tmp_path / "trace.json"]
     done = deepspeed(4, "launch/bench.py", "--model", neox, "--dtype", "fp32", *layout, *workload, "--output", output)
     document = last_line(done)
     assert document == json.loads(output.read_text())
@@ -159,6 +160,12 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
     assert row["tpot_ms"] == pytest.approx(1e3 * row["batch"] / row["tps"])
     assert row["tps"] == pytest.approx(4 * 1001 / (row["step_ms"] / 1e3))
     assert 0 < row["mfu"] < 1
+    assert row["trace"] == str(tmp_path / "trace.json")
+    assert [len(list(tmp_path.glob(f"trace{rank}.json"))) for rank in ("", ".rank1", ".rank2", ".rank3")] == [1] * 4
+    assert row["trace_gemm_ms"] > 0
+    assert (
+        0 < row["trace_transfer_exposed_ms_per_layer"] * 4 / (2 if label == "tp2_pp2" else 1) < row["trace_window_ms"]
+    )
 
 
 def test_the_python_interface_inside_a_launched_script(neox, tmp_path):

@@ -37,10 +37,15 @@ def mesh_of(world: ThreadedWorld, topology: Topology, rank: int) -> Mesh:
     return Mesh.build(topology, rank, connect)
 
 
-def in_mesh(topology: Topology, work: Callable[[Mesh], T], timeout_s: float = 10.0) -> list[T]:
+MakeMesh = Callable[[ThreadedWorld, Topology, int], Mesh]
+
+
+def in_mesh(
+    topology: Topology, work: Callable[[Mesh], T], timeout_s: float = 10.0, make_mesh: MakeMesh = mesh_of
+) -> list[T]:
     """``work(mesh)`` on every rank of a new world; results in rank order."""
     world = ThreadedWorld(topology.world_size, timeout_s)
-    return world.run(lambda rank: work(mesh_of(world, topology, rank)))
+    return world.run(lambda rank: work(make_mesh(world, topology, rank)))
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,14 @@ def run_attention(
     put_together_by: SequenceLayout | None = None,
     view: Callable[[Tensor], Tensor] = lambda x_BlHD: x_BlHD,
     muted: bool = False,
+    make_mesh: MakeMesh = mesh_of,
+    repeats: int = 1,
 ) -> Result:
     """Sequence-parallel attention of ``problem`` in a world of ``layout``.
 
     ``cut_by`` and ``put_together_by`` are layouts that wrongly replace ``layout`` on the way in or out; ``view`` gives
-    every rank's tensors other strides; ``muted`` leaves out all communication.
+    every rank's tensors other strides; ``muted`` leaves out all communication; ``repeats`` runs it so many times over,
+    after a first time on other numbers.
     """
     tensors = problem.tensors()
 
@@ -139,11 +147,16 @@ def run_attention(
         mesh["ring"].muted = mesh["ulysses"].muted = muted
         place = mesh.coordinate("ring"), mesh.coordinate("ulysses")
         q, k, v = (view(cut(x, cut_by or layout, *place)) for x in tensors)
-        out = sequence_parallel_attention(
-            q, k, v, layout=layout, spec=problem.spec, ring=mesh["ring"], ulysses=mesh["ulysses"],
-            sinks_H=problem.sinks_H, variant=variant, gather_limit_bytes=gather_limit_bytes,
-        )  # fmt: skip
+        for again in range(repeats):
+            mesh.traffic.bytes_by_op.clear()
+            sign = 1.0 if again == repeats - 1 else -1.0 - again
+            out = sequence_parallel_attention(
+                sign * q, sign * k, sign * v, layout=layout, spec=problem.spec,
+                ring=mesh["ring"], ulysses=mesh["ulysses"],
+                sinks_H=problem.sinks_H, variant=variant, gather_limit_bytes=gather_limit_bytes,
+            )  # fmt: skip
         return out, mesh.traffic
 
-    outs, traffic = zip(*in_mesh(Topology(ring=layout.ring_degree, ulysses=layout.ulysses_degree), work), strict=True)
+    topology = Topology(ring=layout.ring_degree, ulysses=layout.ulysses_degree)
+    outs, traffic = zip(*in_mesh(topology, work, make_mesh=make_mesh), strict=True)
     return Result(put_together(outs, put_together_by or layout), list(traffic))

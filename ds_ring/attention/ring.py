@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ds_ring.attention import sinks
 from ds_ring.attention.local import accumulate_, attend
-from ds_ring.attention.runs import Segment, attend_runs
+from ds_ring.attention.runs import Segment, accumulate_runs_, attend_runs
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
 from ds_ring.layout import Block, SequenceLayout
-from ds_ring.transport.base import Pending, Transport
+from ds_ring.transport.base import Transport
+from ds_ring.transport.shared import Part, Pending, Shared
 
 
 def ring_attention(
@@ -41,7 +42,8 @@ def ring_attention(
         transport: the ring axis; its rank and size are the ring rank and ``layout.ring_degree``.
         sinks_H: attention sinks, one a head of ``q_BLHD``.
         variant: ``pass_kv`` holds two foreign blocks at a time, ``gather_kv`` all visible K/V of the sequence, in
-            exchange for one attention call a run and no merge; ``auto`` gathers while that stays below the limit.
+            exchange for one attention call a run and no merge; ``local_first`` gathers as well, attending to the own
+            block meanwhile; ``auto`` gathers while that stays below the limit, in the way that suits the transport.
 
     Returns:
         out [B, L, H, D] in q's dtype.
@@ -53,8 +55,10 @@ def ring_attention(
     if variant == "auto":
         # A property of the layout, so that all ranks decide alike.
         gathered_bytes = 2 * k_BLKD.nbytes * layout.ring_degree
-        variant = "gather_kv" if gathered_bytes <= gather_limit_bytes else "pass_kv"
-    run = gather_kv if variant == "gather_kv" else pass_kv
+        # With another micro-batch to run meanwhile, or no gain from running on, the cheaper single call is better.
+        hides = transport.overlaps and transport.meanwhile is None
+        variant = "pass_kv" if gathered_bytes > gather_limit_bytes else "local_first" if hides else "gather_kv"
+    run = {"pass_kv": pass_kv, "gather_kv": gather_kv, "local_first": local_first}[variant]
     return run(q_BLHD, k_BLKD, v_BLKD, layout=layout, spec=spec, transport=transport, sinks_H=sinks_H)
 
 
@@ -70,23 +74,16 @@ def pass_kv(
 ) -> Tensor:
     """Block by block into one running result, fp32: the next block travels while the present one is computed."""
     rank, size = transport.rank, transport.size
-    kv_2BLKD = torch.stack((k_BLKD, v_BLKD))
-    arriving = _start_hop(kv_2BLKD, layout, transport, 1)
-    first, *rest = _blocks(layout, spec, rank, rank)
-    whole = slice(0, q_BLHD.shape[1])
-    if first.q_rows == first.k_rows == whole:
-        out_BLHD, lse_BHL = attend(q_BLHD, k_BLKD, v_BLKD, spec=spec, out_dtype=torch.float32)
-    else:
-        out_BLHD = torch.zeros_like(q_BLHD, dtype=torch.float32)
-        lse_BHL = out_BLHD.new_full((q_BLHD.shape[0], q_BLHD.shape[2], q_BLHD.shape[1]), -torch.inf)
-        rest = [first, *rest]
-    _accumulate(out_BLHD, lse_BHL, q_BLHD, kv_2BLKD, rest, spec)
-    for hop in range(1, size):
-        pending, block_2BSKD = arriving
-        if hop + 1 < size:
-            arriving = _start_hop(kv_2BLKD, layout, transport, hop + 1)
-        pending.wait()
-        _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, (rank - hop) % size), spec)
+    with _share(k_BLKD, v_BLKD, layout, transport) as shared:
+        arriving = _pull(shared, layout, transport, 1)
+        transport.turn()
+        out_BLHD, lse_BHL = _own_block(q_BLHD, shared.own, layout, spec, rank)
+        for hop in range(1, size):
+            pending, block_2BSKD = arriving
+            if hop + 1 < size:
+                arriving = _pull(shared, layout, transport, hop + 1)
+            pending.wait()
+            _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, (rank - hop) % size), spec)
     return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
 
 
@@ -101,14 +98,88 @@ def gather_kv(
     sinks_H: Tensor | None = None,
 ) -> Tensor:
     """All visible K/V first, then one call for all runs of queries: no merge."""
+    rank = transport.rank
+    with _share(k_BLKD, v_BLKD, layout, transport) as shared:
+        arriving = _pull_all(shared, layout, transport)
+        transport.turn()
+        segments = _segments(layout, rank, *shared.own) + _arrived(arriving, layout)
+        return attend_runs(q_BLHD, layout.slice_runs(rank), segments, spec, sinks_H)
+
+
+def local_first(
+    q_BLHD: Tensor,
+    k_BLKD: Tensor,
+    v_BLKD: Tensor,
+    *,
+    layout: SequenceLayout,
+    spec: AttentionSpec,
+    transport: Transport,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """The own block, which needs nobody, while all visible K/V arrive; then those, continuing its result."""
+    rank = transport.rank
+    with _share(k_BLKD, v_BLKD, layout, transport) as shared:
+        arriving = _pull_all(shared, layout, transport)
+        transport.turn()
+        out_BLHD, lse_BHL = _own_block(q_BLHD, shared.own, layout, spec, rank)
+        segments = _arrived(arriving, layout)
+        if not accumulate_runs_(out_BLHD, lse_BHL, q_BLHD, layout.slice_runs(rank), segments, spec):
+            for source, _, block_2BSKD in arriving:
+                _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, source), spec)
+    return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
+
+
+def _share(k_BLKD: Tensor, v_BLKD: Tensor, layout: SequenceLayout, transport: Transport) -> Shared:
+    """K and V where peers can get at them: each peer's part is the prefix of rows that its queries see."""
     rank, size = transport.rank, transport.size
-    kv_2BLKD = torch.stack((k_BLKD, v_BLKD))
-    hops = [((rank - hop) % size, *_start_hop(kv_2BLKD, layout, transport, hop)) for hop in range(1, size)]
-    segments = _segments(layout, rank, k_BLKD, v_BLKD)
-    for source, pending, block_2BSKD in hops:
+    shared = transport.share((2, *k_BLKD.shape), k_BLKD)
+    shared.own[0].copy_(k_BLKD)
+    shared.own[1].copy_(v_BLKD)
+    targets = [(rank + hop) % size for hop in range(1, size)]
+    shared.publish([_visible(layout, target, rank, target) for target in targets])
+    return shared
+
+
+def _pull(shared: Shared, layout: SequenceLayout, transport: Transport, hop: int) -> tuple[Pending, Tensor]:
+    """Take what we see of the rank ``hop`` places back, as [2, B, S, K, D]; nothing seen leaves S = 0."""
+    source = (transport.rank - hop) % transport.size
+    incoming = _visible(layout, transport.rank, source, source)
+    pending, block_2BSKD = shared.pull(incoming)
+    return pending, block_2BSKD if incoming else shared.own[:, :, :0]
+
+
+def _pull_all(shared: Shared, layout: SequenceLayout, transport: Transport) -> list[tuple[int, Pending, Tensor]]:
+    rank, size = transport.rank, transport.size
+    return [((rank - hop) % size, *_pull(shared, layout, transport, hop)) for hop in range(1, size)]
+
+
+def _visible(layout: SequenceLayout, q_rank: int, k_rank: int, peer: int) -> Part | None:
+    rows = layout.visible_rows(q_rank, k_rank)
+    return (peer, (slice(None), slice(None), slice(0, rows))) if rows else None
+
+
+def _arrived(arriving: list[tuple[int, Pending, Tensor]], layout: SequenceLayout) -> list[Segment]:
+    segments = []
+    for source, pending, block_2BSKD in arriving:
         pending.wait()
         segments += _segments(layout, source, *block_2BSKD)
-    return attend_runs(q_BLHD, layout.slice_runs(rank), segments, spec, sinks_H)
+    return segments
+
+
+def _own_block(
+    q_BLHD: Tensor, kv_2BLKD: Tensor, layout: SequenceLayout, spec: AttentionSpec, rank: int
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of the rank's queries against its own keys, fp32."""
+    first, *rest = _blocks(layout, spec, rank, rank)
+    whole = slice(0, q_BLHD.shape[1])
+    if first.q_rows == first.k_rows == whole:
+        out_BLHD, lse_BHL = attend(q_BLHD, *kv_2BLKD, spec=spec, out_dtype=torch.float32)
+    else:
+        out_BLHD = torch.zeros_like(q_BLHD, dtype=torch.float32)
+        lse_BHL = out_BLHD.new_full((q_BLHD.shape[0], q_BLHD.shape[2], q_BLHD.shape[1]), -torch.inf)
+        rest = [first, *rest]
+    _accumulate(out_BLHD, lse_BHL, q_BLHD, kv_2BLKD, rest, spec)
+    return out_BLHD, lse_BHL
 
 
 def _segments(layout: SequenceLayout, source: int, k_BSKD: Tensor, v_BSKD: Tensor) -> list[Segment]:
@@ -121,18 +192,6 @@ def _segments(layout: SequenceLayout, source: int, k_BSKD: Tensor, v_BSKD: Tenso
             found.append(Segment(run.start, k_BSKD[:, rows], v_BSKD[:, rows]))
             taken += run.length
     return found
-
-
-def _start_hop(kv_2BLKD: Tensor, layout: SequenceLayout, transport: Transport, hop: int) -> tuple[Pending, Tensor]:
-    """Send our visible rows ``hop`` places on and receive those from ``hop`` places back; at most one of each."""
-    rank, size = transport.rank, transport.size
-    target, source = (rank + hop) % size, (rank - hop) % size
-    outgoing, incoming = layout.visible_rows(target, rank), layout.visible_rows(rank, source)
-    # A part of a batched tensor is strided; messages must be whole memory.
-    sends = [(target, kv_2BLKD[:, :, :outgoing].contiguous())] if outgoing else []
-    block_2BSKD = kv_2BLKD.new_empty((*kv_2BLKD.shape[:2], incoming, *kv_2BLKD.shape[3:]))
-    receives = [(source, block_2BSKD)] if incoming else []
-    return transport.exchange(sends, receives), block_2BSKD
 
 
 def _blocks(layout: SequenceLayout, spec: AttentionSpec, q_rank: int, k_rank: int) -> list[Block]:

@@ -59,6 +59,24 @@ def attend_runs(
     return torch.cat(parts, dim=1)
 
 
+def accumulate_runs_(
+    out_BLHD: Tensor,
+    lse_BHL: Tensor,
+    q_BLHD: Tensor,
+    runs: Sequence[Run],
+    segments: Sequence[Segment],
+    spec: AttentionSpec,
+) -> bool:
+    """Fold segments of other keys into a running fp32 result, in one launch; False, and nothing done, where no kernel
+    can. Here keys may be missing: a query sees those of ``segments`` that are not behind it."""
+    if not segments:
+        return True
+    if not _one_launch(q_BLHD, runs, segments, spec):
+        return False
+    attention512.accumulate_(out_BLHD, lse_BHL, *_arguments(q_BLHD, runs, segments, spec))
+    return True
+
+
 def _one_launch(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> bool:
     fits = len(runs) <= attention512.MAX_CHUNKS and len(segments) <= attention512.MAX_SEGMENTS
     n_keys = sum(segment.k_BSKD.shape[1] for segment in segments)
@@ -69,11 +87,18 @@ def _attend_segments(
     q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """The segments where they are: nothing is copied into order."""
+    out, lse = attention512.attention512(*_arguments(q_BLHD, runs, segments, spec))
+    return out, lse
+
+
+_Arguments = tuple[Tensor, list[Tensor], list[Tensor], list[int], list[int], bool, float]
+
+
+def _arguments(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> _Arguments:
     chunks: list[int] = []
     done = 0
     for run in runs:
         chunks += [done, run.length, run.start]
         done += run.length
     keys, values = [s.k_BSKD for s in segments], [s.v_BSKD for s in segments]
-    out, lse = attention512.attention512(q_BLHD, keys, values, [s.start for s in segments], chunks, True, spec.scale)
-    return out, lse
+    return q_BLHD, keys, values, [s.start for s in segments], chunks, True, spec.scale

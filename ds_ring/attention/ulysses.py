@@ -48,7 +48,7 @@ def ulysses_attention(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, *, transpo
     share = heads // degree
     wanted = [kv_heads_of(u, heads, k_BlKD.shape[2], degree) for u in range(degree)]
     # One all-to-all for q, k and v, each rank's share of their heads side by side.
-    send = q_BlHD.new_empty((degree, batch, local, share + 2 * len(wanted[0]), head_dim))
+    send = transport.send_buffer((degree, batch, local, share + 2 * len(wanted[0]), head_dim), q_BlHD)
     for u, kv in enumerate(wanted):
         send[u, :, :, :share] = q_BlHD[:, :, u * share : (u + 1) * share]
         send[u, :, :, share : share + len(kv)] = k_BlKD[:, :, kv]
@@ -56,7 +56,8 @@ def ulysses_attention(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, *, transpo
     slice_BLhD = transport.all_to_all(send).transpose(0, 1).reshape(batch, degree * local, -1, head_dim)
     q, k, v = slice_BLhD.split((share, len(wanted[0]), len(wanted[0])), dim=2)
     out_BLhD = inner(q, k, v)
-    send = out_BLhD.view(batch, degree, local, share, head_dim).transpose(0, 1).contiguous()
+    send = transport.send_buffer((degree, batch, local, share, head_dim), out_BLhD)
+    send.copy_(out_BLhD.view(batch, degree, local, share, head_dim).transpose(0, 1))
     received_UBlhD = transport.all_to_all(send)
     return received_UBlhD.permute(1, 2, 0, 3, 4).reshape(batch, local, heads, head_dim)
 

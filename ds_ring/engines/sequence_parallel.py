@@ -4,7 +4,8 @@ also one replica of data parallelism."""
 # Shapes: B rows, L tokens of the batch, P padded to the layout, l tokens on this rank.
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import serve
+from ds_ring.engines.interleave import run_interleaved
 from ds_ring.layout import SequenceLayout
+from ds_ring.transport.choice import PULLED_AXES
 from ds_ring.transport.mesh import Mesh
 
 
@@ -43,10 +46,23 @@ class SequenceParallelEngine(Engine):
         return _positions(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
 
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        return [self._forward(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+        jobs = [partial(self._forward, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+        if len(jobs) > 1 and self.interleaves:
+            return run_interleaved(jobs, self._on_hand_over, self.device)
+        return [job() for job in jobs]
+
+    @property
+    def interleaves(self) -> bool:
+        """Whether two micro-batches are in flight. Beside NCCL's kernels that costs more than it hides."""
+        wanted = self.config.ring.interleave
+        return self.mesh.topology.sp > 1 and (self.mesh.overlaps if wanted == "auto" else wanted == "on")
+
+    def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
+        for axis in PULLED_AXES:
+            self.mesh[axis].meanwhile = hand_over
 
     def mute(self, muted: bool) -> None:
-        for axis in ("ring", "ulysses"):
+        for axis in PULLED_AXES:
             self.mesh[axis].muted = muted
 
     @torch.inference_mode()

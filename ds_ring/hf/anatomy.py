@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,9 +49,15 @@ class Anatomy:
 
     @contextmanager
     def captured_hidden(self) -> Iterator[list[Tensor]]:
-        """Collects the decoder's ``last_hidden_state`` of every forward inside the block."""
+        """Collects the decoder's ``last_hidden_state`` of every forward of this thread inside the block."""
         found: list[Tensor] = []
-        handle = self.decoder.register_forward_hook(lambda module, args, out: found.append(out[0]))
+        own = threading.get_ident()
+
+        def keep(module: nn.Module, args: Any, out: Any) -> None:
+            if threading.get_ident() == own:
+                found.append(out[0])
+
+        handle = self.decoder.register_forward_hook(keep)
         try:
             yield found
         finally:

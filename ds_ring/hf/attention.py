@@ -3,6 +3,7 @@
 # Shapes, as transformers has them: B batch, H query heads, K key/value heads, l tokens on this rank, D head_dim.
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,13 @@ _UNSUPPORTED = ("position_bias", "alibi")
 _BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
 
 
+class _Forward(threading.local):
+    """The present forward. A thread's own: micro-batches in flight may have layouts of their own."""
+
+    layout: SequenceLayout | None = None
+    calls: int = 0
+
+
 @dataclass
 class AttentionContext:
     """What the attention of one model needs besides its tensors; every module of that model refers to it."""
@@ -33,32 +41,32 @@ class AttentionContext:
     mesh: Mesh
     parallel: ParallelConfig
     num_heads: int
-    layout: SequenceLayout | None = None
-    calls: int = field(default=0)
+    present: _Forward = field(default_factory=_Forward)
 
     @contextmanager
     def forward(self, layout: SequenceLayout, expected_calls: int, model_class: str) -> Iterator[None]:
         """One forward over sequences cut by ``layout``; afterwards the attention must have run once a layer."""
-        self.layout, self.calls = layout, 0
+        self.present.layout, self.present.calls = layout, 0
         try:
             yield
         finally:
-            self.layout = None
-        if self.calls != expected_calls:
+            self.present.layout = None
+        if self.present.calls != expected_calls:
             raise UnsupportedModelError(
-                f"{model_class} ran the injected attention {self.calls} times for {expected_calls} layers: it "
+                f"{model_class} ran the injected attention {self.present.calls} times for {expected_calls} layers: it "
                 f"{_BYPASSES}"
             )
 
     def attend(
         self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
     ) -> Tensor:
-        if self.layout is None:
+        if self.present.layout is None:
             raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
-        self.calls += 1
+        self.present.calls += 1
         return sequence_parallel_attention(
             q_BlHD, k_BlKD, v_BlKD,
-            layout=self.layout, spec=spec, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], sinks_H=sinks_H,
+            layout=self.present.layout, spec=spec, sinks_H=sinks_H,
+            ring=self.mesh["ring"], ulysses=self.mesh["ulysses"],
             variant=self.parallel.ring_variant, gather_limit_bytes=self.parallel.gather_limit_mib << 20,
         )  # fmt: skip
 

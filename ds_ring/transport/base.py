@@ -11,22 +11,19 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ds_ring.errors import TransportError
+from ds_ring.transport.shared import Pending, SentShared, Shared
+
+__all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport", "blank", "void"]
 
 T = TypeVar("T")
 Message = tuple[int, Tensor]
 """(peer, tensor): what goes to, or comes from, one peer."""
-
-
-class Pending(Protocol):
-    """Communication under way. On a GPU ``wait`` orders the current stream after it, without blocking the host."""
-
-    def wait(self) -> None: ...
 
 
 class Done:
@@ -66,10 +63,34 @@ def void(_: object) -> None:
 class Transport(ABC):
     """Point-to-point and collective movement among the ranks of one group."""
 
+    name = "messages"
+    overlaps = False
+    """Whether transfers cost the kernels beside them (almost) nothing."""
+
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.traffic = Traffic()
         self.muted = False
+        self.meanwhile: Callable[[], None] | None = None
+        """Called when transfers are under way and only waiting is left: time for another micro-batch."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that peers can read, which is apart from what PyTorch's allocator counts."""
+        return 0
+
+    def share(self, shape: Sequence[int], like: Tensor) -> Shared:
+        """A tensor of ``like``'s dtype and device for peers to take parts of; see ``Shared``."""
+        return SentShared(like.new_empty(tuple(shape)), self.exchange)
+
+    def send_buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Where best to write what ``all_to_all`` will send: at once, and once."""
+        return like.new_empty(tuple(shape))
+
+    def turn(self) -> None:
+        """Let ``meanwhile`` happen."""
+        if self.meanwhile is not None:
+            self.meanwhile()
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
         """Start sending each tensor to its peer and receiving into each buffer from its peer.

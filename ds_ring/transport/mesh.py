@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
 
 from ds_ring.topology import Axis, Topology
 from ds_ring.transport.base import Traffic, Transport
+from ds_ring.transport.choice import PULLED_AXES, sharing_a_gpu
 from ds_ring.transport.solo import SoloTransport
+
+if TYPE_CHECKING:
+    from ds_ring.transport.process_group import ProcessGroupTransport
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,24 +56,57 @@ class Mesh:
             transport.traffic = transports["world"].traffic
         return cls(topology, rank, transports)
 
+    @property
+    def transport_names(self) -> str:
+        """What moves K/V and heads, e.g. "ring: copy engine"; empty where no sequence is shared."""
+        return ", ".join(f"{axis}: {self[axis].name}" for axis in PULLED_AXES if self[axis].size > 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of this rank's memory, what peers can read."""
+        return sum(self[axis].shared_bytes for axis in PULLED_AXES)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a sequence-parallel axis moves bytes at (almost) no cost to the kernels beside it."""
+        return any(self[axis].overlaps for axis in PULLED_AXES)
+
     @classmethod
-    def from_process_groups(cls, topology: Topology) -> Mesh:
-        """Process groups of ``deepspeed.comm``, which must be initialised."""
+    def from_process_groups(
+        cls, topology: Topology, pulled: frozenset[Axis] = frozenset(), device: torch.device = CPU
+    ) -> Mesh:
+        """Process groups of ``deepspeed.comm``, which must be initialised; axes in ``pulled`` use copy engines."""
         from deepspeed import comm as dist
 
+        from ds_ring.transport.host_staged import HostStagedTransport
         from ds_ring.transport.process_group import ProcessGroupTransport
 
         rank = dist.get_rank()
+        over = HostStagedTransport if device.type == "cuda" and sharing_a_gpu() else ProcessGroupTransport
         # Axes that join the same ranks share a group: each costs GPU memory once it has been used.
         groups: dict[tuple[int, ...], Any] = {tuple(range(topology.world_size)): dist.get_world_group()}
 
         def connect(axis: Axis, ranks: tuple[int, ...]) -> Transport | None:
             if ranks not in groups:
                 groups[ranks] = dist.new_group(list(ranks))
-            return ProcessGroupTransport(groups[ranks], ranks, ranks.index(rank)) if rank in ranks else None
+            if rank not in ranks:
+                return None
+            control = over(groups[ranks], ranks, ranks.index(rank))
+            return _pulling(control, device) if axis in pulled else control
 
         mesh = cls.build(topology, rank, connect)
         for axis in get_args(Axis):
             # NCCL sets a group up at its first call, and hangs if that is a message between only some of its ranks.
             mesh[axis].barrier()
         return mesh
+
+
+def _pulling(control: ProcessGroupTransport, device: torch.device) -> Transport:
+    from ds_ring.transport.copy_engine import CopyEngineTransport
+    from ds_ring.transport.cuda_memory import CudaDevice
+
+    def barrier() -> None:
+        # A group's own barrier may hold the stream and not the host.
+        control.all_gather_objects(None)
+
+    return CopyEngineTransport(control, CudaDevice(control.group, control.rank, control.size, device, barrier))

@@ -26,6 +26,8 @@ class _Requests:
 class ProcessGroupTransport(Transport):
     """``ranks`` are the global ranks of the group, in group order."""
 
+    name = "process group"
+
     def __init__(self, group: Any, ranks: Sequence[int], rank: int) -> None:
         super().__init__(rank, len(ranks))
         self.group = group

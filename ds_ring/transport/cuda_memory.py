@@ -1,0 +1,127 @@
+"""Peer memory on GPUs of one host: PyTorch's symmetric memory, CUDA streams, and flags that the driver sets and awaits.
+
+Flags are written and awaited by the streams' own operations, not by kernels: a waiting stream holds no SM, and waits
+even where a kernel that fills the GPU would leave no room for another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_ring.transport.peer_memory import PeerMemory, Queue
+from ds_ring.transport.shared import Pending
+
+_HEADER = 4096
+_FLAG_SPACING = 16
+"""Flags in front of the data, 64 bytes apart."""
+_WAIT_UNTIL_AT_LEAST = 0
+_WRITE_AFTER_FENCE = 0
+
+
+class CudaMemory:
+    """``buffers``: every rank's allocation, mapped here; flags first."""
+
+    def __init__(self, buffers: list[Tensor], rank: int, keep: Any) -> None:
+        self._buffers, self._rank, self._keep = buffers, rank, keep
+        self.nbytes = buffers[rank].numel() - _HEADER
+
+    def data(self, rank: int) -> Tensor:
+        return self._buffers[rank][_HEADER:]
+
+    def flag_address(self, rank: int, flag: int) -> int:
+        return self._buffers[rank].data_ptr() + 4 * _FLAG_SPACING * flag
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+
+class CudaQueue:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+
+    def after(self, other: Queue) -> None:
+        assert isinstance(other, CudaQueue)
+        self.stream.wait_stream(other.stream)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+
+    def raise_flag(self, memory: PeerMemory, rank: int, flag: int, value: int) -> None:
+        assert isinstance(memory, CudaMemory)
+        _driver_call("cuStreamWriteValue32_v2", self.stream, memory.flag_address(rank, flag), value, _WRITE_AFTER_FENCE)
+
+    def wait_flag(self, memory: PeerMemory, flag: int, value: int) -> None:
+        assert isinstance(memory, CudaMemory)
+        address = memory.flag_address(memory.rank, flag)
+        _driver_call("cuStreamWaitValue32_v2", self.stream, address, value, _WAIT_UNTIL_AT_LEAST)
+
+    def mark(self) -> Pending:
+        return _Mark(self.stream)
+
+
+class _Mark:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+
+    def wait(self) -> None:
+        torch.cuda.current_stream().wait_event(self._event)
+
+
+class CudaDevice:
+    """``barrier`` holds the host until all ranks of the group are there."""
+
+    def __init__(self, group: Any, rank: int, size: int, device: torch.device, barrier: Callable[[], None]) -> None:
+        self._group, self._rank, self._size, self._device, self._barrier = group, rank, size, device, barrier
+        self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(size)]
+
+    def allocate(self, nbytes: int, flags: int) -> PeerMemory:
+        from torch._C._distributed_c10d import _SymmetricMemory
+        from torch.distributed import _symmetric_memory
+
+        assert 4 * _FLAG_SPACING * flags <= _HEADER
+        # Peers may still read what this memory replaces, and the flags below must be 0 before anyone raises one.
+        torch.cuda.synchronize(self._device)
+        self._barrier()
+        size = _HEADER + -(-nbytes // _HEADER) * _HEADER
+        with torch.inference_mode(False):  # tensors made inside could not be written outside
+            # Not symm_mem.empty: its pool would keep what was outgrown.
+            own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, self._device)
+            own[:_HEADER].zero_()
+            torch.cuda.synchronize(self._device)
+            handle = _symmetric_memory.rendezvous(own, self._group)
+            assert handle.rank == self._rank
+            buffers = [
+                own if peer == self._rank else handle.get_buffer(peer, (size,), torch.uint8)
+                for peer in range(self._size)
+            ]
+        self._barrier()
+        return CudaMemory(buffers, self._rank, handle)
+
+    def computations(self) -> Queue:
+        return CudaQueue(torch.cuda.current_stream(self._device))
+
+    def pulls(self, peer: int) -> Queue:
+        return CudaQueue(self._streams[peer])
+
+
+@lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _driver_call(name: str, stream: torch.cuda.Stream, address: int, value: int, flags: int) -> None:
+    function = getattr(_driver(), name)
+    code = function(
+        ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(flags)
+    )
+    if code:
+        raise RuntimeError(f"{name} failed with CUDA error {code}")

@@ -1,0 +1,54 @@
+"""What a one-sided transport needs of the hardware: memory that peers can read, flags they can raise, ordered queues.
+
+Small on purpose: the copy engine's protocol (``copy_engine.py``) is written against this, so that tests can run it over
+threads with every delay that a GPU might show.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ds_ring.transport.shared import Pending
+
+
+class Queue(Protocol):
+    """Work in order, apart from the host: a CUDA stream. Every method only appends."""
+
+    def after(self, other: Queue) -> None:
+        """Nothing appended from now on starts before all that ``other`` holds now is done."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """``target`` and ``source``: contiguous, of one shape and dtype."""
+
+    def raise_flag(self, memory: PeerMemory, rank: int, flag: int, value: int) -> None:
+        """Set a flag of ``rank``'s memory, visibly after everything appended before."""
+
+    def wait_flag(self, memory: PeerMemory, flag: int, value: int) -> None:
+        """Hold what follows until a flag of this rank's memory is at least ``value``."""
+
+    def mark(self) -> Pending:
+        """Its ``wait`` makes the queue of computations go on only when all that is here now is done."""
+
+
+class PeerMemory(Protocol):
+    """One allocation on every rank of a group. Flags start at 0 and only ever rise."""
+
+    nbytes: int
+
+    def data(self, rank: int) -> Tensor:
+        """``rank``'s bytes, uint8 [nbytes]; those of others are for reading."""
+
+
+class Device(Protocol):
+    """One rank's side of a group."""
+
+    def allocate(self, nbytes: int, flags: int) -> PeerMemory:
+        """Collective, with equal arguments. Whatever any rank had queued before is done when it returns."""
+
+    def computations(self) -> Queue:
+        """The queue in which the caller's computations run."""
+
+    def pulls(self, peer: int) -> Queue:
+        """The queue for what comes from ``peer``."""

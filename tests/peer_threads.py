@@ -1,0 +1,185 @@
+"""Peer memory among threads: every rank's memory is a CPU tensor that all can read, every pull queue a thread.
+
+Computations run at once, on the rank's own thread; pulls run whenever their thread gets to them, after a delay that the
+test chooses. New memory holds NaN. So a copy that starts too early takes NaN or the round before, and memory that is
+written too early gives a late reader the round after.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from ds_ring.errors import TransportError
+from ds_ring.topology import Axis, Topology
+from ds_ring.transport.base import Transport
+from ds_ring.transport.copy_engine import CopyEngineTransport
+from ds_ring.transport.mesh import Mesh
+from ds_ring.transport.threaded import ThreadedWorld
+
+TIMEOUT_S = 20.0
+Delay = Callable[[int, int], float]
+"""(rank, peer) -> seconds by which a copy from the peer is late."""
+
+
+class _Shared:
+    """What all ranks hold of one allocation."""
+
+    def __init__(self, size: int, nbytes: int, flags: int) -> None:
+        self.data = [torch.full((nbytes,), 0xFF, dtype=torch.uint8) for _ in range(size)]
+        self.flags = [[0] * flags for _ in range(size)]
+        self.risen = threading.Condition()
+
+
+@dataclass
+class ThreadMemory:
+    shared: _Shared
+    rank: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.shared.data[self.rank].numel()
+
+    def data(self, rank: int) -> Tensor:
+        return self.shared.data[rank]
+
+
+class AtOnce:
+    """The queue of computations: what is appended has happened."""
+
+    def __init__(self, device: ThreadDevice) -> None:
+        self._device = device
+
+    def after(self, other: object) -> None:
+        raise AssertionError("computations wait through a mark")
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def raise_flag(self, memory: ThreadMemory, rank: int, flag: int, value: int) -> None:
+        with memory.shared.risen:
+            assert value > memory.shared.flags[rank][flag], "flags only rise"
+            memory.shared.flags[rank][flag] = value
+            memory.shared.risen.notify_all()
+
+    def wait_flag(self, memory: ThreadMemory, flag: int, value: int) -> None:
+        flags = memory.shared.flags[memory.rank]
+        with memory.shared.risen:
+            if not memory.shared.risen.wait_for(lambda: flags[flag] >= value, TIMEOUT_S):
+                raise TransportError(f"rank {memory.rank}: flag {flag} stays at {flags[flag]}, short of {value}")
+
+
+@dataclass
+class _Mark:
+    passed: threading.Event = field(default_factory=threading.Event)
+    errors: list[BaseException] = field(default_factory=list)
+
+    def wait(self) -> None:
+        assert self.passed.wait(4 * TIMEOUT_S), "a queue does not move"
+        if self.errors:
+            raise self.errors[0]
+
+
+class Later(AtOnce):
+    """A pull queue: a thread that takes its time."""
+
+    def __init__(self, device: ThreadDevice, peer: int) -> None:
+        super().__init__(device)
+        self._peer = peer
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._errors: list[BaseException] = []
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            work = self._work.get()
+            try:
+                with torch.inference_mode():
+                    work()
+            except BaseException as error:
+                self._errors.append(error)
+
+    def after(self, other: object) -> None:
+        assert type(other) is AtOnce, "what computations have appended has happened"
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        assert target.is_contiguous()
+        assert source.is_contiguous()
+
+        def work() -> None:
+            time.sleep(self._device.delay(self._device.rank, self._peer))
+            target.copy_(source)
+
+        self._work.put(work)
+
+    def raise_flag(self, *what: object) -> None:
+        self._work.put(lambda: AtOnce.raise_flag(self, *what))
+
+    def wait_flag(self, *what: object) -> None:
+        self._work.put(lambda: AtOnce.wait_flag(self, *what))
+
+    def mark(self) -> _Mark:
+        mark = _Mark(errors=self._errors)
+        self._work.put(mark.passed.set)
+        return mark
+
+
+class ThreadDevice:
+    def __init__(self, control: Transport, delay: Delay) -> None:
+        self._control, self.rank, self.delay = control, control.rank, delay
+        self._compute = AtOnce(self)
+        self._pulls = [Later(self, peer) for peer in range(control.size)]
+        self.allocated: list[int] = []
+
+    def allocate(self, nbytes: int, flags: int) -> ThreadMemory:
+        for queue in self._pulls:
+            queue.mark().wait()
+        shared = _Shared(self._control.size, nbytes, flags) if self.rank == 0 else None
+        found = self._control.all_gather_objects((nbytes, shared))
+        assert all(other == nbytes for other, _ in found), "ranks allocate alike"
+        self.allocated.append(nbytes)
+        return ThreadMemory(found[0][1], self.rank)
+
+    def computations(self) -> AtOnce:
+        return self._compute
+
+    def pulls(self, peer: int) -> Later:
+        return self._pulls[peer]
+
+
+def no_delay(rank: int, peer: int) -> float:
+    return 0.0
+
+
+def copy_engine_mesh(delay: Delay = no_delay) -> Callable[[ThreadedWorld, Topology, int], Mesh]:
+    """Meshes whose ring and Ulysses axes pull."""
+
+    def make(world: ThreadedWorld, topology: Topology, rank: int) -> Mesh:
+        def connect(axis: Axis, ranks: tuple[int, ...]) -> Transport | None:
+            if rank not in ranks:
+                return None
+            control = world.transport(axis, ranks, rank)
+            if axis not in ("ring", "ulysses"):
+                return control
+            return CopyEngineTransport(control, ThreadDevice(control, delay))
+
+        return Mesh.build(topology, rank, connect)
+
+    return make
+
+
+def pulling(size: int, work: Callable[[CopyEngineTransport], object], delay: Delay = no_delay) -> list[object]:
+    """``work(transport)`` on every rank of one group; results in rank order."""
+    world = ThreadedWorld(size, TIMEOUT_S)
+
+    def on_rank(rank: int) -> object:
+        control = world.transport("world", range(size), rank)
+        return work(CopyEngineTransport(control, ThreadDevice(control, delay)))
+
+    return world.run(on_rank)

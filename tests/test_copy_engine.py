@@ -1,0 +1,335 @@
+"""The copy engine's protocol over threads: exact under any delay, wrong as soon as one of its waits is left out."""
+
+import random
+import time
+
+import peer_threads
+import pytest
+import torch
+from deepspeed import comm as dist
+from mocked_world import ProcessGroupWorld, one_process
+from peer_threads import AtOnce, Later, copy_engine_mesh, no_delay, pulling
+
+from ds_ring.layout import SequenceLayout
+from ds_ring.transport.copy_engine import CopyEngineTransport, Slots, contiguous_pieces
+from ds_ring.transport.host_staged import HostStagedTransport
+from tests.worlds import Problem, run_attention
+
+EXACT, WRONG = 1e-6, 1e-2
+LATE_S = 0.02
+
+
+def everyone(reader: int, owner: int) -> bool:
+    return True
+
+
+def later_ranks(reader: int, owner: int) -> bool:
+    """As in a contiguous ring: rank 0 is read by all and never reads, so that only the protocol holds it back."""
+    return reader > owner
+
+
+def rounds(transport: CopyEngineTransport, count: int, sees=everyone, shape: tuple[int, ...] = (3, 4)) -> float:
+    """The worst error over ``count`` rounds in which ranks take two rows of the tensors they see."""
+    rank, size = transport.rank, transport.size
+    rows = (slice(1, 3),)
+    worst = 0.0
+    for number in range(count):
+        with transport.share(shape, torch.empty(0)) as shared:
+            shared.own.fill_(100.0 * number + rank)
+            after, before = ([(rank + sign * hop) % size for hop in range(1, size)] for sign in (1, -1))
+            shared.publish([(peer, rows) if sees(peer, rank) else None for peer in after])
+            taken = [(peer, *shared.pull((peer, rows) if sees(rank, peer) else None)) for peer in before]
+            for peer, pending, part in taken:
+                pending.wait()
+                assert part.shape == ((2, *shape[1:]) if sees(rank, peer) else (0,))
+                worst = max(worst, float((part - (100.0 * number + peer)).abs().nan_to_num(1e9).sum()))
+            assert bool((shared.own == 100.0 * number + rank).all()), "nobody else writes into a rank's own tensor"
+    return worst
+
+
+def one_is_late(rank: int, peer: int) -> float:
+    return LATE_S if rank == 1 else 0.0
+
+
+def all_are_late(rank: int, peer: int) -> float:
+    return LATE_S
+
+
+@pytest.fixture
+def late_writer(monkeypatch):
+    """Rank 0 takes its time between having a slot and writing into it."""
+    acquire = Slots.acquire
+
+    def late(self, needed):
+        slot = acquire(self, needed)
+        time.sleep(2 * LATE_S if self._rank == 0 else 0.0)
+        return slot
+
+    monkeypatch.setattr(Slots, "acquire", late)
+
+
+def random_delay(seed: int):
+    dice = random.Random(seed)
+    return lambda rank, peer: dice.choice((0.0, 0.0, 0.002, 0.006))
+
+
+class TestProtocol:
+    @pytest.mark.parametrize("size", [2, 3, 5])
+    @pytest.mark.parametrize("sees", [everyone, later_ranks])
+    @pytest.mark.parametrize("seed", [1, 2])
+    def test_every_round_is_exact_under_random_delays(self, size, sees, seed):
+        assert pulling(size, lambda t: rounds(t, 12, sees), random_delay(seed)) == [0.0] * size
+
+    @pytest.mark.parametrize("sees", [everyone, later_ranks])
+    def test_every_round_is_exact_beside_a_late_reader(self, sees):
+        assert pulling(3, lambda t: rounds(t, 6, sees), one_is_late) == [0.0] * 3
+
+    @pytest.mark.parametrize("sees", [everyone, later_ranks])
+    @pytest.mark.usefixtures("late_writer")
+    def test_every_round_is_exact_beside_a_late_writer(self, sees):
+        assert pulling(3, lambda t: rounds(t, 4, sees)) == [0.0] * 3
+
+    def test_two_tensors_shared_at_once_have_memory_of_their_own(self):
+        def work(transport):
+            with transport.share((4,), torch.empty(0)) as first, transport.share((4,), torch.empty(0)) as second:
+                first.own.fill_(1.0 + transport.rank)
+                second.own.fill_(10.0 + transport.rank)
+                peer, found = 1 - transport.rank, []
+                for shared in (first, second):
+                    shared.publish([(peer, (slice(None),))])
+                for shared in (second, first):
+                    pending, part = shared.pull((peer, (slice(None),)))
+                    pending.wait()
+                    found.append(part[0].item())
+            return found
+
+        assert pulling(2, work) == [[11.0, 2.0], [10.0, 1.0]]
+
+
+class TestMistakesShow:
+    """Each wait and each order of the protocol, left out, gives wrong numbers on a schedule that is exact with it."""
+
+    def broken(self, delay=no_delay) -> bool:
+        return max(pulling(3, lambda t: rounds(t, 5, later_ranks), delay)) > 0.0
+
+    def test_the_schedule_is_exact_as_long_as_nothing_is_left_out(self):
+        assert not self.broken(all_are_late)
+
+    def test_writing_before_all_readers_are_through(self, monkeypatch):
+        # AtOnce's own, not what pull queues inherit: the wait of (1).
+        wait = AtOnce.wait_flag
+        monkeypatch.setattr(
+            AtOnce, "wait_flag", lambda self, *what: None if type(self) is AtOnce else wait(self, *what)
+        )
+        assert self.broken(all_are_late)
+
+    @pytest.mark.usefixtures("late_writer")
+    def test_reading_before_the_owner_has_written(self, monkeypatch):
+        monkeypatch.setattr(Later, "wait_flag", lambda *_: None)
+        assert self.broken()
+
+    def test_saying_that_one_has_read_before_one_has(self, monkeypatch):
+        copy = Later.copy
+        held = []
+        monkeypatch.setattr(Later, "copy", lambda self, *what: held.append((self, what)))
+        raise_flag = Later.raise_flag
+
+        def early(self, *what):
+            raise_flag(self, *what)
+            mine = [entry for entry in held if entry[0] is self]
+            for entry in mine:
+                held.remove(entry)
+                copy(self, *entry[1])
+
+        monkeypatch.setattr(Later, "raise_flag", early)
+        assert self.broken(all_are_late)
+
+    def test_using_a_part_before_it_is_there(self, monkeypatch):
+        monkeypatch.setattr(peer_threads._Mark, "wait", lambda self: None)
+        assert self.broken(all_are_late)
+
+    def test_publishing_before_writing(self):
+        def work(transport):
+            peer = 1 - transport.rank
+            with transport.share((4,), torch.empty(0)) as shared:
+                shared.publish([(peer, (slice(None),))])
+                pending, part = shared.pull((peer, (slice(None),)))
+                pending.wait()
+                transport.barrier()
+                shared.own.fill_(1.0)
+            return bool((part == 1.0).all())
+
+        assert pulling(2, work) == [False, False]
+
+    def test_a_pull_of_what_was_not_published_is_named(self, monkeypatch):
+        monkeypatch.setattr(peer_threads, "TIMEOUT_S", 0.5)
+
+        def work(transport):
+            with transport.share((4,), torch.empty(0)) as shared:
+                shared.publish([None])
+                if transport.rank == 0:
+                    shared.pull((1, (slice(None),)))[0].wait()
+
+        with pytest.raises(Exception, match="rank 0: flag 1 stays at 0, short of 1"):
+            pulling(2, work)
+
+
+class TestSlots:
+    def test_memory_stays_flat_and_grows_with_the_largest_tensor(self):
+        def work(transport):
+            worst = rounds(transport, 10)
+            first = list(transport.slots._device.allocated)
+            worst += rounds(transport, 6, shape=(9, 5)) + rounds(transport, 6)
+            return worst, first, transport.slots._device.allocated, transport.shared_bytes
+
+        small, large = 3 * 4 * 4, 9 * 5 * 4
+        assert pulling(3, work) == [(0.0, [small] * 2, [small] * 2 + [large] * 2, 2 * large)] * 3
+
+    def test_dtypes_take_turns_in_a_slot(self):
+        def work(transport):
+            for dtype in (torch.float32, torch.float16, torch.int64, torch.float16):
+                with transport.share((5,), torch.empty(0, dtype=dtype)) as shared:
+                    shared.own.fill_(transport.rank)
+                    shared.publish([(1 - transport.rank, (slice(None),))])
+                    pending, part = shared.pull((1 - transport.rank, (slice(None),)))
+                    pending.wait()
+                    assert part.tolist() == [1 - transport.rank] * 5
+
+        pulling(2, work)
+
+
+class TestTransport:
+    @pytest.mark.parametrize("size", [2, 3, 4])
+    @pytest.mark.parametrize("in_place", [False, True])
+    def test_all_to_all_transposes_ranks(self, size, in_place):
+        def work(transport):
+            found = []
+            for number in range(5):
+                mine = torch.arange(size * 2.0).view(size, 2) + 100 * transport.rank + 1000 * number
+                send = transport.send_buffer(mine.shape, mine).copy_(mine) if in_place else mine
+                found.append(transport.all_to_all(send))
+            return torch.stack(found), transport.traffic.bytes_sent
+
+        for rank, (found, sent) in enumerate(pulling(size, work, random_delay(3))):
+            want = [
+                [[2 * rank + i + 100 * peer + 1000 * n for i in range(2)] for peer in range(size)] for n in range(5)
+            ]
+            assert found.tolist() == want
+            assert sent == 5 * (size - 1) * 2 * 4
+
+    def test_messages_and_agreement_go_by_the_group_that_controls_it(self):
+        def work(transport):
+            received = torch.empty(3)
+            transport.exchange(
+                [(1 - transport.rank, torch.ones(3) + transport.rank)], [(1 - transport.rank, received)]
+            ).wait()
+            transport.agree(dtype="fp16")
+            transport.barrier()
+            gathered = transport.all_gather(torch.tensor([transport.rank]))
+            return received.tolist(), gathered.tolist(), transport.all_gather_objects(transport.rank)
+
+        assert pulling(2, work) == [([2.0] * 3, [[0], [1]], [0, 1]), ([1.0] * 3, [[0], [1]], [0, 1])]
+
+    def test_a_muted_transport_counts_and_touches_nothing(self):
+        def work(transport):
+            transport.muted = True
+            if transport.rank == 1:
+                return None
+            with transport.share((2, 3), torch.empty(0)) as shared:
+                shared.own.fill_(1.0)
+                shared.publish([(1, (slice(0, 1),))])
+                pending, part = shared.pull((1, (slice(0, 2),)))
+                pending.wait()
+            send = transport.send_buffer((2, 4), part)
+            assert transport.all_to_all(send) is send
+            assert torch.isfinite(part).all()
+            return dict(transport.traffic.bytes_by_op), transport.slots.count
+
+        assert pulling(2, work)[0] == ({"exchange": 12, "all_to_all": 16}, 0)
+
+    def test_a_journal_moves_the_same_again_without_counting_it(self):
+        def work(transport):
+            journal = transport.traffic.journal = []
+            rounds(transport, 3, later_ranks)
+            transport.all_to_all(torch.ones(3, 4))
+            transport.traffic.journal = None
+            before, moved = transport.traffic.bytes_sent, []
+            pull = transport.slots.pull
+
+            def watched(slot, peer, pieces):
+                kept = list(pieces)
+                moved.append((peer, sum(target.nbytes for target, _ in kept)))
+                return pull(slot, peer, iter(kept))
+
+            transport.slots.pull = watched
+            for again in journal:
+                again()
+            return moved, transport.traffic.bytes_sent - before
+
+        for rank, (moved, counted) in enumerate(pulling(3, work)):
+            seen = [(peer, 32) for peer in ((rank - 1) % 3, (rank - 2) % 3) if peer < rank]
+            assert moved == 3 * seen + [((rank - 1) % 3, 16), ((rank - 2) % 3, 16)]
+            assert counted == 0
+
+
+@pytest.mark.parametrize(("shape", "rows", "count"), [((2, 3, 5, 4), 5, 1), ((2, 3, 5, 4), 2, 6), ((1, 1, 5, 4), 2, 1)])
+def test_copies_are_whole_memory_and_as_few_as_can_be(shape, rows, count):
+    part = torch.randn(shape)[:, :, :rows]
+    target = torch.empty(part.shape)
+    pieces = list(contiguous_pieces(target, part))
+    assert all(t.is_contiguous() and s.is_contiguous() for t, s in pieces)
+    for t, s in pieces:
+        t.copy_(s)
+    assert torch.equal(target, part)
+    assert len(pieces) == count
+
+
+def test_messages_by_way_of_host_memory():
+    """What controls the copy engine where ranks share a GPU."""
+
+    def work(rank: int):
+        transport = HostStagedTransport(dist.get_world_group(), range(3), rank)
+        received = torch.empty(2)
+        pending = transport.exchange([((rank + 1) % 3, torch.full((2,), 1.0 * rank))], [((rank - 1) % 3, received)])
+        pending.wait()
+        gathered, swapped = (
+            transport.all_gather(torch.tensor([rank])),
+            transport.all_to_all(torch.arange(3) + 10 * rank),
+        )
+        return received.tolist(), gathered.tolist(), swapped.tolist()
+
+    with one_process():
+        for rank, found in enumerate(ProcessGroupWorld(3).run(work)):
+            assert found == ([(rank - 1.0) % 3] * 2, [[0], [1], [2]], [rank, 10 + rank, 20 + rank])
+
+
+VARIANTS = ("pass_kv", "gather_kv", "local_first", "auto")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("ring_impl", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("split", [(2, 1), (3, 1), (1, 4), (2, 2), (3, 4)], ids=str)
+def test_attention_over_pulled_blocks(split, ring_impl, variant):
+    problem = Problem(63, heads=8, kv_heads=4, batch=2, with_sinks=True)
+    layout = SequenceLayout(63, *split, ring_impl)
+    pulled = run_attention(problem, layout, variant=variant, make_mesh=copy_engine_mesh(random_delay(0)), repeats=4)
+    assert problem.error(pulled.out_BLHD) < EXACT
+    sent = run_attention(problem, layout, variant=variant)
+    assert [dict(t.bytes_by_op) for t in pulled.traffic] == [dict(t.bytes_by_op) for t in sent.traffic]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("length", "window"), [(1, None), (5, None), (101, 20), (101, 1000)])
+def test_few_tokens_and_windows(length, window, variant):
+    problem = Problem(length, heads=4, kv_heads=1, window=window)
+    result = run_attention(problem, SequenceLayout(length, 3, 2), variant=variant, make_mesh=copy_engine_mesh())
+    assert problem.error(result.out_BLHD) < EXACT
+
+
+@pytest.mark.usefixtures("late_writer")
+def test_attention_shows_a_missing_wait(monkeypatch):
+    problem = Problem(63, heads=4, kv_heads=4)
+    monkeypatch.setattr(Later, "wait_flag", lambda *_: None)
+    mesh = copy_engine_mesh()
+    result = run_attention(problem, SequenceLayout(63, 3), variant="gather_kv", make_mesh=mesh, repeats=3)
+    assert not problem.error(result.out_BLHD) < WRONG

@@ -1,0 +1,141 @@
+"""Two micro-batches in flight: the same numbers, in an order that never varies."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from mocked_world import relative_error, serve
+from tiny_models import build, gpt_neox, llama_gqa, logits, tokens
+
+from ds_ring.engines.base import Engine
+from ds_ring.engines.interleave import run_interleaved
+
+CPU = torch.device("cpu")
+
+
+def run(steps: list[int], fail: dict[int, int] | None = None, lanes: int = 2) -> tuple[list[int], list[str]]:
+    """Jobs of so many steps with a hand-over between each two; (results, what ran when)."""
+    hand_over: list[Any] = [None]
+    events: list[str] = []
+
+    def job(number: int) -> int:
+        for step in range(steps[number]):
+            if step:
+                hand_over[0]()
+            events.append(f"{number}.{step}")
+            if (fail or {}).get(number) == step:
+                raise ValueError(f"job {number}")
+        return 10 * number
+
+    def on_hand_over(call) -> None:
+        hand_over[0] = call
+
+    try:
+        found = run_interleaved([lambda n=n: job(n) for n in range(len(steps))], on_hand_over, CPU, lanes)
+    finally:
+        assert hand_over[0] is None
+    return found, events
+
+
+class TestBaton:
+    @pytest.mark.parametrize(
+        ("steps", "order"),
+        [
+            ([3, 3], "0.0 1.0 0.1 1.1 0.2 1.2"),
+            ([2, 2, 2, 2], "0.0 1.0 0.1 2.0 1.1 3.0 2.1 3.1"),
+            ([2, 2, 2], "0.0 1.0 0.1 2.0 1.1 2.1"),
+            ([1, 3], "0.0 1.0 1.1 1.2"),
+            ([3, 1], "0.0 1.0 0.1 0.2"),
+            ([2], "0.0 0.1"),
+        ],
+    )
+    def test_lanes_take_turns_and_a_free_lane_takes_its_next_job_at_once(self, steps, order):
+        for _ in range(20):
+            results, events = run(steps)
+            assert results == [10 * n for n in range(len(steps))]
+            assert " ".join(events) == order
+
+    def test_three_lanes(self):
+        assert " ".join(run([2, 2, 2, 2], lanes=3)[1]) == "0.0 1.0 2.0 0.1 3.0 1.1 2.1 3.1"
+
+    @pytest.mark.parametrize("number", [0, 1])
+    @pytest.mark.parametrize("step", [0, 1, 2])
+    def test_an_error_of_either_lane_is_raised_and_stops_the_other(self, number, step):
+        before = threading.active_count()
+        with pytest.raises(ValueError, match=f"job {number}"):
+            run([3, 3, 3, 3], {number: step})
+        assert threading.active_count() == before
+
+
+LAYOUTS = {
+    "ring3": {"ring_degree": 3},
+    "ring3_pass_kv": {"ring_degree": 3, "ring_variant": "pass_kv"},
+    "ring2_contiguous": {"ring_degree": 2, "ring_impl": "contiguous"},
+    "ulysses3": {"ulysses_degree": 3},
+    "ulysses3_ring2": {"ulysses_degree": 3, "ring_degree": 2},
+}
+
+
+@pytest.mark.parametrize("wire", ["threads", "copy_engine"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_micro_batches_of_unequal_lengths_give_what_they_give_in_turn(layout, wire, micro_batch_size):
+    model, ids, mask = build(llama_gqa()), tokens(5, 61), torch.ones(5, 61, dtype=torch.long)
+    for row, length in enumerate((61, 40, 7, 1, 33)):
+        mask[row, length:] = 0
+
+    def work(engine: Engine):
+        found = engine(ids, mask).logits, engine.token_log_likelihoods(ids, mask)
+        engine.mesh.traffic.bytes_by_op.clear()
+        engine.prefill(engine.prepare(ids, mask, None)[0], "last")
+        return *found, dict(engine.mesh.traffic.bytes_by_op)
+
+    # One variant both ways: auto would take the one that suits each.
+    options = {"micro_batch_size": micro_batch_size, "wire": wire, "ring_variant": "gather_kv"} | layout
+    together = serve(model, work, interleave="on", **options)
+    in_turn = serve(model, work, interleave="off", **options)
+    for (got, scores, sent), (want, want_scores, want_sent) in zip(together, in_turn, strict=True):
+        assert torch.equal(got, want)
+        assert all(torch.equal(a, b) for a, b in zip(scores, want_scores, strict=True))
+        assert sent == want_sent
+
+
+def order_of_layers(**options) -> list[tuple[int, int]]:
+    """(length, layer) as the first rank runs them, for two rows of lengths 9 and 8 in micro-batches of one."""
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 8] = 0
+
+    def work(engine: Engine) -> list[tuple[int, int]]:
+        order: list[tuple[int, int]] = []
+        for number, layer in enumerate(engine.anatomy.layers):
+            layer.register_forward_pre_hook(
+                lambda module, args, number=number: order.append((threading.get_ident(), number))
+            )
+        engine(ids, mask)
+        lanes = list(dict.fromkeys(thread for thread, _ in order))
+        return [(lanes.index(thread), number) for thread, number in order]
+
+    return serve(build(gpt_neox(heads=4, layers=2)), work, micro_batch_size=1, ring_degree=2, **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("wire", "interleave", "overlaps"),
+    [
+        ("copy_engine", "auto", True),
+        ("copy_engine", "off", False),
+        ("threads", "auto", False),
+        ("threads", "on", True),
+    ],
+)
+def test_layers_of_two_micro_batches_alternate_where_that_hides_transfers(wire, interleave, overlaps):
+    alternating = [(0, 0), (1, 0), (0, 1), (1, 1)]
+    in_turn = [(0, 0), (0, 1), (0, 0), (0, 1)]
+    assert order_of_layers(wire=wire, interleave=interleave) == (alternating if overlaps else in_turn)
+
+
+@pytest.mark.parametrize("options", [{"ring_degree": 2}, {"ring_degree": 2, "ulysses_degree": 2}], ids=str)
+def test_the_copy_engine_serves_the_engine_as_it_is_configured_by_default(options):
+    model, ids = build(gpt_neox(heads=4, layers=2)), tokens(3, 101)
+    for got in serve(model, lambda engine: engine(ids).logits, wire="copy_engine", **options):
+        assert relative_error(got, logits(model, ids)) < 1e-5

@@ -1,0 +1,85 @@
+"""Where the copy engine is taken, from where ranks are; no GPU is needed to decide."""
+
+import os
+
+import pytest
+import torch
+
+from ds_ring.errors import ConfigError
+from ds_ring.runtime import local_device
+from ds_ring.topology import Topology
+from ds_ring.transport.choice import SHARE_GPU, Place, choose
+
+
+def hosts(*gpus: int) -> list[Place]:
+    """Hosts of so many GPUs each, which all reach each other inside."""
+    places = []
+    for host, count in enumerate(gpus):
+        names = [f"{host}-{i}" for i in range(count)]
+        places += [Place(str(host), name, frozenset(names) - {name}) for name in names]
+    return places
+
+
+@pytest.mark.parametrize(
+    ("topology", "places", "pulled", "said"),
+    [
+        (Topology(ring=4), hosts(4), {"ring"}, "ring by copy engine"),
+        (Topology(ulysses=2), hosts(2), {"ulysses"}, "ulysses by copy engine"),
+        (Topology(ring=2, ulysses=2), hosts(4), {"ring", "ulysses"}, "ring by copy engine; ulysses by copy engine"),
+        (Topology(ring=2, ulysses=4), hosts(4, 4), {"ulysses"},
+         "ulysses by copy engine; ring by process groups (ranks 0, 4 are on 2 hosts)"),
+        (Topology(dp=2, ring=2), hosts(2, 2), {"ring"}, "ring by copy engine"),
+        (Topology(dp=2, ring=2), hosts(2, 1, 1), set(), "ring by process groups (ranks 2, 3 are on 2 hosts)"),
+        (Topology(ring=2), [Place("a")] * 2, set(), "ring by process groups (rank 0 has no CUDA GPU)"),
+        (Topology(ring=2), [Place("a", "x"), Place("a", "y", frozenset("x"))], set(),
+         "ring by process groups (rank 0's GPU cannot read the memory of rank 1's)"),
+        (Topology(ring=2), [Place("a", "x", frozenset("y")), Place("a", "y")], set(),
+         "ring by process groups (rank 1's GPU cannot read the memory of rank 0's)"),
+        (Topology(ring=2), [Place("a", "x")] * 2, set(), "ring by process groups (ranks 0 and 1 are on one GPU)"),
+        (Topology(tp=2, pp=2), hosts(4), set(), ""),
+        (Topology(dp=2), hosts(1, 1), set(), ""),
+    ],
+)  # fmt: skip
+def test_auto_takes_the_copy_engine_where_all_groups_of_an_axis_can(topology, places, pulled, said):
+    choice = choose("auto", topology, places)
+    assert choice.pulled == pulled
+    assert choice.describe() == said
+    if "process groups" not in said:
+        assert choose("copy_engine", topology, places) == choice
+    else:
+        reason = said.partition("(")[2].rstrip(")")
+        with pytest.raises(ConfigError, match="transport=copy_engine cannot serve the ring axis") as caught:
+            choose("copy_engine", topology, places)
+        assert reason in str(caught.value)
+        assert "take transport=auto" in str(caught.value)
+
+
+def test_process_groups_may_be_asked_for():
+    choice = choose("process_group", Topology(ring=2), hosts(2))
+    assert not choice.pulled
+    assert choice.describe() == "ring by process groups (as configured)"
+
+
+def test_ranks_share_a_gpu_only_on_purpose():
+    places = [Place("a", "x")] * 3
+    assert choose("auto", Topology(ring=3), places, sharing=True).pulled == {"ring"}
+    assert not choose("auto", Topology(ring=3), places).pulled
+
+
+@pytest.mark.parametrize(("asked", "device"), [(None, "cuda:3"), ("0", "cuda:3"), ("1", "cuda:1")])
+def test_local_rank_is_the_gpu_unless_sharing_is_asked_for(monkeypatch, asked, device):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv(SHARE_GPU, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(SHARE_GPU, asked)
+    assert local_device() == torch.device(device)
+
+
+def test_a_place_without_a_gpu_has_the_host_of_its_neighbours():
+    one, other = Place.of(torch.device("cpu")), Place.of(torch.device("cpu"))
+    assert one == other
+    assert one.gpu is None
+    assert os.uname().nodename in one.host
