@@ -41,7 +41,8 @@ def ring_attention(
         transport: the ring axis; its rank and size are the ring rank and ``layout.ring_degree``.
         sinks_H: attention sinks, one a head of ``q_BLHD``.
         variant: ``pass_kv`` holds two foreign blocks at a time, ``gather_kv`` all visible K/V of the sequence, in
-            exchange for one attention call a run and no merge; ``auto`` gathers while that stays below the limit.
+            exchange for one attention call a run and no merge; ``auto`` gathers while that stays below the limit, and so
+            does ``pass_q``, which is about cached keys.
 
     Returns:
         out [B, L, H, D] in q's dtype.
@@ -50,7 +51,7 @@ def ring_attention(
     assert q_BLHD.shape[1] == layout.slice_length
     if transport.size == 1:
         return sinks.apply_(*attend(q_BLHD, k_BLKD, v_BLKD, spec=spec), sinks_H)
-    if variant == "auto":
+    if variant in ("auto", "pass_q"):
         # A property of the layout, so that all ranks decide alike.
         gathered_bytes = 2 * k_BLKD.nbytes * layout.ring_degree
         variant = "gather_kv" if gathered_bytes <= gather_limit_bytes else "pass_kv"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_ring.attention.step import Step
 from ds_ring.checks import ModelShape
 from ds_ring.errors import InputError
 
@@ -42,6 +43,10 @@ class Batch:
     def micro_batches(self, size: int) -> list[Batch]:
         count = len(self.rows)
         return [self.split(range(i, min(i + size, count))) for i in range(0, count, size)]
+
+    def step(self, positions_l: Tensor, device: torch.device) -> Step | None:
+        """What the attention does with a cache, for the packed positions on this rank; None: there is no cache."""
+        return None
 
     def digest(self) -> str:
         """Equal on two ranks exactly when they were given the same tokens at the same positions."""

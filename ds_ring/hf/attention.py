@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
 from ds_ring.attention.spec import AttentionSpec
+from ds_ring.attention.step import Step
 from ds_ring.config import ParallelConfig
 from ds_ring.errors import DsRingError, UnsupportedModelError
 from ds_ring.layout import SequenceLayout
@@ -34,16 +35,20 @@ class AttentionContext:
     parallel: ParallelConfig
     num_heads: int
     layout: SequenceLayout | None = None
+    step: Step | None = None
     calls: int = field(default=0)
 
     @contextmanager
-    def forward(self, layout: SequenceLayout, expected_calls: int, model_class: str) -> Iterator[None]:
-        """One forward over sequences cut by ``layout``; afterwards the attention must have run once a layer."""
-        self.layout, self.calls = layout, 0
+    def forward(
+        self, layout: SequenceLayout, expected_calls: int, model_class: str, step: Step | None = None
+    ) -> Iterator[None]:
+        """One forward over sequences cut by ``layout``, with ``step`` as one of a generation; afterwards the attention
+        must have run once a layer."""
+        self.layout, self.step, self.calls = layout, step, 0
         try:
             yield
         finally:
-            self.layout = None
+            self.layout = self.step = None
         if self.calls != expected_calls:
             raise UnsupportedModelError(
                 f"{model_class} ran the injected attention {self.calls} times for {expected_calls} layers: it "
@@ -55,11 +60,18 @@ class AttentionContext:
     ) -> Tensor:
         if self.layout is None:
             raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
-        self.calls += 1
+        layer, self.calls = self.calls, self.calls + 1
+        variant = self.parallel.ring_variant
+        if self.step is not None:
+            self.step.store_layer(layer, k_BlKD, v_BlKD)
+            if not self.step.is_first:
+                return self.step.attend(
+                    layer, q_BlHD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H, variant=variant
+                )
         return sequence_parallel_attention(
             q_BlHD, k_BlKD, v_BlKD,
             layout=self.layout, spec=spec, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], sinks_H=sinks_H,
-            variant=self.parallel.ring_variant, gather_limit_bytes=self.parallel.gather_limit_mib << 20,
+            variant=variant, gather_limit_bytes=self.parallel.gather_limit_mib << 20,
         )  # fmt: skip
 
 
