@@ -22,9 +22,9 @@ from ds_ring.hf.cache import ShardedCache
 PROMPT = 37
 TOLERANCE = 1e-5
 """On the relative error of a step's logits, fp32."""
-SAFE_MARGIN = 1e-3
-"""Least distance of the best two logits at which a greedy token counts: a hundred times what rounding moves a logit
-of these models (1e-5), so that no token is a toss-up. Every reference here is asserted to keep it."""
+SAFE_MARGIN = 2e-4
+"""Least distance of the best two logits at which a greedy token counts: ten times what rounding moves a logit of these
+models (2e-5 at most), so that no token is a toss-up. Every reference here is asserted to keep it."""
 
 GREEDY: dict[str, Any] = {
     "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True,
@@ -59,7 +59,7 @@ def llama() -> PreTrainedModel:
 
 def unsharded(model: PreTrainedModel, ids: Tensor, **options: Any) -> GenerateDecoderOnlyOutput:
     with torch.no_grad():
-        found = model.generate(ids, **GREEDY | options)
+        found = model.generate(ids, **GREEDY | {"attention_mask": torch.ones_like(ids)} | options)
     best_two = torch.stack(found.logits).topk(2).values
     assert (best_two[..., 0] - best_two[..., 1]).min() > SAFE_MARGIN
     return found
@@ -280,11 +280,9 @@ class Heard(BaseStreamer):
         self.ended = True
 
 
-@by_name("ring3", "dp2_tp3")
+@by_name("ring3", "tp3_pp2")
 def test_only_rank_0_streams(layout):
-    ids = tokens(2, 20)[: 1 if "dp_size" not in layout else 2]
-    if len(ids) > 1:
-        pytest.skip("transformers streams one row")
+    ids = tokens(1, 20)
 
     def work(engine: Engine) -> tuple[Heard, Tensor]:
         heard = Heard()
@@ -320,7 +318,7 @@ def test_processors_and_stopping_criteria_are_transformers_own():
 def test_without_a_mask_padding_tokens_are_padding_as_in_transformers():
     ids = tokens(2, 20)
     ids[1, :7] = 0
-    want = unsharded(llama(), ids, max_new_tokens=6)
+    want = unsharded(llama(), ids, attention_mask=None, max_new_tokens=6)
     results = serve(llama(), lambda engine: engine.generate(ids, max_new_tokens=6, **GREEDY), ring_degree=2)
     got = on_all_ranks_alike(results)
     assert_same(got, want)
@@ -365,7 +363,7 @@ LIMITED = {"max_position_embeddings": 64}
         (torch.ones(1, 40).long(), None, {"max_new_tokens": 25}, "40 tokens of input + max_new_tokens=25 exceed the "
          "model's max_position_embeddings=64"),
         (torch.ones(1, 40).long(), None, {"max_length": 40}, "nothing to generate"),
-        (torch.ones(1, 40).long(), None, {"max_new_tokens": 0}, "nothing to generate"),
+        (torch.ones(1, 40).long(), None, {"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
         (torch.ones(1, 4).long(), torch.tensor([[1, 1, 1, 0]]), {}, "row 0 of the batch ends in padding"),
         (torch.ones(1, 4).long(), torch.ones(1, 5).long(), {}, "attention_mask has 5 columns, input_ids 4"),
         (torch.ones(1, 4).long() * 97, None, {}, "token id 97 is outside the vocabulary of 97"),
@@ -381,7 +379,9 @@ LIMITED = {"max_position_embeddings": 64}
 @pytest.mark.parametrize("layout", [{"ring_degree": 2}, {"pp_size": 2}], ids=str)
 def test_what_cannot_work_is_refused_by_name_on_every_rank(layout, ids, mask, options, words):
     model = build(llama_gqa(**LIMITED))
-    errors = serve(model, lambda engine: outcome(lambda: engine.generate(ids, mask, **options)), max_length=64, **layout)
+    errors = serve(
+        model, lambda engine: outcome(lambda: engine.generate(ids, mask, **options)), max_length=64, **layout
+    )
     for error in errors:
         assert isinstance(error, InputError)
         assert words in str(error)

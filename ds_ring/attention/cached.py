@@ -111,7 +111,7 @@ def _pass_kv(
         incoming_BS = positions_BS.new_empty((positions_BS.shape[0], slots))
         sends = [(target, kv_2BSKD), (target, positions_BS)] if held[rank] else []
         receives = [(source, incoming_2BSKD), (source, incoming_BS)] if slots else []
-        return transport.exchange(sends, receives), Cached(*incoming_2BSKD, incoming_BS)
+        return transport.exchange(sends, receives), Cached(incoming_2BSKD[0], incoming_2BSKD[1], incoming_BS)
 
     arriving = start_hop(1)
     out_BLHD, lse_BHL = _attend(q_BLHD, cached, q_positions_BL, spec)

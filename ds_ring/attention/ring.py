@@ -41,7 +41,7 @@ def ring_attention(
         transport: the ring axis; its rank and size are the ring rank and ``layout.ring_degree``.
         sinks_H: attention sinks, one a head of ``q_BLHD``.
         variant: ``pass_kv`` holds two foreign blocks at a time, ``gather_kv`` all visible K/V of the sequence, in
-            exchange for one attention call a run and no merge; ``auto`` gathers while that stays below the limit, and so
+            exchange for one attention call a run and no merge; ``auto`` gathers while that stays below the limit, as
             does ``pass_q``, which is about cached keys.
 
     Returns:

@@ -38,9 +38,7 @@ class CachedBatch(Batch):
     def step(self, positions_l: Tensor, device: torch.device) -> Step | None:
         beyond = max(0, int(positions_l.max()) + 1 - self.length)
         places_Bl = pad(self.places_BL, (0, beyond), value=EMPTY)[:, positions_l].to(device)
-        return Step(
-            self.store, self.store_rows, places_Bl, self.starts, self.held, is_first=self.is_first
-        )
+        return Step(self.store, self.store_rows, places_Bl, self.starts, self.held, is_first=self.is_first)
 
 
 def chunks(

@@ -157,16 +157,17 @@ class _Run:
         return self._engine.mesh["tp"].broadcast(torch.stack([logits[row] for row in range(len(lengths))]), 0)
 
 
-def _settings(
-    facade: Facade, generation_config: GenerationConfig | None, options: dict[str, Any]
-) -> GenerationConfig:
+def _settings(facade: Facade, generation_config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
     """Everything transformers will go by, as far as we serve it."""
     given = {**(generation_config.to_dict() if generation_config is not None else {}), **options}
     asked = [name for name in REFUSED if given.get(name) not in (None, False)]
     if asked:
         raise InputError(f"generate does not serve {', '.join(asked)} with a cache that is spread over ranks")
     settings: GenerationConfig
-    settings, _ = facade._prepare_generation_config(generation_config, **options)
+    try:
+        settings, _ = facade._prepare_generation_config(generation_config, **options)
+    except ValueError as error:
+        raise InputError(f"transformers refuses the options of generate: {error}") from None
     mode = settings.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise InputError(

@@ -78,9 +78,7 @@ class SequenceParallelEngine(Engine):
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
         with self._context.forward(ONE_TOKEN, len(self.anatomy.layers), type(self.model).__name__, step):
-            out = self._deepspeed(
-                input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1
-            )
+            out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
         # Every rank computed them; whether to the last bit is up to its libraries, and tokens must not differ.
         return self.mesh["sp"].broadcast(out.logits[:, -1], 0)
 

@@ -102,9 +102,7 @@ class Transport(ABC):
         """Every rank's ``tensor``, stacked: ``[size, ...]``."""
         tensor = tensor.contiguous()
         sent = blank([(0, tensor)])
-        self.traffic.add(
-            "all_gather", tensor.nbytes * (self.size - 1), lambda: void(self._all_gather(sent()[0][1]))
-        )
+        self.traffic.add("all_gather", tensor.nbytes * (self.size - 1), lambda: void(self._all_gather(sent()[0][1])))
         return self._all_gather(tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
