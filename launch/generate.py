@@ -43,6 +43,6 @@ if __name__ == "__main__":
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest of this mass [1]")
     parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among the N likeliest; 0: all [0]")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling [0]")
-    parser.add_argument("--passes", type=int, choices=range(1, 10), default=1, metavar="N",
-                        help="how often to generate; the last pass counts, so that 2 leaves out what first calls cost")  # fmt: skip
+    passes = "how often to generate; the last pass counts, so that 2 leaves out what first calls cost [1]"
+    parser.add_argument("--passes", type=int, choices=range(1, 10), default=1, metavar="N", help=passes)
     cli.main(work, parser)
