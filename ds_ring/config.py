@@ -18,7 +18,7 @@ from ds_ring.errors import ConfigError
 from ds_ring.layout import RingImpl
 from ds_ring.topology import Topology
 
-RingVariant = Literal["auto", "pass_kv", "gather_kv", "local_first"]
+RingVariant = Literal["auto", "pass_kv", "gather_kv", "local_first", "pass_q"]
 TransportName = Literal["auto", "process_group", "copy_engine"]
 DType = Literal["fp32", "fp16", "bf16"]
 
@@ -42,7 +42,9 @@ class ParallelConfig(_Section):
     ulysses_degree: int = Field(1, ge=1, description="ranks that share a sequence by heads-to-sequence all-to-all")
     ring_impl: RingImpl = Field("zigzag", description="which tokens a ring rank holds")
     ring_variant: RingVariant = Field(
-        "auto", description="K/V block by block, or all visible K/V first, or those behind the own block"
+        "auto",
+        description="K/V block by block, or all visible K/V first, or those behind the own block; pass_q: queries travel "
+        "to cached K/V",
     )
     gather_limit_mib: int = Field(
         2048, ge=0, description="auto takes gather_kv while the gathered K/V of one layer stay below this"
@@ -55,6 +57,9 @@ class WorkloadConfig(_Section):
     batch_size: int = Field(1, ge=1, description="sequences of one pass, over all replicas")
     max_length: int = Field(1024, ge=1, description="tokens a sequence; longer documents are refused by score")
     micro_batch_size: int = Field(1, ge=1, description="sequences a replica runs at a time")
+    prefill_chunk: int = Field(
+        0, ge=0, description="prompt tokens a row that generate runs at a time; 0: the whole prompt at once"
+    )
     sweep: tuple[int, ...] = Field((), description="other lengths that benchmarks run as well")
     text: tuple[str, ...] = Field((), description="text files; none: the language reference that ships with Python")
     warmup: int = Field(1, ge=0, description="untimed passes before the timed ones")

@@ -33,3 +33,10 @@ def block_weight(lse_BHL: Tensor, block_lse_BHL: Tensor) -> tuple[Tensor, Tensor
         torch.isinf(total), (block_lse_BHL == torch.inf).to(total.dtype), torch.exp(block_lse_BHL - total)
     )
     return weight.transpose(1, 2).unsqueeze(-1), total
+
+
+def merge_all(out_RBLHD: Tensor, lse_RBHL: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) of R partial results at once, fp32; the same rules as ``merge_``, apart from lse = +inf."""
+    lse_BHL = torch.logsumexp(lse_RBHL, dim=0)
+    weight_RBHL = torch.exp(lse_RBHL - torch.where(lse_BHL == -torch.inf, 0.0, lse_BHL))
+    return torch.einsum("rbhl,rblhd->blhd", weight_RBHL, out_RBLHD), lse_BHL

@@ -18,6 +18,8 @@ log = logging.getLogger("ds_ring")
 
 EMPTY = 2**30
 """Position of a cache slot that holds no key: beyond every query's."""
+BLIND = -1
+"""Position of a query that sees no key: padding."""
 
 
 def attend_positions(

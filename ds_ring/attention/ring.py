@@ -43,7 +43,8 @@ def ring_attention(
         sinks_H: attention sinks, one a head of ``q_BLHD``.
         variant: ``pass_kv`` holds two foreign blocks at a time, ``gather_kv`` all visible K/V of the sequence, in
             exchange for one attention call a run and no merge; ``local_first`` gathers as well, attending to the own
-            block meanwhile; ``auto`` gathers while that stays below the limit, in the way that suits the transport.
+            block meanwhile; ``auto`` gathers while that stays below the limit, in the way that suits the transport, as
+            does ``pass_q``, which is about cached keys.
 
     Returns:
         out [B, L, H, D] in q's dtype.
@@ -52,7 +53,7 @@ def ring_attention(
     assert q_BLHD.shape[1] == layout.slice_length
     if transport.size == 1:
         return sinks.apply_(*attend(q_BLHD, k_BLKD, v_BLKD, spec=spec), sinks_H)
-    if variant == "auto":
+    if variant in ("auto", "pass_q"):
         # A property of the layout, so that all ranks decide alike.
         gathered_bytes = 2 * k_BLKD.nbytes * layout.ring_degree
         # With another micro-batch to run meanwhile, or no gain from running on, the cheaper single call is better.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from ds_ring.attention.step import Step
 from ds_ring.checks import ModelShape
 from ds_ring.config import RunConfig
 from ds_ring.engines import finite, scoring
@@ -24,10 +25,16 @@ from ds_ring.engines.gather import assemble, gather_replicas, row_starts
 from ds_ring.errors import InputError, NumericsError
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.attention import AttentionContext, inject
+from ds_ring.layout import SequenceLayout
 from ds_ring.topology import Axis
 from ds_ring.transport.mesh import Mesh
 
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig
+    from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+
 NO_POSITIONS = torch.empty(0, dtype=torch.long)
+ONE_TOKEN = SequenceLayout(1)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,14 @@ class Engine(ABC):
         """Positions, in order, of the tokens whose results rank ``peer`` of ``result_axis`` holds."""
 
     @abstractmethod
+    def slots(self, length: int) -> int:
+        """Slots of a cache that ``length`` tokens take on every rank of a replica that shares a sequence."""
+
+    @abstractmethod
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
+        """One token more in each row of this replica; their logits [B, V], the same on every rank of the replica."""
+
+    @abstractmethod
     def mute(self, muted: bool) -> None:
         """Leave out all communication inside layers; results are then meaningless, their time is not."""
 
@@ -113,10 +128,10 @@ class Engine(ABC):
         micro_batches, mine = self._micro_batches(batch)
         wanted_BL = columns_BL >= first
         keep = [torch.nonzero(wanted_BL[_rows(m), : m.length].any(0))[:, 0] for m in micro_batches]
-        shards = self._checked_forward(micro_batches, keep, want_hidden=False)
+        shards = self.checked_forward(micro_batches, keep, want_hidden=False)
         logits_BTV: Tensor | None = None
         for shard, kept_k, micro_batch in zip(shards, keep, micro_batches, strict=True):
-            part_BkV = self._assemble(shard.logits_BkV, micro_batch, kept_k, (self.shape.vocab_size,))
+            part_BkV = self.assemble(shard.logits_BkV, micro_batch, kept_k, (self.shape.vocab_size,))
             if logits_BTV is None:
                 logits_BTV = part_BkV.new_zeros(len(mine), input_ids.shape[1] - first, self.shape.vocab_size)
             columns_Bk = columns_BL[_rows(micro_batch)][:, kept_k].to(self.device)
@@ -125,6 +140,36 @@ class Engine(ABC):
             logits_BTV[own_row, columns_Bk[row, k] - first] = part_BkV[row, k]
         assert logits_BTV is not None
         return CausalLMOutput(logits=gather_replicas(logits_BTV, len(batch.rows), self.mesh["dp"]))
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        past_key_values: Cache | None = None,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """transformers' own ``generate``, greedy or sampling, with the cache spread over the ranks.
+
+        Every rank calls it with the same arguments and gets the same result. Sampling draws from rank 0's generator.
+
+        Args:
+            input_ids: [B, T], rows padded on the left; with ``past_key_values`` the whole conversation, as in
+                transformers, or its new part under a mask of the whole.
+            attention_mask: 1 for tokens and 0 for padding.
+            past_key_values: what an earlier call of this engine gave with ``return_dict_in_generate=True``.
+            streamer: is told the tokens on rank 0.
+            options: transformers' arguments of ``generate``.
+
+        Raises:
+            InputError: unusable tokens or options, before any work. TransportError: ranks were given different ones.
+            NumericsError: a layer gave NaN or infinity.
+        """
+        from ds_ring.engines.generation import generate
+
+        return generate(self, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
 
     def token_log_likelihoods(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
         """Log-likelihood in nats of every token of a row given those before it, from the row's second token on.
@@ -141,14 +186,14 @@ class Engine(ABC):
         micro_batches, mine = self._micro_batches(batch)
         scores_BL = torch.zeros(len(mine), batch.length, device=self.device)
         nothing = [NO_POSITIONS for _ in micro_batches]
-        for shard in self._checked_forward(micro_batches, nothing, want_hidden=True):
+        for shard in self.checked_forward(micro_batches, nothing, want_hidden=True):
             local_Bl = None
             if shard.hidden_Bld is not None:
                 local_Bl = scoring.next_token_log_likelihoods(
                     self.anatomy, shard.batch, shard.positions_l, shard.hidden_Bld
                 )[:, shard.positions_l < shard.batch.length]
             length, start = shard.batch.length, shard.batch.rows.start - mine.start
-            whole_BL = self._assemble(local_Bl, shard.batch, torch.arange(length), ())
+            whole_BL = self.assemble(local_Bl, shard.batch, torch.arange(length), ())
             scores_BL[start : start + len(shard.batch.rows), :length] = whole_BL
         scores_BL = gather_replicas(scores_BL, len(batch.rows), self.mesh["dp"])
         return [scores[: n - 1].cpu() for scores, n in zip(scores_BL, batch.lengths, strict=True)]
@@ -181,7 +226,11 @@ class Engine(ABC):
 
     def own_rows(self, batch: Batch) -> range:
         """The rows of this replica."""
-        count, replicas = len(batch.rows), self.mesh.topology.dp
+        return self.rows_of(len(batch.rows))
+
+    def rows_of(self, count: int) -> range:
+        """The rows of this replica, of ``count``."""
+        replicas = self.mesh.topology.dp
         if count < replicas:
             raise InputError(
                 f"a batch of {count} rows leaves some of dp_size={replicas} replicas without a sequence; "
@@ -195,7 +244,7 @@ class Engine(ABC):
         mine = self.own_rows(batch)
         return batch.split(mine).micro_batches(self.config.workload.micro_batch_size), mine
 
-    def _checked_forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+    def checked_forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         """``forward``, refusing results that are not finite; all ranks raise together and name where it began."""
         shards = self.forward(micro_batches, keep, want_hidden)
         fine = all(finite.all_finite(shard.logits_BkV, shard.hidden_Bld) for shard in shards)
@@ -206,7 +255,7 @@ class Engine(ABC):
         own = self.layers[min(found)] if found else None
         raise NumericsError(finite.describe(self.mesh["world"].all_gather_objects(own), self.shape.num_layers))
 
-    def _assemble(self, local: Tensor | None, batch: Batch, kept_k: Tensor, trailing: tuple[int, ...]) -> Tensor:
+    def assemble(self, local: Tensor | None, batch: Batch, kept_k: Tensor, trailing: tuple[int, ...]) -> Tensor:
         """[B, k, *trailing] on every rank of the replica; ``local`` is None where nothing is held."""
         transport = self.mesh[self.result_axis]
         if local is None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ds_ring.attention.step import Step
 from ds_ring.checks import ModelShape
 from ds_ring.errors import InputError
 
@@ -29,6 +31,9 @@ class Batch:
     lengths: tuple[int, ...]
     rows: range
 
+    in_order: ClassVar[bool] = False
+    """Whether a micro-batch needs what the one before it left, layer by layer."""
+
     @property
     def length(self) -> int:
         return self.ids_BL.shape[1]
@@ -42,6 +47,10 @@ class Batch:
     def micro_batches(self, size: int) -> list[Batch]:
         count = len(self.rows)
         return [self.split(range(i, min(i + size, count))) for i in range(0, count, size)]
+
+    def step(self, positions_l: Tensor, device: torch.device) -> Step | None:
+        """What the attention does with a cache, for the packed positions on this rank; None: there is no cache."""
+        return None
 
     def digest(self) -> str:
         """Equal on two ranks exactly when they were given the same tokens at the same positions."""

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from ds_ring.attention.step import Step
 from ds_ring.checks import ModelShape
 from ds_ring.config import RunConfig
-from ds_ring.engines.base import Engine, Shard
+from ds_ring.engines.base import ONE_TOKEN, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import serve
 from ds_ring.engines.interleave import run_interleaved
@@ -45,9 +46,12 @@ class SequenceParallelEngine(Engine):
     def held_positions(self, length: int, peer: int) -> Tensor:
         return _positions(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
 
+    def slots(self, length: int) -> int:
+        return self.layout(length).local_length
+
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         jobs = [partial(self._forward, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
-        if len(jobs) > 1 and self.interleaves:
+        if len(jobs) > 1 and self.interleaves and not any(m.in_order for m in micro_batches):
             return run_interleaved(jobs, self._on_hand_over, self.device)
         return [job() for job in jobs]
 
@@ -76,7 +80,7 @@ class SequenceParallelEngine(Engine):
         at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
         expected = len(self.anatomy.layers)
         with (
-            self._context.forward(layout, expected, type(self.model).__name__),
+            self._context.forward(layout, expected, type(self.model).__name__, batch.step(positions_l, self.device)),
             self.anatomy.captured_hidden() as hidden,
         ):
             out = self._deepspeed(
@@ -86,6 +90,13 @@ class SequenceParallelEngine(Engine):
                 logits_to_keep=at.to(self.device),
             )
         return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], out.logits)
+
+    @torch.inference_mode()
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
+        with self._context.forward(ONE_TOKEN, len(self.anatomy.layers), type(self.model).__name__, step):
+            out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
+        # Every rank computed them; whether to the last bit is up to its libraries, and tokens must not differ.
+        return self.mesh["sp"].broadcast(out.logits[:, -1], 0)
 
 
 @lru_cache(maxsize=64)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ds_ring.attention.step import Step
 from ds_ring.checks import ModelShape, stage_layers
 from ds_ring.config import RunConfig
-from ds_ring.engines.base import NO_POSITIONS, Engine, Shard
+from ds_ring.engines.base import NO_POSITIONS, ONE_TOKEN, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
 from ds_ring.hf.attention import torch_dtype
@@ -46,6 +47,9 @@ class TensorPipelineEngine(Engine):
     def held_positions(self, length: int, peer: int) -> Tensor:
         return torch.arange(length) if peer == self.stages - 1 else NO_POSITIONS
 
+    def slots(self, length: int) -> int:
+        return length
+
     def mute(self, muted: bool) -> None:
         self.mesh["pp"].muted = muted
         self._muted.close()
@@ -74,6 +78,27 @@ class TensorPipelineEngine(Engine):
             pending.wait()
         return shards
 
+    @torch.inference_mode()
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
+        pp, rows = self.mesh["pp"], ids_B1.shape[0]
+        dtype = torch_dtype(self.config.dtype)
+        hidden_in: Tensor | None = None
+        if self.stage > 0:
+            hidden_in = torch.empty(rows, 1, self.shape.hidden_size, dtype=dtype, device=self.device)
+            pp.exchange([], [(self.stage - 1, hidden_in)]).wait()
+        inputs = {"input_ids": ids_B1} if hidden_in is None else {"inputs_embeds": hidden_in}
+        with (
+            self._context.forward(ONE_TOKEN, len(self.anatomy.layers), type(self.model).__name__, step),
+            spliced(self.anatomy, hidden_in) as behind_layers,
+        ):
+            out = self._deepspeed(**inputs, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
+        if self.is_last:
+            logits_BV = self.mesh["tp"].broadcast(out.logits[:, -1], 0)
+        else:
+            pp.exchange([(self.stage + 1, behind_layers[0].contiguous())], []).wait()
+            logits_BV = torch.empty(rows, self.shape.vocab_size, dtype=dtype, device=self.device)
+        return pp.broadcast(logits_BV, self.stages - 1)
+
     def _receive(self, batch: Batch) -> tuple[Tensor | None, Pending]:
         if self.stage == 0:
             return None, Done()
@@ -86,9 +111,9 @@ class TensorPipelineEngine(Engine):
     ) -> tuple[Tensor, Shard]:
         inputs = {"input_ids": batch.ids_BL.to(self.device)} if hidden_in is None else {"inputs_embeds": hidden_in}
         kept_k = keep if self.is_last else NO_POSITIONS
-        layout = SequenceLayout(batch.length)
+        layout, step = SequenceLayout(batch.length), batch.step(torch.arange(batch.length), self.device)
         with (
-            self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__),
+            self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__, step),
             self.anatomy.captured_hidden() as final,
             spliced(self.anatomy, hidden_in) as behind_layers,
         ):

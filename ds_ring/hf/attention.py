@@ -16,6 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
 from ds_ring.attention.spec import AttentionSpec
+from ds_ring.attention.step import Step
 from ds_ring.config import ParallelConfig
 from ds_ring.errors import DsRingError, UnsupportedModelError
 from ds_ring.layout import SequenceLayout
@@ -31,6 +32,7 @@ class _Forward(threading.local):
     """The present forward. A thread's own: micro-batches in flight may have layouts of their own."""
 
     layout: SequenceLayout | None = None
+    step: Step | None = None
     calls: int = 0
 
 
@@ -44,13 +46,16 @@ class AttentionContext:
     present: _Forward = field(default_factory=_Forward)
 
     @contextmanager
-    def forward(self, layout: SequenceLayout, expected_calls: int, model_class: str) -> Iterator[None]:
-        """One forward over sequences cut by ``layout``; afterwards the attention must have run once a layer."""
-        self.present.layout, self.present.calls = layout, 0
+    def forward(
+        self, layout: SequenceLayout, expected_calls: int, model_class: str, step: Step | None = None
+    ) -> Iterator[None]:
+        """One forward over sequences cut by ``layout``, with ``step`` as one of a generation; afterwards the attention
+        must have run once a layer."""
+        self.present.layout, self.present.step, self.present.calls = layout, step, 0
         try:
             yield
         finally:
-            self.present.layout = None
+            self.present.layout = self.present.step = None
         if self.present.calls != expected_calls:
             raise UnsupportedModelError(
                 f"{model_class} ran the injected attention {self.present.calls} times for {expected_calls} layers: it "
@@ -62,12 +67,20 @@ class AttentionContext:
     ) -> Tensor:
         if self.present.layout is None:
             raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
+        layer, step = self.present.calls, self.present.step
         self.present.calls += 1
+        variant = self.parallel.ring_variant
+        if step is not None:
+            step.store_layer(layer, k_BlKD, v_BlKD)
+            if not step.is_first:
+                return step.attend(
+                    layer, q_BlHD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H, variant=variant
+                )
         return sequence_parallel_attention(
             q_BlHD, k_BlKD, v_BlKD,
             layout=self.present.layout, spec=spec, sinks_H=sinks_H,
             ring=self.mesh["ring"], ulysses=self.mesh["ulysses"],
-            variant=self.parallel.ring_variant, gather_limit_bytes=self.parallel.gather_limit_mib << 20,
+            variant=variant, gather_limit_bytes=self.parallel.gather_limit_mib << 20,
         )  # fmt: skip
 
 

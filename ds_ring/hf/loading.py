@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ds_ring.errors import CheckpointError
 from ds_ring.hf.anatomy import Anatomy
@@ -61,6 +62,8 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
         model.tie_weights()
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     _refuse(path, missing, info.mismatched_keys)
+    if (checkpoint.directory / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     keep_stage(anatomy, layers)
     return model.to(device).eval()
 

@@ -131,8 +131,16 @@ class Transport(ABC):
         return tensor if self.muted else self._all_reduce(tensor)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Every rank's ``tensor``, stacked: ``[size, ...]``. For results; not counted, since no layer uses it."""
-        return self._all_gather(tensor.contiguous())
+        """Every rank's ``tensor``, stacked: ``[size, ...]``."""
+        tensor = tensor.contiguous()
+        sent = blank([(0, tensor)])
+        self.traffic.add("all_gather", tensor.nbytes * (self.size - 1), lambda: void(self._all_gather(sent()[0][1])))
+        return self._all_gather(tensor)
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        """Rank ``source``'s ``tensor`` on every rank; the others bring one of the same shape and dtype."""
+        tensor = tensor.contiguous()
+        return tensor if self.size == 1 else self._broadcast(tensor, source)
 
     def agree(self, **facts: object) -> None:
         """Raise the same TransportError on every rank unless all hold the same facts; it names the fact and a rank."""
@@ -163,3 +171,6 @@ class Transport(ABC):
 
     @abstractmethod
     def _all_gather(self, tensor: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _broadcast(self, tensor: Tensor, source: int) -> Tensor: ...

@@ -150,6 +150,12 @@ class CopyEngineTransport(Transport):
     def _all_gather(self, tensor: Tensor) -> Tensor:
         return self._control._all_gather(tensor)
 
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        return self._control._all_reduce(tensor)
+
+    def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        return self._control._broadcast(tensor, source)
+
     def _all_to_all(self, send: Tensor) -> Tensor:
         slot = self._lent.pop(send.data_ptr(), None)
         if slot is None:

@@ -34,3 +34,9 @@ class HostStagedTransport(ProcessGroupTransport):
 
     def _all_gather(self, tensor: Tensor) -> Tensor:
         return super()._all_gather(tensor.cpu()).to(tensor.device)
+
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        return super()._all_reduce(tensor.cpu()).to(tensor.device)
+
+    def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        return super()._broadcast(tensor.cpu(), source).to(tensor.device)

@@ -52,6 +52,11 @@ class ProcessGroupTransport(Transport):
         dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=self.group)
         return gathered
 
+    def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        received = tensor.clone()
+        dist.broadcast(received, src=self._ranks[source], group=self.group)
+        return received
+
     def all_gather_objects(self, value: T) -> list[T]:
         values: list[T] = [value] * self.size
         dist.all_gather_object(values, value, group=self.group)

@@ -1,0 +1,83 @@
+"""One rank's share of a key/value cache: its own tokens, all the heads it was given, and where each token stands."""
+
+# Shapes: B rows, S slots filled, l tokens written at once, K key/value heads, D head_dim.
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_ring.attention.positions import EMPTY
+
+GROWTH = 1.5
+SMALLEST = 64
+"""Slots of the first allocation, at least."""
+
+
+class Cached(NamedTuple):
+    """Keys and values [B, S, K, D] and their positions [B, S], int32, ``EMPTY`` where nothing is."""
+
+    k_BSKD: Tensor
+    v_BSKD: Tensor
+    positions_BS: Tensor
+
+
+class KVStore:
+    """Slots for tokens, the same for all rows and layers.
+
+    Attributes:
+        used: slots filled on every rank of the group. Each rank knows all of them, since who stores what follows from
+            lengths alone.
+    """
+
+    def __init__(self, rows: int, layers: int, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.device = rank, device
+        self.used = [0] * size
+        self._positions_BS = torch.empty(rows, 0, dtype=torch.int32, device=device)
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held on this rank, empty slots included."""
+        held = [t for pair in self._layers if pair is not None for t in pair]
+        return self._positions_BS.nbytes + sum(t.nbytes for t in held)
+
+    @property
+    def next_owner(self) -> int:
+        """Who stores the next token that all ranks hold: the rank with the fewest, so that shares stay equal."""
+        return self.used.index(min(self.used))
+
+    def place(self, rows: slice, start: int, positions_Bl: Tensor) -> None:
+        """Reserve slots from ``start`` on for tokens at ``positions_Bl``; their keys and values follow by layer."""
+        stop, capacity = start + positions_Bl.shape[1], self._positions_BS.shape[1]
+        if stop > capacity:
+            capacity = max(stop, int(GROWTH * capacity), SMALLEST)
+            grown_BS = self._positions_BS.new_full((self._positions_BS.shape[0], capacity), EMPTY)
+            grown_BS[:, : self._positions_BS.shape[1]] = self._positions_BS
+            self._positions_BS = grown_BS
+        self._positions_BS[rows, start:stop] = positions_Bl
+
+    def write(self, layer: int, rows: slice, start: int, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
+        """One layer's keys and values for slots that were reserved."""
+        pair, (n_rows, capacity) = self._layers[layer], self._positions_BS.shape
+        if pair is None or pair[0].shape[1] < capacity:
+            # Zeros, not whatever memory holds: a hidden value is multiplied by 0, which leaves NaN as it is.
+            grown = [t.new_zeros((n_rows, capacity, *t.shape[2:])) for t in (k_BlKD, v_BlKD)]
+            for new, old in zip(grown, pair or (), strict=False):
+                new[:, : old.shape[1]] = old
+            pair = self._layers[layer] = grown[0], grown[1]
+        for held, new in zip(pair, (k_BlKD, v_BlKD), strict=True):
+            held[rows, start : start + new.shape[1]] = new
+
+    def read(self, layer: int, rows: slice, stop: int) -> Cached:
+        """The first ``stop`` slots, as views; a layer must have been written once."""
+        pair = self._layers[layer]
+        assert pair is not None
+        return Cached(pair[0][rows, :stop], pair[1][rows, :stop], self._positions_BS[rows, :stop])
+
+    def hide(self, hidden_BT: Tensor, first_B: Tensor) -> None:
+        """Forget the tokens of the columns marked in ``hidden_BT``; ``first_B`` are the columns of position 0."""
+        columns_BS = (self._positions_BS + first_B[:, None]).clamp(max=hidden_BT.shape[1] - 1).long()
+        gone_BS = hidden_BT.gather(1, columns_BS) & (self._positions_BS != EMPTY)
+        self._positions_BS.masked_fill_(gone_BS, EMPTY)

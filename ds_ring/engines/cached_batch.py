@@ -1,0 +1,79 @@
+"""Prompts on their way into a cache: the rows of a batch, cut into chunks that run one after the other."""
+
+# Shapes: B rows, L tokens of the chunk, l of them on this rank.
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ds_ring.attention.positions import EMPTY
+from ds_ring.attention.step import Step
+from ds_ring.attention.store import KVStore
+from ds_ring.engines.batch import Batch
+
+
+@dataclass(frozen=True)
+class CachedBatch(Batch):
+    """A batch whose keys and values are kept.
+
+    Attributes:
+        places_BL: where each token stands in its row, int32; ``EMPTY`` at padding. Unlike ``position_ids_BL`` it counts
+            padding between tokens.
+        store_rows: which of the store's rows these are.
+        starts, held: slots filled on every rank before and after.
+        is_first: nothing is cached yet.
+    """
+
+    places_BL: Tensor
+    store: KVStore
+    store_rows: slice
+    starts: tuple[int, ...]
+    held: tuple[int, ...]
+    is_first: bool
+
+    in_order: ClassVar[bool] = True
+
+    def step(self, positions_l: Tensor, device: torch.device) -> Step | None:
+        beyond = max(0, int(positions_l.max()) + 1 - self.length)
+        places_Bl = pad(self.places_BL, (0, beyond), value=EMPTY)[:, positions_l].to(device)
+        return Step(self.store, self.store_rows, places_Bl, self.starts, self.held, is_first=self.is_first)
+
+
+def chunks(
+    batch: Batch, places_BL: Tensor, store: KVStore, *, size: int, rows_at_a_time: int, slots: Callable[[int], int]
+) -> Iterator[list[CachedBatch]]:
+    """Lists of micro-batches, a list for each chunk of at most ``size`` tokens a row (0: all).
+
+    ``batch`` and ``places_BL`` are this replica's rows, ``slots(length)`` the slots that a chunk takes on each rank.
+    Where each goes is settled here, so that they may be run list by list or, in order, all in one pipeline.
+    """
+    for start in range(0, batch.length, size or batch.length):
+        columns = slice(start, min(start + (size or batch.length), batch.length))
+        starts, is_first, found = tuple(store.used), max(store.used) == 0, []
+        for micro_batch in batch.micro_batches(rows_at_a_time):
+            length = min(micro_batch.length, columns.stop) - start
+            if length <= 0:
+                continue
+            rows = slice(micro_batch.rows.start - batch.rows.start, micro_batch.rows.stop - batch.rows.start)
+            held = tuple(s + slots(length) for s in starts)
+            found.append(
+                CachedBatch(
+                    micro_batch.ids_BL[:, columns],
+                    micro_batch.position_ids_BL[:, columns],
+                    tuple(min(max(n - start, 0), length) for n in micro_batch.lengths),
+                    micro_batch.rows,
+                    places_BL[rows, start : start + length],
+                    store,
+                    rows,
+                    starts,
+                    held,
+                    is_first,
+                )
+            )
+        store.used = [s + max(slots(m.length) for m in found) for s in starts]
+        yield found

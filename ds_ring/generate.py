@@ -1,0 +1,176 @@
+"""Text from prompts: read and tokenized, generated in one batch, timed, and told token by token."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+from transformers.generation import BaseStreamer
+
+from ds_ring.config import RunConfig
+from ds_ring.engines.base import Engine
+from ds_ring.errors import InputError
+from ds_ring.hardware import device_name, synchronize
+from ds_ring.hf.cache import ShardedCache
+from ds_ring.text import load_tokenizer, read_text
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; ``temperature`` 0: the likeliest."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+def check(max_new_tokens: int, sampling: Sampling) -> None:
+    """Raise InputError for what no model could do."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if sampling.temperature < 0:
+        raise InputError(f"temperature={sampling.temperature} must be at least 0; 0 takes the likeliest token")
+    if not 0 < sampling.top_p <= 1:
+        raise InputError(f"top_p={sampling.top_p} must be above 0 and at most 1")
+    if sampling.top_k < 0:
+        raise InputError(f"top_k={sampling.top_k} must be at least 0; 0 leaves it out")
+
+
+def read_prompts(config: RunConfig, prompts: Sequence[str], files: Sequence[str]) -> tuple[Any, list[list[int]]]:
+    """(tokenizer, tokens of every prompt and then of every file).
+
+    Raises:
+        InputError: no prompt, an empty one, or a file that cannot be read. CheckpointError: no tokenizer.
+    """
+    texts = [*prompts, *read_text(files)]
+    if not texts:
+        raise InputError("no prompt: give --prompt TEXT… or --prompt-file FILE…")
+    tokenizer = load_tokenizer(config.checkpoint)
+    rows: list[list[int]] = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    for number, row in enumerate(rows):
+        if not row:
+            raise InputError(f"prompt {number + 1} of {len(rows)} is empty: it has no token")
+    return tokenizer, rows
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(token ids, mask), both [B, T], of rows padded at their beginnings."""
+    columns = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (columns - len(row)) + list(row) for row in rows])
+    return ids, torch.tensor([[0] * (columns - len(row)) + [1] * len(row) for row in rows])
+
+
+def run(
+    engine: Engine,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    say: Callable[[str], None],
+    stream: bool,
+) -> dict[str, Any]:
+    """Generate for all prompts at once.
+
+    ``stream``: write the text to standard error as it comes, where there is one prompt.
+
+    Returns:
+        ``{"ttft_ms", "decode_tpot_ms", "tokens_per_second", …, "completions": [{prompt_tokens, token_ids, text}]}``, in
+        the order of ``prompts``: time to the first token; (whole time - ttft) / (steps - 1), None for a single step;
+        tokens of all rows over the whole time.
+    """
+    topology = engine.mesh.topology
+    ends = _ids(engine.model.generation_config.eos_token_id) or _ids(tokenizer.eos_token_id)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    # Replicas without a prompt of their own repeat the first; what they find is left out.
+    ids, mask = left_padded(prompts + prompts[:1] * (topology.dp - len(prompts)), pad_id)
+    text = TextStream(tokenizer) if stream and len(ids) == 1 else None
+    prompt_tokens = sum(map(len, prompts))
+    clock = Clock(text, lambda seconds: say(f"prefill: {seconds:.2f} s, {prompt_tokens / seconds:,.0f} tok/s"))
+    say(f"{topology.label()}: prefill of {prompt_tokens:,} tokens in {len(prompts)} rows")
+    torch.manual_seed(sampling.seed)
+    synchronize(engine.device)
+    engine.mesh["world"].barrier()
+    clock.start()
+    found: Any = engine.generate(
+        ids, mask, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=sorted(ends) or None,
+        streamer=clock, return_dict_in_generate=True, **sampling.options(),
+    )  # fmt: skip
+    synchronize(engine.device)
+    total_s = time.perf_counter() - clock.started
+    new = found.sequences[: len(prompts), ids.shape[1] :].tolist()
+    completions = [_completion(tokenizer, prompt, row, ends) for prompt, row in zip(prompts, new, strict=True)]
+    tokens, steps = sum(len(c["token_ids"]) for c in completions), len(new[0])
+    assert isinstance(found.past_key_values, ShardedCache)
+    held = engine.mesh["world"].all_gather_objects(found.past_key_values.memory_bytes())
+    return {
+        "layout": topology.label(),
+        "gpus": topology.world_size,
+        "device": device_name(engine.device),
+        "dtype": engine.config.dtype,
+        "ttft_ms": 1e3 * clock.ttft_s,
+        "decode_tpot_ms": 1e3 * (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None,
+        "tokens_per_second": tokens / total_s,
+        "prefill_tokens_per_second": prompt_tokens / clock.ttft_s,
+        "cache_gib_per_rank": max(held) / 2**30,
+        "completions": completions,
+    }
+
+
+class Clock(BaseStreamer):
+    """Hears of every step on rank 0, and passes it on; elsewhere it stays at nan."""
+
+    def __init__(self, text: BaseStreamer | None, first_token: Callable[[float], None]) -> None:
+        self._text, self._first_token = text, first_token
+        self._heard = 0
+        self.started, self.ttft_s = 0.0, float("nan")
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def put(self, value: Tensor) -> None:
+        self._heard += 1
+        if self._heard == 2:  # the first is the prompt
+            self.ttft_s = time.perf_counter() - self.started
+            self._first_token(self.ttft_s)
+        if self._text is not None:
+            self._text.put(value)
+
+    def end(self) -> None:
+        if self._text is not None:
+            self._text.end()
+
+
+class TextStream(TextStreamer):
+    """Text to standard error as soon as it is certain; standard output stays free for the result."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print(text, end="\n" if stream_end else "", file=sys.stderr, flush=True)
+
+
+def _completion(tokenizer: Any, prompt: list[int], new: list[int], ends: set[int]) -> dict[str, Any]:
+    """A row's tokens as far as the one that ends it, which counts."""
+    length = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+    text = tokenizer.decode(new[:length], skip_special_tokens=True)
+    return {"prompt_tokens": len(prompt), "token_ids": new[:length], "text": text}
+
+
+def _ids(value: int | list[int] | None) -> set[int]:
+    if value is None:
+        return set()
+    return set(value) if isinstance(value, list) else {value}

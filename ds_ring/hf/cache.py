@@ -1,0 +1,93 @@
+"""What a generation leaves behind: a transformers ``Cache`` to its owner, of which every rank holds a share."""
+
+# Shapes: B rows of the caller's batch, T columns seen so far.
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from ds_ring.attention.store import KVStore
+from ds_ring.errors import DsRingError, InputError
+
+
+class ShardedCache(Cache):
+    """Passed back to ``Engine.generate`` it continues a conversation, as in transformers.
+
+    A token's position, for attention, is its column less the row's first: padding inside a row, such as follows one
+    that ended early, then counts in sliding windows as it does in transformers.
+
+    Attributes:
+        owner: the engine it belongs to.
+        store: this rank's share, of this replica's ``rows``.
+        first_B: the column of every row's first token, its position 0, even where a mask hides it later.
+    """
+
+    def __init__(self, owner: object, store: KVStore, rows: range) -> None:
+        super().__init__(layers=[])
+        self.owner, self.store, self.rows = owner, store, rows
+        self.first_B = torch.empty(0, dtype=torch.long)
+        self._masks: list[Tensor] = []
+        self._columns = 0
+
+    def __repr__(self) -> str:
+        return f"ShardedCache({self._columns} columns; {self.store.used} slots on the ranks of a replica)"
+
+    def memory_bytes(self) -> int:
+        """Memory of this rank's share, slots that are not filled yet included."""
+        return self.store.nbytes
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included: what transformers counts."""
+        return self._columns
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """Which columns hold a token, of all rows of the batch; bool, on the CPU."""
+        return torch.cat(self._masks, dim=1)
+
+    def extend(self, mask_BT: Tensor) -> None:
+        """Count new columns; ``mask_BT`` is bool, on the CPU, and shows a token in every row."""
+        if not self._masks:
+            self.first_B = mask_BT.int().argmax(1)
+        self._masks.append(mask_BT)
+        self._columns += mask_BT.shape[1]
+
+    @torch.inference_mode()
+    def revise(self, mask_BT: Tensor) -> None:
+        """Forget tokens that the caller's mask now hides, such as padding behind a row that ended early.
+
+        Raises:
+            InputError: the mask shows columns that were padding when they were run.
+        """
+        known_BT = self.mask_BT
+        if (mask_BT & ~known_BT).any():
+            row = int((mask_BT & ~known_BT).any(1).nonzero()[0])
+            raise InputError(f"attention_mask shows columns of row {row} that were padding when the cache was made")
+        if torch.equal(mask_BT, known_BT):
+            return
+        own, device = slice(self.rows.start, self.rows.stop), self.store.device
+        self.store.hide((known_BT & ~mask_BT)[own].to(device), self.first_B[own].to(device))
+        self._masks = [mask_BT]
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._columns > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise DsRingError(
+            "a ShardedCache is read and written by the engine that made it, inside generate; other models and changes "
+            "from outside (update, crop, reorder, repeat, select, reset) are not supported"
+        )
+
+    update = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset = _refuse

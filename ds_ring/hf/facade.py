@@ -1,0 +1,78 @@
+"""An engine as transformers' ``generate`` sees it: a causal LM with a forward, a config and a cache."""
+
+# Shapes: B rows of the caller's batch, T new columns, V vocabulary.
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ds_ring.hf.cache import ShardedCache
+from ds_ring.transport.base import Transport
+
+Forward = Callable[[Tensor, Tensor | None, ShardedCache], Tensor]
+"""(new ids [B, T], mask [B, all columns] or None, cache) -> logits [B, V] of the last column, alike on every rank."""
+
+
+class Facade(GenerationMixin):
+    """Everything in it but ``forward`` is the model's own."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = ""
+    _is_stateful = False
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, run: Forward, everyone: Transport) -> None:
+        self._model, self._run, self._everyone = model, run, everyone
+        self.config, self.generation_config = model.config, model.generation_config
+        self.device, self.dtype = device, model.dtype
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: ShardedCache | None = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 1,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        assert past_key_values is not None
+        logits_BV = self._run(input_ids, attention_mask, past_key_values)
+        return CausalLMOutputWithPast(logits=logits_BV[:, None], past_key_values=past_key_values)
+
+    __call__ = forward
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def is_remote_code(self) -> bool:
+        return False
+
+    def get_experts_implementation(self) -> Any:
+        return self._model.get_experts_implementation()
+
+    def set_experts_implementation(self, implementation: Any) -> None:
+        self._model.set_experts_implementation(implementation)
+
+    def _get_stopping_criteria(
+        self, generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList | None, **kwargs: Any
+    ) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
+        timed = generation_config.max_time is not None
+        return _Agreed(criteria, self._everyone) if timed or stopping_criteria else criteria
+
+
+class _Agreed(StoppingCriteriaList):
+    """Criteria that may look at clocks, which no two ranks read alike: rank 0's word holds."""
+
+    def __init__(self, criteria: StoppingCriteriaList, everyone: Transport) -> None:
+        super().__init__(criteria)
+        self._everyone = everyone
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done_B = super().__call__(input_ids, scores, **kwargs)
+        return self._everyone.broadcast(done_B.to(torch.uint8), 0).bool()

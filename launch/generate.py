@@ -1,0 +1,48 @@
+"""Generate text from prompts, with the key/value cache spread over the ranks.
+
+    deepspeed --num_gpus 4 launch/generate.py --model DIR --ring-degree 4 --prompt-file book.txt --max-new-tokens 200
+
+A single prompt's text appears on standard error as it is made. The last line of standard output is one JSON document:
+ttft_ms, decode_tpot_ms, tokens_per_second, cache_gib_per_rank and the completions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ds_ring import cli
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    config = cli.run_config(args)
+    from ds_ring import generate, results, runtime
+
+    sampling = generate.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
+    generate.check(args.max_new_tokens, sampling)
+    tokenizer, prompts = generate.read_prompts(config, args.prompt, args.prompt_file)
+    engine = runtime.from_pretrained(config=config)
+    for number in range(args.passes):
+        found = generate.run(
+            engine, tokenizer, prompts, max_new_tokens=args.max_new_tokens, sampling=sampling, say=cli.say,
+            stream=number == args.passes - 1,
+        )  # fmt: skip
+    return {**results.provenance(), "config": config.document(), **found}
+
+
+if __name__ == "__main__":
+    parser = cli.run_parser(__doc__)
+    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT")
+    parser.add_argument("--prompt-file", nargs="+", default=[], metavar="FILE")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens a prompt [64]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token [0]")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest of this mass [1]")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among the N likeliest; 0: all [0]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling [0]")
+    passes = "how often to generate; the last pass counts, so that 2 leaves out what first calls cost [1]"
+    parser.add_argument("--passes", type=int, choices=range(1, 10), default=1, metavar="N", help=passes)
+    cli.main(work, parser)
