@@ -43,8 +43,8 @@ class ParallelConfig(_Section):
     ring_impl: RingImpl = Field("zigzag", description="which tokens a ring rank holds")
     ring_variant: RingVariant = Field(
         "auto",
-        description="K/V block by block, or all visible K/V first, or those behind the own block; pass_q: queries travel "
-        "to cached K/V",
+        description="K/V block by block, or all visible K/V first, or those behind the own block; pass_q: queries "
+        "travel to cached K/V",
     )
     gather_limit_mib: int = Field(
         2048, ge=0, description="auto takes gather_kv while the gathered K/V of one layer stay below this"
