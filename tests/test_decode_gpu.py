@@ -17,7 +17,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
 ]
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
-HALVES = [torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,8 +35,8 @@ class Cache:
 
     def __init__(self, slots, live, head_dim, dtype=torch.float16, heads=8, kv_heads=2, batch=2, n_queries=1):
         shape = batch, slots, kv_heads, head_dim
-        self.k, self.v = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
-        self.q = torch.randn(batch, n_queries, heads, head_dim, device="cuda").to(dtype)
+        self.k, self.v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
+        self.q = torch.randn(batch, n_queries, heads, head_dim, device="cuda", dtype=dtype)
         self.k_positions = torch.arange(slots, device="cuda", dtype=torch.int32).repeat(batch, 1)
         self.k_positions[:, live:] = EMPTY
         self.q_positions = torch.arange(live - n_queries, live, device="cuda", dtype=torch.int32).repeat(batch, 1)
@@ -66,8 +65,15 @@ class Cache:
         torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256, 512])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+# Every new combination of head size, dtype, feature and tile is compiled, which takes seconds: not all with all.
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        (64, torch.float16), (80, torch.bfloat16), (128, torch.float16), (128, torch.bfloat16), (256, torch.bfloat16),
+        (512, torch.float16), (512, torch.bfloat16),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("group", [1, 4, 32])
 @pytest.mark.parametrize(("slots", "live"), [(5000, 4999), (9001, 3000), (20, 1)])
 def test_a_step_is_reference_attention(head_dim, dtype, group, slots, live):
@@ -75,7 +81,7 @@ def test_a_step_is_reference_attention(head_dim, dtype, group, slots, live):
     cache.assert_right(AttentionSpec(head_dim**-0.5))
 
 
-@pytest.mark.parametrize("head_dim", [1, 5, 33, 112, 192, 300])
+@pytest.mark.parametrize("head_dim", [1, 33, 112, 300])
 def test_any_head_size(head_dim):
     Cache(1501, 1400, head_dim).assert_right(AttentionSpec(head_dim**-0.5))
 
@@ -85,9 +91,12 @@ def test_fp32_is_exact(head_dim):
     Cache(901, 800, head_dim, torch.float32).assert_right(AttentionSpec(head_dim**-0.5))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
+@pytest.mark.parametrize(
+    ("head_dim", "spec"),
+    [(64, (200, None)), (128, (None, None)), (128, (1024, 50.0)), (256, (None, None)), (512, (None, None))],
+    ids=str,
+)
 @pytest.mark.parametrize("n_queries", [2, 7, 64, 1000])
-@pytest.mark.parametrize("spec", [(None, None), (200, None), (1024, 50.0)], ids=str)
 def test_several_queries_against_a_cached_prefix(head_dim, n_queries, spec):
     cache = Cache(4500, 4001, head_dim, n_queries=n_queries)
     cache.assert_right(AttentionSpec(head_dim**-0.5, *spec))
@@ -96,7 +105,7 @@ def test_several_queries_against_a_cached_prefix(head_dim, n_queries, spec):
 @pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(512, 16, 16), (512, 16, 4), (128, 32, 8)])
 @pytest.mark.parametrize("slots", [32_768, 100_000])
 def test_big_caches(head_dim, heads, kv_heads, slots):
-    if torch.cuda.mem_get_info()[0] < 16 * slots * kv_heads * head_dim * 8:
+    if torch.cuda.mem_get_info()[0] < 72 * slots * kv_heads * head_dim:  # the cache, and one row of it in fp64
         pytest.skip("needs more GPU memory")
     cache = Cache(slots, slots - 77, head_dim, heads=heads, kv_heads=kv_heads, batch=8)
     spec = AttentionSpec(head_dim**-0.5)
@@ -134,11 +143,10 @@ def test_slots_in_any_order_rows_of_any_length_and_holes(head_dim, n_queries):
     torch.testing.assert_close(lse[:2], want_lse[:2], atol=2e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
-def test_the_self_test_passes_and_the_kernel_is_taken(head_dim):
-    for dtype in HALVES:
-        for features in ((False, False), (True, False), (True, True)):
-            assert kernel_usable(torch.device("cuda"), dtype, head_dim, *features)
+@pytest.mark.parametrize("head_dim", [128, 512])
+@pytest.mark.parametrize(("dtype", "windowed"), [(torch.float16, False), (torch.bfloat16, True)], ids=str)
+def test_the_self_test_passes_and_the_kernel_is_taken(head_dim, dtype, windowed):
+    assert kernel_usable(torch.device("cuda"), dtype, head_dim, windowed, windowed)
 
 
 @pytest.mark.parametrize("head_dim", [128, 512])

@@ -270,6 +270,7 @@ def test_repeats_are_bit_equal(path):
         assert all(torch.equal(a, b) for a, b in zip(case.attend(path, *tensors), first, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")
 @pytest.mark.parametrize("path", PATHS)
 def test_a_nan_reaches_the_queries_that_see_it(path):
     case = Case(batch=2, n_keys=100)
