@@ -55,6 +55,29 @@ def all_are_late(rank: int, peer: int) -> float:
     return LATE_S
 
 
+def nested(transport: CopyEngineTransport, dice: random.Random, depth: int) -> bool:
+    """``depth`` tensors shared one inside the other, each with readers and a shape drawn by ``dice``, which all ranks
+    throw alike; then an all-to-all. Whether all that was taken is right."""
+    rank, size = transport.rank, transport.size
+    tag, rows = float(dice.randint(1, 10**6)), dice.randint(1, 4)
+    shape, index = (2, 4, dice.randint(1, 9)), (slice(None), slice(0, rows))
+    pairs = {(reader, owner) for reader in range(size) for owner in range(size) if dice.random() < 0.6}
+    right = True
+    with transport.share(shape, torch.empty(0)) as shared:
+        shared.own.fill_(tag + rank)
+        after, before = ([(rank + sign * hop) % size for hop in range(1, size)] for sign in (1, -1))
+        shared.publish([(peer, index) if (peer, rank) in pairs else None for peer in after])
+        taken = [(peer, *shared.pull((peer, index) if (rank, peer) in pairs else None)) for peer in before]
+        if depth > 1:
+            right = nested(transport, dice, depth - 1)
+        for peer, pending, part in taken:
+            pending.wait()
+            right &= bool((part == tag + peer).all())
+        right &= bool((shared.own == tag + rank).all())
+    swapped = transport.all_to_all(torch.full((size, dice.randint(1, 5)), tag + rank))
+    return right and swapped[:, 0].tolist() == [tag + peer for peer in range(size)]
+
+
 @pytest.fixture
 def late_writer(monkeypatch):
     """Rank 0 takes its time between having a slot and writing into it."""
@@ -88,6 +111,18 @@ class TestProtocol:
     @pytest.mark.usefixtures("late_writer")
     def test_every_round_is_exact_beside_a_late_writer(self, sees):
         assert pulling(3, lambda t: rounds(t, 4, sees)) == [0.0] * 3
+
+    @pytest.mark.parametrize("one_queue", [False, True])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_programs_drawn_at_random_are_exact(self, seed, one_queue):
+        """Tensors of any shape shared with anyone, up to three at once, between all-to-alls."""
+
+        def work(transport):
+            dice = random.Random(seed)
+            return [nested(transport, dice, dice.randint(1, 3)) for _ in range(12)]
+
+        size = 2 + seed % 3
+        assert pulling(size, work, random_delay(seed), one_queue) == [[True] * 12] * size
 
     def test_two_tensors_shared_at_once_have_memory_of_their_own(self):
         def work(transport):
