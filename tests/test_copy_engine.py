@@ -11,8 +11,9 @@ from mocked_world import ProcessGroupWorld, one_process
 from peer_threads import AtOnce, Later, copy_engine_mesh, no_delay, pulling
 
 from ds_ring.layout import SequenceLayout
-from ds_ring.transport.copy_engine import CopyEngineTransport, Slots, contiguous_pieces
+from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.host_staged import HostStagedTransport
+from ds_ring.transport.slots import Slots, contiguous_pieces
 from tests.worlds import Problem, run_attention
 
 EXACT, WRONG = 1e-6, 1e-2
@@ -251,6 +252,20 @@ class TestTransport:
             ]
             assert found.tolist() == want
             assert sent == 5 * (size - 1) * 2 * 4
+
+    @pytest.mark.parametrize("muted", [False, True])
+    @pytest.mark.parametrize("shape", [(3, 2, 5, 4), (3, 1, 5, 4), (3, 2, 1)])
+    def test_parts_of_an_all_to_all_side_by_side_are_those_one_above_the_other(self, shape, muted):
+        def work(transport):
+            transport.muted = muted
+            send = torch.randn(shape, generator=torch.Generator().manual_seed(transport.rank))
+            above = transport.all_to_all(send)
+            sent = transport.traffic.bytes_sent
+            beside = transport.all_to_all_side_by_side(transport.send_buffer(shape, send).copy_(send))
+            assert transport.traffic.bytes_sent == 2 * sent > 0
+            assert torch.equal(beside, torch.cat(list(above), 1))
+
+        pulling(3, work, random_delay(5))
 
     def test_messages_and_agreement_go_by_the_group_that_controls_it(self):
         def work(transport):
