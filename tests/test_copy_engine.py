@@ -10,6 +10,7 @@ from deepspeed import comm as dist
 from mocked_world import ProcessGroupWorld, one_process
 from peer_threads import AtOnce, Later, copy_engine_mesh, no_delay, pulling
 
+from ds_ring.errors import TransportError
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.host_staged import HostStagedTransport
@@ -197,6 +198,12 @@ class TestMistakesShow:
 
         assert pulling(2, work) == [False, False]
 
+    def test_memory_that_is_not_the_peers_fails_the_self_test(self, monkeypatch):
+        assert pulling(3, lambda t: (t.self_test(torch.device("cpu")), t.traffic.bytes_sent)) == [(None, 0)] * 3
+        monkeypatch.setattr(Later, "copy", lambda *_: None)
+        with pytest.raises(TransportError, match=r"rank \d does not read what rank \d wrote into its memory"):
+            pulling(3, lambda t: t.self_test(torch.device("cpu")))
+
     def test_a_pull_of_what_was_not_published_is_named(self, monkeypatch):
         monkeypatch.setattr(peer_threads, "TIMEOUT_S", 0.5)
 
@@ -365,6 +372,7 @@ def test_attention_over_pulled_blocks(split, ring_impl, variant):
     pulled = run_attention(problem, layout, variant=variant, make_mesh=copy_engine_mesh(random_delay(0)), repeats=4)
     assert problem.error(pulled.out_BLHD) < EXACT
     sent = run_attention(problem, layout, variant=variant)
+    assert problem.error(sent.out_BLHD) < EXACT
     assert [dict(t.bytes_by_op) for t in pulled.traffic] == [dict(t.bytes_by_op) for t in sent.traffic]
 
 

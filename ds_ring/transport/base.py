@@ -79,6 +79,9 @@ class Transport(ABC):
         """Memory that peers can read, which is apart from what PyTorch's allocator counts."""
         return 0
 
+    def self_test(self, device: torch.device) -> None:  # noqa: B027
+        """Collective. Raise TransportError where what this transport relies on does not hold on ``device``."""
+
     def share(self, shape: Sequence[int], like: Tensor) -> Shared:
         """A tensor of ``like``'s dtype and device for peers to take parts of; see ``Shared``."""
         return SentShared(like.new_empty(tuple(shape)), self.exchange)

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ds_ring.errors import TransportError
 from ds_ring.transport.base import Done, Message, T, Transport
 from ds_ring.transport.peer_memory import Device
 from ds_ring.transport.shared import Part, Pending, Shared
-from ds_ring.transport.slots import Slot, Slots, contiguous_pieces, nbytes
+from ds_ring.transport.slots import MIN_SLOTS, Slot, Slots, contiguous_pieces, nbytes
 
 
 class CopyEngineTransport(Transport):
@@ -33,6 +34,25 @@ class CopyEngineTransport(Transport):
     @property
     def shared_bytes(self) -> int:
         return self.slots.nbytes
+
+    def self_test(self, device: torch.device) -> None:
+        """A few rounds of numbers that are known, on all ranks together, before anything that counts.
+
+        Raises:
+            TransportError: something else was read than what a peer wrote.
+        """
+        whole, peers = (slice(None),), [(self.rank + hop) % self.size for hop in range(1, self.size)]
+        for number in range(2 * MIN_SLOTS):
+            with PulledShared(self, (1024,), torch.float32, device) as shared:
+                shared.own.fill_(100.0 * self.rank + number)
+                shared.give([(peer, whole) for peer in peers])
+                for peer, (pending, part) in [(peer, shared.take((peer, whole))) for peer in peers]:
+                    pending.wait()
+                    if not bool((part == 100.0 * peer + number).all()):
+                        raise TransportError(
+                            f"rank {self.rank} does not read what rank {peer} wrote into its memory; "
+                            f"take transport=process_group"
+                        )
 
     def share(self, shape: Sequence[int], like: Tensor) -> Shared:
         shared = PulledShared(self, tuple(shape), like.dtype, like.device)
