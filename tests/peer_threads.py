@@ -131,10 +131,14 @@ class Later(AtOnce):
 
 
 class ThreadDevice:
-    def __init__(self, control: Transport, delay: Delay) -> None:
+    """``one_queue``: all pulls wait in one line, as where a GPU runs unrelated streams in one hardware queue."""
+
+    def __init__(self, control: Transport, delay: Delay, one_queue: bool = False) -> None:
         self._control, self.rank, self.delay = control, control.rank, delay
         self._compute = AtOnce(self)
         self._pulls = [Later(self, peer) for peer in range(control.size)]
+        if one_queue:
+            self._pulls = self._pulls[:1] * control.size
         self.allocated: list[int] = []
 
     def allocate(self, nbytes: int, flags: int) -> ThreadMemory:
@@ -174,12 +178,14 @@ def copy_engine_mesh(delay: Delay = no_delay) -> Callable[[ThreadedWorld, Topolo
     return make
 
 
-def pulling(size: int, work: Callable[[CopyEngineTransport], object], delay: Delay = no_delay) -> list[object]:
+def pulling(
+    size: int, work: Callable[[CopyEngineTransport], object], delay: Delay = no_delay, one_queue: bool = False
+) -> list[object]:
     """``work(transport)`` on every rank of one group; results in rank order."""
     world = ThreadedWorld(size, TIMEOUT_S)
 
     def on_rank(rank: int) -> object:
         control = world.transport("world", range(size), rank)
-        return work(CopyEngineTransport(control, ThreadDevice(control, delay)))
+        return work(CopyEngineTransport(control, ThreadDevice(control, delay, one_queue)))
 
     return world.run(on_rank)

@@ -234,9 +234,9 @@ class TestRefusedFiles:
          "ds_ring.workload.max_length=0: Input should be greater than or equal to 1"),
         ({"ds_ring": {"parallel": {"ring_impl": "striped"}}},
          "ds_ring.parallel.ring_impl='striped': Input should be 'zigzag' or 'contiguous'"),
-        ({"ds_ring": {"parallel": {"ring_variant": "pass_q"}}},
-         "ds_ring.parallel.ring_variant='pass_q': Input should be 'auto', 'pass_kv', 'gather_kv' "
-         "or 'local_first'"),
+        ({"ds_ring": {"parallel": {"ring_variant": "pass_v"}}},
+         "ds_ring.parallel.ring_variant='pass_v': Input should be 'auto', 'pass_kv', 'gather_kv', 'local_first' "
+         "or 'pass_q'"),
         ({"ds_ring": {"transport": "mpi"}},
          "ds_ring.transport='mpi': Input should be 'auto', 'process_group' or 'copy_engine'"),
         ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},

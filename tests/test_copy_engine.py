@@ -10,9 +10,11 @@ from deepspeed import comm as dist
 from mocked_world import ProcessGroupWorld, one_process
 from peer_threads import AtOnce, Later, copy_engine_mesh, no_delay, pulling
 
+from ds_ring.errors import TransportError
 from ds_ring.layout import SequenceLayout
-from ds_ring.transport.copy_engine import CopyEngineTransport, Slots, contiguous_pieces
+from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.host_staged import HostStagedTransport
+from ds_ring.transport.slots import Slots, contiguous_pieces
 from tests.worlds import Problem, run_attention
 
 EXACT, WRONG = 1e-6, 1e-2
@@ -55,6 +57,29 @@ def all_are_late(rank: int, peer: int) -> float:
     return LATE_S
 
 
+def nested(transport: CopyEngineTransport, dice: random.Random, depth: int) -> bool:
+    """``depth`` tensors shared one inside the other, each with readers and a shape drawn by ``dice``, which all ranks
+    throw alike; then an all-to-all. Whether all that was taken is right."""
+    rank, size = transport.rank, transport.size
+    tag, rows = float(dice.randint(1, 10**6)), dice.randint(1, 4)
+    shape, index = (2, 4, dice.randint(1, 9)), (slice(None), slice(0, rows))
+    pairs = {(reader, owner) for reader in range(size) for owner in range(size) if dice.random() < 0.6}
+    right = True
+    with transport.share(shape, torch.empty(0)) as shared:
+        shared.own.fill_(tag + rank)
+        after, before = ([(rank + sign * hop) % size for hop in range(1, size)] for sign in (1, -1))
+        shared.publish([(peer, index) if (peer, rank) in pairs else None for peer in after])
+        taken = [(peer, *shared.pull((peer, index) if (rank, peer) in pairs else None)) for peer in before]
+        if depth > 1:
+            right = nested(transport, dice, depth - 1)
+        for peer, pending, part in taken:
+            pending.wait()
+            right &= bool((part == tag + peer).all())
+        right &= bool((shared.own == tag + rank).all())
+    swapped = transport.all_to_all(torch.full((size, dice.randint(1, 5)), tag + rank))
+    return right and swapped[:, 0].tolist() == [tag + peer for peer in range(size)]
+
+
 @pytest.fixture
 def late_writer(monkeypatch):
     """Rank 0 takes its time between having a slot and writing into it."""
@@ -88,6 +113,18 @@ class TestProtocol:
     @pytest.mark.usefixtures("late_writer")
     def test_every_round_is_exact_beside_a_late_writer(self, sees):
         assert pulling(3, lambda t: rounds(t, 4, sees)) == [0.0] * 3
+
+    @pytest.mark.parametrize("one_queue", [False, True])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_programs_drawn_at_random_are_exact(self, seed, one_queue):
+        """Tensors of any shape shared with anyone, up to three at once, between all-to-alls."""
+
+        def work(transport):
+            dice = random.Random(seed)
+            return [nested(transport, dice, dice.randint(1, 3)) for _ in range(12)]
+
+        size = 2 + seed % 3
+        assert pulling(size, work, random_delay(seed), one_queue) == [[True] * 12] * size
 
     def test_two_tensors_shared_at_once_have_memory_of_their_own(self):
         def work(transport):
@@ -161,6 +198,12 @@ class TestMistakesShow:
 
         assert pulling(2, work) == [False, False]
 
+    def test_memory_that_is_not_the_peers_fails_the_self_test(self, monkeypatch):
+        assert pulling(3, lambda t: (t.self_test(torch.device("cpu")), t.traffic.bytes_sent)) == [(None, 0)] * 3
+        monkeypatch.setattr(Later, "copy", lambda *_: None)
+        with pytest.raises(TransportError, match=r"rank \d does not read what rank \d wrote into its memory"):
+            pulling(3, lambda t: t.self_test(torch.device("cpu")))
+
     def test_a_pull_of_what_was_not_published_is_named(self, monkeypatch):
         monkeypatch.setattr(peer_threads, "TIMEOUT_S", 0.5)
 
@@ -216,6 +259,20 @@ class TestTransport:
             ]
             assert found.tolist() == want
             assert sent == 5 * (size - 1) * 2 * 4
+
+    @pytest.mark.parametrize("muted", [False, True])
+    @pytest.mark.parametrize("shape", [(3, 2, 5, 4), (3, 1, 5, 4), (3, 2, 1)])
+    def test_parts_of_an_all_to_all_side_by_side_are_those_one_above_the_other(self, shape, muted):
+        def work(transport):
+            transport.muted = muted
+            send = torch.randn(shape, generator=torch.Generator().manual_seed(transport.rank))
+            above = transport.all_to_all(send)
+            sent = transport.traffic.bytes_sent
+            beside = transport.all_to_all_side_by_side(transport.send_buffer(shape, send).copy_(send))
+            assert transport.traffic.bytes_sent == 2 * sent > 0
+            assert torch.equal(beside, torch.cat(list(above), 1))
+
+        pulling(3, work, random_delay(5))
 
     def test_messages_and_agreement_go_by_the_group_that_controls_it(self):
         def work(transport):
@@ -315,6 +372,7 @@ def test_attention_over_pulled_blocks(split, ring_impl, variant):
     pulled = run_attention(problem, layout, variant=variant, make_mesh=copy_engine_mesh(random_delay(0)), repeats=4)
     assert problem.error(pulled.out_BLHD) < EXACT
     sent = run_attention(problem, layout, variant=variant)
+    assert problem.error(sent.out_BLHD) < EXACT
     assert [dict(t.bytes_by_op) for t in pulled.traffic] == [dict(t.bytes_by_op) for t in sent.traffic]
 
 

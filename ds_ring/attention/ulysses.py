@@ -53,7 +53,7 @@ def ulysses_attention(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, *, transpo
         send[u, :, :, :share] = q_BlHD[:, :, u * share : (u + 1) * share]
         send[u, :, :, share : share + len(kv)] = k_BlKD[:, :, kv]
         send[u, :, :, share + len(kv) :] = v_BlKD[:, :, kv]
-    slice_BLhD = transport.all_to_all(send).transpose(0, 1).reshape(batch, degree * local, -1, head_dim)
+    slice_BLhD = transport.all_to_all_side_by_side(send)
     q, k, v = slice_BLhD.split((share, len(wanted[0]), len(wanted[0])), dim=2)
     out_BLhD = inner(q, k, v)
     send = transport.send_buffer((degree, batch, local, share, head_dim), out_BLhD)

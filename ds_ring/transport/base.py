@@ -79,6 +79,9 @@ class Transport(ABC):
         """Memory that peers can read, which is apart from what PyTorch's allocator counts."""
         return 0
 
+    def self_test(self, device: torch.device) -> None:  # noqa: B027
+        """Collective. Raise TransportError where what this transport relies on does not hold on ``device``."""
+
     def share(self, shape: Sequence[int], like: Tensor) -> Shared:
         """A tensor of ``like``'s dtype and device for peers to take parts of; see ``Shared``."""
         return SentShared(like.new_empty(tuple(shape)), self.exchange)
@@ -111,13 +114,21 @@ class Transport(ABC):
 
     def all_to_all(self, send: Tensor) -> Tensor:
         """``send[i]`` goes to rank i; row j of the result came from rank j. Shape ``[size, ...]`` both ways."""
+        self._account_all_to_all(send)
+        return send if self.muted else self._all_to_all(send)
+
+    def all_to_all_side_by_side(self, send: Tensor) -> Tensor:
+        """As ``all_to_all``, of ``[size, B, l, ...]``; the result is ``[B, size l, ...]``, rank j's part at row j l."""
+        size, batch, rows, *rest = send.shape
+        return self.all_to_all(send).transpose(0, 1).reshape(batch, size * rows, *rest)
+
+    def _account_all_to_all(self, send: Tensor) -> None:
         assert send.shape[0] == self.size
         assert send.is_contiguous()
         sent = blank([(0, send)])
         self.traffic.add(
             "all_to_all", send.nbytes * (self.size - 1) // self.size, lambda: void(self._all_to_all(sent()[0][1]))
         )
-        return send if self.muted else self._all_to_all(send)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's ``tensor``, the same on all; ``tensor`` itself may be overwritten with it.

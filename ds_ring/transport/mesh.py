@@ -98,6 +98,8 @@ class Mesh:
         for axis in get_args(Axis):
             # NCCL sets a group up at its first call, and hangs if that is a message between only some of its ranks.
             mesh[axis].barrier()
+        for axis in PULLED_AXES:
+            mesh[axis].self_test(device)
         return mesh
 
 

@@ -1,0 +1,118 @@
+"""The copy engine's protocol: memory in slots, used round after round, and the flags that say when.
+
+Shared tensors lie in *slots*, each one ``PeerMemory`` on every rank; all ranks use slots in the same
+order. Using a slot once is a *round*, numbered 1, 2, .. in each slot. A slot has two flags for every peer p:
+
+- WRITTEN + p, in my memory: p's slot holds what p wrote in that round. Raised by p.
+- READ + p, in my memory: p has taken what it wanted from my slot in that round. Raised by p.
+
+Round n of a slot, on every rank (C: the queue of computations, P: the queue for one peer):
+
+1. acquire: C waits for READ + p >= m, for every peer p that was to read in the last published round m < n.
+   Only then may the slot be written.
+2. write, on C.
+3. publish: C raises WRITTEN + me to n at every reader.
+4. pull from p: P goes behind C (the target's memory is free), waits for WRITTEN + p >= n, copies, and raises READ + me
+   to n at p. What uses the copy, on C, goes behind P.
+5. release: the slot may be acquired again. This rank's own reading of it is on C, as is the writing of a later round.
+
+Why that is enough. A slot is overwritten only behind (1), when all readers' copies are done. A copy starts only behind
+(3) and so behind the writing, and sees round n, not a later one: p cannot write a later round before we raise READ.
+Flags only rise, so that no signal is lost or taken for another, however far one rank runs ahead; it can run at most
+as far as the slots go. Readers and pulls are both derived from the layout and must agree: a pull that was not
+published waits for ever, a reader that does not pull stops the writer. All waits are for things that the waited-for
+rank queued earlier in the common order of operations, so that there is no cycle, even where a GPU runs unrelated
+streams in one hardware queue.
+
+At least two slots are used in turn, so that the next layer's tensor is written while peers still read this one's. A
+slot that is too small is replaced by all ranks together (shapes are equal on all); nothing is in flight then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ds_ring.transport.peer_memory import Device, PeerMemory
+from ds_ring.transport.shared import Pending
+
+MIN_SLOTS = 2
+
+
+class Slot:
+    """Memory that is used round after round; ``readers`` are those of the last published one."""
+
+    def __init__(self, memory: PeerMemory) -> None:
+        self.memory = memory
+        self.round = 0
+        self.published = 0
+        self.readers: list[int] = []
+
+    def view(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """``rank``'s tensor in this slot."""
+        return self.memory.data(rank)[: nbytes(shape, dtype)].view(dtype).view(shape)
+
+
+class Slots:
+    """The slots of one group on this rank."""
+
+    def __init__(self, device: Device, rank: int, size: int) -> None:
+        self._device, self._rank, self._size = device, rank, size
+        self._free: list[Slot] = []
+        self.count = self.nbytes = 0
+
+    def acquire(self, needed: int) -> Slot:
+        """A slot of at least so many bytes that may be written."""
+        if self._free and self.count >= MIN_SLOTS:
+            slot = self._free.pop(0)
+        else:
+            self.count += 1
+            slot = self._new(needed)
+        if slot.memory.nbytes < needed:
+            self.nbytes -= slot.memory.nbytes
+            slot = self._new(needed)
+        slot.round += 1
+        queue = self._device.computations()
+        for reader in slot.readers:
+            queue.wait_flag(slot.memory, self._size + reader, slot.published)
+        slot.readers = []
+        return slot
+
+    def publish(self, slot: Slot, readers: Sequence[int]) -> None:
+        queue = self._device.computations()
+        slot.readers, slot.published = list(readers), slot.round
+        for reader in readers:
+            queue.raise_flag(slot.memory, reader, self._rank, slot.round)
+
+    def pull(self, slot: Slot, peer: int, pieces: Iterator[tuple[Tensor, Tensor]]) -> Pending:
+        """Copy ``pieces`` (target, part of the peer's tensor) once the peer has published this round."""
+        queue = self._device.pulls(peer)
+        queue.after(self._device.computations())
+        queue.wait_flag(slot.memory, peer, slot.round)
+        for target, source in pieces:
+            queue.copy(target, source)
+        queue.raise_flag(slot.memory, peer, self._size + self._rank, slot.round)
+        return queue.mark()
+
+    def release(self, slot: Slot) -> None:
+        self._free.append(slot)
+
+    def _new(self, needed: int) -> Slot:
+        slot = Slot(self._device.allocate(needed, 2 * self._size))
+        self.nbytes += slot.memory.nbytes
+        return slot
+
+
+def contiguous_pieces(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The fewest pairs of parts of equal tensors that are whole memory on both sides: what an engine copies."""
+    if target.is_contiguous() and source.is_contiguous():
+        yield target, source
+    else:
+        for t, s in zip(target, source, strict=True):
+            yield from contiguous_pieces(t, s)
+
+
+def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
