@@ -20,6 +20,7 @@ from ds_ring.topology import Topology
 
 RingVariant = Literal["auto", "pass_kv", "gather_kv"]
 DType = Literal["fp32", "fp16", "bf16"]
+FusionChoice = Literal["auto", "none"]
 
 _DTYPE_NAMES: dict[str, DType] = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
@@ -72,6 +73,9 @@ class RingConfig(_Section):
     transport: Literal["auto", "process_group"] = Field(
         "auto", description="how K/V and heads move between ranks; auto is process groups, the only way so far"
     )
+    fusion: FusionChoice = Field(
+        "auto", description="auto puts neighbouring operations of a layer together where they are recognised"
+    )
 
 
 class RunConfig(_Section):
@@ -86,8 +90,8 @@ class RunConfig(_Section):
 
         Args:
             source: path, dict, RunConfig, or None for the defaults.
-            overrides: any field of ``parallel`` or ``workload``, ``tp_size``, ``dtype``, ``model``, ``transport``;
-                None means "as in the file".
+            overrides: any field of ``parallel`` or ``workload``, ``tp_size``, ``dtype``, ``model``,
+                ``transport``, ``fusion``; None means "as in the file".
 
         A dtype that neither gives is the checkpoint's own, else fp32, as in transformers.
 

@@ -60,6 +60,7 @@ class TestLoading:
                     "warmup": 1, "repeats": 3,
                 },
                 "transport": "auto",
+                "fusion": "auto",
             },
         }  # fmt: skip
 
@@ -212,7 +213,7 @@ class TestRefusedFiles:
     ("document", "text"),
     [
         ({"ds_ring": {"paralel": {}}},
-         "ds_ring.paralel is not a known key; known here: model, parallel, transport, workload"),
+         "ds_ring.paralel is not a known key; known here: fusion, model, parallel, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
          "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, repeats, "
          "sweep, text, warmup"),
@@ -238,7 +239,7 @@ class TestRefusedFiles:
         ({"ds_ring": {"transport": "mpi"}}, "ds_ring.transport='mpi': Input should be 'auto' or 'process_group'"),
         ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},
          "ds_ring.workload.repeats=0: Input should be greater than or equal to 1; "
-         "ds_ring.modle is not a known key; known here: model, parallel, transport, workload"),
+         "ds_ring.modle is not a known key; known here: fusion, model, parallel, transport, workload"),
         ({"ds_ring": 3}, "ds_ring must be a JSON object, not 3"),
         ({"ds_ring": None}, "ds_ring must be a JSON object, not None"),
         ({"tensor_parallel": 2}, "tensor_parallel must be a JSON object, not 2"),

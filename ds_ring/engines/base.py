@@ -24,6 +24,7 @@ from ds_ring.engines.gather import assemble, gather_replicas, row_starts
 from ds_ring.errors import InputError, NumericsError
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.attention import AttentionContext, inject
+from ds_ring.hf.fused.fusion import Fusion
 from ds_ring.topology import Axis
 from ds_ring.transport.mesh import Mesh
 
@@ -63,6 +64,12 @@ class Engine(ABC):
         self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
         inject(model, self._context)
         self.anatomy = Anatomy.of(model)
+        self.fusion: Fusion | None = None
+
+    def _fuse(self) -> None:
+        """To be called once the model is as DeepSpeed serves it."""
+        if self.config.ring.fusion == "auto":
+            self.fusion = Fusion(self.anatomy)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -30,6 +30,7 @@ class SequenceParallelEngine(Engine):
     ) -> None:
         super().__init__(model, config, mesh, shape, device)
         self._deepspeed = serve(model, config)
+        self._fuse()
 
     def layout(self, length: int) -> SequenceLayout:
         p = self.config.parallel

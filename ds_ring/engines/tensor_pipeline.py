@@ -33,6 +33,7 @@ class TensorPipelineEngine(Engine):
         super().__init__(model, config, mesh, shape, device)
         self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
         self._deepspeed = serve(model, config, tensor_parallel=mesh["tp"])
+        self._fuse()
         self._muted = ExitStack()
 
     @property
