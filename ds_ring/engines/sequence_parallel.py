@@ -16,6 +16,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import serve
+from ds_ring.engines.transfer import to_device
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
 
@@ -56,7 +57,7 @@ class SequenceParallelEngine(Engine):
         positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
         padding = (0, layout.padded_length - batch.length)
         ids_Bl, position_ids_Bl = (
-            pad(t, padding)[:, positions_l].to(self.device) for t in (batch.ids_BL, batch.position_ids_BL)
+            to_device(pad(t, padding)[:, positions_l], self.device) for t in (batch.ids_BL, batch.position_ids_BL)
         )
         at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
         expected = len(self.anatomy.layers)
@@ -68,7 +69,7 @@ class SequenceParallelEngine(Engine):
                 input_ids=ids_Bl,
                 position_ids=position_ids_Bl,
                 use_cache=False,
-                logits_to_keep=at.to(self.device),
+                logits_to_keep=to_device(at, self.device),
             )
         return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], out.logits)
 

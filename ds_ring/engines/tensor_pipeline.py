@@ -15,6 +15,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import NO_POSITIONS, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
+from ds_ring.engines.transfer import to_device
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.stage import spliced
 from ds_ring.layout import SequenceLayout
@@ -85,7 +86,10 @@ class TensorPipelineEngine(Engine):
     def _run_stage(
         self, batch: Batch, keep: Tensor, hidden_in: Tensor | None, want_hidden: bool
     ) -> tuple[Tensor, Shard]:
-        inputs = {"input_ids": batch.ids_BL.to(self.device)} if hidden_in is None else {"inputs_embeds": hidden_in}
+        if hidden_in is None:
+            inputs = {"input_ids": to_device(batch.ids_BL, self.device)}
+        else:
+            inputs = {"inputs_embeds": hidden_in}
         kept_k = keep if self.is_last else NO_POSITIONS
         layout = SequenceLayout(batch.length)
         with (
@@ -95,9 +99,9 @@ class TensorPipelineEngine(Engine):
         ):
             out = self._deepspeed(
                 **inputs,
-                position_ids=batch.position_ids_BL.to(self.device),
+                position_ids=to_device(batch.position_ids_BL, self.device),
                 use_cache=False,
-                logits_to_keep=kept_k.to(self.device),
+                logits_to_keep=to_device(kept_k, self.device),
             )
         if not self.is_last:
             return behind_layers[0], Shard(batch, NO_POSITIONS, None, NO_POSITIONS, None)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
 from ds_ring.attention.spec import AttentionSpec
@@ -79,13 +78,13 @@ def inject(model: PreTrainedModel, context: AttentionContext) -> None:
 
 
 def register() -> None:
-    """Make the name known to transformers; doing so again changes nothing."""
+    """Make the name known to transformers; doing so again changes nothing.
+
+    It gets no mask function: causality and windows follow from the layout, and engines pack padding away before the
+    model sees it. For a name that has one, transformers looks for packed sequences in the position_ids at every
+    forward, and the host waits for the device to find none.
+    """
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Causality and windows follow from the layout, and engines pack padding away before the model sees it."""
 
 
 def _attention(
