@@ -17,6 +17,7 @@ from ds_ring.engines.base import Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import serve
 from ds_ring.engines.transfer import to_device
+from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
 
@@ -47,31 +48,45 @@ class SequenceParallelEngine(Engine):
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         return [self._forward(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
 
+    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        return [self._forward_last(m) for m in micro_batches]
+
     def mute(self, muted: bool) -> None:
-        for axis in ("ring", "ulysses"):
+        for axis in ("ring", "ulysses", "sp"):
             self.mesh[axis].muted = muted
 
     @torch.inference_mode()
     def _forward(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
-        layout = self.layout(batch.length)
         positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
+        at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
+        with self.anatomy.captured_hidden() as hidden:
+            logits_BkV = self._run(batch, positions_l, at)
+        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], logits_BkV)
+
+    @torch.inference_mode()
+    def _forward_last(self, batch: Batch) -> Tensor:
+        sp = self.mesh["sp"]
+        held = [self.held_positions(batch.length, peer) for peer in range(sp.size)]
+        tokens = LastTokens(batch.lengths, [positions.tolist() for positions in held], sp)
+        with last_tokens_only(self.anatomy, self._context, tokens):
+            return self._run(batch, held[sp.rank], torch.zeros(1, dtype=torch.long))[:, 0]
+
+    def _run(self, batch: Batch, positions_l: Tensor, at_k: Tensor) -> Tensor:
+        """The model on this rank's tokens; logits [B, k, V] at places ``at_k`` among them."""
+        layout = self.layout(batch.length)
         padding = (0, layout.padded_length - batch.length)
         ids_Bl, position_ids_Bl = (
             to_device(pad(t, padding)[:, positions_l], self.device) for t in (batch.ids_BL, batch.position_ids_BL)
         )
-        at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
-        expected = len(self.anatomy.layers)
-        with (
-            self._context.forward(layout, expected, type(self.model).__name__),
-            self.anatomy.captured_hidden() as hidden,
-        ):
+        with self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__):
             out = self._deepspeed(
                 input_ids=ids_Bl,
                 position_ids=position_ids_Bl,
                 use_cache=False,
-                logits_to_keep=to_device(at, self.device),
+                logits_to_keep=to_device(at_k, self.device),
             )
-        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], out.logits)
+        logits_BkV: Tensor = out.logits
+        return logits_BkV
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,7 @@
 # Shapes, as transformers has them: B batch, H query heads, K key/value heads, l tokens on this rank, D head_dim.
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,10 @@ _UNSUPPORTED = ("position_bias", "alibi")
 _BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec, Tensor | None], Tensor]
+"""(q [B, l, H, D], k [B, l, K, D], v, what is asked, sinks [H]) -> out [B, l, H, D]."""
+
+
 @dataclass
 class AttentionContext:
     """What the attention of one model needs besides its tensors; every module of that model refers to it."""
@@ -34,6 +38,7 @@ class AttentionContext:
     num_heads: int
     layout: SequenceLayout | None = None
     calls: int = field(default=0)
+    _instead: Attend | None = field(default=None, init=False)
 
     @contextmanager
     def forward(self, layout: SequenceLayout, expected_calls: int, model_class: str) -> Iterator[None]:
@@ -54,7 +59,24 @@ class AttentionContext:
     ) -> Tensor:
         if self.layout is None:
             raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
+        attend = self._instead or self._attend
+        out_BlHD = attend(q_BlHD, k_BlKD, v_BlKD, spec, sinks_H)
         self.calls += 1
+        return out_BlHD
+
+    @contextmanager
+    def attending_by(self, attend: Attend) -> Iterator[None]:
+        """Inside the block the model's attention is ``attend``."""
+        self._instead = attend
+        try:
+            yield
+        finally:
+            self._instead = None
+
+    def _attend(
+        self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
+    ) -> Tensor:
+        assert self.layout is not None
         return sequence_parallel_attention(
             q_BlHD, k_BlKD, v_BlKD,
             layout=self.layout, spec=spec, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], sinks_H=sinks_H,
