@@ -21,6 +21,7 @@ from ds_ring.topology import Topology
 RingVariant = Literal["auto", "pass_kv", "gather_kv"]
 DType = Literal["fp32", "fp16", "bf16"]
 FusionChoice = Literal["auto", "none"]
+Mode = Literal["full", "prefill_only"]
 
 _DTYPE_NAMES: dict[str, DType] = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
@@ -57,11 +58,20 @@ class WorkloadConfig(_Section):
     text: tuple[str, ...] = Field((), description="text files; none: the language reference that ships with Python")
     warmup: int = Field(1, ge=0, description="untimed passes before the timed ones")
     repeats: int = Field(3, ge=1, description="timed passes")
+    mode: Literal[Mode, "both"] = Field(
+        "full",
+        description="what benchmarks time: whole forwards, or only what K, V and the next token need; each a row",
+    )
 
     @property
     def lengths(self) -> list[int]:
         """Every length that a benchmark runs, ascending."""
         return sorted({self.max_length, *self.sweep})
+
+    @property
+    def modes(self) -> list[Mode]:
+        """Every mode that a benchmark runs."""
+        return ["full", "prefill_only"] if self.mode == "both" else [self.mode]
 
 
 class RingConfig(_Section):

@@ -57,7 +57,7 @@ class TestLoading:
                 },
                 "workload": {
                     "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "text": [],
-                    "warmup": 1, "repeats": 3,
+                    "warmup": 1, "repeats": 3, "mode": "full",
                 },
                 "transport": "auto",
                 "fusion": "auto",

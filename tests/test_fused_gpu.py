@@ -10,11 +10,15 @@ from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, tokens
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from ds_ring.attention.last_token import last_token_attention
+from ds_ring.attention.reference import reference_attention
+from ds_ring.attention.spec import AttentionSpec
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.fused.fusion import Fusion
 from ds_ring.hf.fused.product import Product, gelu_inside_agrees
 from ds_ring.kernels import rowwise
 from ds_ring.kernels.rowwise import NormSpec
+from ds_ring.transport.solo import SoloTransport
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,6 +119,19 @@ def test_fused_models_are_as_near_to_fp32_as_stock_ones(name, dtype):
     assert fusion.done["AddNorm"] + fusion.done["Sum"] >= len(Anatomy.of(fused).layers)
     floor = 1e-5 if dtype == torch.float32 else 0.0
     assert error(got, want) < 1.5 * error(near, want) + floor
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 512])
+def test_attention_of_the_last_tokens(dtype, head_dim):
+    q = random(3, 1, 8, head_dim, dtype=dtype)
+    k, v = (random(3, 1001, 4, head_dim, dtype=dtype, seed=i) for i in (1, 2))
+    seen, spec = [range(1001), range(1001), range(100, 351)], AttentionSpec(head_dim**-0.5, window=1001)
+    got = last_token_attention(q, k, v, seen=seen, spec=spec, transport=SoloTransport())
+    for row, keys in enumerate(seen):
+        at = slice(row, row + 1), slice(keys.start, keys.stop)
+        want, _ = reference_attention(q[at[0]], k[at], v[at], spec=AttentionSpec(head_dim**-0.5), causal=False)
+        assert error(got[at[0]], want.to(got.device)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("config", [gpt_neox, llama_gqa], ids=["gpt_neox", "llama"])

@@ -147,11 +147,16 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
             str(reference),
         ]
     )
-    workload = ["--batch-size", 4, "--max-length", 1001, "--repeats", 2, "--references", reference]
+    workload = ["--batch-size", 4, "--max-length", 1001, "--repeats", 2, "--mode", "both", "--references", reference]
     done = deepspeed(4, "launch/bench.py", "--model", neox, "--dtype", "fp32", *layout, *workload, "--output", output)
     document = last_line(done)
     assert document == json.loads(output.read_text())
-    (row,) = document["rows"]
+    row, short = document["rows"]
+    assert [row["mode"], short["mode"]] == ["full", "prefill_only"]
+    assert short["max_rel_error"] < 1e-5
+    assert short["flops_per_token"] < row["flops_per_token"]
+    assert short["bytes_sent_per_rank"] < row["bytes_sent_per_rank"]
+    assert short["bytes_formula"] is None
     assert row["layout"] == label
     assert (row["gpus"], row["batch"], row["length"], row["dtype"]) == (4, 4, 1001, "fp32")
     assert row["max_rel_error"] < 1e-5
@@ -159,6 +164,7 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
     assert row["tpot_ms"] == pytest.approx(1e3 * row["batch"] / row["tps"])
     assert row["tps"] == pytest.approx(4 * 1001 / (row["step_ms"] / 1e3))
     assert 0 < row["mfu"] < 1
+    assert "fused (plain PyTorch on cpu)" in done.stderr
 
 
 def test_the_python_interface_inside_a_launched_script(neox, tmp_path):

@@ -5,6 +5,7 @@ also one replica of data parallelism."""
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -66,10 +67,10 @@ class SequenceParallelEngine(Engine):
     @torch.inference_mode()
     def _forward_last(self, batch: Batch) -> Tensor:
         sp = self.mesh["sp"]
-        held = [self.held_positions(batch.length, peer) for peer in range(sp.size)]
-        tokens = LastTokens(batch.lengths, [positions.tolist() for positions in held], sp)
+        tokens = LastTokens(batch.lengths, _everyones_positions(self.layout(batch.length)), sp)
         with last_tokens_only(self.anatomy, self._context, tokens):
-            return self._run(batch, held[sp.rank], torch.zeros(1, dtype=torch.long))[:, 0]
+            positions_l = self.held_positions(batch.length, sp.rank)
+            return self._run(batch, positions_l, torch.zeros(1, dtype=torch.long))[:, 0]
 
     def _run(self, batch: Batch, positions_l: Tensor, at_k: Tensor) -> Tensor:
         """The model on this rank's tokens; logits [B, k, V] at places ``at_k`` among them."""
@@ -92,3 +93,10 @@ class SequenceParallelEngine(Engine):
 @lru_cache(maxsize=64)
 def _positions(layout: SequenceLayout, ring_rank: int, ulysses_rank: int) -> Tensor:
     return torch.tensor(layout.positions(ring_rank, ulysses_rank))
+
+
+@lru_cache(maxsize=4)
+def _everyones_positions(layout: SequenceLayout) -> list[list[int]]:
+    """Of all ranks that share a sequence, in the order of the axis ``sp``."""
+    places = product(range(layout.ring_degree), range(layout.ulysses_degree))
+    return [list(layout.positions(*place)) for place in places]

@@ -60,7 +60,7 @@ def add_norm(
         return _add_norm_plain(terms, norm, weight_W, bias_W, fold_W, want_total)
     from ds_ring.kernels import rowwise_kernel
 
-    rows = [t.flatten(0, -2) for t in terms]
+    rows = [_rows(t) for t in terms]
     spec = norm or NormSpec(False, 0.0, 0.0)
     total, normed = rowwise_kernel.add_norm(
         rows[0], rows[1] if len(rows) > 1 else None, fold_W, weight_W, bias_W, spec.eps, spec.offset, spec.centred,
@@ -75,7 +75,7 @@ def gated(kind: Gate, gate: Tensor, up: Tensor) -> Tensor:
         return activation(kind, gate) * up
     from ds_ring.kernels import rowwise_kernel
 
-    return rowwise_kernel.gate(kind, gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
+    return rowwise_kernel.gate(kind, _rows(gate), _rows(up)).view(gate.shape)
 
 
 def rotate(q_BHLD: Tensor, k_BKLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +113,11 @@ def normalise(x: Tensor, norm: NormSpec, weight_W: Tensor | None, bias_W: Tensor
     if weight_W is not None:
         y = y * (norm.offset + weight_W.float())
     return (y if bias_W is None else y + bias_W.float()).to(x.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[M, W] with contiguous columns; a copy only where they are not."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).flatten(0, -2)
 
 
 def _add_norm_plain(
