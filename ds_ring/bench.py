@@ -20,13 +20,13 @@ import torch
 
 from ds_ring import parity
 from ds_ring.checks import check_workload
-from ds_ring.config import RunConfig
+from ds_ring.config import Mode, RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import Batch, pack
 from ds_ring.engines.deepspeed import AllReduceMeter
 from ds_ring.hardware import device_name, peak_flops, peak_memory_gib, synchronize, watched_gpu
 from ds_ring.hf.attention import torch_dtype
-from ds_ring.hf.flops import linear_parameters
+from ds_ring.hf.flops import layer_parameters
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.metrics import Work
 from ds_ring.text import rows_of, token_stream
@@ -65,11 +65,11 @@ def check(config: RunConfig) -> None:
 def measure(
     engine: Engine, references: dict[int, str], report: Report, trace: Path | None = None
 ) -> list[dict[str, Any]]:
-    """A row for each length of the workload. ``references``: files of ``parity.write_reference`` by length; ``trace``:
-    where one more pass over the longest leaves its Chrome trace."""
+    """A row for each length and mode of the workload. ``references``: files of ``parity.write_reference`` by length;
+    ``trace``: where one more pass over the longest leaves its Chrome trace."""
     config, dtype = engine.config, torch_dtype(engine.config.dtype)
     stream = token_stream(config.checkpoint, config.workload.text)
-    linear = linear_parameters(read_config(config.checkpoint))
+    layers = layer_parameters(read_config(config.checkpoint))
     peak, peak_source = peak_flops(engine.device, dtype)
     peak = statistics.median(engine.mesh["world"].all_gather_objects(peak))
     rows = []
@@ -77,12 +77,16 @@ def measure(
         ids = rows_of(stream, config.workload.batch_size, length)
         batch, _ = pack(ids, None, None, engine.shape)
         engine.mesh["world"].agree(input_ids=batch.digest())
-        work = Work(engine.shape, linear, config.workload.batch_size, length)
-        found = _measure_length(engine, batch, references.get(length), report)
-        rows.append(_row(engine, work, found, peak, peak_source))
-        if trace is not None and length == config.workload.lengths[-1]:
-            report(f"{engine.mesh.topology.label()}, L = {length}: trace one pass")
-            rows[-1] |= _trace(engine, batch, trace)
+        for mode in config.workload.modes:
+            last = layers[-1] if mode == "prefill_only" else None
+            work = Work(engine.shape, sum(layers), config.workload.batch_size, length, last)
+            found = _measure_length(engine, batch, mode, references.get(length), report)
+            rows.append(_row(engine, work, mode, found, peak, peak_source))
+            if trace is not None and length == config.workload.lengths[-1] and mode == config.workload.modes[0]:
+                report(f"{engine.mesh.topology.label()}, L = {length}: trace one pass")
+                rows[-1] |= _trace(engine, batch, trace)
+    if engine.fusion is not None:
+        report(str(engine.fusion))
     return rows
 
 
@@ -106,20 +110,24 @@ class _Findings:
     gpu: dict[str, float]
 
 
-def _measure_length(engine: Engine, batch: Batch, reference: str | None, report: Report) -> _Findings:
+def _measure_length(engine: Engine, batch: Batch, mode: Mode, reference: str | None, report: Report) -> _Findings:
     work = engine.config.workload
-    label = f"{engine.mesh.topology.label()}, L = {batch.length}"
+    label = f"{engine.mesh.topology.label()}, L = {batch.length}, {mode}"
+
+    def step() -> None:
+        if mode == "full":
+            engine.prefill(batch, "last")
+        else:
+            engine.prefill_only(batch)
+
     difference = None
     if reference is not None:
         report(f"{label}: compare with the unsharded model")
-        difference = parity.compare(engine, reference)
+        difference = (parity.compare if mode == "full" else parity.compare_last)(engine, reference)
     report(f"{label}: count bytes")
-    bytes_sent, journal = _count(engine, batch)
+    bytes_sent, journal = _count(engine, step)
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
-
-    def step() -> None:
-        engine.prefill(batch, "last")
 
     report(f"{label}: warm up")
     for _ in range(work.warmup):
@@ -156,20 +164,20 @@ def time_passes(engine: Engine, step: Callable[[], None], repeats: int) -> Timin
     return Timing([max(samples) for samples in zip(*everyone, strict=True)])
 
 
-def _count(engine: Engine, batch: Batch) -> tuple[float, list[Callable[[], None]]]:
+def _count(engine: Engine, step: Callable[[], None]) -> tuple[float, list[Callable[[], None]]]:
     """(mean bytes a rank sends in one pass, what this rank does to send and receive them)."""
     traffic = engine.mesh.traffic
     traffic.bytes_by_op.clear()
     journal: list[Callable[[], None]] = []
     traffic.journal = journal
     with AllReduceMeter(engine.mesh["tp"]) if engine.mesh.topology.tp > 1 else nullcontext():
-        engine.prefill(batch, "last")
+        step()
     traffic.journal = None
     everyone = engine.mesh["world"].all_gather_objects(traffic.bytes_sent)
     return statistics.mean(everyone), journal
 
 
-def _row(engine: Engine, work: Work, found: _Findings, peak: float, peak_source: str) -> dict[str, Any]:
+def _row(engine: Engine, work: Work, mode: Mode, found: _Findings, peak: float, peak_source: str) -> dict[str, Any]:
     config, topology = engine.config, engine.mesh.topology
     step = found.step.median_s
     tps = work.tps(step)
@@ -179,6 +187,7 @@ def _row(engine: Engine, work: Work, found: _Findings, peak: float, peak_source:
     memory = engine.mesh["world"].all_gather_objects(peak_memory_gib(engine.device) + shared_gib)
     return {
         "layout": topology.label(),
+        "mode": mode,
         "gpus": topology.world_size,
         **{
             f"{axis}_degree" if axis in ("ring", "ulysses") else f"{axis}_size": n
@@ -192,6 +201,7 @@ def _row(engine: Engine, work: Work, found: _Findings, peak: float, peak_source:
         "micro_batch": config.workload.micro_batch_size,
         "length": work.length,
         "dtype": config.dtype,
+        "fusion": config.ring.fusion,
         "device": device_name(engine.device),
         "tps": tps,
         "tps_per_gpu": tps / topology.world_size,
@@ -205,7 +215,10 @@ def _row(engine: Engine, work: Work, found: _Findings, peak: float, peak_source:
         "peak_source": peak_source,
         "flops_per_token": work.flops_per_token,
         "bytes_sent_per_rank": found.bytes_sent,
-        "bytes_formula": bytes_sent_per_rank(config, engine.shape, work.batch, work.length, itemsize),
+        # What prefill_only sends in its last layer depends on the model's own arguments to it: no closed form.
+        "bytes_formula": bytes_sent_per_rank(config, engine.shape, work.batch, work.length, itemsize)
+        if mode == "full"
+        else None,
         "comm_alone_ms": 1e3 * found.comm_alone.median_s,
         "comm_exposed_ms": 1e3 * (step - found.step_without_comm.median_s),
         "peak_memory_gib": max(memory),

@@ -149,7 +149,7 @@ def _reference(plan: Plan, length: int, folder: Path, logs: Path, report: Report
 
 
 def judge(rows: list[dict[str, Any]], baseline: str | None = None) -> list[dict[str, Any]]:
-    """Add to each row, within its length: ``vs_baseline`` and ``vs_dp`` (ratios of TPS), ``agrees``.
+    """Add to each row, within its length and mode: ``vs_baseline`` and ``vs_dp`` (ratios of TPS), ``agrees``.
 
     The baseline is the layout of that name, or the fastest that uses tensor or pipeline parallelism. Where each run
     timed its own peak, the highest stands for all: a noisy moment must not flatter a layout's MFU.
@@ -157,7 +157,7 @@ def judge(rows: list[dict[str, Any]], baseline: str | None = None) -> list[dict[
     peak = max(row["peak_flops_per_gpu"] for row in rows)
     judged = []
     for row in rows:
-        alike = [r for r in rows if r["length"] == row["length"]]
+        alike = [r for r in rows if (r["length"], r["mode"]) == (row["length"], row["mode"])]
         base = _tps([r for r in alike if r["layout"] == baseline or (not baseline and r["tp_size"] * r["pp_size"] > 1)])
         dp = _tps([r for r in alike if r["layout"].startswith("dp") and r["layout"] == f"dp{r['gpus']}"])
         error = row["max_rel_error"] if row["dtype"] == "fp32" else row["rel_error"]

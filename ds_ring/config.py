@@ -21,6 +21,8 @@ from ds_ring.topology import Topology
 RingVariant = Literal["auto", "pass_kv", "gather_kv", "local_first", "pass_q"]
 TransportName = Literal["auto", "process_group", "copy_engine"]
 DType = Literal["fp32", "fp16", "bf16"]
+FusionChoice = Literal["auto", "none"]
+Mode = Literal["full", "prefill_only"]
 
 _DTYPE_NAMES: dict[str, DType] = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
@@ -64,11 +66,20 @@ class WorkloadConfig(_Section):
     text: tuple[str, ...] = Field((), description="text files; none: the language reference that ships with Python")
     warmup: int = Field(1, ge=0, description="untimed passes before the timed ones")
     repeats: int = Field(3, ge=1, description="timed passes")
+    mode: Literal[Mode, "both"] = Field(
+        "full",
+        description="what benchmarks time: whole forwards, or only what K, V and the next token need; each a row",
+    )
 
     @property
     def lengths(self) -> list[int]:
         """Every length that a benchmark runs, ascending."""
         return sorted({self.max_length, *self.sweep})
+
+    @property
+    def modes(self) -> list[Mode]:
+        """Every mode that a benchmark runs."""
+        return ["full", "prefill_only"] if self.mode == "both" else [self.mode]
 
 
 class RingConfig(_Section):
@@ -85,6 +96,9 @@ class RingConfig(_Section):
     interleave: Literal["auto", "on", "off"] = Field(
         "auto", description="two micro-batches in flight, one's transfers under the other's layers; auto: if that gains"
     )
+    fusion: FusionChoice = Field(
+        "auto", description="auto puts neighbouring operations of a layer together where they are recognised"
+    )
 
 
 class RunConfig(_Section):
@@ -99,8 +113,8 @@ class RunConfig(_Section):
 
         Args:
             source: path, dict, RunConfig, or None for the defaults.
-            overrides: any field of ``parallel`` or ``workload``, ``tp_size``, ``dtype``, ``model``, ``transport``;
-                None means "as in the file".
+            overrides: any field of ``parallel`` or ``workload``, ``tp_size``, ``dtype``, ``model``,
+                ``transport``, ``fusion``; None means "as in the file".
 
         A dtype that neither gives is the checkpoint's own, else fp32, as in transformers.
 

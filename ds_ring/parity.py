@@ -66,30 +66,55 @@ def compare(engine: Engine, path: str | Path) -> Difference:
 
     Every rank checks what it holds, hidden states of its tokens and logits where it has them; the worst token counts.
     """
+    tally = _Tally()
     with safe_open(path, framework="pt") as file:
         batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.shape)
         every = file.get_slice("logits").get_shape()[1] == batch.length
-        squares, worst = torch.zeros(2, dtype=torch.float64), 0.0
         for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
-            rows = shard.batch.rows
-            pairs = []
+            rows, hidden = shard.batch.rows, shard.hidden_Bld is not None
             if shard.hidden_Bld is not None:
                 real = shard.positions_l < batch.length
                 want = file.get_slice("hidden")[rows.start : rows.stop][:, shard.positions_l[real]]
-                pairs.append((shard.hidden_Bld[:, real], want))
+                tally.add(shard.hidden_Bld[:, real], want)
             if shard.logits_BkV is not None and len(shard.kept_k):
                 at = shard.kept_k if every else [0]
-                pairs.append((shard.logits_BkV, file.get_slice("logits")[rows.start : rows.stop][:, at]))
-            for number, (got, want) in enumerate(pairs):
-                difference, size = (got.cpu().double() - want.double()).square().sum(-1), want.double().square().sum(-1)
-                worst = max(worst, float((difference / size).max().sqrt()))
-                if number == 0:
-                    squares += torch.stack((difference.sum(), size.sum()))
-                if not torch.isfinite(difference).all():
-                    worst = float("inf")
-    everyone = engine.mesh["world"].all_gather_objects((squares.tolist(), worst))
-    totals = torch.tensor([pair for pair, _ in everyone]).sum(0)
-    return Difference(float((totals[0] / totals[1]).sqrt()), max(w for _, w in everyone))
+                want = file.get_slice("logits")[rows.start : rows.stop][:, at]
+                tally.add(shard.logits_BkV, want, worst_only=hidden)
+    return tally.over(engine)
+
+
+def compare_last(engine: Engine, path: str | Path) -> Difference:
+    """As ``compare`` for what ``prefill_only`` gives: the logits of each row's last token."""
+    tally = _Tally()
+    with safe_open(path, framework="pt") as file:
+        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.shape)
+        logits, row = file.get_slice("logits"), engine.own_rows(batch).start
+        last = logits.get_shape()[1] - 1
+        for part_BV in engine.prefill_only(batch):
+            if part_BV is not None:
+                tally.add(part_BV, logits[row : row + len(part_BV)][:, last])
+                row += len(part_BV)
+    return tally.over(engine)
+
+
+class _Tally:
+    """Errors of what one rank has compared, and over all ranks."""
+
+    def __init__(self) -> None:
+        self._squares, self._worst = torch.zeros(2, dtype=torch.float64), 0.0
+
+    def add(self, got: Tensor, want: Tensor, worst_only: bool = False) -> None:
+        difference, size = (got.cpu().double() - want.double()).square().sum(-1), want.double().square().sum(-1)
+        self._worst = max(self._worst, float((difference / size).max().sqrt()))
+        if not worst_only:
+            self._squares += torch.stack((difference.sum(), size.sum()))
+        if not torch.isfinite(difference).all():
+            self._worst = float("inf")
+
+    def over(self, engine: Engine) -> Difference:
+        everyone = engine.mesh["world"].all_gather_objects((self._squares.tolist(), self._worst))
+        totals = torch.tensor([pair for pair, _ in everyone]).sum(0)
+        return Difference(float((totals[0] / totals[1]).sqrt()), max(w for _, w in everyone))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import StrMethodFormatter
 
-from ds_ring.report import caption
+from ds_ring.report import caption, name_of
 
 KIND_COLOURS = {"baseline": "#8c8c8c", "data parallel": "#4c72b0", "sequence parallel": "#dd8452"}
 
@@ -32,7 +32,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     for i, row in enumerate(rows):
         bar = bars.bar(i, row["tps"], color=KIND_COLOURS[kind(row)], label=kind(row))
         bars.bar_label(bar, [f"{row['tps']:,.0f}"], padding=2, fontsize=9)
-    bars.set_xticks(range(len(rows)), [r["layout"].replace("_", "\n") for r in rows])
+    bars.set_xticks(range(len(rows)), [name_of(r).replace("_", "\n").replace(" ", "\n") for r in rows])
     bars.set_ylabel("tokens / s, all ranks")
     bars.set_title(f"L = {rows[0]['length']}")
     handles = dict(zip(*reversed(bars.get_legend_handles_labels()), strict=True))
@@ -40,8 +40,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
     bars.legend(handles.values(), handles.keys(), loc="upper left", ncols=3, fontsize=8, frameon=False)
     if len(lengths) > 1:
         lines = axes[0][1]
-        for layout in dict.fromkeys(r["layout"] for r in sweep):
-            mine = sorted((r for r in sweep if r["layout"] == layout), key=lambda r: r["length"])
+        for layout in dict.fromkeys(map(name_of, sweep)):
+            mine = sorted((r for r in sweep if name_of(r) == layout), key=lambda r: r["length"])
             style = "--" if kind(mine[0]) == "baseline" else "-"
             lines.plot([r["length"] for r in mine], [r["tps"] for r in mine], style, marker="o", label=layout)
         lines.set_xscale("log", base=2)

@@ -9,9 +9,15 @@ from rich.table import Table
 COLUMNS = ("layout", "TPS (tok/s)", "TPOT (ms)", "vs TP/PP", "vs DP", "MFU", "sent/rank", "comm shown", "max error")
 
 
+def name_of(row: dict[str, Any]) -> str:
+    """The layout, and the mode where it is no whole forward."""
+    whole = row.get("mode", "full") == "full"
+    return str(row["layout"]) if whole else f"{row['layout']} ({row['mode'].replace('_', ' ')})"
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     return [
-        row["layout"],
+        name_of(row),
         f"{row['tps']:,.0f}",
         f"{row['tpot_ms']:.4g}",
         _change(row.get("vs_baseline")),
@@ -110,8 +116,8 @@ def markdown(document: dict[str, Any]) -> str:
             _row(["layout", *map(str, lengths)]),
             _row(["---"] + ["---:"] * len(lengths)),
         ]
-        for layout in dict.fromkeys(r["layout"] for r in sweep):
-            tps = {r["length"]: r["tps"] for r in sweep if r["layout"] == layout}
+        for layout in dict.fromkeys(map(name_of, sweep)):
+            tps = {r["length"]: r["tps"] for r in sweep if name_of(r) == layout}
             lines.append(_row([layout, *(f"{tps[n]:,.0f}" if n in tps else "-" for n in lengths)]))
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     lines += [

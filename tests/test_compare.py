@@ -9,13 +9,26 @@ from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, DsRingError
 
 
-def row(layout, tps, *, length=1000, error=1e-6, dtype="fp32", peak=1e12, **degrees):
+def row(layout, tps, *, length=1000, mode="full", error=1e-6, dtype="fp32", peak=1e12, **degrees):
     sizes = {"dp_size": 1, "pp_size": 1, "tp_size": 1, "ring_degree": 1, "ulysses_degree": 1} | degrees
     return {
-        "layout": layout, "gpus": 4, **sizes, "batch": 4, "length": length, "dtype": dtype, "device": "a device",
+        "layout": layout, "mode": mode, "gpus": 4, **sizes, "batch": 4, "length": length, "dtype": dtype,
+        "device": "a device",
         "tps": tps, "tpot_ms": 4e3 / tps, "mfu": tps / peak, "peak_flops_per_gpu": peak, "step_ms": 4e6 / tps,
         "bytes_sent_per_rank": 2**20, "comm_exposed_ms": 1.5, "max_rel_error": error, "rel_error": error / 2,
     }  # fmt: skip
+
+
+def test_modes_are_compared_among_themselves(rows):
+    short = [
+        row("tp4", 1000.0, mode="prefill_only", tp_size=4),
+        row("ring4", 1250.0, mode="prefill_only", ring_degree=4),
+    ]
+    judged = compare.judge(rows + short)
+    assert judged[: len(rows)] == compare.judge(rows)
+    assert judged[-1]["vs_baseline"] == pytest.approx(1.25)
+    assert judged[-1]["vs_dp"] is None
+    assert [report.name_of(r) for r in judged[-3:]] == ["ring4", "tp4 (prefill only)", "ring4 (prefill only)"]
 
 
 @pytest.fixture

@@ -56,11 +56,12 @@ class TestLoading:
                     "ring_impl": "zigzag", "ring_variant": "auto", "gather_limit_mib": 2048,
                 },
                 "workload": {
-                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "prefill_chunk": 0, "text": [],
-                    "warmup": 1, "repeats": 3,
+                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "text": [],
+                    "prefill_chunk": 0, "warmup": 1, "repeats": 3, "mode": "full",
                 },
                 "transport": "auto",
                 "interleave": "auto",
+                "fusion": "auto",
             },
         }  # fmt: skip
 
@@ -213,10 +214,10 @@ class TestRefusedFiles:
     ("document", "text"),
     [
         ({"ds_ring": {"paralel": {}}},
-         "ds_ring.paralel is not a known key; known here: interleave, model, parallel, transport, workload"),
+         "ds_ring.paralel is not a known key; known here: fusion, interleave, model, parallel, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
-         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, repeats, "
-         "sweep, text, warmup"),
+         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, mode, "
+         "prefill_chunk, repeats, sweep, text, warmup"),
         ({"ds_ring": {"parallel": {"pp_size": "many"}}},
          "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
         ({"ds_ring": {"parallel": {"pp_size": 1.5}}},
@@ -241,7 +242,7 @@ class TestRefusedFiles:
          "ds_ring.transport='mpi': Input should be 'auto', 'process_group' or 'copy_engine'"),
         ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},
          "ds_ring.workload.repeats=0: Input should be greater than or equal to 1; "
-         "ds_ring.modle is not a known key; known here: interleave, model, parallel, transport, workload"),
+         "ds_ring.modle is not a known key; known here: fusion, interleave, model, parallel, transport, workload"),
         ({"ds_ring": 3}, "ds_ring must be a JSON object, not 3"),
         ({"ds_ring": None}, "ds_ring must be a JSON object, not None"),
         ({"tensor_parallel": 2}, "tensor_parallel must be a JSON object, not 2"),

@@ -147,12 +147,17 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
             str(reference),
         ]
     )
-    workload = ["--batch-size", 4, "--max-length", 1001, "--repeats", 2, "--references", reference]
+    workload = ["--batch-size", 4, "--max-length", 1001, "--repeats", 2, "--mode", "both", "--references", reference]
     workload += ["--trace", tmp_path / "trace.json"]
     done = deepspeed(4, "launch/bench.py", "--model", neox, "--dtype", "fp32", *layout, *workload, "--output", output)
     document = last_line(done)
     assert document == json.loads(output.read_text())
-    (row,) = document["rows"]
+    row, short = document["rows"]
+    assert [row["mode"], short["mode"]] == ["full", "prefill_only"]
+    assert short["max_rel_error"] < 1e-5
+    assert short["flops_per_token"] < row["flops_per_token"]
+    assert short["bytes_sent_per_rank"] < row["bytes_sent_per_rank"]
+    assert short["bytes_formula"] is None
     assert row["layout"] == label
     assert (row["gpus"], row["batch"], row["length"], row["dtype"]) == (4, 4, 1001, "fp32")
     assert row["max_rel_error"] < 1e-5
@@ -166,6 +171,7 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
     assert (
         0 < row["trace_transfer_exposed_ms_per_layer"] * 4 / (2 if label == "tp2_pp2" else 1) < row["trace_window_ms"]
     )
+    assert "fused (plain PyTorch on cpu)" in done.stderr
 
 
 def test_the_python_interface_inside_a_launched_script(neox, tmp_path):

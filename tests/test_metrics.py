@@ -1,9 +1,11 @@
 """The figures of the paper's table, from their definitions."""
 
+from dataclasses import replace
+
 import pytest
 
 from ds_ring.config import RunConfig
-from ds_ring.hf.flops import linear_parameters
+from ds_ring.hf.flops import layer_parameters, linear_parameters
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.metrics import Work
 from ds_ring.volume import bytes_sent_per_rank
@@ -27,6 +29,17 @@ def test_work_per_token_at_the_papers_shape(paper):
     assert paper.linear_parameters == 4 * 12 * d * d
     assert paper.flops_per_token == 4 * (24 * d * d + 2 * length * d)
     assert paper.flops_per_token == pytest.approx(7.10e9, rel=1e-3)
+
+
+def test_prefill_only_counts_what_it_needs(paper):
+    """Of the last layer's twelve d x d matrices two, K and V, for all tokens; the rest and attention for one a row."""
+    d, length, batch = 8192, 10_000, 1024
+    short = replace(paper, last_layer_parameters=12 * d * d)
+    whole_layers, keys_values = 3 * (24 * d * d + 2 * length * d), 4 * d * d
+    last_tokens = batch * (20 * d * d + 4 * length * d)
+    assert short.flops_per_token * short.tokens == short.tokens * (whole_layers + keys_values) + last_tokens
+    assert short.flops_per_token == pytest.approx(5.59e9, rel=1e-3)
+    assert layer_parameters(read_config(PAPER)) == [12 * d * d] * 4
 
 
 @pytest.mark.parametrize(("tps", "tpot_ms", "mfu"), [(1.20e6, 0.85, 0.538), (1.45e6, 0.70, 0.650)])

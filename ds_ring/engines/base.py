@@ -8,8 +8,9 @@ it leaves results where they were made, which is what a benchmark times.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from ds_ring.engines.gather import assemble, gather_replicas, row_starts
 from ds_ring.errors import InputError, NumericsError
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.attention import AttentionContext, inject
+from ds_ring.hf.fused.fusion import Fusion
 from ds_ring.layout import SequenceLayout
 from ds_ring.topology import Axis
 from ds_ring.transport.mesh import Mesh
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig
     from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
+T = TypeVar("T")
 NO_POSITIONS = torch.empty(0, dtype=torch.long)
 ONE_TOKEN = SequenceLayout(1)
 
@@ -70,6 +73,12 @@ class Engine(ABC):
         self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
         inject(model, self._context)
         self.anatomy = Anatomy.of(model)
+        self.fusion: Fusion | None = None
+
+    def _fuse(self) -> None:
+        """To be called once the model is as DeepSpeed serves it."""
+        if self.config.ring.fusion == "auto":
+            self.fusion = Fusion(self.anatomy)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -84,6 +93,10 @@ class Engine(ABC):
     @abstractmethod
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         """Run this replica's micro-batches; ``keep`` lists for each, ascending, the positions that need logits."""
+
+    @abstractmethod
+    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        """Logits [B, V] of each row's last token, where they are made, with the last layer run for those alone."""
 
     @abstractmethod
     def held_positions(self, length: int, peer: int) -> Tensor:
@@ -211,6 +224,41 @@ class Engine(ABC):
         }
         return self.forward(micro_batches, keep[logits], want_hidden)
 
+    def prefill_only(self, batch: Batch) -> list[Tensor | None]:
+        """One forward of this replica's rows for the keys and values of all tokens and the logits that follow each row.
+
+        The last layer makes keys and values for all tokens, and everything else for each row's last token only.
+        Results, [B, V] a micro-batch, stay where they are made: on all ranks that share a sequence, and on the last
+        pipeline stage.
+        """
+        micro_batches, _ = self._micro_batches(batch)
+        return self.forward_last(micro_batches)
+
+    def next_token_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, V] of the token after each row, on every rank, by ``prefill_only``.
+
+        Arguments and errors as ``__call__``.
+        """
+        batch, _ = self.prepare(input_ids, attention_mask, position_ids)
+        micro_batches, mine = self._micro_batches(batch)
+
+        def run() -> list[Tensor | None]:
+            return self.forward_last(micro_batches)
+
+        parts = self._checked(run, lambda part: finite.all_finite(part))
+        whole_BV: Tensor | None = None
+        if parts[0] is not None:
+            whole_BV = torch.cat([part for part in parts if part is not None])
+        else:
+            dtype = next(p.dtype for p in self.model.parameters())
+            whole_BV = torch.zeros(len(mine), self.shape.vocab_size, dtype=dtype, device=self.device)
+        stages = self.mesh["pp"]
+        if stages.size > 1:
+            whole_BV = stages.all_gather(whole_BV)[-1]
+        return gather_replicas(whole_BV, len(batch.rows), self.mesh["dp"])
+
     def prepare(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Batch, Tensor]:
@@ -245,13 +293,19 @@ class Engine(ABC):
         return batch.split(mine).micro_batches(self.config.workload.micro_batch_size), mine
 
     def checked_forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        """``forward``, refusing results that are not finite; all ranks raise together and name where it began."""
-        shards = self.forward(micro_batches, keep, want_hidden)
-        fine = all(finite.all_finite(shard.logits_BkV, shard.hidden_Bld) for shard in shards)
-        if all(self.mesh["world"].all_gather_objects(fine)):
-            return shards
+        """``forward``, refusing results that are not finite."""
+        return self._checked(
+            lambda: self.forward(micro_batches, keep, want_hidden),
+            lambda shard: finite.all_finite(shard.logits_BkV, shard.hidden_Bld),
+        )
+
+    def _checked(self, run: Callable[[], list[T]], fine: Callable[[T], bool]) -> list[T]:
+        """``run``, refusing results that are not finite; all ranks raise together and name where it began."""
+        results = run()
+        if all(self.mesh["world"].all_gather_objects(all(map(fine, results)))):
+            return results
         with finite.bad_layers(self.anatomy) as found:
-            self.forward(micro_batches, keep, want_hidden)
+            run()
         own = self.layers[min(found)] if found else None
         raise NumericsError(finite.describe(self.mesh["world"].all_gather_objects(own), self.shape.num_layers))
 

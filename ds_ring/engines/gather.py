@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_ring.engines.transfer import to_device
 from ds_ring.transport.base import Transport
 
 
@@ -27,7 +28,7 @@ def assemble(local_Bl: Tensor, held: list[Tensor], kept_k: Tensor, transport: Tr
     buffer[:, : local_Bl.shape[1]] = local_Bl
     whole_Bk = buffer.new_zeros(buffer.shape[0], len(kept_k), *buffer.shape[2:])
     for place, part in zip(places, transport.all_gather(buffer), strict=True):
-        whole_Bk[:, place.to(whole_Bk.device)] = part[:, : len(place)]
+        whole_Bk[:, to_device(place, whole_Bk.device)] = part[:, : len(place)]
     return whole_Bk
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from ds_ring.engines.base import ONE_TOKEN, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import serve
 from ds_ring.engines.interleave import run_interleaved
+from ds_ring.engines.transfer import to_device
+from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.choice import PULLED_AXES
 from ds_ring.transport.mesh import Mesh
@@ -34,6 +37,7 @@ class SequenceParallelEngine(Engine):
     ) -> None:
         super().__init__(model, config, mesh, shape, device)
         self._deepspeed = serve(model, config)
+        self._fuse()
 
     def layout(self, length: int) -> SequenceLayout:
         p = self.config.parallel
@@ -65,31 +69,46 @@ class SequenceParallelEngine(Engine):
         for axis in PULLED_AXES:
             self.mesh[axis].meanwhile = hand_over
 
+    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        return [self._forward_last(m) for m in micro_batches]
+
     def mute(self, muted: bool) -> None:
-        for axis in PULLED_AXES:
+        for axis in (*PULLED_AXES, "sp"):
             self.mesh[axis].muted = muted
 
     @torch.inference_mode()
     def _forward(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
-        layout = self.layout(batch.length)
         positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
+        at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
+        with self.anatomy.captured_hidden() as hidden:
+            logits_BkV = self._run(batch, positions_l, at)
+        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], logits_BkV)
+
+    @torch.inference_mode()
+    def _forward_last(self, batch: Batch) -> Tensor:
+        sp = self.mesh["sp"]
+        tokens = LastTokens(batch.lengths, _everyones_positions(self.layout(batch.length)), sp)
+        with last_tokens_only(self.anatomy, self._context, tokens):
+            positions_l = self.held_positions(batch.length, sp.rank)
+            return self._run(batch, positions_l, torch.zeros(1, dtype=torch.long))[:, 0]
+
+    def _run(self, batch: Batch, positions_l: Tensor, at_k: Tensor) -> Tensor:
+        """The model on this rank's tokens; logits [B, k, V] at places ``at_k`` among them."""
+        layout = self.layout(batch.length)
         padding = (0, layout.padded_length - batch.length)
         ids_Bl, position_ids_Bl = (
-            pad(t, padding)[:, positions_l].to(self.device) for t in (batch.ids_BL, batch.position_ids_BL)
+            to_device(pad(t, padding)[:, positions_l], self.device) for t in (batch.ids_BL, batch.position_ids_BL)
         )
-        at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
-        expected = len(self.anatomy.layers)
-        with (
-            self._context.forward(layout, expected, type(self.model).__name__, batch.step(positions_l, self.device)),
-            self.anatomy.captured_hidden() as hidden,
-        ):
+        step = batch.step(positions_l, self.device)
+        with self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__, step):
             out = self._deepspeed(
                 input_ids=ids_Bl,
                 position_ids=position_ids_Bl,
                 use_cache=False,
-                logits_to_keep=at.to(self.device),
+                logits_to_keep=to_device(at_k, self.device),
             )
-        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], out.logits)
+        logits_BkV: Tensor = out.logits
+        return logits_BkV
 
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
@@ -102,3 +121,10 @@ class SequenceParallelEngine(Engine):
 @lru_cache(maxsize=64)
 def _positions(layout: SequenceLayout, ring_rank: int, ulysses_rank: int) -> Tensor:
     return torch.tensor(layout.positions(ring_rank, ulysses_rank))
+
+
+@lru_cache(maxsize=4)
+def _everyones_positions(layout: SequenceLayout) -> list[list[int]]:
+    """Of all ranks that share a sequence, in the order of the axis ``sp``."""
+    places = product(range(layout.ring_degree), range(layout.ulysses_degree))
+    return [list(layout.positions(*place)) for place in places]

@@ -4,6 +4,7 @@ on while several micro-batches are in flight."""
 # Shapes: B rows of a micro-batch, L tokens, d hidden size.
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -16,7 +17,9 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import NO_POSITIONS, ONE_TOKEN, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
+from ds_ring.engines.transfer import to_device
 from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.stage import spliced
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.base import Done, Pending
@@ -34,6 +37,7 @@ class TensorPipelineEngine(Engine):
         super().__init__(model, config, mesh, shape, device)
         self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
         self._deepspeed = serve(model, config, tensor_parallel=mesh["tp"])
+        self._fuse()
         self._muted = ExitStack()
 
     @property
@@ -56,27 +60,61 @@ class TensorPipelineEngine(Engine):
         if muted:
             self._muted.enter_context(muted_tensor_parallel(self.model))
 
-    @torch.inference_mode()
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        """Stage s works on micro-batch m while stage s-1 works on m+1; the next input is already on its way."""
         shards: list[Shard] = []
+
+        def stage(number: int, hidden_in: Tensor | None) -> Tensor:
+            batch, kept_k = micro_batches[number], keep[number] if self.is_last else NO_POSITIONS
+            with self.anatomy.captured_hidden() as final:
+                hidden_out, logits_BkV = self._run_stage(batch, kept_k, hidden_in)
+            if self.is_last:
+                hidden_BLd = final[0] if want_hidden else None
+                shards.append(Shard(batch, torch.arange(batch.length), hidden_BLd, kept_k, logits_BkV))
+            else:
+                shards.append(Shard(batch, NO_POSITIONS, None, NO_POSITIONS, None))
+            return hidden_out
+
+        self._pipeline(micro_batches, stage)
+        return shards
+
+    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+
+        def stage(number: int, hidden_in: Tensor | None) -> Tensor:
+            batch = micro_batches[number]
+            if not self.is_last:
+                found.append(None)
+                return self._run_stage(batch, NO_POSITIONS, hidden_in)[0]
+            tokens = LastTokens(batch.lengths, [list(range(batch.length))], self.mesh["sp"])
+            with last_tokens_only(self.anatomy, self._context, tokens):
+                hidden_out, logits_B1V = self._run_stage(batch, torch.zeros(1, dtype=torch.long), hidden_in)
+            found.append(logits_B1V[:, 0])
+            return hidden_out
+
+        self._pipeline(micro_batches, stage)
+        return found
+
+    @torch.inference_mode()
+    def _pipeline(self, micro_batches: list[Batch], stage: Callable[[int, Tensor | None], Tensor]) -> None:
+        """Stage s works on micro-batch m while stage s-1 works on m+1; the next input is already on its way.
+
+        ``stage`` is given a micro-batch's number and its hidden states (None: its tokens), and returns what goes on.
+        """
         sent: list[Pending] = []
         arriving = self._receive(micro_batches[0])
-        for number, (batch, kept) in enumerate(zip(micro_batches, keep, strict=True)):
+        for number in range(len(micro_batches)):
             hidden_in, pending = arriving
             if number + 1 < len(micro_batches):
                 arriving = self._receive(micro_batches[number + 1])
             pending.wait()
-            hidden_out, shard = self._run_stage(batch, kept, hidden_in, want_hidden)
+            hidden_out = stage(number, hidden_in)
             if not self.is_last:
                 # Two sends in flight at most: more would hold every micro-batch's hidden states at once.
                 if len(sent) > 1:
                     sent.pop(0).wait()
                 sent.append(self.mesh["pp"].exchange([(self.stage + 1, hidden_out.contiguous())], []))
-            shards.append(shard)
         for pending in sent:
             pending.wait()
-        return shards
 
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
@@ -106,24 +144,21 @@ class TensorPipelineEngine(Engine):
         hidden_BLd = torch.empty(size, dtype=torch_dtype(self.config.dtype), device=self.device)
         return hidden_BLd, self.mesh["pp"].exchange([], [(self.stage - 1, hidden_BLd)])
 
-    def _run_stage(
-        self, batch: Batch, keep: Tensor, hidden_in: Tensor | None, want_hidden: bool
-    ) -> tuple[Tensor, Shard]:
-        inputs = {"input_ids": batch.ids_BL.to(self.device)} if hidden_in is None else {"inputs_embeds": hidden_in}
-        kept_k = keep if self.is_last else NO_POSITIONS
+    def _run_stage(self, batch: Batch, kept_k: Tensor, hidden_in: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(hidden states behind this stage's layers, logits [B, k, V] at ``kept_k``; those count on the last stage)."""
+        if hidden_in is None:
+            inputs = {"input_ids": to_device(batch.ids_BL, self.device)}
+        else:
+            inputs = {"inputs_embeds": hidden_in}
         layout, step = SequenceLayout(batch.length), batch.step(torch.arange(batch.length), self.device)
         with (
             self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__, step),
-            self.anatomy.captured_hidden() as final,
             spliced(self.anatomy, hidden_in) as behind_layers,
         ):
             out = self._deepspeed(
                 **inputs,
-                position_ids=batch.position_ids_BL.to(self.device),
+                position_ids=to_device(batch.position_ids_BL, self.device),
                 use_cache=False,
-                logits_to_keep=kept_k.to(self.device),
+                logits_to_keep=to_device(kept_k, self.device),
             )
-        if not self.is_last:
-            return behind_layers[0], Shard(batch, NO_POSITIONS, None, NO_POSITIONS, None)
-        hidden_BLd = final[0] if want_hidden else None
-        return behind_layers[0], Shard(batch, torch.arange(batch.length), hidden_BLd, kept_k, out.logits)
+        return behind_layers[0], out.logits

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
 from ds_ring.attention.spec import AttentionSpec
@@ -28,12 +27,17 @@ _UNSUPPORTED = ("position_bias", "alibi")
 _BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec, Tensor | None], Tensor]
+"""(q [B, l, H, D], k [B, l, K, D], v, what is asked, sinks [H]) -> out [B, l, H, D]."""
+
+
 class _Forward(threading.local):
     """The present forward. A thread's own: micro-batches in flight may have layouts of their own."""
 
     layout: SequenceLayout | None = None
     step: Step | None = None
     calls: int = 0
+    instead: Attend | None = None
 
 
 @dataclass
@@ -67,9 +71,25 @@ class AttentionContext:
     ) -> Tensor:
         if self.present.layout is None:
             raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
-        layer, step = self.present.calls, self.present.step
+        attend = self.present.instead or self._attend
+        out_BlHD = attend(q_BlHD, k_BlKD, v_BlKD, spec, sinks_H)
         self.present.calls += 1
-        variant = self.parallel.ring_variant
+        return out_BlHD
+
+    @contextmanager
+    def attending_by(self, attend: Attend) -> Iterator[None]:
+        """Inside the block this thread's forward attends by ``attend``."""
+        self.present.instead = attend
+        try:
+            yield
+        finally:
+            self.present.instead = None
+
+    def _attend(
+        self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
+    ) -> Tensor:
+        assert self.present.layout is not None
+        layer, step, variant = self.present.calls, self.present.step, self.parallel.ring_variant
         if step is not None:
             step.store_layer(layer, k_BlKD, v_BlKD)
             if not step.is_first:
@@ -100,13 +120,13 @@ def inject(model: PreTrainedModel, context: AttentionContext) -> None:
 
 
 def register() -> None:
-    """Make the name known to transformers; doing so again changes nothing."""
+    """Make the name known to transformers; doing so again changes nothing.
+
+    It gets no mask function: causality and windows follow from the layout, and engines pack padding away before the
+    model sees it. For a name that has one, transformers looks for packed sequences in the position_ids at every
+    forward, and the host waits for the device to find none.
+    """
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Causality and windows follow from the layout, and engines pack padding away before the model sees it."""
 
 
 def _attention(

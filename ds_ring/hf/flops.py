@@ -7,10 +7,15 @@ from ds_ring.hf.anatomy import Anatomy
 
 
 def linear_parameters(config: PretrainedConfig) -> int:
-    """Elements of all matrices in the decoder layers (no embedding, no head), from the model on the meta device.
+    """Elements of all matrices in the decoder layers (no embedding, no head).
 
     Mixture-of-experts layers would be counted whole, though a token meets only some experts.
     """
+    return sum(layer_parameters(config))
+
+
+def layer_parameters(config: PretrainedConfig) -> list[int]:
+    """As ``linear_parameters``, layer by layer, from the model on the meta device."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    return sum(p.numel() for p in Anatomy.of(model).layers.parameters() if p.dim() >= 2)
+    return [sum(p.numel() for p in layer.parameters() if p.dim() >= 2) for layer in Anatomy.of(model).layers]

@@ -1,0 +1,148 @@
+"""Element-wise work between matrix products, each in one pass over memory: norms with the addition before them, gates
+of gated MLPs, rotary position embeddings.
+
+On GPUs in Triton (``rowwise_kernel.py``), elsewhere the same formulas in plain PyTorch. Importing this module does not
+need Triton.
+"""
+
+# Shapes: M rows (tokens), W columns, B batch, L tokens, H query and K key/value heads, D head_dim, R rotating columns.
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm, relu, silu
+
+Gate = Literal["silu", "gelu_tanh", "gelu", "relu"]
+
+MAX_WIDTH = 32768
+"""Columns that one program of the norm kernel holds."""
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """``(x - mean, where centred) / sqrt(variance + eps) * (offset + weight) + bias``, computed in fp32."""
+
+    centred: bool
+    offset: float
+    eps: float
+
+
+def kernels_run_on(tensor: Tensor) -> bool:
+    """Whether Triton's kernels serve tensors like this one."""
+    return tensor.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def add_norm(
+    terms: tuple[Tensor, ...],
+    norm: NormSpec | None,
+    weight_W: Tensor | None = None,
+    bias_W: Tensor | None = None,
+    fold_W: Tensor | None = None,
+    want_total: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(sum of one or two ``terms`` + ``fold_W``, norm of their sum), each [..., W] in the terms' dtype.
+
+    ``fold_W`` reaches the sum that is returned, not the one that is normalised: it is the bias of a projection that
+    will be added to the sum later. The norm is None where ``norm`` is, the sum where it is not wanted.
+    """
+    shape, width = terms[0].shape, terms[0].shape[-1]
+    if not kernels_run_on(terms[0]) or width > MAX_WIDTH:
+        return _add_norm_plain(terms, norm, weight_W, bias_W, fold_W, want_total)
+    from ds_ring.kernels import rowwise_kernel
+
+    rows = [_rows(t) for t in terms]
+    spec = norm or NormSpec(False, 0.0, 0.0)
+    total, normed = rowwise_kernel.add_norm(
+        rows[0], rows[1] if len(rows) > 1 else None, fold_W, weight_W, bias_W, spec.eps, spec.offset, spec.centred,
+        want_total, norm is not None,
+    )  # fmt: skip
+    return total if total is None else total.view(shape), normed if normed is None else normed.view(shape)
+
+
+def gated(kind: Gate, gate: Tensor, up: Tensor) -> Tensor:
+    """``activation(gate) * up`` for tensors [..., W]."""
+    if not kernels_run_on(gate):
+        return activation(kind, gate) * up
+    from ds_ring.kernels import rowwise_kernel
+
+    return rowwise_kernel.gate(kind, _rows(gate), _rows(up)).view(gate.shape)
+
+
+def rotate(q_BHLD: Tensor, k_BKLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding by halves: column i < R/2 turns with column i + R/2, columns from R on pass.
+
+    Args:
+        q_BHLD, k_BKLD: any strides with a contiguous last dimension; parts of a fused projection as they lie.
+        cos_BLR, sin_BLR: B may be 1.
+
+    Returns:
+        The same shapes, laid out [B, L, heads, D] in memory, in the dtype of q and k.
+    """
+    if not kernels_run_on(q_BHLD):
+        return _rotate_plain(q_BHLD, cos_BLR, sin_BLR), _rotate_plain(k_BKLD, cos_BLR, sin_BLR)
+    from ds_ring.kernels import rowwise_kernel
+
+    q, k = rowwise_kernel.rotate(q_BHLD, cos_BLR, sin_BLR), rowwise_kernel.rotate(k_BKLD, cos_BLR, sin_BLR)
+    return q, k
+
+
+def activation(kind: Gate, x: Tensor) -> Tensor:
+    if kind in ("gelu_tanh", "gelu"):
+        return gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return silu(x) if kind == "silu" else relu(x)
+
+
+def normalise(x: Tensor, norm: NormSpec, weight_W: Tensor | None, bias_W: Tensor | None) -> Tensor:
+    """The norm alone, in plain PyTorch."""
+    if norm.centred and norm.offset == 0:
+        return layer_norm(x, x.shape[-1:], weight_W, bias_W, norm.eps)
+    y = x.float()
+    if norm.centred:
+        y = y - y.mean(-1, keepdim=True)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.eps)
+    if weight_W is not None:
+        y = y * (norm.offset + weight_W.float())
+    return (y if bias_W is None else y + bias_W.float()).to(x.dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[M, W] with contiguous columns; a copy only where they are not."""
+    return (x if x.stride(-1) == 1 else x.contiguous()).flatten(0, -2)
+
+
+def _add_norm_plain(
+    terms: tuple[Tensor, ...],
+    norm: NormSpec | None,
+    weight_W: Tensor | None,
+    bias_W: Tensor | None,
+    fold_W: Tensor | None,
+    want_total: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    total = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    normed = None if norm is None else normalise(total, norm, weight_W, bias_W)
+    if not want_total:
+        return None, normed
+    # What is returned is the caller's to write to.
+    return (total.clone() if len(terms) == 1 else total) if fold_W is None else total + fold_W, normed
+
+
+def _rotate_plain(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
+    rotary = cos_BLR.shape[-1]
+    cos, sin = cos_BLR[:, None], sin_BLR[:, None]
+    low, high = x_BHLD[..., : rotary // 2], x_BHLD[..., rotary // 2 : rotary]
+    out_BLHD = x_BHLD.new_empty([x_BHLD.shape[i] for i in (0, 2, 1, 3)])
+    out = out_BLHD.transpose(1, 2)
+    out[..., : rotary // 2] = low * cos[..., : rotary // 2] - high * sin[..., : rotary // 2]
+    out[..., rotary // 2 : rotary] = high * cos[..., rotary // 2 :] + low * sin[..., rotary // 2 :]
+    out[..., rotary:] = x_BHLD[..., rotary:]
+    return out

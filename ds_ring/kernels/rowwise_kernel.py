@@ -1,0 +1,151 @@
+# mypy: ignore-errors
+# (Triton has no types, and what @triton.jit compiles is Triton's language rather than Python.)
+"""The Triton kernels behind ``rowwise.py``: each reads and writes every element once.
+
+Numbers of tokens are never specialised on, so that a kernel is compiled once a width and dtype, not once a length.
+"""
+
+# Shapes: M rows (tokens), W columns, B batch, L tokens, H heads, D head_dim, R rotating columns.
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+TILE = 2048
+"""Elements a program of the element-wise kernels holds."""
+
+
+@triton.jit
+def _add_norm_kernel(
+    first, second, fold, weight, bias, total_out, normed_out, first_stride, second_stride, eps, offset,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, FOLD: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr, CENTRE: tl.constexpr, TOTAL: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """A row: total = first + second, normed = norm(total), total_out = total + fold."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    total = tl.load(first + row * first_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        total += tl.load(second + row * second_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        # The norm sees the sum as the model would have stored it.
+        x = total.to(normed_out.dtype.element_ty).to(tl.float32)
+        if CENTRE:
+            x = tl.where(inside, x - tl.sum(x, 0) / WIDTH, 0.0)
+        y = x * (1.0 / tl.sqrt(tl.sum(x * x, 0) / WIDTH + eps))
+        if WEIGHT:
+            y *= offset + tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            y += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(normed_out + row * WIDTH + columns, y.to(normed_out.dtype.element_ty), mask=inside)
+    if TOTAL:
+        if FOLD:
+            total += tl.load(fold + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total_out + row * WIDTH + columns, total.to(total_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gate_kernel(
+    gate, up, out, gate_stride, up_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < WIDTH
+    x = tl.load(gate + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(up + row * up_stride + columns, mask=inside, other=0.0)
+    if KIND == "silu":
+        x = x * tl.sigmoid(x)
+    elif KIND == "gelu_tanh":
+        # x/2 (1 + tanh z) = x sigmoid(2 z)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif KIND == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+    else:
+        x = tl.maximum(x, 0.0)
+    # The model rounds the activation before it multiplies.
+    product = x.to(out.dtype.element_ty).to(tl.float32) * y.to(tl.float32)
+    tl.store(out + row * WIDTH + columns, product.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "heads"])
+def _rotate_kernel(
+    x, cos, sin, out, n_tokens, heads,
+    x_batch_stride, x_token_stride, x_head_stride, cos_batch_stride, cos_token_stride, sin_batch_stride,
+    sin_token_stride, WIDTH: tl.constexpr, ROTARY: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A token, HEADS of its heads; out is [B, L, H, D]."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // n_tokens, row % n_tokens
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, COLUMNS)
+    rotates = column < ROTARY
+    inside = (head < heads)[:, None] & (column < WIDTH)[None, :]
+    # The other half of the pair that a column rotates with.
+    partner = tl.where(column < ROTARY // 2, column + ROTARY // 2, column - ROTARY // 2)
+    source = x + batch * x_batch_stride + token * x_token_stride + head[:, None] * x_head_stride
+    own = tl.load(source + column[None, :], mask=inside, other=0.0)
+    other = tl.load(source + partner[None, :], mask=inside & rotates[None, :], other=0.0).to(tl.float32)
+    c = tl.load(cos + batch * cos_batch_stride + token * cos_token_stride + column, mask=rotates, other=1.0)
+    s = tl.load(sin + batch * sin_batch_stride + token * sin_token_stride + column, mask=rotates, other=0.0)
+    s = tl.where(column < ROTARY // 2, -s.to(tl.float32), s.to(tl.float32))
+    turned = own.to(tl.float32) * c.to(tl.float32)[None, :] + other * s[None, :]
+    target = out + (row * heads + head[:, None]) * WIDTH + column[None, :]
+    tl.store(target, turned.to(out.dtype.element_ty), mask=inside)
+
+
+def add_norm(
+    first_MW: Tensor, second_MW: Tensor | None, fold_W: Tensor | None, weight_W: Tensor | None, bias_W: Tensor | None,
+    eps: float, offset: float, centre: bool, want_total: bool, want_normed: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    rows, width = first_MW.shape
+    total = first_MW.new_empty(rows, width) if want_total else None
+    normed = first_MW.new_empty(rows, width) if want_normed else None
+    if rows * width == 0:
+        return total, normed
+    second = first_MW if second_MW is None else second_MW
+    block = triton.next_power_of_2(width)
+    unused = first_MW
+    with torch.cuda.device_of(first_MW):
+        _add_norm_kernel[(rows,)](
+            first_MW, second, _or(fold_W, unused), _or(weight_W, unused), _or(bias_W, unused), _or(total, unused),
+            _or(normed, unused), first_MW.stride(0), second.stride(0), eps, offset,
+            WIDTH=width, BLOCK=block, ADD=second_MW is not None, FOLD=fold_W is not None, WEIGHT=weight_W is not None,
+            BIAS=bias_W is not None, CENTRE=centre, TOTAL=want_total, NORM=want_normed,
+            num_warps=min(16, max(1, block // 1024)),
+        )  # fmt: skip
+    return total, normed
+
+
+def gate(kind: str, gate_MW: Tensor, up_MW: Tensor) -> Tensor:
+    rows, width = gate_MW.shape
+    out = gate_MW.new_empty(rows, width)
+    if out.numel():
+        with torch.cuda.device_of(gate_MW):
+            _gate_kernel[(rows, triton.cdiv(width, TILE))](
+                gate_MW, up_MW, out, gate_MW.stride(0), up_MW.stride(0), WIDTH=width, BLOCK=TILE, KIND=kind
+            )
+    return out
+
+
+def rotate(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
+    batch, heads, tokens, width = x_BHLD.shape
+    out_BLHD = x_BHLD.new_empty(batch, tokens, heads, width)
+    columns = triton.next_power_of_2(width)
+    tile = min(triton.next_power_of_2(heads), max(1, TILE // columns))
+    # One row of positions may serve the whole batch.
+    cos_batch, sin_batch = (t.stride(0) if t.shape[0] > 1 else 0 for t in (cos_BLR, sin_BLR))
+    if out_BLHD.numel():
+        with torch.cuda.device_of(x_BHLD):
+            _rotate_kernel[(batch * tokens, triton.cdiv(heads, tile))](
+                x_BHLD, cos_BLR, sin_BLR, out_BLHD, tokens, heads,
+                x_BHLD.stride(0), x_BHLD.stride(2), x_BHLD.stride(1), cos_batch, cos_BLR.stride(1), sin_batch,
+                sin_BLR.stride(1), WIDTH=width, ROTARY=cos_BLR.shape[2], HEADS=tile, COLUMNS=columns,
+            )  # fmt: skip
+    return out_BLHD.transpose(1, 2)
+
+
+def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:
+    return unused if tensor is None else tensor

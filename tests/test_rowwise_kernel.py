@@ -1,0 +1,104 @@
+"""The element-wise Triton kernels, interpreted on CPUs, against the formulas that the tests of models use."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from ds_ring.kernels import rowwise
+from ds_ring.kernels.rowwise import NormSpec
+
+triton = pytest.importorskip("triton")
+from ds_ring.kernels import rowwise_kernel  # noqa: E402
+
+
+def release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+pytestmark = [
+    pytest.mark.skipif(not rowwise_kernel.INTERPRETED, reason="with a GPU, tests/test_fused_gpu.py runs the kernels"),
+    pytest.mark.skipif(
+        release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4),
+        reason="the interpreter of Triton 3.6 needs NumPy < 2.4",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    monkeypatch.setattr("ds_ring.kernels.rowwise.kernels_run_on", lambda tensor: True)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("width", [48, 77])
+@pytest.mark.parametrize("spec", [NormSpec(True, 0.0, 1e-3), NormSpec(False, 0.0, 1e-3), NormSpec(False, 1.0, 1e-3)])
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("terms", [1, 2])
+def test_sum_and_norm(width, spec, folded, terms):
+    summands = tuple(random(2, 5, width, seed=i) for i in range(terms))
+    weight = random(width, seed=7)
+    bias, fold = (random(width, seed=8) if spec.centred else None), (random(width, seed=9) if folded else None)
+    total, normed = rowwise.add_norm(summands, spec, weight, bias, fold)
+    want = sum(summands).double()
+    centred = want - want.mean(-1, keepdim=True) if spec.centred else want
+    normal = centred / (centred.square().mean(-1, keepdim=True) + spec.eps).sqrt() * (spec.offset + weight.double())
+    torch.testing.assert_close(normed.double(), normal + (0 if bias is None else bias), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(total.double(), want + (0 if fold is None else fold), atol=1e-6, rtol=1e-6)
+
+
+def test_a_sum_alone_and_a_norm_alone():
+    a, b, fold = random(3, 48), random(3, 48, seed=1), random(48, seed=2)
+    total, normed = rowwise.add_norm((a, b), None, fold_W=fold)
+    assert normed is None
+    torch.testing.assert_close(total, a + b + fold)
+    total, normed = rowwise.add_norm((a,), NormSpec(False, 0.0, 1e-6), want_total=False)
+    assert total is None
+    torch.testing.assert_close(normed, a / (a.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+
+
+def test_a_sum_of_one_term_is_a_copy():
+    a = random(3, 48)
+    total, _ = rowwise.add_norm((a,), None)
+    assert torch.equal(total, a)
+    assert total.data_ptr() != a.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "relu"])
+@pytest.mark.parametrize("width", [33, 2500])
+def test_gates(kind, width):
+    both = 3 * random(2, 3, 2 * width)
+    gate, up = both.chunk(2, dim=-1)  # parts of one projection, as they lie
+    got = rowwise.gated(kind, gate, up)
+    want = rowwise.activation(kind, gate.double()) * up.double()
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_gate_of_no_columns():
+    assert rowwise.gated("silu", torch.empty(2, 3, 0), torch.empty(2, 3, 0)).shape == (2, 3, 0)
+
+
+@pytest.mark.parametrize("rotary", [16, 12, 6])
+@pytest.mark.parametrize("positions", [1, 2])
+def test_rotary_of_parts_of_a_fused_projection(rotary, positions):
+    """GPT-NeoX lays q, k and v of a head side by side."""
+    batch, tokens, heads, width = 2, 7, 3, 16
+    qkv = random(batch, tokens, heads, 3 * width).transpose(1, 2)
+    q, k, _ = qkv.chunk(3, dim=-1)
+    k = k[:, :2]
+    angle = random(positions, tokens, rotary // 2, seed=1)
+    cos, sin = (torch.cat((f(angle), f(angle)), -1) for f in (torch.cos, torch.sin))
+    before = qkv.clone()
+    for got, x in zip(rowwise.rotate(q, k, cos, sin), (q, k), strict=True):
+        pairs = torch.complex(x[..., : rotary // 2].double(), x[..., rotary // 2 : rotary].double())
+        turned = pairs * torch.polar(torch.ones(()).double(), angle.double())[:, None]
+        want = torch.cat((turned.real, turned.imag, x[..., rotary:].double()), -1)
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+        assert got.transpose(1, 2).is_contiguous()
+    assert torch.equal(qkv, before)
