@@ -215,8 +215,8 @@ class TestRefusedFiles:
         ({"ds_ring": {"paralel": {}}},
          "ds_ring.paralel is not a known key; known here: fusion, model, parallel, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
-         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, repeats, "
-         "sweep, text, warmup"),
+         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, mode, "
+         "repeats, sweep, text, warmup"),
         ({"ds_ring": {"parallel": {"pp_size": "many"}}},
          "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
         ({"ds_ring": {"parallel": {"pp_size": 1.5}}},
