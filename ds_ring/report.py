@@ -35,9 +35,10 @@ def _change(ratio: float | None) -> str:
 
 def caption(rows: list[dict[str, Any]]) -> str:
     r = rows[0]
+    whole = any(row.get("mode", "full") == "full" for row in rows)
     return (
-        f"B = {r['batch']} x L = {r['length']}, {r['dtype']}, {r['gpus']} ranks of {r['device']}; one full forward "
-        f"(prefill), logits of the last token"
+        f"B = {r['batch']} x L = {r['length']}, {r['dtype']}, {r['gpus']} ranks of {r['device']}; one "
+        f"{'full forward (prefill)' if whole else 'prefill of what the next token needs'}, logits of the last token"
     )
 
 

@@ -28,6 +28,8 @@ def test_modes_are_compared_among_themselves(rows):
     assert judged[: len(rows)] == compare.judge(rows)
     assert judged[-1]["vs_baseline"] == pytest.approx(1.25)
     assert judged[-1]["vs_dp"] is None
+    assert "one full forward (prefill)" in report.caption(judged)
+    assert "one prefill of what the next token needs" in report.caption(short)
     assert [report.name_of(r) for r in judged[-3:]] == ["ring4", "tp4 (prefill only)", "ring4 (prefill only)"]
 
 

@@ -11,7 +11,7 @@ import torch
 from mocked_world import relative_error, serve
 from tiny_models import ARCHITECTURES, build, gemma2, gpt2, gpt_neox, llama_gqa, logits, opt, pythia, qwen3, tokens
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.gpt_neox import modeling_gpt_neox
 
@@ -152,6 +152,21 @@ def test_the_fused_operations_run(monkeypatch):
     calls.clear()  # recognising the rotary function called it
     logits(model, tokens(1, LENGTH))
     assert calls == {"add_norm": 4, "rotate": 4, "with_gelu": 4, "add_to_": 4}
+
+
+@pytest.mark.parametrize("config", [gpt_neox, qwen3, gpt2])
+def test_steps_of_one_token_behind_a_cache(config):
+    model, ids = build(config()), tokens(2, 21)
+    want = logits(model, ids)
+    fuse(model)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids[:, :18], past_key_values=cache)
+        for at in (18, 19, 20):
+            got = model(ids[:, at : at + 1], past_key_values=cache).logits
+            assert relative_error(got[:, 0], want[:, at]) < TOLERANCE
+    # One graph a way of calling: with a mask over several tokens, and without one.
+    assert max(len(layer.forward.__func__._graphs) for layer in Anatomy.of(model).layers) <= 2
 
 
 def test_hooks_of_layers_and_modules_still_run():

@@ -63,6 +63,12 @@ def test_sum_and_norm(dtype, width, spec):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernels_are_in_use(dtype):
+    assert rowwise.self_test(torch.device("cuda"), dtype) is None
+    assert rowwise.kernels_run_on(torch.empty(1, device="cuda", dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "relu"])
 def test_gates(dtype, kind):
     gate, up = random(3, 111, 2 * 2500, dtype=dtype).chunk(2, dim=-1)

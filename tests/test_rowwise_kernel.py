@@ -102,3 +102,23 @@ def test_rotary_of_parts_of_a_fused_projection(rotary, positions):
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
         assert got.transpose(1, 2).is_contiguous()
     assert torch.equal(qkv, before)
+
+
+def test_the_self_test_passes_and_sees_another_result(monkeypatch):
+    assert rowwise.self_test(torch.device("cpu"), torch.float32) is None
+    gate = rowwise_kernel.gate
+    monkeypatch.setattr(rowwise_kernel, "gate", lambda kind, x, up: gate("gelu", x, up))
+    assert "self-test fails on cpu (case 2)" in str(rowwise.self_test(torch.device("cpu"), torch.float32))
+
+
+def test_kernels_that_cannot_run_are_named_once(monkeypatch, caplog):
+    def broken(*args: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(rowwise_kernel, "rotate", broken)
+    rowwise._usable.cache_clear()
+    assert not any(rowwise._usable(torch.device("cpu"), torch.float32) for _ in range(2))
+    rowwise._usable.cache_clear()
+    assert [r.getMessage() for r in caplog.records] == [
+        "element-wise work in torch.float32 goes without Triton's kernels: RuntimeError: no compiler"
+    ]

@@ -8,14 +8,17 @@ need Triton.
 # Shapes: M rows (tokens), W columns, B batch, L tokens, H query and K key/value heads, D head_dim, R rotating columns.
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, relu, silu
+
+log = logging.getLogger("ds_ring")
 
 Gate = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
@@ -33,13 +36,45 @@ class NormSpec:
 
 
 def kernels_run_on(tensor: Tensor) -> bool:
-    """Whether Triton's kernels serve tensors like this one."""
-    return tensor.is_cuda and _has_triton()
+    """Whether Triton's kernels serve tensors like this one; where they should but cannot, a warning says why, once."""
+    return tensor.is_cuda and _usable(tensor.device, tensor.dtype)
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _usable(device: torch.device, dtype: torch.dtype) -> bool:
+    reason = "Triton is not installed" if find_spec("triton") is None else self_test(device, dtype)
+    if reason is not None:
+        log.warning("element-wise work in %s goes without Triton's kernels: %s", dtype, reason)
+    return reason is None
+
+
+def self_test(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps the kernels from giving the plain formulas' results on a small example; None: nothing."""
+    from ds_ring.kernels import rowwise_kernel
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(5, 80, generator=generator).to(device, dtype) for _ in range(2))
+    x_BHLD, angle_BLR = a.view(1, 5, 5, 16), b.view(1, 5, 5, 16)[0, :1, :, :8]
+    norm = NormSpec(True, 0.0, 1e-5)
+    try:
+        got = [
+            *rowwise_kernel.add_norm(a, b, b[0], a[1], b[1], norm.eps, norm.offset, norm.centred, True, True),
+            *(rowwise_kernel.gate(kind, a, b) for kind in get_args(Gate)),
+            rowwise_kernel.rotate(x_BHLD, angle_BLR, angle_BLR),
+        ]
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"{type(error).__name__}: {error}"
+    want = [
+        *_add_norm_plain((a, b), norm, a[1], b[1], b[0], True),
+        *(activation(kind, a) * b for kind in get_args(Gate)),
+        _rotate_plain(x_BHLD, angle_BLR, angle_BLR),
+    ]
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    near = [
+        g is not None and w is not None and torch.allclose(g, w, atol=tolerance, rtol=tolerance)
+        for g, w in zip(got, want, strict=True)
+    ]
+    return None if all(near) else f"their self-test fails on {device} (case {near.index(False)})"
 
 
 def add_norm(
