@@ -24,6 +24,7 @@ TOLERANCE = 1e-4
 """On the worst token's relative error, fp32; a token at a wrong place gives errors near 1."""
 TIE = 1e-3
 """Two best logits nearer than this are a toss-up between sums in another order."""
+LARGEST = 10_000_000
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512, "sliding_window": 24,
@@ -77,6 +78,10 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
     """Weights so large that a token at a wrong place shows: at the usual 0.02 attention is nearly uniform."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if count > LARGEST:
+        raise ValueError(f"{count:,} parameters: its parts have configs of their own, which stay large")
     torch.manual_seed(SEED)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(SEED)

@@ -11,7 +11,7 @@ from mocked_world import outcome, relative_error, serve
 from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, mistral
 from tiny_models import tokens as any_tokens
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextStreamer
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ds_ring.engines.base import Engine
@@ -294,6 +294,15 @@ def test_only_rank_0_streams(layout):
     assert not any(heard.tokens or heard.ended for heard, _ in others)
 
 
+def test_a_text_streamer_takes_one_row():
+    def work(engine: Engine) -> Exception | None:
+        return outcome(lambda: engine.generate(tokens(2, 20), streamer=TextStreamer(None)))
+
+    for error in serve(llama(), work, ring_degree=2):
+        assert isinstance(error, InputError)
+        assert "TextStreamer takes one row, the batch has 2" in str(error)
+
+
 def test_processors_and_stopping_criteria_are_transformers_own():
     ids = tokens(1, 20)
     options = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 3, "max_new_tokens": 12}
@@ -409,8 +418,8 @@ def test_a_cache_is_refused_where_it_does_not_fit():
         assert "past_key_values holds 25 columns already, and the batch has 20" in short
         assert "past_key_values holds 1 rows, the batch 2" in rows
         assert "attention_mask shows columns of row 0 that were padding" in shown
-        assert "only" in crop or "engine that made it" in crop
-        assert "engine that made it" in update
+        assert "read and written by the engine that made it" in crop
+        assert "read and written by the engine that made it" in update
 
 
 def test_ranks_that_were_given_different_things_say_so():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig
+from transformers import Cache, GenerationConfig, TextStreamer
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
 
 from ds_ring.attention.positions import EMPTY
@@ -53,6 +53,9 @@ def generate(
         mask_BT = _mask(facade, settings, input_ids, attention_mask)
         cache = _cache(engine, past_key_values, mask_BT, input_ids, settings)
         _check_length(engine, mask_BT, input_ids, settings)
+        if isinstance(streamer, TextStreamer) and mask_BT.shape[0] > 1:
+            # It would raise on rank 0 alone, with the others on their way.
+            raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BT.shape[0]}")
         digest = _digest(engine, input_ids, mask_BT, cache)
         if cache.get_seq_length():
             cache.revise(mask_BT[:, : cache.get_seq_length()])
