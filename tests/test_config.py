@@ -56,7 +56,7 @@ class TestLoading:
                     "ring_impl": "zigzag", "ring_variant": "auto", "gather_limit_mib": 2048,
                 },
                 "workload": {
-                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "text": [],
+                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "prefill_chunk": 0, "text": [],
                     "warmup": 1, "repeats": 3,
                 },
                 "transport": "auto",
@@ -214,7 +214,8 @@ class TestRefusedFiles:
         ({"ds_ring": {"paralel": {}}},
          "ds_ring.paralel is not a known key; known here: model, parallel, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
-         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, repeats, "
+         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, "
+         "prefill_chunk, repeats, "
          "sweep, text, warmup"),
         ({"ds_ring": {"parallel": {"pp_size": "many"}}},
          "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
@@ -233,8 +234,8 @@ class TestRefusedFiles:
          "ds_ring.workload.max_length=0: Input should be greater than or equal to 1"),
         ({"ds_ring": {"parallel": {"ring_impl": "striped"}}},
          "ds_ring.parallel.ring_impl='striped': Input should be 'zigzag' or 'contiguous'"),
-        ({"ds_ring": {"parallel": {"ring_variant": "pass_q"}}},
-         "ds_ring.parallel.ring_variant='pass_q': Input should be 'auto', 'pass_kv' or 'gather_kv'"),
+        ({"ds_ring": {"parallel": {"ring_variant": "pass_v"}}},
+         "ds_ring.parallel.ring_variant='pass_v': Input should be 'auto', 'pass_kv', 'gather_kv' or 'pass_q'"),
         ({"ds_ring": {"transport": "mpi"}}, "ds_ring.transport='mpi': Input should be 'auto' or 'process_group'"),
         ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},
          "ds_ring.workload.repeats=0: Input should be greater than or equal to 1; "
