@@ -56,8 +56,8 @@ class TestLoading:
                     "ring_impl": "zigzag", "ring_variant": "auto", "gather_limit_mib": 2048,
                 },
                 "workload": {
-                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "prefill_chunk": 0, "text": [],
-                    "warmup": 1, "repeats": 3,
+                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "prefill_chunk": 0,
+                    "text": [], "warmup": 1, "repeats": 3,
                 },
                 "transport": "auto",
             },
