@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import cache
 from typing import Any
 
@@ -11,7 +13,7 @@ from mocked_world import outcome, relative_error, serve
 from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, mistral
 from tiny_models import tokens as any_tokens
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList
+from transformers import DynamicCache, PreTrainedModel, StoppingCriteriaList, TextStreamer
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ds_ring.engines.base import Engine
@@ -140,12 +142,14 @@ def assert_rows_as_alone(model: PreTrainedModel, ids: Tensor, mask: Tensor, got:
             assert relative_error(own[row], other[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize("prefill_chunk", [0, 8])
-@by_name(*LAYOUTS)
-def test_rows_of_unequal_length_equal_each_alone(layout, prefill_chunk):
+@pytest.mark.parametrize(
+    ("name", "prefill_chunk"),
+    [*((name, 0) for name in LAYOUTS), *((name, 8) for name in ("ring3", "ulysses3_ring2", "pp2", "dp2_tp3"))],
+)
+def test_rows_of_unequal_length_equal_each_alone(name, prefill_chunk):
     ids, mask = padded([PROMPT, 5, 1, 20, 33])
-    options = {"batch_size": 5, "micro_batch_size": 2, "prefill_chunk": prefill_chunk, **layout}
-    results = serve(llama(), lambda engine: engine.generate(ids, mask, max_new_tokens=16, **GREEDY), **options)
+    options = {"batch_size": 5, "micro_batch_size": 2, "prefill_chunk": prefill_chunk, **LAYOUTS[name]}
+    results = serve(llama(), lambda engine: engine.generate(ids, mask, max_new_tokens=10, **GREEDY), **options)
     assert_rows_as_alone(llama(), ids, mask, on_all_ranks_alike(results))
 
 
@@ -230,7 +234,7 @@ def test_padding_behind_a_row_that_ended_early_is_forgotten_in_the_next_turn(lay
     assert_rows_as_alone(llama(), got.sequences[:, :-6], mask, got)
 
 
-@pytest.mark.parametrize("prompt", [1, 2, 37, 64])
+@pytest.mark.parametrize("prompt", [1, 37])
 @by_name("ring3", "ulysses3_ring2")
 def test_every_rank_holds_its_share_of_the_cache(layout, prompt):
     ranks = layout.get("ring_degree", 1) * layout.get("ulysses_degree", 1)
@@ -249,23 +253,21 @@ def test_every_rank_holds_its_share_of_the_cache(layout, prompt):
         assert max(used) * per_slot <= memory <= max(64, 1.5 * max(used)) * per_slot
 
 
-def test_memory_stays_flat_over_many_generations():
+def test_nothing_of_a_generation_stays_behind():
     ids = tokens(1, 20)
 
-    def work(engine: Engine) -> list[int]:
-        import gc
+    def work(engine: Engine) -> tuple[int, int, int]:
+        stores, counts = [], []
+        for _ in range(8):
+            stores.append(weakref.ref(engine.generate(ids, max_new_tokens=4, **GREEDY).past_key_values.store))
+            if len(stores) in (2, 8):
+                gc.collect()
+                counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+        return sum(store() is not None for store in stores), *counts
 
-        found = []
-        for _ in range(12):
-            engine.generate(ids, max_new_tokens=4, **GREEDY)
-            gc.collect()
-            engine.mesh["world"].barrier()
-            found.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
-            engine.mesh["world"].barrier()
-        return found
-
-    (counts,) = serve(llama(), work)
-    assert counts[-1] <= counts[2]
+    ((alive, early, late),) = serve(llama(), work)
+    assert alive == 0
+    assert late <= early
 
 
 class Heard(BaseStreamer):
@@ -292,6 +294,15 @@ def test_only_rank_0_streams(layout):
     assert first[0].ended
     assert first[0].tokens == first[1][0].tolist()
     assert not any(heard.tokens or heard.ended for heard, _ in others)
+
+
+def test_a_text_streamer_takes_one_row():
+    def work(engine: Engine) -> Exception | None:
+        return outcome(lambda: engine.generate(tokens(2, 20), streamer=TextStreamer(None)))
+
+    for error in serve(llama(), work, ring_degree=2):
+        assert isinstance(error, InputError)
+        assert "TextStreamer takes one row, the batch has 2" in str(error)
 
 
 def test_processors_and_stopping_criteria_are_transformers_own():
@@ -409,8 +420,8 @@ def test_a_cache_is_refused_where_it_does_not_fit():
         assert "past_key_values holds 25 columns already, and the batch has 20" in short
         assert "past_key_values holds 1 rows, the batch 2" in rows
         assert "attention_mask shows columns of row 0 that were padding" in shown
-        assert "only" in crop or "engine that made it" in crop
-        assert "engine that made it" in update
+        assert "read and written by the engine that made it" in crop
+        assert "read and written by the engine that made it" in update
 
 
 def test_ranks_that_were_given_different_things_say_so():

@@ -84,3 +84,23 @@ def test_pipeline_traffic():
     assert [sum(s.values()) for s in sent] == [state, state, state, 0]
     shape = model_shape(gpt_neox(heads=4, layers=5))
     assert mean([state, state, state, 0]) == bytes_sent_per_rank(run_config(**options), shape, rows, length, 4)
+
+
+@pytest.mark.parametrize("layout", [{"ring_degree": 4}, {"ulysses_degree": 2, "ring_degree": 2}], ids=str)
+def test_a_decode_step_gathers_one_small_result_a_layer(layout):
+    rows, heads, head_dim, layers, vocabulary = 3, 6, 8, 3, 97
+    config = llama_gqa(hidden_size=48, num_attention_heads=heads, num_key_value_heads=2)
+
+    def work(engine: Engine) -> dict[str, int]:
+        found = []
+        for new in (2, 5):
+            engine.mesh.traffic.bytes_by_op.clear()
+            engine.generate(tokens(rows, 21), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=None)
+            found.append(dict(engine.mesh.traffic.bytes_by_op))
+        return {name: longer - found[0][name] for name, longer in found[1].items()}
+
+    for rank, sent in enumerate(serve(build(config), work, batch_size=rows, **layout)):
+        partial = rows * heads * (head_dim + 1) * 4  # a result and its log-sum-exp in fp32
+        assert sent["all_gather"] == 3 * layers * partial * 3
+        assert sent["broadcast"] == (3 * rows * vocabulary * 4 * 3 if rank == 0 else 0)
+        assert sent["exchange"] == sent.get("all_to_all", 0) == 0

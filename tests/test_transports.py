@@ -153,6 +153,18 @@ class TestCollectives:
         for total in in_group(3, work):
             assert torch.equal(total, (3 * torch.arange(6).view(2, 3) + 30).to(dtype))
 
+    @pytest.mark.parametrize("source", [0, 2])
+    def test_a_broadcast_gives_the_sources_tensor_and_keeps_the_others(self, source):
+        def work(transport):
+            own = (torch.arange(6).view(2, 3) + 10 * transport.rank).t()
+            received = transport.broadcast(own, source)
+            received += 100
+            return received.tolist(), own.tolist()
+
+        for rank, (received, own) in enumerate(in_group(3, work)):
+            assert received == (torch.arange(6).view(2, 3) + 10 * source + 100).t().tolist()
+            assert rank == source or own == (torch.arange(6).view(2, 3) + 10 * rank).t().tolist()
+
     def test_objects_are_gathered_in_rank_order(self):
         assert in_group(3, lambda t: t.all_gather_objects(("rank", t.rank))) == [[("rank", r) for r in range(3)]] * 3
 
@@ -175,11 +187,12 @@ class TestCollectives:
             lambda t: t.all_to_all(torch.ones(3)),
             lambda t: t.all_gather(torch.ones(3)),
             lambda t: t.all_reduce(torch.ones(3)),
+            lambda t: t.broadcast(torch.ones(3), 0),
             lambda t: t.all_gather_objects(1),
             lambda t: t.agree(dtype="fp16"),
             lambda t: t.barrier(),
         ],
-        ids=["all_to_all", "all_gather", "all_reduce", "all_gather_objects", "agree", "barrier"],
+        ids=["all_to_all", "all_gather", "all_reduce", "broadcast", "all_gather_objects", "agree", "barrier"],
     )
     def test_a_rank_that_stays_away_is_noticed(self, operation):
         def work(transport):
@@ -258,10 +271,11 @@ class TestTraffic:
             transport.all_to_all(torch.ones(4, 3))
             transport.all_gather(torch.ones(100))
             transport.all_reduce(torch.ones(8, 2))
-            return dict(transport.traffic.bytes_by_op), transport.traffic.bytes_sent
+            transport.broadcast(torch.ones(7), 2)
+            return dict(transport.traffic.bytes_by_op)
 
-        expected = {"exchange": 10, "all_to_all": 3 * 3 * 4, "all_reduce": 64 * 2 * 3 // 4}
-        assert in_group(4, work) == [(expected, 46 + 96)] * 4
+        sent = {"exchange": 10, "all_to_all": 3 * 3 * 4, "all_gather": 3 * 100 * 4, "all_reduce": 64 * 2 * 3 // 4}
+        assert in_group(4, work) == [sent | {"broadcast": 3 * 7 * 4 * (rank == 2)} for rank in range(4)]
 
     def test_what_is_received_is_not_counted(self):
         def work(transport):
@@ -346,6 +360,7 @@ class TestSolo:
         assert torch.equal(transport.all_to_all(tensor), tensor)
         assert torch.equal(transport.all_gather(tensor), tensor[None])
         assert torch.equal(transport.all_reduce(tensor), tensor)
+        assert torch.equal(transport.broadcast(tensor, 0), tensor)
         assert transport.all_gather_objects("x") == ["x"]
         assert transport.agree(tokens="abc") is None
         assert transport.barrier() is None

@@ -17,13 +17,15 @@ from ds_ring.transport.base import Transport
 
 @dataclass(frozen=True)
 class Step:
-    """Its attributes:
+    """One forward's tokens on one rank. Making it reserves their slots; their keys and values follow by layer.
 
-    rows: which of the store's rows these are.
-    positions_Bl: where this rank's tokens stand, int32; ``EMPTY`` for padding.
-    starts, held: the slots filled on every rank before and after.
-    replicated: all ranks have the same tokens, and only ``owner`` stores them; otherwise each has tokens of its own.
-    is_first: nothing was cached before, so that the tokens attend to each other only.
+    Attributes:
+        rows: which of the store's rows these are.
+        positions_Bl: where this rank's tokens stand, int32; ``EMPTY`` for padding.
+        starts, held: the slots filled on every rank before and after.
+        replicated: all ranks have the same tokens, and the one whose ``held`` grows stores them; otherwise each rank
+            has tokens of its own.
+        is_first: nothing was cached before, so that the tokens attend to each other only.
     """
 
     store: KVStore

@@ -151,7 +151,15 @@ class Transport(ABC):
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """Rank ``source``'s ``tensor`` on every rank; the others bring one of the same shape and dtype."""
         tensor = tensor.contiguous()
-        return tensor if self.size == 1 else self._broadcast(tensor, source)
+        if self.size == 1:
+            return tensor
+        sent = blank([(0, tensor)])
+        self.traffic.add(
+            "broadcast",
+            tensor.nbytes * (self.size - 1) if self.rank == source else 0,
+            lambda: void(self._broadcast(sent()[0][1], source)),
+        )
+        return self._broadcast(tensor, source)
 
     def agree(self, **facts: object) -> None:
         """Raise the same TransportError on every rank unless all hold the same facts; it names the fact and a rank."""
@@ -183,5 +191,5 @@ class Transport(ABC):
     @abstractmethod
     def _all_gather(self, tensor: Tensor) -> Tensor: ...
 
-    @abstractmethod
-    def _broadcast(self, tensor: Tensor, source: int) -> Tensor: ...
+    def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        return self._all_gather(tensor)[source]

@@ -29,9 +29,6 @@ class SoloTransport(Transport):
     def _all_gather(self, tensor: Tensor) -> Tensor:
         return tensor.unsqueeze(0)
 
-    def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        return tensor
-
     def all_gather_objects(self, value: T) -> list[T]:
         return [value]
 

@@ -142,11 +142,6 @@ class ThreadedTransport(Transport):
         self._group.wait_for_all()
         return gathered
 
-    def _broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        received = self._swap(tensor)[source].clone()
-        self._group.wait_for_all()
-        return received
-
     def all_gather_objects(self, value: T) -> list[T]:
         self._group.slots[self.rank] = value
         self._group.wait_for_all()

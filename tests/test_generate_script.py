@@ -1,0 +1,79 @@
+"""What launch/generate.py does around the engine: prompts, options, completions, times."""
+
+import pytest
+import torch
+from mocked_world import serve
+from test_launch import save
+from tiny_models import build, llama_gqa
+
+from ds_ring.checkpoints import byte_tokenizer
+from ds_ring.config import RunConfig
+from ds_ring.errors import InputError
+from ds_ring.generate import Sampling, check, left_padded, read_prompts, run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("llama"), llama_gqa(vocab_size=257))
+
+
+def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("from a file\n")
+    config = RunConfig.load({"dtype": "fp32"}, model=str(checkpoint))
+    tokenizer, rows = read_prompts(config, ["first", "second one"], [str(file)])
+    assert [tokenizer.decode(row) for row in rows] == ["first", "second one", "from a file\n"]
+    with pytest.raises(InputError, match="no prompt: give --prompt TEXT… or --prompt-file FILE…"):
+        read_prompts(config, [], [])
+    with pytest.raises(InputError, match="prompt 2 of 2 is empty"):
+        read_prompts(config, ["x", ""], [])
+    with pytest.raises(InputError, match="cannot read"):
+        read_prompts(config, [], [str(tmp_path / "none.txt")])
+
+
+@pytest.mark.parametrize(
+    ("new", "sampling", "words"),
+    [
+        (0, Sampling(), "max_new_tokens=0 must be at least 1"),
+        (1, Sampling(temperature=-1.0), "temperature=-1.0 must be at least 0"),
+        (1, Sampling(top_p=0.0), "top_p=0.0 must be above 0"),
+        (1, Sampling(top_k=-1), "top_k=-1 must be at least 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(new, sampling, words):
+    with pytest.raises(InputError, match=words):
+        check(new, sampling)
+
+
+def test_rows_are_padded_at_their_beginnings():
+    ids, mask = left_padded([[5, 6, 7], [8]], 9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("layout", [{"dp_size": 2}, {"ring_degree": 2}], ids=str)
+def test_a_completion_ends_with_the_token_that_ends_it(layout):
+    model, prompts = build(llama_gqa(vocab_size=257)), [[1, 2, 3]]
+    with torch.no_grad():
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        text = model.generate(torch.tensor(prompts), **options)[0, 3:].tolist()
+    end = next(t for i, t in enumerate(text) if i > 1 and t not in text[:i])
+    model.generation_config.eos_token_id = end
+    said = []
+
+    def work(engine):
+        return run(
+            engine, byte_tokenizer(), prompts, max_new_tokens=8, sampling=Sampling(), say=said.append, stream=False
+        )
+
+    for rank, found in enumerate(serve(model, work, batch_size=2, **layout)):
+        (completion,) = found["completions"]
+        assert completion["prompt_tokens"] == 3
+        assert completion["token_ids"] == text[: text.index(end) + 1]
+        if rank == 0:
+            steps = len(completion["token_ids"])
+            total_s = (found["ttft_ms"] + (steps - 1) * found["decode_tpot_ms"]) / 1e3
+            assert found["tokens_per_second"] == pytest.approx(steps / total_s)
+            assert found["ttft_ms"] > 0
+        assert found["cache_gib_per_rank"] * 2**30 >= 64 * 3 * 2 * 3 * 8 * 4
+    assert sum("tok/s" in text for text in said) == 1
