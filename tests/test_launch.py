@@ -244,3 +244,30 @@ def test_documents_that_do_not_fit_are_refused(llama, documents, tmp_path):
     empty.write_text(" \n")
     assert "is empty" in run([*scored, "--text", str(empty)], expect=2).stderr
     assert "cannot read" in run([*scored, "--text", str(tmp_path / "none.txt")], expect=2).stderr
+
+
+def test_slices_of_whole_weights_give_the_whole_models_logits(neox, tmp_path):
+    """The all-reduces of ``hf.sliced`` over gloo, in the group that would decode after a sharded prefill."""
+    script = tmp_path / "sliced.py"
+    script.write_text(f"""
+import json, torch
+from transformers import AutoModelForCausalLM
+from ds_ring.config import RunConfig
+from ds_ring.hf.sliced import sliced
+from ds_ring.runtime import connect
+
+mesh = connect(RunConfig.load({{"dtype": "fp32"}}, model={str(neox)!r}, ring_degree=2))
+model = AutoModelForCausalLM.from_pretrained({str(neox)!r}, dtype=torch.float32).eval()
+ids = torch.arange(14).view(2, 7)
+with torch.inference_mode():
+    want = model(ids).logits
+    with sliced(model, mesh["sp"].rank, 2, mesh["sp"]):
+        got = model(ids).logits
+errors = mesh["world"].all_gather_objects(float((got - want).abs().max() / want.abs().max()))
+if mesh.rank == 0:
+    print(json.dumps({{"errors": errors, "bytes": dict(mesh.traffic.bytes_by_op)}}))
+""")
+    result = last_line(deepspeed(2, script))
+    assert len(result["errors"]) == 2
+    assert max(result["errors"]) < 1e-5
+    assert result["bytes"] == {"all_reduce": 4 * 2 * (2 * 7 * 64 * 4 * 2 // 2)}
