@@ -110,9 +110,10 @@ def connect(run: RunConfig) -> Mesh:
     if sharing_a_gpu():
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     if not deepspeed.comm.is_initialized():
-        # NCCL takes no two ranks on one GPU.
-        nccl = device.type == "cuda" and not sharing_a_gpu()
-        deepspeed.init_distributed("nccl" if nccl else "gloo", verbose=False)
+        if sharing_a_gpu():
+            # NCCL takes no two ranks on one GPU, and DeepSpeed would give each rank a GPU of its own.
+            torch.distributed.init_process_group("gloo")
+        deepspeed.init_distributed("nccl" if device.type == "cuda" and not sharing_a_gpu() else "gloo", verbose=False)
     # Before any group is made: ranks that were told different degrees would wait for different peers.
     world = range(deepspeed.comm.get_world_size())
     everyone = ProcessGroupTransport(deepspeed.comm.get_world_group(), world, deepspeed.comm.get_rank())

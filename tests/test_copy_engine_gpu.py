@@ -75,7 +75,8 @@ def _rank(rank: int, port: int, topology: Topology, results, work, arguments) ->
 
         # A peer that fails must end the test, not hold it.
         limit = timedelta(seconds=LIMIT_S // 2)
-        deepspeed.init_distributed("gloo" if shared else "nccl", verbose=False, timeout=limit)
+        dist.init_process_group("gloo" if shared else "nccl", timeout=limit)
+        deepspeed.init_distributed(verbose=False)
         places: list[Place] = [None] * topology.world_size
         dist.all_gather_object(places, Place.of(device))
         choice = choose("copy_engine", topology, places, sharing=shared)
