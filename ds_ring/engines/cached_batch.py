@@ -63,16 +63,16 @@ def chunks(
             held = tuple(s + slots(length) for s in starts)
             found.append(
                 CachedBatch(
-                    micro_batch.ids_BL[:, columns],
-                    micro_batch.position_ids_BL[:, columns],
-                    tuple(min(max(n - start, 0), length) for n in micro_batch.lengths),
-                    micro_batch.rows,
-                    places_BL[rows, start : start + length],
-                    store,
-                    rows,
-                    starts,
-                    held,
-                    is_first,
+                    ids_BL=micro_batch.ids_BL[:, columns],
+                    position_ids_BL=micro_batch.position_ids_BL[:, columns],
+                    lengths=tuple(min(max(n - start, 0), length) for n in micro_batch.lengths),
+                    rows=micro_batch.rows,
+                    places_BL=places_BL[rows, start : start + length],
+                    store=store,
+                    store_rows=rows,
+                    starts=starts,
+                    held=held,
+                    is_first=is_first,
                 )
             )
         store.used = [s + max(slots(m.length) for m in found) for s in starts]

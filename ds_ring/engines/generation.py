@@ -109,9 +109,9 @@ class _Run:
         self._seen_b1 = mask_BT[own].sum(1, keepdim=True).to(engine.device)
         self._first_b1 = cache.first_B[own, None].int().to(engine.device)
         self._prefilled = cache
-        return self._last_logits(work, batch.lengths, cache)
+        return self._last_logits(work, batch.lengths)
 
-    def _last_logits(self, work: list[CachedBatch], lengths: tuple[int, ...], cache: ShardedCache) -> Tensor:
+    def _last_logits(self, work: list[CachedBatch], lengths: tuple[int, ...]) -> Tensor:
         """Run all chunks; logits [b, V] of each row's last token."""
         done = [0] * len(lengths)
         last: list[list[tuple[int, int]]] = []
