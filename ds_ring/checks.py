@@ -39,6 +39,7 @@ def check_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
 
 def check_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """The rules of a layout by itself: what an engine needs."""
+    assert not config.parallel.auto, "plan.resolve comes first"
     _check_axes(config, world_size)
     _check_model(shape)
     _check_heads(config, shape)

@@ -41,6 +41,8 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
             kind = get_args(field.annotation)[0]
             metavar = "N" if kind is int else "FILE"
             group.add_argument(option, nargs="+", type=kind, metavar=metavar, help=field.description)
+        elif field.annotation is bool:
+            group.add_argument(option, action="store_true", default=None, help=field.description)
         elif field.annotation is int:
             group.add_argument(option, type=int, metavar="N", help=text)
         else:
@@ -65,6 +67,9 @@ def passed_on(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     given = overrides(args)
     options: list[str] = []
     for name, value in given.items():
+        if value is True:
+            options.append(f"--{name.replace('_', '-')}")
+            continue
         options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list | tuple) else [value])]
     return given, options
 

@@ -43,6 +43,10 @@ class Plan:
             for name in ("model", "workload"):
                 if getattr(run.ring, name) != getattr(first.ring, name) or run.dtype != first.dtype:
                     raise ConfigError(f"{file} differs from {runs[0][0]} in {name} or dtype: they would not compare")
+            if run.parallel.auto:
+                raise ConfigError(
+                    f"{file} says parallel=auto; what is compared needs degrees (launch/plan.py has them)"
+                )
             check_run(run, model_shape(read_config(model_source(run))), run.topology.world_size)
         return cls(runs)
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ds_ring.errors import ConfigError
 from ds_ring.layout import RingImpl
@@ -38,6 +38,11 @@ class _Section(BaseModel):
 class ParallelConfig(_Section):
     """How the ranks are used. ``tp_size`` is DeepSpeed's: ``"tensor_parallel": {"tp_size": N}``."""
 
+    auto: bool = Field(
+        False,
+        description="choose all degrees by batch, length and memory (launch/plan.py shows how); also as "
+        '"parallel": "auto"',
+    )
     dp_size: int = Field(1, ge=1, description="replicas, each with its own rows of the batch")
     pp_size: int = Field(1, ge=1, description="pipeline stages (layers)")
     ring_degree: int = Field(1, ge=1, description="ranks that share a sequence by ring attention")
@@ -84,6 +89,13 @@ class WorkloadConfig(_Section):
 
 class RingConfig(_Section):
     """The section ``"ds_ring"``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("parallel") == "auto":
+            return {**values, "parallel": {"auto": True}}
+        return values
 
     model: str | None = Field(None, description="checkpoint directory (safetensors) that from_pretrained reads")
     parallel: ParallelConfig = ParallelConfig()
@@ -224,7 +236,9 @@ def _override(document: dict[str, Any], section: dict[str, Any], name: str, valu
     elif name == "dtype":
         document["dtype"] = value
     elif name in ParallelConfig.model_fields:
-        section["parallel"] = {**_object("ds_ring.parallel", section.get("parallel", {})), name: value}
+        given = section.get("parallel", {})
+        given = {"auto": True} if given == "auto" else _object("ds_ring.parallel", given)
+        section["parallel"] = {**given, name: value}
     elif name in WorkloadConfig.model_fields:
         section["workload"] = {**_object("ds_ring.workload", section.get("workload", {})), name: value}
     elif name in RingConfig.model_fields:

@@ -18,10 +18,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from ds_ring.checks import ModelShape, check_run
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.hardware import Card
+from ds_ring.hf.flops import linear_parameters
+from ds_ring.hf.shape import model_shape
 from ds_ring.kernels.attention512 import HEAD_DIM
 from ds_ring.layout import SequenceLayout
 from ds_ring.metrics import Work
@@ -106,6 +110,23 @@ def choose(run: RunConfig, shape: ModelShape, linear_parameters: int, ranks: int
     return best, _reason(best, ordered[1:], run.workload.batch_size, ranks)
 
 
+def resolve(run: RunConfig, config: PretrainedConfig, ranks: int, card: Card) -> tuple[RunConfig, str | None]:
+    """``run`` with the planner's degrees where it leaves them to it, and why; anything else as it is, and None.
+
+    Raises:
+        ConfigError: degrees beside ``auto``, or no layout that fits.
+    """
+    if not run.parallel.auto:
+        return run, None
+    t = run.topology
+    if t.world_size > 1:
+        raise ConfigError(
+            f"parallel=auto chooses every degree, but {t.label()} is given as well; leave out one of both"
+        )
+    best, reason = choose(run, model_shape(config), linear_parameters(config), ranks, card)
+    return best.config, reason
+
+
 def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
     t = best.config.topology
     if t.tp * t.pp > 1:
@@ -119,8 +140,8 @@ def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
     return text + (f", next {rival.label} with {rival.tps():,.0f}" if rival else "")
 
 
-def _degrees(ranks: int, shape: ModelShape) -> Iterator[dict[str, int]]:
-    ones = {"dp_size": 1, "ring_degree": 1, "ulysses_degree": 1, "tp_size": 1, "pp_size": 1}
+def _degrees(ranks: int, shape: ModelShape) -> Iterator[dict[str, Any]]:
+    ones = {"auto": False, "dp_size": 1, "ring_degree": 1, "ulysses_degree": 1, "tp_size": 1, "pp_size": 1}
     for dp in _divisors(ranks):
         share = ranks // dp
         for inner in _divisors(share):

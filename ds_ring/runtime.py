@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ds_ring import plan
 from ds_ring.checks import ModelShape, check_layout, stage_layers
 from ds_ring.cli import say
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
 from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
+from ds_ring.hardware import card_of
 from ds_ring.hf.anatomy import Anatomy, own_configs
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.hf.checkpoint import Checkpoint
@@ -46,6 +48,7 @@ def from_pretrained(
     run = RunConfig.load(config, **{"model": str(path) if path else None, **overrides})
     path = run.checkpoint
     Checkpoint.open(path)
+    run = resolve(run)
     shape = model_shape(read_config(path))
     check_layout(run, shape, world_size())
     mesh = connect(run)
@@ -67,10 +70,23 @@ def init_inference(
     run = RunConfig.load(config, **overrides)
     if "dtype" not in run.deepspeed:
         run = RunConfig.load(run, dtype=str(model.dtype))
+    run = resolve(run, model.config)
     shape = model_shape(model.config)
     check_layout(run, shape, world_size())
     mesh = connect(run)
     return build_engine(model, run, mesh, shape, local_device())
+
+
+def resolve(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:
+    """``run`` with degrees for the ranks of this launch, where it says ``"parallel": "auto"``; says which and why.
+
+    ``config``: the model's; None reads it from the checkpoint.
+    """
+    if not run.parallel.auto:
+        return run
+    found, reason = plan.resolve(run, config or read_config(run.checkpoint), world_size(), card_of(local_device()))
+    say(f"parallel=auto takes {reason}")
+    return found
 
 
 def build_engine(model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device) -> Engine:

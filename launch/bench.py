@@ -22,6 +22,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     config = cli.run_config(args)
     from ds_ring import bench, results, runtime
 
+    config = runtime.resolve(config)
     bench.check(config)
     cli.say(f"{config.topology.label()}: load {config.ring.model}")
     engine = runtime.from_pretrained(config=config)

@@ -25,6 +25,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     sampling = generate.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     generate.check(args.max_new_tokens, sampling)
     tokenizer, prompts = generate.read_prompts(config, args.prompt, args.prompt_file)
+    config = runtime.resolve(config)
     engine = runtime.from_pretrained(config=config)
     for number in range(args.passes):
         found = generate.run(

@@ -20,6 +20,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring import results, runtime, score
 
     documents = score.read_documents(config)
+    config = runtime.resolve(config)
     engine = runtime.from_pretrained(config=config)
     found = score.score(engine, documents, show_progress=cli.is_first_rank())
     return {**results.provenance(), "config": config.document(), **found}

@@ -52,7 +52,7 @@ class TestLoading:
             "ds_ring": {
                 "model": None,
                 "parallel": {
-                    "dp_size": 1, "pp_size": 1, "ring_degree": 1, "ulysses_degree": 1,
+                    "auto": False, "dp_size": 1, "pp_size": 1, "ring_degree": 1, "ulysses_degree": 1,
                     "ring_impl": "zigzag", "ring_variant": "auto", "gather_limit_mib": 2048,
                 },
                 "workload": {
@@ -204,8 +204,8 @@ class TestRefusedFiles:
         file = tmp_path / "run.json"
         file.write_text('{"ds_ring": {"parallel": {"tp_size": 2}}}')
         with refused(
-            f"ds_ring.parallel.tp_size is not a known key in {file}; known here: dp_size, gather_limit_mib, pp_size, "
-            "ring_degree, ring_impl, ring_variant, ulysses_degree"
+            f"ds_ring.parallel.tp_size is not a known key in {file}; known here: auto, dp_size, gather_limit_mib, "
+            "pp_size, ring_degree, ring_impl, ring_variant, ulysses_degree"
         ):
             RunConfig.load(file)
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import GPTNeoXConfig
 
+from ds_ring import runtime
 from ds_ring.checks import ModelShape, check_run
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 from ds_ring.hardware import CARDS
-from ds_ring.plan import choose, plans
+from ds_ring.plan import choose, plans, resolve
 
 ROOT = Path(__file__).parent.parent
 H100 = CARDS["H100"]
@@ -97,3 +99,33 @@ def test_the_script_prints_a_plan():
     assert document["rows"][0]["layout"] == "dp16"
     assert {"tp8_pp2", "ring16", "ulysses8_ring2"} <= {row["layout"] for row in document["rows"]}
     assert document["chosen"]["ds_ring"]["parallel"]["dp_size"] == 16
+
+
+SMALL = GPTNeoXConfig(
+    hidden_size=64, num_attention_heads=4, intermediate_size=128, num_hidden_layers=2, vocab_size=100,
+    max_position_embeddings=4096,
+)  # fmt: skip
+
+
+def test_auto_in_a_configuration_becomes_degrees(monkeypatch, capsys):
+    config = RunConfig.load({"ds_ring": {"parallel": "auto", "workload": {"batch_size": 4}}})
+    assert config.parallel.auto
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found = runtime.resolve(config, SMALL)
+    assert (found.parallel.auto, found.parallel.dp_size) == (False, 4)
+    assert "parallel=auto takes dp4: 4 sequences keep 4 ranks busy" in capsys.readouterr().err
+    assert runtime.resolve(found, SMALL) is found
+
+
+def test_auto_keeps_what_is_not_a_degree():
+    config = RunConfig.load({"ds_ring": {"parallel": "auto"}}, ring_impl="contiguous", max_length=4000)
+    found, _ = resolve(config, SMALL, 4, H100)
+    assert found.parallel.ring_impl == "contiguous"
+    assert found.topology.world_size == 4
+    assert found.topology.dp == 1
+
+
+def test_auto_beside_a_degree_is_refused():
+    config = RunConfig.load({"ds_ring": {"parallel": {"auto": True, "ring_degree": 2}}})
+    with pytest.raises(ConfigError, match=r"parallel=auto chooses every degree, but ring2 is given as well"):
+        resolve(config, SMALL, 2, H100)
