@@ -12,7 +12,7 @@ from ds_ring.attention.merge import merge_, merge_all
 from ds_ring.attention.positions import BLIND, EMPTY, attend_positions
 from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
-from ds_ring.attention.store import Cached, KVStore
+from ds_ring.attention.store import LOOK_AHEAD, Cached, KVStore
 
 SPECS = {
     "plain": AttentionSpec(0.4),
@@ -228,6 +228,23 @@ class TestStore:
             owners.append(store.next_owner)
             store.used[owners[-1]] += 1
         assert owners == [0, 1, 2, 0, 1, 2, 0]
+
+    def test_expected_tokens_get_room_at_once_and_no_more(self):
+        store = self.filled(rows=1)
+
+        def put(start: int, count: int) -> int:
+            store.place(slice(0, 1), start, torch.arange(start, start + count).int()[None])
+            store.write(0, slice(0, 1), start, *(torch.ones(1, count, KV_HEADS, HEAD_DIM) for _ in range(2)))
+            return store.nbytes // (2 * KV_HEADS * HEAD_DIM * 4 + 4)
+
+        store.used = [1000, 990, 1000]
+        store.expect(50)
+        assert put(0, 1000) == 1014  # 2990 + 50 tokens over 3 ranks
+        assert put(1000, 14) == 1014
+        assert put(1014, 1) == 1521  # more than was expected: half as much again
+        store.used = [1521] * 3
+        store.expect(10**9)
+        assert put(1521, 1) == 1521 + -(-LOOK_AHEAD // 3)
 
     def test_hidden_columns_are_forgotten(self):
         store = self.filled()

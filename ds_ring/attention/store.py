@@ -12,7 +12,9 @@ from ds_ring.attention.positions import EMPTY
 
 GROWTH = 1.5
 SMALLEST = 64
-"""Slots of the first allocation, at least."""
+"""Slots of an allocation of unknown need, at least."""
+LOOK_AHEAD = 4096
+"""New tokens that room is made for beforehand: a generation may end long before its limit."""
 
 
 class Cached(NamedTuple):
@@ -34,6 +36,7 @@ class KVStore:
     def __init__(self, rows: int, layers: int, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.device = rank, device
         self.used = [0] * size
+        self._expected = 0
         self._positions_BS = torch.empty(rows, 0, dtype=torch.int32, device=device)
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
@@ -48,11 +51,21 @@ class KVStore:
         """Who stores the next token that all ranks hold: the rank with the fewest, so that shares stay equal."""
         return self.used.index(min(self.used))
 
+    def expect(self, tokens: int) -> None:
+        """So many tokens more will come one by one: the next growth makes room for them, and for no more than that.
+
+        Without it a cache that a prompt fills exactly would be copied into half as much memory again for its first new
+        token.
+        """
+        whole = sum(self.used) + min(tokens, LOOK_AHEAD)
+        self._expected = max(max(self.used), -(-whole // len(self.used)))
+
     def place(self, rows: slice, start: int, positions_Bl: Tensor) -> None:
         """Reserve slots from ``start`` on for tokens at ``positions_Bl``; their keys and values follow by layer."""
         stop, capacity = start + positions_Bl.shape[1], self._positions_BS.shape[1]
         if stop > capacity:
-            capacity = max(stop, int(GROWTH * capacity), SMALLEST)
+            # What was expected is enough, unless it was passed already.
+            capacity = self._expected if stop <= self._expected else max(stop, int(GROWTH * capacity), SMALLEST)
             grown_BS = self._positions_BS.new_full((self._positions_BS.shape[0], capacity), EMPTY)
             grown_BS[:, : self._positions_BS.shape[1]] = self._positions_BS
             self._positions_BS = grown_BS

@@ -30,12 +30,13 @@ REFUSED = (
 
 @dataclass(frozen=True)
 class Request:
-    """What transformers will go by, which columns hold a token (bool, on the CPU), and the cache: the caller's or an
-    empty one."""
+    """What transformers will go by, which columns hold a token (bool, on the CPU), the cache (the caller's or an empty
+    one), and how many tokens may be generated."""
 
     settings: GenerationConfig
     mask_BT: Tensor
     cache: ShardedCache
+    new_tokens: int
 
 
 def admit(
@@ -58,7 +59,7 @@ def admit(
         settings = _settings(facade, generation_config, options)
         mask_BT = _mask(facade, settings, input_ids, attention_mask)
         cache = _cache(engine, past_key_values, mask_BT, input_ids, settings)
-        _check_length(engine, mask_BT, input_ids, settings)
+        new_tokens = _check_length(engine, mask_BT, input_ids, settings)
         if isinstance(streamer, TextStreamer) and mask_BT.shape[0] > 1:
             # It would raise on rank 0 alone, with the others on their way.
             raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BT.shape[0]}")
@@ -71,7 +72,7 @@ def admit(
         raise
     plain = {k: v for k, v in vars(settings).items() if isinstance(v, int | float | str | list | None)}
     world.agree(input_ids=digest, **{f"generate's {name}": value for name, value in plain.items()})
-    return Request(settings, mask_BT, cache)
+    return Request(settings, mask_BT, cache, new_tokens)
 
 
 def _settings(facade: Facade, generation_config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
@@ -154,7 +155,8 @@ def _cache(
     return given
 
 
-def _check_length(engine: Engine, mask_BT: Tensor, input_ids: Tensor, settings: GenerationConfig) -> None:
+def _check_length(engine: Engine, mask_BT: Tensor, input_ids: Tensor, settings: GenerationConfig) -> int:
+    """How many tokens may be generated."""
     longest = int(mask_BT.sum(1).max())
     if settings.max_new_tokens is not None:
         new = settings.max_new_tokens
@@ -170,6 +172,7 @@ def _check_length(engine: Engine, mask_BT: Tensor, input_ids: Tensor, settings: 
             f"{longest} tokens of input + max_new_tokens={new} exceed the model's max_position_embeddings={limit}; "
             f"shorten either"
         )
+    return new
 
 
 def _digest(engine: Engine, input_ids: Tensor, mask_BT: Tensor, cache: ShardedCache) -> str:

@@ -40,6 +40,7 @@ def generate(
     run, world = _Run(engine), engine.mesh["world"]
     facade = Facade(engine.model, engine.device, run, world)
     request = admit(engine, facade, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
+    run.new_tokens = request.new_tokens
     with _one_generator(world, engine.device, request.settings.do_sample):
         result: Tensor | GenerateDecoderOnlyOutput = facade.generate(
             input_ids.to(engine.device),
@@ -61,6 +62,8 @@ class _Run:
         self._engine = engine
         self.fine = torch.ones((), dtype=torch.bool, device=engine.device)
         """Whether all logits so far are finite; on the device, so that no step waits for it."""
+        self.new_tokens = 0
+        """How many may come, for the cache to make room for."""
         self._prefilled: ShardedCache | None = None
         self._seen_b1 = self._first_b1 = torch.empty(0)
 
@@ -106,6 +109,7 @@ class _Run:
             )
             for part in parts
         ]  # fmt: skip
+        cache.store.expect(self.new_tokens)
         self._seen_b1 = mask_BT[own].sum(1, keepdim=True).to(engine.device)
         self._first_b1 = cache.first_B[own, None].int().to(engine.device)
         self._prefilled = cache
