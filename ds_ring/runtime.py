@@ -138,7 +138,8 @@ def connect(run: RunConfig) -> Mesh:
     choice = choose(run.ring.transport, run.topology, places, sharing_a_gpu())
     if choice.describe():
         say(f"transport: {choice.describe()}")
-    return Mesh.from_process_groups(run.topology, choice.pulled, device)
+    insist = run.ring.transport == "copy_engine"
+    return Mesh.from_process_groups(run.topology, choice.pulled, device, insist)
 
 
 def world_size() -> int:

@@ -69,7 +69,7 @@ def queries(count: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("count", [1, 4, 9])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_positions_decide_what_is_seen(spec, count, monkeypatch):
-    monkeypatch.setattr("ds_ring.attention.positions.SCORES_LIMIT", 3 * HEADS * 25 * 2)
+    monkeypatch.setattr("ds_ring.attention.plain.SCORES_LIMIT", 3 * HEADS * 25 * 2)
     (cached, places), (q, positions) = problem(), queries(count)
     out, lse = attend_positions(
         q, cached.k_BSKD, cached.v_BSKD, q_positions_BL=positions, k_positions_BS=cached.positions_BS, spec=spec

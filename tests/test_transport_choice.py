@@ -4,11 +4,15 @@ import os
 
 import pytest
 import torch
+from mocked_world import ProcessGroupWorld
 
-from ds_ring.errors import ConfigError
+from ds_ring.errors import ConfigError, TransportError
 from ds_ring.runtime import local_device
 from ds_ring.topology import Topology
 from ds_ring.transport.choice import SHARE_GPU, Place, choose
+from ds_ring.transport.mesh import Mesh
+from ds_ring.transport.process_group import ProcessGroupTransport
+from ds_ring.transport.solo import SoloTransport
 
 
 def hosts(*gpus: int) -> list[Place]:
@@ -83,3 +87,39 @@ def test_a_place_without_a_gpu_has_the_host_of_its_neighbours():
     assert one == other
     assert one.gpu is None
     assert os.uname().nodename in one.host
+
+
+class _Broken(SoloTransport):
+    """A copy engine whose self-test fails on one rank."""
+
+    def __init__(self, control, device):
+        super().__init__()
+        self.rank, self.size, self._control = control.rank, control.size, control
+
+    def self_test(self, device):
+        if self.rank == 1:
+            raise RuntimeError("cuStreamWaitValue32_v2 failed with CUDA error 801")
+
+    def barrier(self):
+        self._control.barrier()
+
+
+class TestACopyEngineThatFailsItsSelfTest:
+    def meshes(self, monkeypatch, **options):
+        monkeypatch.setattr("ds_ring.transport.mesh._pulling", _Broken)
+        topology, pulled = Topology(ring=2), frozenset({"ring"})
+        return ProcessGroupWorld(2).run(lambda _: Mesh.from_process_groups(topology, pulled, **options))
+
+    def test_process_groups_take_over_on_every_rank_with_one_warning(self, monkeypatch, caplog):
+        for mesh in self.meshes(monkeypatch):
+            assert type(mesh["ring"]) is ProcessGroupTransport
+            assert mesh.traffic is mesh["ring"].traffic
+        assert [record.message for record in caplog.records if record.name == "ds_ring"] == [
+            "K/V and heads go by process groups, not by copy engine: ring: "
+            "cuStreamWaitValue32_v2 failed with CUDA error 801"
+        ]
+
+    def test_one_that_was_asked_for_by_name_is_an_error_everywhere(self, monkeypatch):
+        text = "transport=copy_engine does not work here: ring: cuStreamWaitValue32_v2 failed with CUDA error 801"
+        with pytest.raises(TransportError, match=f"^{text}$"):
+            self.meshes(monkeypatch, insist=True)

@@ -49,10 +49,7 @@ class CopyEngineTransport(Transport):
                 for peer, (pending, part) in [(peer, shared.take((peer, whole))) for peer in peers]:
                     pending.wait()
                     if not bool((part == 100.0 * peer + number).all()):
-                        raise TransportError(
-                            f"rank {self.rank} does not read what rank {peer} wrote into its memory; "
-                            f"take transport=process_group"
-                        )
+                        raise TransportError(f"rank {self.rank} does not read what rank {peer} wrote into its memory")
 
     def share(self, shape: Sequence[int], like: Tensor) -> Shared:
         shared = PulledShared(self, tuple(shape), like.dtype, like.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from ds_ring.errors import TransportError
 from ds_ring.topology import Axis, Topology
 from ds_ring.transport.base import Traffic, Transport
 from ds_ring.transport.choice import PULLED_AXES, sharing_a_gpu
@@ -15,6 +17,8 @@ from ds_ring.transport.solo import SoloTransport
 
 if TYPE_CHECKING:
     from ds_ring.transport.process_group import ProcessGroupTransport
+
+log = logging.getLogger("ds_ring")
 
 CPU = torch.device("cpu")
 
@@ -73,9 +77,19 @@ class Mesh:
 
     @classmethod
     def from_process_groups(
-        cls, topology: Topology, pulled: frozenset[Axis] = frozenset(), device: torch.device = CPU
+        cls,
+        topology: Topology,
+        pulled: frozenset[Axis] = frozenset(),
+        device: torch.device = CPU,
+        insist: bool = False,
     ) -> Mesh:
-        """Process groups of ``deepspeed.comm``, which must be initialised; axes in ``pulled`` use copy engines."""
+        """Process groups of ``deepspeed.comm``, which must be initialised; axes in ``pulled`` use copy engines.
+
+        Where those fail their self-test on any rank, process groups take over on all, with a warning.
+
+        Raises:
+            TransportError: on every rank, if they fail and ``insist`` is set.
+        """
         from deepspeed import comm as dist
 
         from ds_ring.transport.host_staged import HostStagedTransport
@@ -98,9 +112,24 @@ class Mesh:
         for axis in get_args(Axis):
             # NCCL sets a group up at its first call, and hangs if that is a message between only some of its ranks.
             mesh[axis].barrier()
+        reasons = mesh["world"].all_gather_objects(mesh._failed_self_test(device))
+        reason = next((text for text in reasons if text), None)
+        if reason is None:
+            return mesh
+        if insist:
+            raise TransportError(f"transport=copy_engine does not work here: {reason}")
+        if rank == 0:
+            log.warning("K/V and heads go by process groups, not by copy engine: %s", reason)
+        pulled = frozenset()
+        return cls.build(topology, rank, connect)
+
+    def _failed_self_test(self, device: torch.device) -> str | None:
         for axis in PULLED_AXES:
-            mesh[axis].self_test(device)
-        return mesh
+            try:
+                self[axis].self_test(device)
+            except (RuntimeError, AssertionError) as error:  # a driver or a PyTorch that cannot, or wrong numbers
+                return f"{axis}: {str(error) or type(error).__name__}"
+        return None
 
 
 def _pulling(control: ProcessGroupTransport, device: torch.device) -> Transport:
