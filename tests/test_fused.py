@@ -221,6 +221,30 @@ def test_what_cannot_be_traced_is_left_and_named(caplog):
     assert "as it is: _DependsOnValues: TraceError" in caplog.text
 
 
+class _Shifted(nn.Module):
+    """An MLP, or a layer, with a parameter that is no submodule's."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.shift = inner, nn.Parameter(torch.ones(()))
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return self.inner(hidden_states, **kwargs) + self.shift
+
+
+def test_parameters_outside_submodules_are_kept_out_of_the_graph(caplog):
+    model, ids = build(llama_gqa()), tokens(1, LENGTH)
+    layers = Anatomy.of(model).layers
+    layers[0].mlp = _Shifted(layers[0].mlp).eval()
+    layers[1] = _Shifted(layers[1]).eval()
+    want = logits(model, ids)
+    fusion = fuse(model)
+    with caplog.at_level("INFO", "ds_ring"):
+        assert relative_error(logits(model, ids), want) < TOLERANCE
+    assert (fusion.done["AddNorm"], fusion.done["AddProduct"]) == (2, 1)
+    assert "as it is: _Shifted: its forward uses a parameter of its own" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 
@@ -37,6 +37,8 @@ def trace(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
         graph.output(_nodes(out))
     except Exception as error:  # whatever a model's code raises when it is not given tensors
         raise Untraceable(f"{type(layer).__name__}: {type(error).__name__}: {error}") from error
+    if _holds_tensors(graph):
+        raise Untraceable(f"{type(layer).__name__}: its forward uses a parameter of its own")
     return graph, modules
 
 
@@ -76,7 +78,15 @@ def _is_composite(module: nn.Module) -> bool:
         out = type(module).forward(skeleton, tracer.create_proxy("placeholder", "x", (), {}))
     except Exception:  # see ``trace``
         return False
-    return isinstance(out, Proxy)
+    return isinstance(out, Proxy) and not _holds_tensors(graph)
+
+
+def _holds_tensors(graph: fx.Graph) -> bool:
+    """Whether a parameter or buffer itself is an argument of some node: the code that is made of it cannot say that."""
+    found: list[Any] = []
+    for node in graph.nodes:
+        fx.node.map_aggregate((node.args, node.kwargs), lambda value: found.append(isinstance(value, Tensor)))
+    return any(found)
 
 
 class _Recorder(nn.Module):
