@@ -82,6 +82,14 @@ def _check_heads(config: RunConfig, shape: ModelShape) -> None:
             f"num_heads={shape.num_heads} is not divisible by ulysses_degree={degree}; "
             + suggest(valid_degrees(shape.num_heads), "use ring_degree instead")
         )
+    sp = config.topology.sp
+    for name in ("num_heads", "num_kv_heads") if config.parallel.decode == "sliced" else ():
+        count = getattr(shape, name)
+        if count % sp:
+            raise ConfigError(
+                f"{name}={count} is not divisible by the {sp} ranks that share a sequence, which decode=sliced needs; "
+                + suggest(valid_degrees(shape.num_heads, shape.num_kv_heads), "use decode=whole")
+            )
 
 
 def _check_tensor_pipeline(config: RunConfig, shape: ModelShape) -> None:

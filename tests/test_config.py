@@ -53,7 +53,8 @@ class TestLoading:
                 "model": None,
                 "parallel": {
                     "auto": False, "dp_size": 1, "pp_size": 1, "ring_degree": 1, "ulysses_degree": 1,
-                    "ring_impl": "zigzag", "ring_variant": "auto", "gather_limit_mib": 2048,
+                    "ring_impl": "zigzag", "ring_variant": "auto", "decode": "whole",
+                    "gather_limit_mib": 2048,
                 },
                 "workload": {
                     "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "text": [],
@@ -204,8 +205,8 @@ class TestRefusedFiles:
         file = tmp_path / "run.json"
         file.write_text('{"ds_ring": {"parallel": {"tp_size": 2}}}')
         with refused(
-            f"ds_ring.parallel.tp_size is not a known key in {file}; known here: auto, dp_size, gather_limit_mib, "
-            "pp_size, ring_degree, ring_impl, ring_variant, ulysses_degree"
+            f"ds_ring.parallel.tp_size is not a known key in {file}; known here: auto, decode, dp_size, "
+            "gather_limit_mib, pp_size, ring_degree, ring_impl, ring_variant, ulysses_degree"
         ):
             RunConfig.load(file)
 

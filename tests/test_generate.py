@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from functools import cache
 from typing import Any
@@ -100,6 +101,40 @@ def test_sixty_four_greedy_tokens_of_the_baseline(name, layout):
     want = unsharded(model, ids, max_new_tokens=64)
     results = serve(model, lambda engine: engine.generate(ids, max_new_tokens=64, **GREEDY), **layout)
     assert_same(on_all_ranks_alike(results), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("llama_gqa", {"ring_degree": 3}), ("llama_gqa", {"ulysses_degree": 3, "ring_degree": 1}),
+        ("qwen3", {"ring_degree": 2}), ("gemma2", {"ulysses_degree": 2}), ("mistral", {"ring_degree": 2}),
+        ("gpt_neox", {"ring_degree": 2, "ulysses_degree": 3}), ("gpt_neox", {"dp_size": 2, "ring_degree": 2}),
+    ],
+)  # fmt: skip
+def test_decoding_with_slices_of_the_weights(name, layout):
+    """Two rows of unequal length, one left-padded; each rank computes its heads, and attends for all of them."""
+    model, ids = build(ARCHITECTURES[name]()), tokens(2, PROMPT)
+    ids[1, :5] = 0
+    options: dict[str, Any] = {"max_new_tokens": 40, "attention_mask": (ids > 0).long()}
+    want = unsharded(model, ids, **options)
+
+    def work(engine):
+        assert engine.decodes_sliced
+        return engine.generate(ids, **options, **GREEDY)
+
+    assert_same(on_all_ranks_alike(serve(model, work, decode="sliced", batch_size=2, **layout)), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "degree", "text"),
+    [
+        ("gpt2", 2, "GPT2LMHeadModel: transformers' config has no tensor-parallel plan for it"),
+        ("llama_gqa", 9, "num_kv_heads=3 is not divisible by the 9 ranks that share a sequence"),
+    ],
+)
+def test_weights_that_cannot_be_sliced_are_refused_before_work(name, degree, text):
+    with pytest.raises(DsRingError, match=re.escape(text)):
+        serve(build(ARCHITECTURES[name]()), lambda engine: None, decode="sliced", ring_degree=degree)
 
 
 def test_two_hundred_and_fifty_six_tokens_through_a_window_of_twenty_four():

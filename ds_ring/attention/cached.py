@@ -5,7 +5,8 @@ together. A chunk of new tokens is spread like the cache, which leaves two ways:
 (``pass_q``), or the parts visit the queries (``pass_kv``).
 """
 
-# Shapes: B rows, L queries on this rank, S slots of one rank, R ranks, H query heads, K key/value heads, D head_dim.
+# Shapes: B rows, L queries on this rank, S slots of one rank, R ranks, H query heads, h a rank's share of them, K
+# key/value heads, D head_dim, E = D + 1.
 from __future__ import annotations
 
 import torch
@@ -34,6 +35,32 @@ def attend_replicated(
     if transport.size > 1:
         out, lse = merge_all(*_unpack(transport.all_gather(_pack(out, lse))))
     return sinks.apply_(out, lse, sinks_H).to(q_BLHD.dtype)
+
+
+def attend_sliced(
+    q_BLhD: Tensor,
+    cached: Cached,
+    *,
+    q_positions_BL: Tensor,
+    spec: AttentionSpec,
+    transport: Transport,
+    sinks_h: Tensor | None = None,
+) -> Tensor:
+    """Queries of the same tokens on all ranks, each with its own share of the heads, against all ranks' keys.
+
+    Queries of all heads visit every rank's part, and each head's results go back to where it belongs; out [B, L, h, D]
+    in q's dtype.
+    """
+    share = q_BLhD.shape[2]
+    parts_BLHE = _pack(*_attend(all_heads(q_BLhD, transport), cached, q_positions_BL, spec))
+    parts_RBLhE = parts_BLHE.unflatten(2, (transport.size, share)).permute(2, 0, 1, 3, 4).contiguous()
+    out, lse = merge_all(*_unpack(transport.all_to_all(parts_RBLhE)))
+    return sinks.apply_(out, lse, sinks_h).to(q_BLhD.dtype)
+
+
+def all_heads(x_BLhD: Tensor, transport: Transport) -> Tensor:
+    """[B, L, R h, D] of every rank's share of the heads, in rank order."""
+    return transport.all_gather(x_BLhD).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def attend_spread(

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ds_ring.attention.cached import attend_replicated, attend_spread
+from ds_ring.attention.cached import all_heads, attend_replicated, attend_sliced, attend_spread
 from ds_ring.attention.positions import BLIND, EMPTY
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.attention.store import KVStore
@@ -26,6 +27,7 @@ class Step:
         replicated: all ranks have the same tokens, and the one whose ``held`` grows stores them; otherwise each rank
             has tokens of its own.
         is_first: nothing was cached before, so that the tokens attend to each other only.
+        sliced: of replicated tokens, each rank has its share of the heads.
     """
 
     store: KVStore
@@ -35,6 +37,7 @@ class Step:
     held: tuple[int, ...]
     replicated: bool = False
     is_first: bool = False
+    sliced: bool = False
 
     def __post_init__(self) -> None:
         if self._stores:
@@ -44,7 +47,9 @@ class Step:
     def _stores(self) -> bool:
         return self.held[self.store.rank] > self.starts[self.store.rank]
 
-    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
+    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, transport: Transport) -> None:
+        if self.sliced:
+            k_BlKD, v_BlKD = all_heads(torch.cat((k_BlKD, v_BlKD), dim=-1), transport).chunk(2, dim=-1)
         if self._stores:
             self.store.write(layer, self.rows, self.starts[self.store.rank], k_BlKD, v_BlKD)
 
@@ -60,6 +65,12 @@ class Step:
     ) -> Tensor:
         """Against the store of every rank, these tokens' own keys among them; out [B, l, H, D]."""
         cached = self.store.read(layer, self.rows, self.held[self.store.rank])
+        if self.sliced:
+            share = q_BlHD.shape[2]
+            own = None if sinks_H is None else sinks_H.narrow(0, transport.rank * share, share)
+            return attend_sliced(
+                q_BlHD, cached, q_positions_BL=self.positions_Bl, spec=spec, transport=transport, sinks_h=own
+            )
         if self.replicated:
             return attend_replicated(
                 q_BlHD, cached, q_positions_BL=self.positions_Bl, spec=spec, transport=transport, sinks_H=sinks_H

@@ -102,6 +102,11 @@ class Engine(ABC):
     def held_positions(self, length: int, peer: int) -> Tensor:
         """Positions, in order, of the tokens whose results rank ``peer`` of ``result_axis`` holds."""
 
+    @property
+    def decodes_sliced(self) -> bool:
+        """Whether ``decode`` gives each rank of ``sp`` a share of the heads."""
+        return False
+
     @abstractmethod
     def slots(self, length: int) -> int:
         """Slots of a cache that ``length`` tokens take on every rank of a replica that shares a sequence."""

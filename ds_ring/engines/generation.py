@@ -83,7 +83,15 @@ class _Run:
         owner, starts = store.next_owner, tuple(store.used)
         store.used[owner] += 1
         places_b1 = cache.get_seq_length() - self._first_b1
-        step = Step(store, slice(0, len(cache.rows)), places_b1, starts, tuple(store.used), replicated=True)
+        step = Step(
+            store,
+            slice(0, len(cache.rows)),
+            places_b1,
+            starts,
+            tuple(store.used),
+            replicated=True,
+            sliced=self._engine.decodes_sliced,
+        )
         logits_bV = self._engine.decode(ids_B1[own], self._seen_b1, step)
         cache.extend(torch.ones(ids_B1.shape, dtype=torch.bool))
         self._seen_b1 = self._seen_b1 + 1

@@ -5,6 +5,7 @@ also one replica of data parallelism."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import product
 
@@ -22,6 +23,7 @@ from ds_ring.engines.deepspeed import serve
 from ds_ring.engines.interleave import run_interleaved
 from ds_ring.engines.transfer import to_device
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
+from ds_ring.hf.sliced import Slice, in_slices, slices_of
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.choice import PULLED_AXES
 from ds_ring.transport.mesh import Mesh
@@ -37,6 +39,10 @@ class SequenceParallelEngine(Engine):
     ) -> None:
         super().__init__(model, config, mesh, shape, device)
         self._deepspeed = serve(model, config)
+        sp = mesh["sp"]
+        self._slices: dict[str, Slice] | None = None
+        if config.parallel.decode == "sliced" and sp.size > 1:
+            self._slices = slices_of(self.model, sp.rank, sp.size, sp)
         self._fuse()
 
     def layout(self, length: int) -> SequenceLayout:
@@ -49,6 +55,10 @@ class SequenceParallelEngine(Engine):
 
     def held_positions(self, length: int, peer: int) -> Tensor:
         return _positions(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
+
+    @property
+    def decodes_sliced(self) -> bool:
+        return self._slices is not None
 
     def slots(self, length: int) -> int:
         return self.layout(length).local_length
@@ -112,7 +122,10 @@ class SequenceParallelEngine(Engine):
 
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
-        with self._context.forward(ONE_TOKEN, len(self.anatomy.layers), type(self.model).__name__, step):
+        with (
+            self._context.forward(ONE_TOKEN, len(self.anatomy.layers), type(self.model).__name__, step),
+            nullcontext() if self._slices is None else in_slices(self.anatomy, self._slices),
+        ):
             out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
         # Every rank computed them; whether to the last bit is up to its libraries, and tokens must not differ.
         return self.mesh["sp"].broadcast(out.logits[:, -1], 0)

@@ -91,7 +91,7 @@ class AttentionContext:
         assert self.present.layout is not None
         layer, step, variant = self.present.calls, self.present.step, self.parallel.ring_variant
         if step is not None:
-            step.store_layer(layer, k_BlKD, v_BlKD)
+            step.store_layer(layer, k_BlKD, v_BlKD, self.mesh["sp"])
             if not step.is_first:
                 return step.attend(
                     layer, q_BlHD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H, variant=variant

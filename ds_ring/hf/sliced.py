@@ -21,6 +21,8 @@ from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.shape import model_shape
 from ds_ring.transport.base import Transport
 
+_MARK = "_ds_ring_in_slices"
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -63,17 +65,32 @@ def sliced(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transp
         UnsupportedModelError: a parameter of whose cut the model's config says nothing, or what slices cannot do.
     """
     slices = slices_of(model, tp_rank, tp_size, transport)
-    decoder = Anatomy.of(model).decoder
-    attributes = [vars(decoder.get_submodule(name)) for name in slices]
+    with in_slices(Anatomy.of(model), slices):
+        yield slices
+
+
+@contextmanager
+def in_slices(anatomy: Anatomy, slices: dict[str, Slice]) -> Iterator[None]:
+    """``sliced`` with slices that were made before, for one step after another."""
+    attributes = [vars(anatomy.decoder.get_submodule(name)) for name in slices]
     assert not any("forward" in own for own in attributes), "the model is sliced already, or its layers are wrapped"
     # On the instances, where they hide the class's method: hooks, names and parameters stay as they are.
     for own, part in zip(attributes, slices.values(), strict=True):
         own["forward"] = part
+    for layer in anatomy.layers:
+        vars(layer)[_MARK] = True
     try:
-        yield slices
+        yield
     finally:
         for own in attributes:
             del own["forward"]
+        for layer in anatomy.layers:
+            del vars(layer)[_MARK]
+
+
+def is_sliced(layer: nn.Module) -> bool:
+    """Whether a decoder layer is inside such a block: what was made of its whole weights then does not count."""
+    return _MARK in vars(layer)
 
 
 def slices_of(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transport) -> dict[str, Slice]:

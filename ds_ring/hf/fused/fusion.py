@@ -17,6 +17,7 @@ from ds_ring.hf.fused.kinds import Norm
 from ds_ring.hf.fused.rewrite import Rewriter
 from ds_ring.hf.fused.rotary import fuse_rotary
 from ds_ring.hf.fused.trace import Untraceable, is_constant, trace
+from ds_ring.hf.sliced import is_sliced
 from ds_ring.kernels import rowwise
 
 log = logging.getLogger("ds_ring")
@@ -91,7 +92,7 @@ class _FusedForward:
         self._graphs: dict[Any, nn.Module | None] = {}
 
     def __call__(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if layer.training or torch.is_grad_enabled():
+        if layer.training or torch.is_grad_enabled() or is_sliced(layer):
             return type(layer).forward(layer, *args, **kwargs)
         key = tuple(map(_constant, args)), tuple((name, _constant(value)) for name, value in kwargs.items())
         if key not in self._graphs:
