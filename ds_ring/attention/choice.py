@@ -64,7 +64,7 @@ def _candidates(
 
 
 def cudnn_pays(device: torch.device, head_dim: int, n_queries: int, n_keys: int, block: BlockSpec) -> bool:
-    """Whether cuDNN beats FlashAttention-2 on this block. Measured on H200 and H100: ``benchmarks/results/attention*.json``.
+    """Whether cuDNN beats FlashAttention-2 on this block: ``benchmarks/results/attention*.json``, H200 and H100.
 
     It needs a GPU for which cuDNN has kernels of its own generation (Hopper, data-centre Blackwell), and either a full
     block or a causal one that is aligned to its keys; other causal blocks would go in pieces of any size.
