@@ -206,12 +206,14 @@ def test_the_python_interface_inside_a_launched_script(neox, tmp_path):
 def test_the_example_of_the_readme_runs(tmp_path):
     checkpoint = tmp_path / "small"
     make_checkpoint(ROOT / "ds_configs/models/small.json", checkpoint, seed=0, dtype="fp32", device="cpu")
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    example = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
     script = tmp_path / "example.py"
-    ending = "import sys; sys.stdout.write(f'{list(next_token.shape)} {[len(n) for n in nats]}\\n')\n"
+    ending = (
+        "import sys; sys.stdout.write(f'{list(next_token.shape)} {[len(n) for n in nats]} {list(tokens.shape)}\\n')\n"
+    )
     script.write_text(example.replace("checkpoints/small", str(checkpoint)) + ending)
     done = deepspeed(4, script)
-    assert done.stdout.count("[2, 1] [18, 12]\n") == 4
+    assert done.stdout.count("[2, 1] [18, 12] [2, 113]\n") == 4
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,10 @@ with torch.inference_mode():
         got = model(ids).logits
 errors = mesh["world"].all_gather_objects(float((got - want).abs().max() / want.abs().max()))
 if mesh.rank == 0:
-    print(json.dumps({{"errors": errors, "bytes": dict(mesh.traffic.bytes_by_op)}}))
+    print(json.dumps({{"errors": errors, "bytes": dict(mesh.traffic.bytes_by_op)}}), flush=True)
+from deepspeed import comm
+comm.barrier()
+comm.destroy_process_group()
 """)
     result = last_line(deepspeed(2, script))
     assert len(result["errors"]) == 2
