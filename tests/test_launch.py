@@ -210,6 +210,7 @@ def test_the_example_of_the_readme_runs(tmp_path):
     script = tmp_path / "example.py"
     ending = (
         "import sys; sys.stdout.write(f'{list(next_token.shape)} {[len(n) for n in nats]} {list(tokens.shape)}\\n')\n"
+        "from deepspeed import comm; comm.barrier(); comm.destroy_process_group()\n"
     )
     script.write_text(example.replace("checkpoints/small", str(checkpoint)) + ending)
     done = deepspeed(4, script)
