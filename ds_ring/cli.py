@@ -105,7 +105,7 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    _leave(code)
+    leave(code)
 
 
 def is_first_rank() -> bool:
@@ -118,8 +118,11 @@ def say(text: str) -> None:
         print(f"[ds_ring] {text}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int) -> None:
-    """End the process. Interpreter shutdown would tear down process groups whose threads still run and abort."""
+def leave(code: int) -> None:
+    """End a launched process, all ranks together where ``code`` is 0.
+
+    Interpreter shutdown would tear down process groups whose threads still run, and abort.
+    """
     if code == 0 and "ds_ring.runtime" in sys.modules:
         from deepspeed import comm
 

@@ -210,7 +210,7 @@ def test_the_example_of_the_readme_runs(tmp_path):
     script = tmp_path / "example.py"
     ending = (
         "import sys; sys.stdout.write(f'{list(next_token.shape)} {[len(n) for n in nats]} {list(tokens.shape)}\\n')\n"
-        "from deepspeed import comm; comm.barrier(); comm.destroy_process_group()\n"
+        "sys.stdout.flush(); from ds_ring.cli import leave; leave(0)\n"
     )
     script.write_text(example.replace("checkpoints/small", str(checkpoint)) + ending)
     done = deepspeed(4, script)
@@ -257,6 +257,7 @@ import json, torch
 from transformers import AutoModelForCausalLM
 from ds_ring.config import RunConfig
 from ds_ring.hf.sliced import sliced
+from ds_ring.cli import leave
 from ds_ring.runtime import connect
 
 mesh = connect(RunConfig.load({{"dtype": "fp32"}}, model={str(neox)!r}, ring_degree=2))
@@ -269,9 +270,7 @@ with torch.inference_mode():
 errors = mesh["world"].all_gather_objects(float((got - want).abs().max() / want.abs().max()))
 if mesh.rank == 0:
     print(json.dumps({{"errors": errors, "bytes": dict(mesh.traffic.bytes_by_op)}}), flush=True)
-from deepspeed import comm
-comm.barrier()
-comm.destroy_process_group()
+leave(0)
 """)
     result = last_line(deepspeed(2, script))
     assert len(result["errors"]) == 2
