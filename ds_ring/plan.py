@@ -32,14 +32,14 @@ from ds_ring.metrics import Work
 from ds_ring.volume import bytes_sent_per_rank
 
 EXPOSED = {"sp": 1.8, "tp": 1.1, "pp": 0.2}
-"""Seconds that show for a second of the same traffic alone: ``benchmarks/results/gpu2.json``, process groups. Ring
-through NCCL slows the attention beside it; all-reduces are not overlapped; a pipeline's hand-over almost is."""
+"""Seconds that show for a second of the same traffic alone, by process groups. ``sp`` and ``tp`` are near what ring and
+all-reduces showed in ``benchmarks/results/gpu2.json``; ``pp`` is an estimate, as a bubble is measured together with it."""
 ATTENTION_SHARE = {"head_dim 512": 0.87, "up to 256": 0.85, "other": 0.45}
 """Of the product's rate, by which kernel serves the head size (``attention/choice.py``)."""
 FEW_ROWS = 64
-"""Rows at which a product reaches half of its rate: weights are then read for too few tokens."""
+"""Rows at which a product reaches half of its rate: weights are then read for too few tokens. An estimate."""
 MESSAGE_S = 20e-6
-"""What a message costs however small it is."""
+"""What a message costs however small it is. An estimate."""
 RESERVE = 0.92
 """Of a card's memory; the rest is the runtime's, NCCL's and what fragmentation takes."""
 
