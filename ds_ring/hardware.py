@@ -43,8 +43,8 @@ CARDS = {
     "CPU": Card(product_flops=5e10, memory_gib=16, link_bytes=2e9, per_host=64),
 }
 """H100 and H200: products as sustained under a 700 W cap (benchmarks/results/); links as seen once through NCCL on an
-NVSwitch, without a results file; the network is assumed to be a 400 Gbit/s adapter a GPU. A100: shares of its datasheet,
-not measured. CPU: only the order of layouts means anything."""
+NVSwitch, without a results file; the network is assumed to be a 400 Gbit/s adapter a GPU. A100: shares of its
+datasheet, not measured. CPU: only the order of layouts means anything."""
 
 
 def card_of(device: torch.device) -> Card:

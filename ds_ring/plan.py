@@ -33,7 +33,7 @@ from ds_ring.volume import bytes_sent_per_rank
 
 EXPOSED = {"sp": 1.8, "tp": 1.1, "pp": 0.2}
 """Seconds that show for a second of the same traffic alone, by process groups. ``sp`` and ``tp`` are near what ring and
-all-reduces showed in ``benchmarks/results/gpu2.json``; ``pp`` is an estimate, as a bubble is measured together with it."""
+all-reduces showed in ``benchmarks/results/gpu2.json``; ``pp`` is an estimate: a bubble is measured together with it."""
 ATTENTION_SHARE = {"head_dim 512": 0.87, "up to 256": 0.85, "other": 0.45}
 """Of the product's rate, by which kernel serves the head size (``attention/choice.py``)."""
 FEW_ROWS = 64
