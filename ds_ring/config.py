@@ -113,6 +113,10 @@ class RingConfig(_Section):
     interleave: Literal["auto", "on", "off"] = Field(
         "auto", description="two micro-batches in flight, one's transfers under the other's layers; auto: if that gains"
     )
+    decode_graph: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="steps of a generation as CUDA graphs; auto: where one rank decodes by itself and the model allows",
+    )
     fusion: FusionChoice = Field(
         "auto", description="auto puts neighbouring operations of a layer together where they are recognised"
     )

@@ -239,12 +239,27 @@ class TestStore:
 
         store.used = [1000, 990, 1000]
         store.expect(50)
-        assert put(0, 1000) == 1014  # 2990 + 50 tokens over 3 ranks
-        assert put(1000, 14) == 1014
-        assert put(1014, 1) == 1521  # more than was expected: half as much again
-        store.used = [1521] * 3
+        assert put(0, 1000) == 1015  # 2990 + 50 tokens over 3 ranks, and the slot that stays empty
+        assert put(1000, 15) == 1015
+        assert put(1015, 1) == 1522  # more than was expected: half as much again
+        store.used = [1522] * 3
         store.expect(10**9)
-        assert put(1521, 1) == 1521 + -(-LOOK_AHEAD // 3)
+        assert put(1522, 1) == 1522 + -(-LOOK_AHEAD // 3) + 1
+
+    def test_a_token_goes_to_one_rank_and_to_a_slot_that_stays_empty_on_the_others(self):
+        stores = [KVStore(2, layers=1, rank=rank, size=2, device=torch.device("cpu")) for rank in range(2)]
+        for token in range(5):
+            for store in stores:
+                slot_1 = torch.tensor([store.take_token()])
+                store.place_token(slot_1, torch.tensor([[token], [token + 10]]).int())
+                store.write_token(0, slot_1, *(torch.full((2, 1, KV_HEADS, HEAD_DIM), 1.0 + token) for _ in range(2)))
+        assert [store.used for store in stores] == [[3, 2]] * 2
+        for rank, tokens in enumerate(([0, 2, 4], [1, 3])):
+            k, _, positions = stores[rank].read(0)
+            seen = positions[0] != EMPTY
+            assert positions[:, seen].tolist() == [tokens, [token + 10 for token in tokens]]
+            assert k[0, seen, 0, 0].tolist() == [1.0 + token for token in tokens]
+            assert stores[rank].moves == 2  # its positions, and its one layer
 
     def test_hidden_columns_are_forgotten(self):
         store = self.filled()

@@ -13,6 +13,7 @@ from ds_ring.attention.positions import EMPTY
 GROWTH = 1.5
 SMALLEST = 64
 """Slots of an allocation of unknown need, at least."""
+EVERY = slice(None)
 LOOK_AHEAD = 4096
 """New tokens that room is made for beforehand: a generation may end long before its limit."""
 
@@ -31,11 +32,13 @@ class KVStore:
     Attributes:
         used: slots filled on every rank of the group. Each rank knows all of them, since who stores what follows from
             lengths alone.
+        moves: how often its memory has moved, which a captured graph does not survive.
     """
 
     def __init__(self, rows: int, layers: int, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.device = rank, device
         self.used = [0] * size
+        self.moves = 0
         self._expected = 0
         self._positions_BS = torch.empty(rows, 0, dtype=torch.int32, device=device)
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
@@ -58,21 +61,30 @@ class KVStore:
         token.
         """
         whole = sum(self.used) + min(tokens, LOOK_AHEAD)
-        self._expected = max(max(self.used), -(-whole // len(self.used)))
+        self._expected = max(max(self.used), -(-whole // len(self.used))) + 1  # the spare one
 
     def place(self, rows: slice, start: int, positions_Bl: Tensor) -> None:
         """Reserve slots from ``start`` on for tokens at ``positions_Bl``; their keys and values follow by layer."""
-        stop, capacity = start + positions_Bl.shape[1], self._positions_BS.shape[1]
-        if stop > capacity:
+        stop = start + positions_Bl.shape[1]
+        self._make_room(stop)
+        self._positions_BS[rows, start:stop] = positions_Bl
+
+    def _make_room(self, slots: int) -> None:
+        capacity = self._positions_BS.shape[1]
+        if slots > capacity:
             # What was expected is enough, unless it was passed already.
-            capacity = self._expected if stop <= self._expected else max(stop, int(GROWTH * capacity), SMALLEST)
+            capacity = self._expected if slots <= self._expected else max(slots, int(GROWTH * capacity), SMALLEST)
             grown_BS = self._positions_BS.new_full((self._positions_BS.shape[0], capacity), EMPTY)
             grown_BS[:, : self._positions_BS.shape[1]] = self._positions_BS
             self._positions_BS = grown_BS
-        self._positions_BS[rows, start:stop] = positions_Bl
+            self.moves += 1
 
     def write(self, layer: int, rows: slice, start: int, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
         """One layer's keys and values for slots that were reserved."""
+        for held, new in zip(self._room_in(layer, k_BlKD, v_BlKD), (k_BlKD, v_BlKD), strict=True):
+            held[rows, start : start + new.shape[1]] = new
+
+    def _room_in(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor) -> tuple[Tensor, Tensor]:
         pair, (n_rows, capacity) = self._layers[layer], self._positions_BS.shape
         if pair is None or pair[0].shape[1] < capacity:
             # Zeros, not whatever memory holds: a hidden value is multiplied by 0, which leaves NaN as it is.
@@ -80,11 +92,32 @@ class KVStore:
             for new, old in zip(grown, pair or (), strict=False):
                 new[:, : old.shape[1]] = old
             pair = self._layers[layer] = grown[0], grown[1]
-        for held, new in zip(pair, (k_BlKD, v_BlKD), strict=True):
-            held[rows, start : start + new.shape[1]] = new
+            self.moves += 1
+        return pair
 
-    def read(self, layer: int, rows: slice, stop: int) -> Cached:
-        """The first ``stop`` slots, as views; a layer must have been written once."""
+    def take_token(self) -> int:
+        """Give the next token of all rows a slot on one rank, and make room for it; the slot on this rank.
+
+        On the others that is a spare slot, which stays empty, so that all ranks can do the same.
+        """
+        owner = self.next_owner
+        slot = self.used[owner]
+        self.used[owner] += 1
+        self._make_room(max(self.used) + 1)
+        return slot if owner == self.rank else self._positions_BS.shape[1] - 1
+
+    def place_token(self, slot_1: Tensor, positions_B1: Tensor) -> None:
+        """``place`` for one token a row in the slot that ``take_token`` gave; asks the device nothing."""
+        spare = self._positions_BS.shape[1] - 1
+        self._positions_BS.index_copy_(1, slot_1, torch.where(slot_1 == spare, EMPTY, positions_B1))
+
+    def write_token(self, layer: int, slot_1: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> None:
+        """``write`` for one token a row."""
+        for held, new in zip(self._room_in(layer, k_B1KD, v_B1KD), (k_B1KD, v_B1KD), strict=True):
+            held.index_copy_(1, slot_1, new)
+
+    def read(self, layer: int, rows: slice = EVERY, stop: int | None = None) -> Cached:
+        """The first ``stop`` slots, or all, as views; a layer must have been written once."""
         pair = self._layers[layer]
         assert pair is not None
         return Cached(pair[0][rows, :stop], pair[1][rows, :stop], self._positions_BS[rows, :stop])

@@ -22,6 +22,7 @@ from ds_ring.checks import ModelShape
 from ds_ring.config import RunConfig
 from ds_ring.engines import finite, scoring
 from ds_ring.engines.batch import Batch, pack
+from ds_ring.engines.decoding import Capture, Run
 from ds_ring.engines.gather import assemble, gather_replicas, row_starts
 from ds_ring.errors import InputError, NumericsError
 from ds_ring.hf.anatomy import Anatomy
@@ -74,6 +75,10 @@ class Engine(ABC):
         inject(model, self._context)
         self.anatomy = Anatomy.of(model)
         self.fusion: Fusion | None = None
+        self.capture: Callable[[Run], Run] = lambda run: run
+        """What is done with the steps of a generation before they are repeated."""
+        if self._captures:
+            self.capture = Capture(self, insist=config.ring.decode_graph == "on")
 
     def _fuse(self) -> None:
         """To be called once the model is as DeepSpeed serves it."""
@@ -101,6 +106,12 @@ class Engine(ABC):
     @abstractmethod
     def held_positions(self, length: int, peer: int) -> Tensor:
         """Positions, in order, of the tokens whose results rank ``peer`` of ``result_axis`` holds."""
+
+    @property
+    def _captures(self) -> bool:
+        topology, wanted = self.mesh.topology, self.config.ring.decode_graph
+        alone = topology.sp * topology.tp * topology.pp == 1
+        return self.device.type == "cuda" and (wanted == "on" or (wanted == "auto" and alone))
 
     @property
     def decodes_sliced(self) -> bool:

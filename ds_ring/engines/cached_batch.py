@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ds_ring.attention.positions import EMPTY
-from ds_ring.attention.step import Step
+from ds_ring.attention.step import ChunkStep, Step
 from ds_ring.attention.store import KVStore
 from ds_ring.engines.batch import Batch
 
@@ -41,7 +41,7 @@ class CachedBatch(Batch):
     def step(self, positions_l: Tensor, device: torch.device) -> Step | None:
         beyond = max(0, int(positions_l.max()) + 1 - self.length)
         places_Bl = pad(self.places_BL, (0, beyond), value=EMPTY)[:, positions_l].to(device)
-        return Step(self.store, self.store_rows, places_Bl, self.starts, self.held, is_first=self.is_first)
+        return ChunkStep(self.store, self.store_rows, places_Bl, self.starts, self.held, self.is_first)
 
 
 def chunks(

@@ -13,10 +13,10 @@ from transformers import Cache, GenerationConfig
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ds_ring.attention.positions import EMPTY
-from ds_ring.attention.step import Step
 from ds_ring.engines.admission import admit
 from ds_ring.engines.batch import pack
 from ds_ring.engines.cached_batch import CachedBatch, chunks
+from ds_ring.engines.decoding import Decoding
 from ds_ring.engines.gather import gather_replicas
 from ds_ring.errors import NumericsError
 from ds_ring.hf.cache import ShardedCache
@@ -65,37 +65,19 @@ class _Run:
         self.new_tokens = 0
         """How many may come, for the cache to make room for."""
         self._prefilled: ShardedCache | None = None
-        self._seen_b1 = self._first_b1 = torch.empty(0)
+        self._decoding: Decoding | None = None
 
     @torch.inference_mode()
     def __call__(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: ShardedCache) -> Tensor:
         if ids_BT.shape[1] == 1 and cache is self._prefilled:
-            logits_bV = self._decode(ids_BT, cache)
+            assert self._decoding is not None
+            logits_bV = self._decoding(ids_BT[cache.rows.start : cache.rows.stop])
+            cache.extend(torch.ones(ids_BT.shape, dtype=torch.bool))
         else:
             logits_bV = self._prefill(ids_BT, mask_BT, cache)
         logits_BV = gather_replicas(logits_bV, ids_BT.shape[0], self._engine.mesh["dp"])
-        self.fine = self.fine & torch.isfinite(logits_BV).all()
+        self.fine &= torch.isfinite(logits_BV).all()
         return logits_BV
-
-    def _decode(self, ids_B1: Tensor, cache: ShardedCache) -> Tensor:
-        """One column more. Nothing here waits for the device: what is needed on the host is known beforehand."""
-        store, own = cache.store, slice(cache.rows.start, cache.rows.stop)
-        owner, starts = store.next_owner, tuple(store.used)
-        store.used[owner] += 1
-        places_b1 = cache.get_seq_length() - self._first_b1
-        step = Step(
-            store,
-            slice(0, len(cache.rows)),
-            places_b1,
-            starts,
-            tuple(store.used),
-            replicated=True,
-            sliced=self._engine.decodes_sliced,
-        )
-        logits_bV = self._engine.decode(ids_B1[own], self._seen_b1, step)
-        cache.extend(torch.ones(ids_B1.shape, dtype=torch.bool))
-        self._seen_b1 = self._seen_b1 + 1
-        return logits_bV
 
     def _prefill(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: ShardedCache) -> Tensor:
         engine, past = self._engine, cache.get_seq_length()
@@ -118,8 +100,8 @@ class _Run:
             for part in parts
         ]  # fmt: skip
         cache.store.expect(self.new_tokens)
-        self._seen_b1 = mask_BT[own].sum(1, keepdim=True).to(engine.device)
-        self._first_b1 = cache.first_B[own, None].int().to(engine.device)
+        seen_b1, places_b1 = mask_BT[own].sum(1, keepdim=True), cache.get_seq_length() - cache.first_B[own, None].int()
+        self._decoding = Decoding(engine, cache.store, seen_b1.to(engine.device), places_b1.to(engine.device))
         self._prefilled = cache
         return self._last_logits(work, batch.lengths)
 

@@ -1,0 +1,119 @@
+"""Steps of a generation that are captured once and done again: what holds without a GPU, and on one."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from mocked_world import serve
+from tiny_models import build, gpt_neox, llama_gqa, mistral, tokens
+from torch import Tensor, nn
+
+import ds_ring
+from ds_ring.attention import store
+from ds_ring.engines.base import Engine
+from ds_ring.errors import DsRingError
+
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
+]
+IDS = tokens(3, 21).clamp(min=1)
+MASK = torch.ones_like(IDS)
+MASK[1, :9] = MASK[2, :3] = 0
+OPTIONS = {
+    "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def little_room(monkeypatch):
+    """The cache moves every few tokens."""
+    monkeypatch.setattr(store, "LOOK_AHEAD", 6)
+    monkeypatch.setattr(store, "GROWTH", 1.2)
+    monkeypatch.setattr(store, "SMALLEST", 1)
+
+
+class Recorder:
+    """Stands for a capture: what it is given may be done again until the cache moves."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, run):
+        self.captured += 1
+
+        def replay() -> Tensor:
+            self.replayed += 1
+            return run()
+
+        return replay
+
+
+@pytest.mark.parametrize("layout", [{}, {"ring_degree": 3}], ids=["single", "ring3"])
+def test_a_step_is_captured_again_only_when_the_cache_moves(little_room, layout):
+    def work(engine: Engine) -> tuple[Tensor, int, int, int]:
+        recorder = engine.capture = Recorder()
+        found = engine.generate(IDS, MASK, max_new_tokens=60, **OPTIONS)
+        return found.sequences, recorder.captured, recorder.replayed, found.past_key_values.store.moves
+
+    model = build(llama_gqa())
+    with torch.no_grad():
+        want = model.generate(IDS, attention_mask=MASK, max_new_tokens=60, **OPTIONS).sequences
+    for sequences, captured, replayed, moves in serve(model, work, **layout):
+        assert torch.equal(sequences, want)
+        growths = moves // (model.config.num_hidden_layers + 1)  # positions, and each layer's keys and values
+        plain = 59 - replayed
+        assert 3 < captured <= plain <= growths < 15
+
+
+class Asks(nn.Module):
+    """A layer that looks at what a tensor holds, as a router of experts may."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if float(x.abs().max()) >= 0 else x
+
+
+def on_gpu(config, decode_graph, asks=False):
+    model = build(config).half().cuda()
+    if asks:
+        layer = model.model.layers[1]
+        layer.mlp = Asks(layer.mlp)
+    return ds_ring.init_inference(model, config={"dtype": "fp16", "ds_ring": {"decode_graph": decode_graph}})
+
+
+class TestOnAGPU:
+    pytestmark = ON_A_GPU
+
+    @pytest.mark.parametrize("config", [llama_gqa, gpt_neox, mistral], ids=lambda config: config.__name__)
+    def test_graphs_give_the_same_bits(self, little_room, config):
+        plain, graph = (on_gpu(config(), name).generate(IDS, MASK, max_new_tokens=60, **OPTIONS)
+                        for name in ("off", "auto"))  # fmt: skip
+        assert torch.equal(plain.sequences, graph.sequences)
+        for one, other in zip(plain.logits, graph.logits, strict=True):
+            assert torch.equal(one, other)
+
+    def test_graphs_are_replayed(self, monkeypatch):
+        replays = []
+        replay = torch.cuda.CUDAGraph.replay
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
+        on_gpu(llama_gqa(), "auto").generate(IDS, MASK, max_new_tokens=20, **OPTIONS)
+        assert len(replays) == 18  # the prompt gives the first token; one step is done plainly
+
+    def test_a_model_that_asks_the_device_decodes_without_one_and_says_so(self, caplog):
+        want = on_gpu(llama_gqa(), "off").generate(IDS, MASK, max_new_tokens=12, **OPTIONS)
+        asking = on_gpu(llama_gqa(), "auto", asks=True)
+        with caplog.at_level(logging.WARNING, "ds_ring"):
+            for _ in range(2):
+                got = asking.generate(IDS, MASK, max_new_tokens=12, **OPTIONS)
+        assert torch.equal(got.sequences, want.sequences)
+        assert [r.message.split(":")[0] for r in caplog.records].count("decoding without a CUDA graph") == 1
+        with pytest.raises(
+            DsRingError, match=r"LlamaForCausalLM cannot be captured in a CUDA graph: .*decode_graph=off"
+        ):
+            on_gpu(llama_gqa(), "on", asks=True).generate(IDS, MASK, max_new_tokens=12, **OPTIONS)
