@@ -95,7 +95,7 @@ class Capture:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 out = run()
         except Exception as error:  # whatever a model's code trips over
-            reason = f"{type(self._engine.model).__name__} cannot be captured in a CUDA graph: {error}"
+            reason = f"{type(self._engine.model).__name__} cannot be captured in a CUDA graph: {_cause(error)}"
             if self._insist:
                 raise DsRingError(f"{reason}; take decode_graph=off") from error
             log.warning("decoding without a CUDA graph: %s", reason)
@@ -113,3 +113,10 @@ class Capture:
             return out
 
         return replay
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong first; that the capture is void then is only its consequence."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error) or type(error).__name__).splitlines()[0]
