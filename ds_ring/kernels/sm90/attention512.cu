@@ -31,7 +31,8 @@
 // Order. CTAs are persistent: rank 0 of a pair draws the next tile from a counter near the end of the present one, under
 // causal masks the longest first. Results do not depend on who draws what.
 //
-// Queries: up to MAXQ chunks (first row, rows, global position). Keys: up to 64 segments, each with its own tensor map,
+// Queries: up to MAXQ chunks (first row, rows, global position), cut into halves of 64 rows; two neighbours in the list of
+// a head's halves are a tile, so that at most one half of a head is alone, however many chunks end inside one. Keys: up to 64 segments, each with its own tensor map,
 // length and global position. Key j is visible from query i when j <= i by global positions (not causal: always).
 // A previous partial result (normalised out, lse; -inf: nothing) is where a tile starts from: its lse is the first
 // maximum, its output the first accumulator. It may lie where the new one goes.
@@ -180,15 +181,15 @@ extern "C" int attention512_forward(const void* args) {  // an Args
   p.Hq = a.Hq;
   p.G = a.Hq / a.Hkv;
   p.n_seg = a.n_seg;
-  p.head_tiles = 0;
+  p.head_halves = 0;
   for (int i = 0; i < a.n_chunk; ++i) {
     p.q_row[i] = a.q_row[i];
     p.q_len[i] = a.q_len[i];
     p.q_off[i] = a.causal ? a.q_off[i] : 1 << 29;
-    p.q_tiles[i] = (a.q_len[i] + 2 * BM - 1) / (2 * BM);
-    p.head_tiles += p.q_tiles[i];
+    p.q_halves[i] = (a.q_len[i] + BM - 1) / BM;
+    p.head_halves += p.q_halves[i];
   }
-  p.n_tiles = p.head_tiles * a.Hq * a.B;
+  p.n_tiles = (p.head_halves + 1) / 2 * a.Hq * a.B;
   p.reverse = a.causal;
   p.out32 = a.out32;
   p.prev32 = a.prev32;

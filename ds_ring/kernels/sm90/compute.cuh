@@ -19,7 +19,8 @@ __device__ __forceinline__ void compute(uint32_t base, const Barriers& bar, cons
 #pragma unroll
   for (int i = 0; i < 32; ++i) S[i] = 0.f;
   Rows rows;
-  Tile x = {};
+  int b = 0, h = 0, qend = 0;  // of the tile, and this warpgroup's half of it
+  Half x = {};
   Walk<NS> k = {};
   uint32_t n_q = 0;                // query tiles taken so far
   uint32_t n = 0;                  // steps taken so far
@@ -32,17 +33,19 @@ __device__ __forceinline__ void compute(uint32_t base, const Barriers& bar, cons
     for (;;) {
       const int t = __shfl_sync(0xffffffffu, tiles.next<true>(), 0);  // warp-uniform for the compiler
       if (t >= p.n_tiles) return false;
-      x = decode(p, t);
-      k.start(g, p.n_seg, x.qend);
+      const Tile tile = decode(p, t);
+      b = tile.b, h = tile.h, qend = tile.qend;
+      x = w ? tile.q[1] : tile.q[0];
+      k.start(g, p.n_seg, qend);
       if (k.left > 0) return true;
-      store_unseen<T>(p, x, rank);
+      store_unseen<T>(p, b, h, x, rank);
     }
   };
   auto next_block = [&]() {
-    k.next(g, x.qend);
+    k.next(g, qend);
     c0 = k.j * BN + rank * 64;
     len = g.len[k.s];
-    shift = x.gq + w * BM - g.off[k.s];
+    shift = x.gq - g.off[k.s];
   };
   auto issue_qk = [&](int s, uint32_t parity, bool first) {  // descriptor units are 16 bytes
     if (first && !(s & 1)) mbar_wait(bar.q_full + 8 * (4 * w + s / 2), n_q & 1);
@@ -85,10 +88,10 @@ __device__ __forceinline__ void compute(uint32_t base, const Barriers& bar, cons
   };
   auto start_tile = [&]() {  // before its first block's maxima
     rows = Rows();
-    if (p.po) start_rows(rows, previous_lse(p, Place(x, w, row0)), p.scale_log2, rank == 0 && quad == 0);
+    if (p.po) start_rows(rows, previous_lse(p, Place(b, h, x, row0)), p.scale_log2, rank == 0 && quad == 0);
   };
   auto start_output = [&]() {
-    const Place at(x, w, row0);
+    const Place at(b, h, x, row0);
     if (p.po) {
       start_out<T>(O, p, at, previous_lse(p, at), rank, quad);
     } else {
@@ -132,7 +135,7 @@ __device__ __forceinline__ void compute(uint32_t base, const Barriers& bar, cons
 #pragma unroll 1
   do {
     bool last_next = true;
-    const Place ended(x, w, row0);
+    const Place ended(b, h, x, row0);
     const Pair m_ended = rows.m;
     Pair l_ended = {0.f, 0.f};
     more = !last || fetch();
@@ -214,7 +217,7 @@ __device__ __forceinline__ void compute(uint32_t base, const Barriers& bar, cons
     ++n;
     if (last) {
       const Pair other = peer.get_sums(n);
-      store<T>(O, p, ended, m_ended, {l_ended.a + other.a, l_ended.b + other.b}, rank, w, quad);
+      store<T>(O, p, ended, m_ended, {l_ended.a + other.a, l_ended.b + other.b}, rank, quad);
       if (more) start_output();
     }
     last = last_next;

@@ -83,14 +83,14 @@ __device__ __forceinline__ void load_queries(uint32_t base, const Barriers& bar,
     k.start(g, p.n_seg, x.qend);
     if (k.left <= 0) continue;
     if (lane == 0) {
-#pragma unroll 1
+#pragma unroll
       for (int w = 0; w < 2; ++w) {
         mbar_wait(bar.q_empty + 8 * w, (n & 1) ^ 1);
 #pragma unroll 1
         for (int i = 0; i < 4; ++i) {
           const uint32_t full = bar.q_full + 8 * (4 * w + i);
           mbar_expect(full, Q_TILE / 4);
-          tma_load(base + OFF_Q + w * Q_TILE + i * (Q_TILE / 4), &map, full, x.row + w * BM, 2 * i, x.h, x.b);
+          tma_load(base + OFF_Q + w * Q_TILE + i * (Q_TILE / 4), &map, full, x.q[w].row, 2 * i, x.h, x.b);
         }
       }
     }
@@ -98,11 +98,13 @@ __device__ __forceinline__ void load_queries(uint32_t base, const Barriers& bar,
     ++n;
     if (p.po) {
       const int es = p.prev32 ? 4 : 2;
-      for (int r = lane; r < min(2 * BM, x.rows); r += 32) {
-        const char* a = (const char*)p.po + (x.b * p.po_b + (x.row + r) * p.po_m + x.h * p.po_h + rank * HALF) * es;
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(a)), "r"(HALF * es)
-                     : "memory");
-      }
+#pragma unroll
+      for (int w = 0; w < 2; ++w)
+        for (int r = lane; r < x.q[w].rows; r += 32) {
+          const char* a = (const char*)p.po + (x.b * p.po_b + (x.q[w].row + r) * p.po_m + x.h * p.po_h + rank * HALF) * es;
+          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(a)), "r"(HALF * es)
+                       : "memory");
+        }
     }
   }
 }

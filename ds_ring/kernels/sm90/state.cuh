@@ -19,8 +19,8 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t v) {
 struct Place {
   int b, h, row;  // row a; row b is 8 further
   bool a_valid, b_valid;
-  __device__ __forceinline__ Place(const Tile& x, int w, int row0)
-      : b(x.b), h(x.h), row(x.row + w * BM + row0), a_valid(w * BM + row0 < x.rows), b_valid(w * BM + row0 + 8 < x.rows) {}
+  __device__ __forceinline__ Place(int b, int h, const Half& x, int row0)
+      : b(b), h(h), row(x.row + row0), a_valid(row0 < x.rows), b_valid(row0 + 8 < x.rows) {}
 };
 
 __device__ __forceinline__ Pair previous_lse(const Params& p, const Place& at) {
@@ -67,7 +67,7 @@ __device__ __forceinline__ void start_out(float (&O)[128], const Params& p, cons
 // Normalise and store: rows a and b of this thread, the 256 columns of its CTA. l: over all columns and both CTAs.
 template <typename T>
 __device__ __forceinline__ void store(const float (&O)[128], const Params& p, const Place& at, Pair m, Pair l, int rank,
-                                      int w, int quad) {
+                                      int quad) {
   const float ca = l.a == 0.f ? 0.f : 1.f / l.a, cb = l.b == 0.f ? 0.f : 1.f / l.b;
   if (rank == 0 && quad == 0) {
     float* q = p.lse + at.b * p.lse_b + at.h * p.lse_h + at.row;
@@ -101,24 +101,24 @@ __device__ __forceinline__ void store(const float (&O)[128], const Params& p, co
   }
 }
 
-// A tile whose rows see no key: what was there before, or 0 and -inf. Each CTA writes its columns.
+// A tile whose rows see no key: what was there before, or 0 and -inf. Each warpgroup writes its rows, each CTA its columns.
 template <typename T>
-__device__ __forceinline__ void store_unseen(const Params& p, const Tile& x, int rank) {
-  for (int i = threadIdx.x - 128; i < min(2 * BM, x.rows) * HALF; i += 256) {
+__device__ __forceinline__ void store_unseen(const Params& p, int b, int h, const Half& x, int rank) {
+  for (int i = threadIdx.x & 127; i < x.rows * HALF; i += 128) {
     const int r = x.row + i / HALF, c = rank * HALF + i % HALF;
-    const float lse = p.po ? p.plse[x.b * p.plse_b + x.h * p.plse_h + r] : -INFINITY;
+    const float lse = p.po ? p.plse[b * p.plse_b + h * p.plse_h + r] : -INFINITY;
     float v = 0.f;
     if (lse != -INFINITY) {
       if (p.po == p.o) continue;  // in place
-      const long long a = x.b * p.po_b + r * p.po_m + x.h * p.po_h + c;
+      const long long a = b * p.po_b + r * p.po_m + h * p.po_h + c;
       v = p.prev32 ? ((const float*)p.po)[a] : widen(((const T*)p.po)[a]);
     }
-    const long long a = x.b * p.o_b + r * p.o_m + x.h * p.o_h + c;
+    const long long a = b * p.o_b + r * p.o_m + h * p.o_h + c;
     if (p.out32)
       ((float*)p.o)[a] = v;
     else
       ((T*)p.o)[a] = narrow<T>(v);
-    if (c == 0) p.lse[x.b * p.lse_b + x.h * p.lse_h + r] = lse;
+    if (c == 0) p.lse[b * p.lse_b + h * p.lse_h + r] = lse;
   }
 }
 
