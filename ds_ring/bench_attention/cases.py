@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_ring.attention.runs import Segment
 from ds_ring.layout import Run, SequenceLayout
 
-Kind = Literal["self", "zigzag half block", "carry", "zigzag rank", "decode"]
+Kind = Literal["self", "zigzag half block", "carry", "zigzag rank", "decode", "back-ends"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 HEADS_OF = {64: 128, 128: 64, 256: 32, 512: 16}
@@ -95,6 +95,9 @@ def default_cases() -> list[Case]:
         cases += [Case(head_dim, False, 8, heads, kv_heads, 1, 32_768, "decode")]
     for head_dim, heads, kv_heads in ((512, 16, 4), (128, 32, 8)):
         cases += [Case(head_dim, False, 8, heads, kv_heads, 1, 100_000, "decode")]
+    # Where cuDNN starts to pay beside FlashAttention-2: blocks of few rows, and causal ones behind keys that all see.
+    cases += [Case(128, False, 8, 64, 64, rows, rows, "back-ends") for rows in (64, 128, 256, 512)]
+    cases += [Case(128, True, 8, 64, 64, 1024, 1024 + ahead, "back-ends") for ahead in (256, 512, 1024, 2048, 4096)]
     return sorted(cases, key=lambda case: KINDS.index(case.kind))
 
 

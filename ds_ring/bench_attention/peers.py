@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ds_ring.attention import aten
+from ds_ring.attention.backends import CUDNN, FLASH, Backend
 from ds_ring.attention.choice import choose
 from ds_ring.attention.local import accumulate_, attend
 from ds_ring.attention.merge import merge_
@@ -46,6 +47,8 @@ def implementations(case: Case, device: torch.device) -> dict[str, Prepare]:
     """What can serve the case, by name; ours begin with ``ds_ring``. On a CPU: our plain path and SDPA's."""
     if case.kind == "carry":
         return {"ds_ring, no state": _ds_ring, "ds_ring": _ds_ring_carrying, "ds_ring + merge": _ds_ring_merging}
+    if case.kind == "back-ends":
+        return {f"ds_ring {backend.name}": partial(_by_backend, backend) for backend in (CUDNN, FLASH)}
     found: dict[str, Prepare] = {}
     # scaled_dot_product_attention aligns its causal mask to the first key; the two agree on squares only.
     first_key_will_do = not case.causal or (case.ranks == 1 and case.seq_q == case.seq_k)
@@ -147,6 +150,12 @@ def _ds_ring(inputs: Inputs) -> Prepared:
         return Prepared(lambda: (attend_runs(q, case.runs, segments, spec), None), detail)
     offset = case.runs[0].start
     return Prepared(lambda: attend(q, k, v, spec=spec, causal=case.causal, q_offset=offset), _backends(inputs))
+
+
+def _by_backend(backend: Backend, inputs: Inputs) -> Prepared:
+    case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
+    block = BlockSpec(AttentionSpec(case.scale), case.causal, case.runs[0].start)
+    return Prepared(lambda: backend.attend(q, k, v, block, q.dtype))
 
 
 def _positions(inputs: Inputs) -> tuple[Tensor, Tensor]:
