@@ -67,7 +67,7 @@ def test_segments_hold_every_visible_key_once():
     case = zigzag_rank(8, 1, 2, 83, 4)
     inputs = make_inputs(case, CPU)
     ordered = sorted(inputs.segments, key=lambda segment: segment.start)
-    assert ordered[0] is not inputs.segments[0]  # they arrive in the order of the hops
+    assert len(ordered) == 4  # own runs, and what lies before and between them
     assert torch.equal(torch.cat([segment.k_BSKD for segment in ordered], dim=1), inputs.k)
     assert torch.equal(torch.cat([segment.v_BSKD for segment in ordered], dim=1), inputs.v)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_ring.attention import sinks
 from ds_ring.attention.local import accumulate_, attend
-from ds_ring.attention.runs import Segment, accumulate_runs_, attend_runs
+from ds_ring.attention.runs import Segment, accumulate_runs_, attend_runs, takes_segments
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
 from ds_ring.layout import Block, SequenceLayout
@@ -101,10 +101,16 @@ def gather_kv(
     """All visible K/V first, then one call for all runs of queries: no merge."""
     rank = transport.rank
     with _share(k_BLKD, v_BLKD, layout, transport) as shared:
-        arriving = _pull_all(shared, layout, transport)
+        runs = layout.slice_runs(rank)
+        if shared.places and not takes_segments(q_BLHD, runs[-1].stop, spec):
+            pendings, segments = _pull_in_order(shared, layout, transport, own_as_well=True)
+        else:
+            pendings, segments = _pull_all(shared, layout, transport)
+            segments += _segments(layout, rank, *shared.own)
         transport.turn()
-        segments = _segments(layout, rank, *shared.own) + _arrived(arriving, layout)
-        return attend_runs(q_BLHD, layout.slice_runs(rank), segments, spec, sinks_H)
+        for pending in pendings:
+            pending.wait()
+        return attend_runs(q_BLHD, runs, segments, spec, sinks_H)
 
 
 def local_first(
@@ -120,13 +126,12 @@ def local_first(
     """The own block, which needs nobody, while all visible K/V arrive; then those, continuing its result."""
     rank = transport.rank
     with _share(k_BLKD, v_BLKD, layout, transport) as shared:
-        arriving = _pull_all(shared, layout, transport)
+        pendings, segments = _pull_all(shared, layout, transport)
         transport.turn()
         out_BLHD, lse_BHL = _own_block(q_BLHD, shared.own, layout, spec, rank)
-        segments = _arrived(arriving, layout)
-        if not accumulate_runs_(out_BLHD, lse_BHL, q_BLHD, layout.slice_runs(rank), segments, spec):
-            for source, _, block_2BSKD in arriving:
-                _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, source), spec)
+        for pending in pendings:
+            pending.wait()
+        accumulate_runs_(out_BLHD, lse_BHL, q_BLHD, layout.slice_runs(rank), segments, spec)
     return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
 
 
@@ -149,22 +154,52 @@ def _pull(shared: Shared, layout: SequenceLayout, transport: Transport, hop: int
     return pending, block_2BSKD if incoming else shared.own[:, :, :0]
 
 
-def _pull_all(shared: Shared, layout: SequenceLayout, transport: Transport) -> list[tuple[int, Pending, Tensor]]:
+def _pull_all(shared: Shared, layout: SequenceLayout, transport: Transport) -> tuple[list[Pending], list[Segment]]:
+    """Start to take all that this rank's queries see of others: segments to read once all transfers are through."""
+    if shared.places:
+        return _pull_in_order(shared, layout, transport)
     rank, size = transport.rank, transport.size
-    return [((rank - hop) % size, *_pull(shared, layout, transport, hop)) for hop in range(1, size)]
+    pendings, segments = [], []
+    for hop in range(1, size):
+        pending, block_2BSKD = _pull(shared, layout, transport, hop)
+        pendings.append(pending)
+        segments += _segments(layout, (rank - hop) % size, *block_2BSKD)
+    return pendings, segments
+
+
+def _pull_in_order(
+    shared: Shared, layout: SequenceLayout, transport: Transport, own_as_well: bool = False
+) -> tuple[list[Pending], list[Segment]]:
+    """``_pull_all`` into one memory in the sequence's order: few segments, whatever the number of ranks. A kernel works
+    in blocks of keys, and every segment ends in a part of one.
+
+    ``own_as_well``: own keys are copied in, and there is one segment.
+    """
+    rank, size = transport.rank, transport.size
+    own_runs = layout.slice_runs(rank)
+    _, batch, _, *rest = shared.own.shape
+    whole_2BSKD = shared.own.new_empty((2, batch, own_runs[-1].stop, *rest))
+    pendings = []
+    for hop in range(1, size):
+        source = (rank - hop) % size
+        incoming = _visible(layout, rank, source, source)
+        if incoming is not None:
+            seen = [run for run in layout.slice_runs(source) if run.start < own_runs[-1].stop]
+            targets = [whole_2BSKD[:, :, run.start : run.stop] for run in seen]
+            pendings.append(shared.pull_into(incoming, targets, dim=2))
+    if own_as_well:
+        for segment in _segments(layout, rank, *shared.own):
+            for whole, own in zip(whole_2BSKD, (segment.k_BSKD, segment.v_BSKD), strict=True):
+                whole[:, segment.start : segment.stop].copy_(own)
+        return pendings, [Segment(0, *whole_2BSKD)]
+    edges = [0, *(edge for run in own_runs for edge in (run.start, run.stop))]
+    between = [(start, stop) for start, stop in zip(edges[0::2], edges[1::2], strict=False) if start < stop]
+    return pendings, [Segment(start, *whole_2BSKD[:, :, start:stop]) for start, stop in between]
 
 
 def _visible(layout: SequenceLayout, q_rank: int, k_rank: int, peer: int) -> Part | None:
     rows = layout.visible_rows(q_rank, k_rank)
     return (peer, (slice(None), slice(None), slice(0, rows))) if rows else None
-
-
-def _arrived(arriving: list[tuple[int, Pending, Tensor]], layout: SequenceLayout) -> list[Segment]:
-    segments = []
-    for source, pending, block_2BSKD in arriving:
-        pending.wait()
-        segments += _segments(layout, source, *block_2BSKD)
-    return segments
 
 
 def _own_block(

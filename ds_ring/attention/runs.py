@@ -12,7 +12,7 @@ from torch import Tensor
 from ds_ring.attention import sinks
 from ds_ring.attention.backends import HOPPER512
 from ds_ring.attention.choice import choose
-from ds_ring.attention.local import attend
+from ds_ring.attention.local import accumulate_, attend
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 from ds_ring.kernels import attention512
 from ds_ring.layout import Run
@@ -20,11 +20,15 @@ from ds_ring.layout import Run
 
 @dataclass(frozen=True)
 class Segment:
-    """Keys and values [B, S, K, D] at the global positions ``start .. start + S - 1``."""
+    """Keys and values [B, S, K, D] at the global positions ``start .. stop - 1``."""
 
     start: int
     k_BSKD: Tensor
     v_BSKD: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.k_BSKD.shape[1]
 
 
 def attend_runs(
@@ -46,9 +50,12 @@ def attend_runs(
     """
     if _one_launch(q_BLHD, runs, segments, spec):
         return sinks.apply_(*_attend_segments(q_BLHD, runs, segments, spec), sinks_H)
-    ordered = sorted(segments, key=lambda segment: segment.start)
-    k_BSKD = torch.cat([segment.k_BSKD for segment in ordered], dim=1)
-    v_BSKD = torch.cat([segment.v_BSKD for segment in ordered], dim=1)
+    if len(segments) == 1:
+        k_BSKD, v_BSKD = segments[0].k_BSKD, segments[0].v_BSKD
+    else:
+        ordered = sorted(segments, key=lambda segment: segment.start)
+        k_BSKD = torch.cat([segment.k_BSKD for segment in ordered], dim=1)
+        v_BSKD = torch.cat([segment.v_BSKD for segment in ordered], dim=1)
     parts = []
     done = 0
     for run in runs:
@@ -66,21 +73,44 @@ def accumulate_runs_(
     runs: Sequence[Run],
     segments: Sequence[Segment],
     spec: AttentionSpec,
-) -> bool:
-    """Fold segments of other keys into a running fp32 result, in one launch; False, and nothing done, where no kernel
-    can. Here keys may be missing: a query sees those of ``segments`` that are not behind it."""
+) -> None:
+    """Fold segments of other keys into a running fp32 result: in one launch where a kernel can, else in calls of their
+    own. Here keys may be missing: a query sees those of ``segments`` that are not behind it.
+
+    Args:
+        runs: ascending; none of them begins inside a segment.
+    """
     if not segments:
-        return True
-    if not _one_launch(q_BLHD, runs, segments, spec):
-        return False
-    attention512.accumulate_(out_BLHD, lse_BHL, *_arguments(q_BLHD, runs, segments, spec))
-    return True
+        return
+    if _one_launch(q_BLHD, runs, segments, spec):
+        attention512.accumulate_(out_BLHD, lse_BHL, *_arguments(q_BLHD, runs, segments, spec))
+        return
+    done = 0
+    for number, run in enumerate(runs):
+        # All runs from this one on see a segment before it, in one call where their positions do not matter.
+        rows = slice(done, done + run.length if spec.window else None)
+        before = runs[number - 1].start if number and not spec.window else -1
+        for segment in segments:
+            if before < segment.start < run.start and not _out_of_reach(run, segment, spec):
+                accumulate_(
+                    out_BLHD[:, rows], lse_BHL[:, :, rows], q_BLHD[:, rows], segment.k_BSKD, segment.v_BSKD,
+                    spec=spec, causal=spec.window is not None, q_offset=run.start, k_offset=segment.start,
+                )  # fmt: skip
+        done += run.length
+
+
+def _out_of_reach(run: Run, segment: Segment, spec: AttentionSpec) -> bool:
+    return spec.window is not None and segment.stop - 1 <= run.start - spec.window
 
 
 def _one_launch(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> bool:
     fits = len(runs) <= attention512.MAX_CHUNKS and len(segments) <= attention512.MAX_SEGMENTS
-    n_keys = sum(segment.k_BSKD.shape[1] for segment in segments)
-    return fits and choose(q_BLHD, n_keys, BlockSpec(spec, True, 0)) is HOPPER512
+    return fits and takes_segments(q_BLHD, sum(segment.k_BSKD.shape[1] for segment in segments), spec)
+
+
+def takes_segments(q_BLHD: Tensor, n_keys: int, spec: AttentionSpec) -> bool:
+    """Whether the back-end reads keys from where they lie, so that nothing need be put in order."""
+    return choose(q_BLHD, n_keys, BlockSpec(spec, True, 0)) is HOPPER512
 
 
 def _attend_segments(

@@ -114,8 +114,9 @@ def select(cases: Sequence[Case], only: Sequence[str] = (), kinds: Sequence[str]
 class Inputs:
     """Random tensors of a case: q [B, L, H, D]; k and v [B, S, K, D], in the sequence's order.
 
-    ``segments`` are copies of k and v as a zigzag rank receives them, a tensor a rank; ``state`` is what earlier
-    blocks of a ring left, out [B, L, H, D] and lse [B, H, L], both fp32.
+    ``segments`` are k and v as a zigzag rank has them after the copy engine: others' keys in the sequence's order in one
+    tensor, its own elsewhere; ``state`` is what earlier blocks of a ring left, out [B, L, H, D] and lse [B, H, L], both
+    fp32.
     """
 
     case: Case
@@ -142,13 +143,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 
 def _segments(case: Case, k: Tensor, v: Tensor) -> tuple[Segment, ...]:
-    found = []
-    for hop in range(case.ranks):
-        seen = [run for run in case.layout.slice_runs((case.rank - hop) % case.ranks) if run.start < case.seq_k]
-        if not seen:
-            continue
-        held = [torch.cat([t[:, run.start : run.stop] for run in seen], dim=1) for t in (k, v)]
-        for i, run in enumerate(seen):
-            rows = slice(i * run.length, (i + 1) * run.length)
-            found.append(Segment(run.start, held[0][:, rows], held[1][:, rows]))
-    return tuple(found)
+    own = [(run.start, run.stop) for run in case.runs]
+    edges = [0, *(edge for run in own for edge in run)]
+    others = [(start, stop) for start, stop in zip(edges[0::2], edges[1::2], strict=False) if start < stop]
+    found = [Segment(start, k[:, start:stop], v[:, start:stop]) for start, stop in others]
+    return (*found, *(Segment(start, k[:, start:stop].clone(), v[:, start:stop].clone()) for start, stop in own))

@@ -8,6 +8,7 @@ written again, is the protocol in ``slots.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -118,6 +119,8 @@ class CopyEngineTransport(Transport):
 class PulledShared(Shared):
     """A shared tensor in a slot; while its transport is muted, ordinary memory that nobody reads."""
 
+    places = True
+
     def __init__(
         self, transport: CopyEngineTransport, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -154,20 +157,28 @@ class PulledShared(Shared):
         self._incoming.append(incoming)
         return self.take(incoming)
 
+    def pull_into(self, incoming: Part, targets: Sequence[Tensor], dim: int) -> Pending:
+        self._incoming.append(incoming)
+        return self._take_into(incoming, targets, dim)
+
     def give(self, outgoing: Sequence[Part | None]) -> None:
         if self._slot is not None:
             self._transport.slots.publish(self._slot, [part[0] for part in outgoing if part])
 
     def take(self, incoming: Part | None) -> tuple[Pending, Tensor]:
         part = self.blank_part(incoming)
-        if incoming is None:
-            return Done(), part
+        return (Done() if incoming is None else self._take_into(incoming, [part], 0)), part
+
+    def _take_into(self, incoming: Part, targets: Sequence[Tensor], dim: int) -> Pending:
         if self._slot is None:
-            part.normal_()  # arithmetic on garbage or zeros takes another time than on numbers
-            return Done(), part
+            for target in targets:
+                target.normal_()  # arithmetic on garbage or zeros takes another time than on numbers
+            return Done()
         peer, index = incoming
         source = self._slot.view(peer, *self._like[:2])[index]
-        return self._transport.slots.pull(self._slot, peer, contiguous_pieces(part, source)), part
+        pieces = source.split([target.shape[dim] for target in targets], dim)
+        pairs = chain.from_iterable(map(contiguous_pieces, targets, pieces))
+        return self._transport.slots.pull(self._slot, peer, pairs)
 
     def close(self) -> None:
         if self._slot is not None:

@@ -36,6 +36,8 @@ class Shared(ABC):
 
     own: Tensor
     """This rank's tensor, contiguous."""
+    places = False
+    """Whether ``pull_into`` is offered: parts can go where they are wanted, at no further cost."""
 
     @abstractmethod
     def publish(self, outgoing: Sequence[Part | None]) -> None:
@@ -48,6 +50,10 @@ class Shared(ABC):
         Where bytes move as messages, the n-th pull gives out the n-th entry of ``outgoing``: ranks must pull in such
         an order that entries meet.
         """
+
+    def pull_into(self, incoming: Part, targets: Sequence[Tensor], dim: int) -> Pending:
+        """As ``pull``, but into ``targets``, which are the part's pieces along ``dim``, first to last."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:
