@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ds_ring import cli
 from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import pack
 from ds_ring.hf.anatomy import Anatomy
@@ -117,7 +118,12 @@ class _Tally:
         return Difference(float((totals[0] / totals[1]).sqrt()), max(w for _, w in everyone))
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
+    ids = rows_of(token_stream(args.model, args.text), args.rows, args.length).contiguous()
+    write_reference(args.model, torch_dtype(args.dtype), local_device(), ids, args.output)
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", required=True)
@@ -125,10 +131,4 @@ def main() -> None:
     parser.add_argument("--length", type=int, required=True)
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--output", required=True)
-    args = parser.parse_args()
-    ids = rows_of(token_stream(args.model, args.text), args.rows, args.length).contiguous()
-    write_reference(args.model, torch_dtype(args.dtype), local_device(), ids, args.output)
-
-
-if __name__ == "__main__":
-    main()
+    cli.main(main, parser)
