@@ -74,16 +74,24 @@ def attention_table(rows: list[dict[str, Any]]) -> Table:
         table.add_section()
         table.add_row(case, style="bold")
         group = [r for r in rows if r["case"] == case]
-        right = [r for r in group if "error" not in r and r["rel_error"] < WRONG]
-        peers = [r for r in right if not r["impl"].startswith("ds_ring")]
-        best = min(peers, key=lambda r: r["ms"], default=None)
+        best = best_peer(group)
         for r in group:
             name = f"  {r['impl']} *" if r is best else f"  {r['impl']}"
-            table.add_row(name, *_attention_cells(r), style=None if r in right else "red")
+            table.add_row(name, *attention_cells(r), style=None if _is_right(r) else "red")
     return table
 
 
-def _attention_cells(r: dict[str, Any]) -> list[str]:
+def best_peer(group: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest of one case's rows that is right and not ours."""
+    peers = [r for r in group if _is_right(r) and not r["impl"].startswith("ds_ring")]
+    return min(peers, key=lambda r: r["ms"], default=None)
+
+
+def _is_right(row: dict[str, Any]) -> bool:
+    return "error" not in row and bool(row["rel_error"] < WRONG)
+
+
+def attention_cells(r: dict[str, Any]) -> list[str]:
     if "error" in r:
         return [*("-" for _ in ATTENTION_COLUMNS[2:]), r["error"]]
 
