@@ -28,6 +28,9 @@ from ds_ring.text import rows_of, token_stream
 ALL_LOGITS_LIMIT = 1 << 24
 """Logits of all tokens are compared while a row has no more than this many; else those of the last token."""
 
+TOKENS_AT_A_TIME = 4096
+"""Of a long sequence; each is compared in fp64, on the host."""
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -105,7 +108,11 @@ class _Tally:
         self._squares, self._worst = torch.zeros(2, dtype=torch.float64), 0.0
 
     def add(self, got: Tensor, want: Tensor, worst_only: bool = False) -> None:
-        difference, size = (got.cpu().double() - want.double()).square().sum(-1), want.double().square().sum(-1)
+        for got_nd, want_nd in zip(*(t.flatten(0, -2).split(TOKENS_AT_A_TIME) for t in (got, want)), strict=True):
+            self._add(got_nd.cpu().double(), want_nd.double(), worst_only)
+
+    def _add(self, got_nd: Tensor, want_nd: Tensor, worst_only: bool) -> None:
+        difference, size = (got_nd - want_nd).square().sum(-1), want_nd.square().sum(-1)
         self._worst = max(self._worst, float((difference / size).max().sqrt()))
         if not worst_only:
             self._squares += torch.stack((difference.sum(), size.sum()))
