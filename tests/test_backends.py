@@ -210,8 +210,8 @@ class TestOnGpus:
         [
             (2500, 2500, SQUARE, True),
             (1250, 2500, FULL, True),
-            (127, 2500, FULL, False),
-            (2500, 127, FULL, False),
+            (511, 2500, FULL, False),
+            (2500, 511, FULL, False),
             (2500, 12500, BlockSpec(PLAIN_SPEC, True, 10000), True),
             (2500, 3500, BlockSpec(PLAIN_SPEC, True, 1000), False),
             (2500, 2500, BlockSpec(PLAIN_SPEC, True, -100), False),
