@@ -174,12 +174,13 @@ def time_passes(engine: Engine, step: Callable[[], None], repeats: int) -> Timin
     """Time ``step`` on all ranks together; a pass takes as long as its slowest rank."""
     own = []
     for _ in range(repeats):
-        synchronize(engine.device)
-        engine.mesh["world"].barrier()
-        started = time.perf_counter()
-        step()
-        synchronize(engine.device)
-        own.append(time.perf_counter() - started)
+        with engine.stall.over("a timed pass"):
+            synchronize(engine.device)
+            engine.mesh["world"].barrier()
+            started = time.perf_counter()
+            step()
+            synchronize(engine.device)
+            own.append(time.perf_counter() - started)
     everyone = engine.mesh["world"].all_gather_objects(own)
     return Timing([max(samples) for samples in zip(*everyone, strict=True)])
 

@@ -119,6 +119,11 @@ class RingConfig(_Section):
     interleave: Literal["auto", "on", "off"] = Field(
         "auto", description="two micro-batches in flight, one's transfers under the other's layers; auto: if that gains"
     )
+    timeout_s: int = Field(
+        1800,
+        ge=0,
+        description="seconds in a call without a new communication after which a launched rank ends; 0: never",
+    )
     decode_graph: Literal["auto", "on", "off"] = Field(
         "auto",
         description="steps of a generation as CUDA graphs; auto: where one rank decodes by itself and the model allows",

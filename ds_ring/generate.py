@@ -16,7 +16,7 @@ from transformers.generation import BaseStreamer
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.errors import InputError
-from ds_ring.hardware import device_name, synchronize
+from ds_ring.hardware import device_name
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.text import load_tokenizer, read_text
 
@@ -101,14 +101,14 @@ def run(
     clock = Clock(text, lambda seconds: say(f"prefill: {seconds:.2f} s, {prompt_tokens / seconds:,.0f} tok/s"))
     say(f"{topology.label()}: prefill of {prompt_tokens:,} tokens in {len(prompts)} rows")
     torch.manual_seed(sampling.seed)
-    synchronize(engine.device)
+    engine.settle()
     engine.mesh["world"].barrier()
     clock.start()
     found: Any = engine.generate(
         ids, mask, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=sorted(ends) or None,
         streamer=clock, return_dict_in_generate=True, **sampling.options(),
     )  # fmt: skip
-    synchronize(engine.device)
+    engine.settle()
     total_s = time.perf_counter() - clock.started
     new = found.sequences[: len(prompts), ids.shape[1] :].tolist()
     completions = [_completion(tokenizer, prompt, row, ends) for prompt, row in zip(prompts, new, strict=True)]

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 PERIOD_S = 1.0
@@ -38,9 +39,40 @@ def end_with_launcher() -> None:
 
 def parent_of(pid: int) -> int | None:
     """The parent of a process; None where it is gone or this system does not say."""
+    found = _state_and_parent(pid)
+    return found[1] if found else None
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """Another rank that this rank's launcher started."""
+
+    pid: int
+    rank: str
+    stopped: bool
+
+
+def siblings() -> list[Sibling]:
+    """The other ranks of this host, as far as this system tells."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        pid = int(folder.name)
+        status = _state_and_parent(pid)
+        if status is None or status[1] != os.getppid() or pid == os.getpid():
+            continue
+        with suppress(OSError):
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            rank = next((entry[5:].decode() for entry in environment if entry.startswith(b"RANK=")), None)
+            if rank is not None:
+                found.append(Sibling(pid, rank, status[0] == "T"))
+    return found
+
+
+def _state_and_parent(pid: int) -> tuple[str, int] | None:
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
     # pid (name) state parent …; the name may hold anything, parentheses and blanks included.
-    return int(status.rpartition(")")[2].split()[1])
+    state, parent, *_ = status.rpartition(")")[2].split()
+    return state, int(parent)

@@ -62,6 +62,7 @@ class TestLoading:
                 },
                 "transport": "auto",
                 "interleave": "auto",
+                "timeout_s": 1800,
                 "decode_graph": "auto",
                 "fusion": "auto",
             },
@@ -217,7 +218,7 @@ class TestRefusedFiles:
     [
         ({"ds_ring": {"paralel": {}}},
          "ds_ring.paralel is not a known key; known here: decode_graph, fusion, interleave, model, parallel, "
-         "transport, workload"),
+         "timeout_s, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
          "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, mode, "
          "prefill_chunk, repeats, sweep, text, warmup, warmup_batch_size"),
@@ -246,7 +247,7 @@ class TestRefusedFiles:
         ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},
          "ds_ring.workload.repeats=0: Input should be greater than or equal to 1; "
          "ds_ring.modle is not a known key; known here: decode_graph, fusion, interleave, model, parallel, "
-         "transport, workload"),
+         "timeout_s, transport, workload"),
         ({"ds_ring": 3}, "ds_ring must be a JSON object, not 3"),
         ({"ds_ring": None}, "ds_ring must be a JSON object, not None"),
         ({"tensor_parallel": 2}, "tensor_parallel must be a JSON object, not 2"),

@@ -25,10 +25,12 @@ from ds_ring.engines.batch import Batch, pack
 from ds_ring.engines.decoding import Capture, Run
 from ds_ring.engines.gather import assemble, gather_replicas, row_starts
 from ds_ring.errors import InputError, NumericsError
+from ds_ring.hardware import synchronize
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.attention import AttentionContext, inject
 from ds_ring.hf.fused.fusion import Fusion
 from ds_ring.layout import SequenceLayout
+from ds_ring.stall import StallWatch, watched
 from ds_ring.topology import Axis
 from ds_ring.transport.mesh import Mesh
 
@@ -75,6 +77,7 @@ class Engine(ABC):
         inject(model, self._context)
         self.anatomy = Anatomy.of(model)
         self.fusion: Fusion | None = None
+        self.stall = StallWatch(mesh.traffic, config.ring.timeout_s)
         self.capture: Callable[[Run], Run] = lambda run: run
         """What is done with the steps of a generation before they are repeated."""
         if self._captures:
@@ -130,6 +133,7 @@ class Engine(ABC):
     def mute(self, muted: bool) -> None:
         """Leave out all communication inside layers; results are then meaningless, their time is not."""
 
+    @watched
     def __call__(
         self,
         input_ids: Tensor,
@@ -170,6 +174,7 @@ class Engine(ABC):
         assert logits_BTV is not None
         return CausalLMOutput(logits=gather_replicas(logits_BTV, len(batch.rows), self.mesh["dp"]))
 
+    @watched
     def generate(
         self,
         input_ids: Tensor,
@@ -200,6 +205,7 @@ class Engine(ABC):
 
         return generate(self, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
 
+    @watched
     def token_log_likelihoods(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
         """Log-likelihood in nats of every token of a row given those before it, from the row's second token on.
 
@@ -227,6 +233,7 @@ class Engine(ABC):
         scores_BL = gather_replicas(scores_BL, len(batch.rows), self.mesh["dp"])
         return [scores[: n - 1].cpu() for scores, n in zip(scores_BL, batch.lengths, strict=True)]
 
+    @watched
     def prefill(self, batch: Batch, logits: Literal["none", "last", "all"], want_hidden: bool = False) -> list[Shard]:
         """One forward of this replica's rows; results stay where they are made.
 
@@ -240,6 +247,7 @@ class Engine(ABC):
         }
         return self.forward(micro_batches, keep[logits], want_hidden)
 
+    @watched
     def prefill_only(self, batch: Batch) -> list[Tensor | None]:
         """One forward of this replica's rows for the keys and values of all tokens and the logits that follow each row.
 
@@ -250,6 +258,7 @@ class Engine(ABC):
         micro_batches, _ = self._micro_batches(batch)
         return self.forward_last(micro_batches)
 
+    @watched
     def next_token_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
@@ -274,6 +283,11 @@ class Engine(ABC):
         if stages.size > 1:
             whole_BV = stages.all_gather(whole_BV)[-1]
         return gather_replicas(whole_BV, len(batch.rows), self.mesh["dp"])
+
+    def settle(self) -> None:
+        """Wait until everything queued on this rank's device has run."""
+        with self.stall.over("waiting for the device"):
+            synchronize(self.device)
 
     def prepare(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None

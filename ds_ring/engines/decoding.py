@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -88,7 +89,8 @@ class Capture:
         """
         if not self._works:
             return run
-        sent = self._engine.mesh.traffic.bytes_by_op
+        traffic = self._engine.mesh.traffic
+        sent = traffic.bytes_by_op
         before, graph = Counter(sent), torch.cuda.CUDAGraph()
         try:
             # NCCL's own threads may ask the device meanwhile.
@@ -110,6 +112,7 @@ class Capture:
         def replay() -> Tensor:
             graph.replay()
             sent.update(once)
+            traffic.moved_at = time.monotonic()
             return out
 
         return replay

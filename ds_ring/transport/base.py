@@ -7,6 +7,7 @@ Ranks are always numbered inside the group, 0 .. size-1.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -39,6 +40,10 @@ class Traffic:
 
     bytes_by_op: Counter[str] = field(default_factory=Counter)
     journal: list[Callable[[], None]] | None = None
+    last: str = ""
+    count: int = 0
+    """Of the operations so far; ``last`` is the last one's name, begun at ``moved_at`` (``time.monotonic``)."""
+    moved_at: float = 0.0
 
     @property
     def bytes_sent(self) -> int:
@@ -46,6 +51,7 @@ class Traffic:
 
     def add(self, operation: str, sent: int, again: Callable[[], None]) -> None:
         self.bytes_by_op[operation] += sent
+        self.last, self.count, self.moved_at = operation, self.count + 1, time.monotonic()
         if self.journal is not None:
             self.journal.append(again)
 
