@@ -13,7 +13,12 @@ SHARDABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What layouts need to know of a model."""
+    """What layouts need to know of a model.
+
+    Attributes:
+        num_kv_heads, head_dim: of every layer or, where layers differ, the fewest and the largest.
+        unlike_layers: where layers differ, (key/value heads, head_dim) of each.
+    """
 
     model_type: str
     num_layers: int
@@ -26,6 +31,12 @@ class ModelShape:
     max_positions: int | None
     layer_types: tuple[str, ...] = ()
     sliding_window: int | None = None
+    unlike_layers: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def heads_of_layers(self) -> tuple[tuple[int, int], ...]:
+        """(key/value heads, head_dim) of every layer."""
+        return self.unlike_layers or ((self.num_kv_heads, self.head_dim),) * self.num_layers
 
 
 def check_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
@@ -76,6 +87,12 @@ def _check_model(shape: ModelShape) -> None:
 
 
 def _check_heads(config: RunConfig, shape: ModelShape) -> None:
+    t = config.topology
+    if shape.unlike_layers and (t.tp * t.pp > 1 or config.parallel.decode == "sliced"):
+        raise UnsupportedModelError(
+            f"{shape.model_type} has layers with unlike heads, which tp_size, pp_size and decode=sliced do not serve; "
+            f"take ring_degree, ulysses_degree or dp_size"
+        )
     degree = config.parallel.ulysses_degree
     if shape.num_heads % degree:
         raise ConfigError(

@@ -44,15 +44,17 @@ class Work:
         s = self.shape
         if self.last_layer_parameters is not None:
             return self._prefill_only_flops(self.last_layer_parameters) / self.tokens
-        return 2.0 * self.linear_parameters + 2.0 * s.num_layers * self.length * s.num_heads * s.head_dim
+        widths = s.num_heads * sum(head_dim for _, head_dim in s.heads_of_layers)
+        return 2.0 * self.linear_parameters + 2.0 * self.length * widths
 
     def _prefill_only_flops(self, last_layer_parameters: int) -> float:
         """Of all tokens: the layers before the last, and the last one's K and V; of one token a row: its rest."""
         s = self.shape
-        kv = 2 * s.hidden_size * s.num_kv_heads * s.head_dim
+        *before, (kv_heads, head_dim) = s.heads_of_layers
+        kv = 2 * s.hidden_size * kv_heads * head_dim
         every = 2.0 * (self.linear_parameters - last_layer_parameters + kv)
-        every += 2.0 * (s.num_layers - 1) * self.length * s.num_heads * s.head_dim
-        one = 2.0 * (last_layer_parameters - kv) + 4.0 * self.length * s.num_heads * s.head_dim
+        every += 2.0 * self.length * s.num_heads * sum(d for _, d in before)
+        one = 2.0 * (last_layer_parameters - kv) + 4.0 * self.length * s.num_heads * head_dim
         return self.tokens * every + self.batch * one
 
     def tps(self, seconds: float) -> float:

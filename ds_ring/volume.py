@@ -22,17 +22,20 @@ def bytes_sent_per_rank(config: RunConfig, shape: ModelShape, batch: int, length
         )
     p = config.parallel
     layout = SequenceLayout(length, p.ring_degree, p.ulysses_degree, p.ring_impl)
-    row = 1, layout.local_length, shape.num_heads, shape.head_dim
-    exchanged = rows * ulysses.bytes_sent(row, shape.num_kv_heads, p.ulysses_degree, itemsize)
-    return shape.num_layers * (exchanged + _ring(layout, shape, rows, itemsize))
+    total = 0.0
+    for kv_heads, head_dim in shape.heads_of_layers:
+        row = 1, layout.local_length, shape.num_heads, head_dim
+        total += rows * ulysses.bytes_sent(row, kv_heads, p.ulysses_degree, itemsize)
+        travelling = len(ulysses.kv_heads_of(0, shape.num_heads, kv_heads, p.ulysses_degree))
+        total += rows * _ring(layout) * 2 * travelling * head_dim * itemsize
+    return total
 
 
-def _ring(layout: SequenceLayout, shape: ModelShape, rows: float, itemsize: int) -> float:
-    """Zigzag: rank r sends R-1+r chunks of P / 2R tokens, on average 3/2 (R-1). Contiguous: R-1-r of P / R tokens."""
-    ring = layout.ring_degree
-    chunks = (1.5 if layout.ring_impl == "zigzag" else 0.5) * (ring - 1)
-    kv_heads = len(ulysses.kv_heads_of(0, shape.num_heads, shape.num_kv_heads, layout.ulysses_degree))
-    return rows * chunks * layout.chunk_length * 2 * kv_heads * shape.head_dim * itemsize
+def _ring(layout: SequenceLayout) -> float:
+    """Tokens of a row whose keys a rank sends. Zigzag: rank r sends R-1+r chunks of P / 2R tokens, on average 3/2 (R-1).
+    Contiguous: R-1-r of P / R tokens."""
+    chunks = (1.5 if layout.ring_impl == "zigzag" else 0.5) * (layout.ring_degree - 1)
+    return chunks * layout.chunk_length
 
 
 def _tensor_parallel(config: RunConfig, shape: ModelShape, rows: float, length: int, itemsize: int) -> float:

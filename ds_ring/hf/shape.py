@@ -21,36 +21,52 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
 
 def model_shape(config: PretrainedConfig) -> ModelShape:
-    """The shape that all layers share.
+    """What is the same in all layers, and the key/value heads and head sizes of each.
 
     Raises:
-        UnsupportedModelError: no attention heads, or layers that differ in them.
+        UnsupportedModelError: no attention heads, or layers that differ in something else.
     """
     text: Any = config.get_text_config()
     try:
-        return _shape(text)
+        heads_of_layers = _heads_of_layers(text)
+        return _shape(text, heads_of_layers)
     except (AttributeError, RuntimeError) as error:  # transformers raises the latter for what differs between layers
         reason = str(error).partition(". ")[0]
         raise UnsupportedModelError(
-            f"{type(text).__name__}: {reason}; only decoders whose layers all have the same attention heads can be "
-            f"sharded"
+            f"{type(text).__name__}: {reason}; only decoders whose layers have attention, and equally many query heads, "
+            f"can be sharded"
         ) from None
 
 
-def _shape(text: Any) -> ModelShape:
+def _heads_of_layers(text: Any) -> list[tuple[int, int]]:
+    """(key/value heads, head_dim) of every layer."""
+    heads, layers = text.num_attention_heads, [text] * text.num_hidden_layers
+    if getattr(text, "per_layer_config", None):
+        layers = [text.per_layer_config[i] for i in range(text.num_hidden_layers)]
+    return [
+        (
+            _first(layer, "num_key_value_heads", default=heads),
+            _first(layer, "head_dim", default=text.hidden_size // heads),
+        )
+        for layer in layers
+    ]
+
+
+def _shape(text: Any, heads_of_layers: list[tuple[int, int]]) -> ModelShape:
     heads = text.num_attention_heads
     return ModelShape(
         model_type=text.model_type,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         num_heads=heads,
-        num_kv_heads=_first(text, "num_key_value_heads", default=heads),
-        head_dim=_first(text, "head_dim", default=text.hidden_size // heads),
+        num_kv_heads=min(kv_heads for kv_heads, _ in heads_of_layers),
+        head_dim=max(head_dim for _, head_dim in heads_of_layers),
         intermediate_size=_first(text, "intermediate_size", "ffn_dim", "n_inner", default=4 * text.hidden_size),
         vocab_size=text.vocab_size,
         max_positions=_first(text, "max_position_embeddings", default=None),
         layer_types=tuple(getattr(text, "layer_types", None) or ()),
         sliding_window=_first(text, "sliding_window", default=None),
+        unlike_layers=tuple(heads_of_layers) if len(set(heads_of_layers)) > 1 else (),
     )
 
 
