@@ -24,13 +24,14 @@ TOLERANCE = 1e-4
 """On the worst token's relative error, fp32; a token at a wrong place gives errors near 1."""
 TIE = 1e-3
 """Two best logits nearer than this are a toss-up between sums in another order."""
-LARGEST = 10_000_000
+LARGEST = 20_000_000
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512, "sliding_window": 24,
     "ffn_dim": 96, "word_embed_proj_dim": 48, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8,
     "num_layers": 2, "ffn_hidden_size": 96, "query_pre_attn_scalar": 8, "kv_lora_rank": 16, "q_lora_rank": 16,
+    "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "image_size": 28, "patch_size": 14,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 """Set where a config has them."""
@@ -68,15 +69,18 @@ def architectures() -> list[str]:
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """The architecture's default config with ``SIZES``, and one layer of each kind where it has several."""
-    kind = CONFIG_MAPPING[model_type]
+    return _tiny(CONFIG_MAPPING[model_type])
+
+
+def _tiny(kind: type[PretrainedConfig]) -> PretrainedConfig:
     default = kind()
     sizes = {
         name: value
         for name, value in SIZES.items()
-        if getattr(default, name, None) is not None or (name in NEVER_NONE and hasattr(default, name))
+        if _sets(default, name) or (name in NEVER_NONE and hasattr(default, name))
         if not isinstance(getattr(kind, name, None), property)
     }
-    if getattr(default, "kv_lora_rank", None) is not None:
+    if _sets(default, "kv_lora_rank"):
         sizes |= LATENT_ATTENTION
     # Some derive the kinds of their layers from other fields.
     if (layer_types := getattr(default, "layer_types", None)) and not isinstance(
@@ -85,8 +89,18 @@ def tiny_config(model_type: str) -> PretrainedConfig:
         kinds = list(dict.fromkeys(layer_types))
         sizes["layer_types"] = (kinds * 2)[: max(2, len(kinds))]
         sizes["num_hidden_layers"] = len(sizes["layer_types"])
+    for name in kind.sub_configs:
+        if isinstance(part := getattr(default, name, None), PretrainedConfig):
+            sizes[name] = _tiny(type(part)).to_dict()
     config: PretrainedConfig = kind(**sizes)
     return config
+
+
+def _sets(config: PretrainedConfig, name: str) -> bool:
+    try:
+        return getattr(config, name, None) is not None
+    except RuntimeError:  # it differs between layers
+        return True
 
 
 def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -94,7 +108,7 @@ def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if count > LARGEST:
-        raise ValueError(f"{count:,} parameters: its parts have configs of their own, which stay large")
+        raise ValueError(f"{count:,} parameters: some of its sizes have names of their own, and stay large")
     torch.manual_seed(SEED)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(SEED)

@@ -28,13 +28,20 @@ class Anatomy:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Anatomy:
-        count = model.config.get_text_config().num_hidden_layers
-        for parent in model.modules():
-            for name, module in parent.named_children():
-                for layers_name, layers in module.named_children():
-                    if isinstance(layers, nn.ModuleList) and len(layers) == count:
-                        return cls(model, parent, name, layers_name)
-        raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers")
+        text_config: Any = model.config.get_text_config()
+        count = text_config.num_hidden_layers
+        found = [
+            (module, cls(model, parent, name, layers_name))
+            for parent in model.modules()
+            for name, module in parent.named_children()
+            for layers_name, layers in module.named_children()
+            if isinstance(layers, nn.ModuleList) and len(layers) == count
+        ]
+        if not found:
+            raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers")
+        # An encoder of images may have as many.
+        for_text = [anatomy for module, anatomy in found if getattr(module, "config", None) is text_config]
+        return (for_text or [anatomy for _, anatomy in found])[0]
 
     @property
     def decoder(self) -> nn.Module:
