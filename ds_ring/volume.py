@@ -32,8 +32,8 @@ def bytes_sent_per_rank(config: RunConfig, shape: ModelShape, batch: int, length
 
 
 def _ring(layout: SequenceLayout) -> float:
-    """Tokens of a row whose keys a rank sends. Zigzag: rank r sends R-1+r chunks of P / 2R tokens, on average 3/2 (R-1).
-    Contiguous: R-1-r of P / R tokens."""
+    """Tokens of a row whose keys a rank sends. Zigzag: rank r sends R-1+r chunks of P / 2R tokens, on average
+    3/2 (R-1). Contiguous: R-1-r of P / R tokens."""
     chunks = (1.5 if layout.ring_impl == "zigzag" else 0.5) * (layout.ring_degree - 1)
     return chunks * layout.chunk_length
 

@@ -19,8 +19,8 @@ from ds_ring.volume import bytes_sent_per_rank
 
 
 def gemma4(**overrides: object) -> Gemma4TextConfig:
-    """Sliding layers of 2 key/value heads x 12, full ones of 1 x 24 whose keys are the values as well; the last two take
-    those of earlier layers. Every layer has embeddings of its own."""
+    """Sliding layers of 2 key/value heads x 12, full ones of 1 x 24 whose keys are the values as well; the last two
+    take those of earlier layers. Every layer has embeddings of its own."""
     sizes = {
         "vocab_size": 96, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 12, "global_head_dim": 24, "num_global_key_value_heads": 1,

@@ -33,8 +33,8 @@ def model_shape(config: PretrainedConfig) -> ModelShape:
     except (AttributeError, RuntimeError) as error:  # transformers raises the latter for what differs between layers
         reason = str(error).partition(". ")[0]
         raise UnsupportedModelError(
-            f"{type(text).__name__}: {reason}; only decoders whose layers have attention, and equally many query heads, "
-            f"can be sharded"
+            f"{type(text).__name__}: {reason}; only decoders whose layers have attention, and equally many query "
+            f"heads, can be sharded"
         ) from None
 
 
