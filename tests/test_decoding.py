@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import pytest
@@ -117,3 +118,16 @@ class TestOnAGPU:
             DsRingError, match=r"LlamaForCausalLM cannot be captured in a CUDA graph: .*decode_graph=off"
         ):
             on_gpu(llama_gqa(), "on", asks=True).generate(IDS, MASK, max_new_tokens=12, **OPTIONS)
+
+    def test_a_thousand_generations_leave_no_memory_behind(self):
+        """Each captures a graph of its own; prompts of ten lengths in turn."""
+        engine, held = on_gpu(llama_gqa(), "on"), {}
+        for number in range(1, 1001):
+            ids = IDS[:, : 8 + number % 10]
+            engine.generate(ids, torch.ones_like(ids), max_new_tokens=5, **OPTIONS)
+            if number in (10, 1000):
+                gc.collect()
+                torch.cuda.synchronize()
+                held[number] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        for early, late in zip(held[10], held[1000], strict=True):
+            assert abs(late - early) <= 0.01 * early, held
