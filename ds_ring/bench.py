@@ -4,13 +4,17 @@ Per length, in this order: parity with the unsharded model (where a reference is
 keeps a journal of what is sent, warm-ups, timed passes, the same passes with communication left out, and the journal
 alone. *Exposed* communication is the timed step less the step without communication (a pipeline's bubble shows up
 there too); communication *alone* is the journal run through with nothing else to do.
+
+A large batch is many micro-batches alike, so the passes that are not timed take the first rows of it
+(``warmup_batch``), as many micro-batches as any pipeline here is deep; bytes counted and communication alone are scaled
+by rows.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +37,8 @@ from ds_ring.text import rows_of, token_stream
 from ds_ring.trace import trace_step
 from ds_ring.transport.base import void
 from ds_ring.volume import bytes_sent_per_rank
+
+WARMUP_MICRO_BATCHES = 16
 
 Report = Callable[[str], None]
 
@@ -64,15 +70,14 @@ def check(config: RunConfig) -> None:
 
 def measure(
     engine: Engine, references: dict[int, str], report: Report, trace: Path | None = None
-) -> list[dict[str, Any]]:
-    """A row for each length and mode of the workload. ``references``: files of ``parity.write_reference`` by length;
-    ``trace``: where one more pass over the longest leaves its Chrome trace."""
+) -> Iterator[dict[str, Any]]:
+    """A row for each length, ascending, and mode of the workload. ``references``: files of ``parity.write_reference``
+    by length; ``trace``: where one more untimed pass over the longest leaves its Chrome trace."""
     config, dtype = engine.config, torch_dtype(engine.config.dtype)
     stream = token_stream(config.checkpoint, config.workload.text)
     layers = layer_parameters(read_config(config.checkpoint))
     peak, peak_source = peak_flops(engine.device, dtype)
     peak = statistics.median(engine.mesh["world"].all_gather_objects(peak))
-    rows = []
     for length in config.workload.lengths:
         ids = rows_of(stream, config.workload.batch_size, length)
         batch, _ = pack(ids, None, None, engine.shape)
@@ -81,20 +86,32 @@ def measure(
             last = layers[-1] if mode == "prefill_only" else None
             work = Work(engine.shape, sum(layers), config.workload.batch_size, length, last)
             found = _measure_length(engine, batch, mode, references.get(length), report)
-            rows.append(_row(engine, work, mode, found, peak, peak_source))
+            row = _row(engine, work, mode, found, peak, peak_source)
             if trace is not None and length == config.workload.lengths[-1] and mode == config.workload.modes[0]:
                 report(f"{engine.mesh.topology.label()}, L = {length}: trace one pass")
-                rows[-1] |= _trace(engine, batch, trace)
+                row |= _trace(engine, batch, trace)
+            yield row
     if engine.fusion is not None:
         report(str(engine.fusion))
-    return rows
+
+
+def warmup_rows(config: RunConfig) -> int:
+    """Sequences of the untimed passes. They hold every size of micro-batch that the whole batch has, and a whole number
+    of times, as what is counted in them is scaled up."""
+    work, replicas = config.workload, config.parallel.dp_size
+    alike = replicas * work.micro_batch_size
+    if work.batch_size % alike:
+        return work.batch_size
+    wanted = work.warmup_batch_size or WARMUP_MICRO_BATCHES * alike
+    return min(work.batch_size, -(-wanted // alike) * alike)
 
 
 def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
     """Figures of ``trace.summary``, means over ranks."""
+    first_rows = batch.split(range(warmup_rows(engine.config)))
     engine.mesh["world"].barrier()
     own = trace_step(
-        lambda: void(engine.prefill(batch, "last")), engine.device, file, engine.mesh.rank, len(engine.layers)
+        lambda: void(engine.prefill(first_rows, "last")), engine.device, file, engine.mesh.rank, len(engine.layers)
     )
     everyone = engine.mesh["world"].all_gather_objects(own)
     return {"trace": str(file)} | {f"trace_{name}": statistics.mean(o[name] for o in everyone) for name in own}
@@ -113,31 +130,33 @@ class _Findings:
 def _measure_length(engine: Engine, batch: Batch, mode: Mode, reference: str | None, report: Report) -> _Findings:
     work = engine.config.workload
     label = f"{engine.mesh.topology.label()}, L = {batch.length}, {mode}"
+    first_rows = batch.split(range(warmup_rows(engine.config)))
+    scale = len(batch.rows) / len(first_rows.rows)
 
-    def step() -> None:
+    def step(rows: Batch = batch) -> None:
         if mode == "full":
-            engine.prefill(batch, "last")
+            engine.prefill(rows, "last")
         else:
-            engine.prefill_only(batch)
+            engine.prefill_only(rows)
 
     difference = None
     if reference is not None:
         report(f"{label}: compare with the unsharded model")
         difference = (parity.compare if mode == "full" else parity.compare_last)(engine, reference)
     report(f"{label}: count bytes")
-    bytes_sent, journal = _count(engine, step)
+    bytes_sent, journal = _count(engine, lambda: step(first_rows))
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
 
     report(f"{label}: warm up")
     for _ in range(work.warmup):
-        step()
+        step(first_rows)
     report(f"{label}: {work.repeats} timed passes")
     with watched_gpu(engine.device) as gpu:
         timing = time_passes(engine, step, work.repeats)
     report(f"{label}: without communication")
     engine.mute(True)
-    step()
+    step(first_rows)
     muted = time_passes(engine, step, work.repeats)
     engine.mute(False)
     report(f"{label}: communication alone")
@@ -147,7 +166,8 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, reference: str | N
             again()
 
     replay()
-    return _Findings(difference, bytes_sent, timing, muted, time_passes(engine, replay, work.repeats), gpu)
+    alone = time_passes(engine, replay, work.repeats)
+    return _Findings(difference, bytes_sent * scale, timing, muted, Timing([scale * s for s in alone.samples_s]), gpu)
 
 
 def time_passes(engine: Engine, step: Callable[[], None], repeats: int) -> Timing:
@@ -199,6 +219,7 @@ def _row(engine: Engine, work: Work, mode: Mode, found: _Findings, peak: float, 
         "interleaved": getattr(engine, "interleaves", False),
         "batch": work.batch,
         "micro_batch": config.workload.micro_batch_size,
+        "warmup_batch": warmup_rows(config),
         "length": work.length,
         "dtype": config.dtype,
         "fusion": config.ring.fusion,

@@ -1,7 +1,7 @@
 """What the launch scripts share: options derived from the configuration's fields, exit codes, the last line of output.
 
-Exit codes: 0 done, 2 the user's error (said in one line), 1 ours (with a traceback). Results go to standard output as
-one JSON document on the last line, everything else to standard error.
+Exit codes: 0 done, 2 the user's error (said in one line), 3 out of memory, 1 ours (with a traceback). Results go to
+standard output as one JSON document on the last line, everything else to standard error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import Any, get_args, get_origin
 
 from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
-from ds_ring.errors import DsRingError, UserError
+from ds_ring.errors import DsRingError, UserError, is_out_of_memory
+from ds_ring.launcher import OUT_OF_MEMORY
 from ds_ring.results import write_json
 from ds_ring.watch import end_with_launcher
 
@@ -62,18 +63,6 @@ def run_config(args: argparse.Namespace) -> RunConfig:
     return RunConfig.load(args.config, **overrides(args))
 
 
-def passed_on(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The overrides, and the same as options for another launch script."""
-    given = overrides(args)
-    options: list[str] = []
-    for name, value in given.items():
-        if value is True:
-            options.append(f"--{name.replace('_', '-')}")
-            continue
-        options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list | tuple) else [value])]
-    return given, options
-
-
 def require(offenders: list[str], message: str) -> None:
     """Fail, as our error, if there are any offenders."""
     if offenders:
@@ -99,10 +88,16 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
     except DsRingError as error:
         print(f"failed on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         code = 1
-    except Exception:
-        print(f"rank {os.environ.get('RANK', '0')} failed", file=sys.stderr)
+    except Exception as error:
+        rank = os.environ.get("RANK", "0")
+        if is_out_of_memory(error):
+            first_line = str(error).strip().partition("\n")[0]
+            print(f"{OUT_OF_MEMORY}rank {rank}: {first_line}", file=sys.stderr, flush=True)
+            code = 3
+        else:
+            print(f"rank {rank} failed", file=sys.stderr)
+            code = 1
         traceback.print_exc()
-        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     leave(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from ds_ring import launcher
 from ds_ring.checkpoints import make_checkpoint
 from ds_ring.checks import check_run
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError, DsRingError
+from ds_ring.errors import ConfigError, DsRingError, OutOfMemory
 from ds_ring.hf.shape import model_shape, read_config
-from ds_ring.results import read_json
+from ds_ring.results import read_json, write_json
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 """Largest relative error against the unsharded model that counts as the same computation."""
@@ -30,12 +30,16 @@ class Plan:
 
     @classmethod
     def make(cls, files: Sequence[str], overrides: dict[str, Any]) -> Plan:
-        """Load every layout and refuse, before anything runs, those that cannot work or do not compare.
+        """Load every layout; otherwise as ``checked``."""
+        return cls.checked([(Path(file), RunConfig.load(file, **overrides)) for file in files])
+
+    @classmethod
+    def checked(cls, runs: list[tuple[Path, RunConfig]]) -> Plan:
+        """Refuse, before anything runs, layouts that cannot work or do not compare.
 
         Raises:
             ConfigError: a broken rule (``check_run``), or layouts that differ in model, dtype or workload.
         """
-        runs = [(Path(file), RunConfig.load(file, **overrides)) for file in files]
         if not runs:
             raise ConfigError("no layouts to compare")
         first = runs[0][1]
@@ -98,62 +102,104 @@ def ensure_checkpoint(run: RunConfig, report: Report) -> None:
         made.rename(directory)
 
 
-def run_all(
-    plan: Plan, options: Sequence[str], logs: Path, advance: Callable[[], None], report: Report
-) -> tuple[list[dict[str, Any]], list[str]]:
+@dataclass(frozen=True)
+class Outcome:
+    """What ``run_all`` found. A layout that fails takes neither the others' results with it nor what it had itself.
+
+    Attributes:
+        rows: of all layouts, lengths and modes that ran.
+        unfit: ``{"layout", "length", "mode"}`` of what did not, because a rank was out of memory.
+        failures: names of layouts that ended otherwise.
+        unchecked: lengths at which the unsharded model itself was out of memory, so that there is no reference.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    unfit: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    unchecked: list[int] = field(default_factory=list)
+
+
+def run_all(plan: Plan, logs: Path, advance: Callable[[], None], report: Report) -> Outcome:
     """Run the reference and every layout.
 
     Args:
-        options: passed on to launch/bench.py.
-        logs: a folder for every run's log and each layout's own result.
+        logs: a folder for every run's log, its configuration as it was run, and each layout's own result.
         advance: called after the reference of each length and after each layout.
-
-    Returns:
-        Rows of all layouts and lengths, and what went wrong with layouts that have none: one that fails does not take
-        the others' results with it.
 
     Raises:
         ConfigError: a run refused. DsRingError: there is no reference to compare with.
     """
-    rows: list[dict[str, Any]] = []
-    failures: list[str] = []
+    found = Outcome()
     with tempfile.TemporaryDirectory() as scratch:
-        references = []
+        references: list[str] = []
         for length in plan.lengths:
-            report(f"reference: the unsharded model, L = {length}")
-            references.append(_reference(plan, length, Path(scratch), logs, report))
+            reference = Path(scratch) / f"reference_{length}.safetensors"
+            if not found.unchecked and _write_reference(plan, length, reference, logs, report):
+                references.append(str(reference))
+            else:
+                found.unchecked.append(length)
             advance()
         for file, layout in plan.runs:
-            name, ranks = file.stem, layout.topology.world_size
-            report(f"{name}: start {ranks} ranks")
-            output = logs / f"{name}.json"
-            output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one's
-            arguments = ["--config", str(file), *options, "--output", str(output), "--references", *references]
-            try:
-                launcher.launch("launch/bench.py", ranks, arguments, log=logs / f"{name}.log", report=report)
-                if not output.exists():
-                    raise DsRingError(f"the launcher ended without a result; see {logs / name}.log")
-                rows += [{**row, "config_file": file.name} for row in read_json(output)["rows"]]
-            except ConfigError:
-                raise
-            except DsRingError as error:
-                report(f"{name} failed: {error}")
-                failures.append(name)
+            _run_layout(file, layout, references, logs, found, report)
             advance()
-    return rows, failures
+    return found
 
 
-def _reference(plan: Plan, length: int, folder: Path, logs: Path, report: Report) -> str:
-    run, output = plan.first, folder / f"reference_{length}.safetensors"
+def _run_layout(
+    file: Path, layout: RunConfig, references: list[str], logs: Path, found: Outcome, report: Report
+) -> None:
+    name, ranks = file.stem, layout.topology.world_size
+    report(f"{name}: start {ranks} ranks")
+    config, output = logs / f"{name}.config.json", logs / f"{name}.json"
+    write_json(config, layout.document())
+    output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one's
+    arguments = ["--config", str(config), "--output", str(output)]
+    arguments += ["--references", *references] if references else []
+    wanted = [(length, mode) for length in layout.workload.lengths for mode in layout.workload.modes]
+    try:
+        launcher.launch("launch/bench.py", ranks, arguments, log=logs / f"{name}.log", report=report)
+        if not output.exists():
+            raise DsRingError(f"the launcher ended without a result; see {logs / name}.log")
+    except ConfigError:
+        raise
+    except OutOfMemory as error:
+        report(f"{name}: {error}")
+        ran = {(row["length"], row["mode"]) for row in _rows(output)}
+        label = layout.topology.label()
+        found.unfit.extend(
+            {"layout": label, "length": length, "mode": mode} for length, mode in wanted if (length, mode) not in ran
+        )
+    except DsRingError as error:
+        report(f"{name} failed: {error}")
+        found.failures.append(name)
+    found.rows.extend({**row, "config_file": file.name} for row in _rows(output))
+
+
+def _rows(output: Path) -> list[dict[str, Any]]:
+    """What a run has left; it writes after every row."""
+    return list(read_json(output)["rows"]) if output.exists() else []
+
+
+def _write_reference(plan: Plan, length: int, output: Path, logs: Path, report: Report) -> bool:
+    """Whether the unsharded model could be run at ``length``; one device must hold it."""
+    run = plan.first
     arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--output", str(output)]
     arguments += ["--rows", str(plan.parity_rows), "--length", str(length)]
     arguments += ["--text", *run.workload.text] if run.workload.text else []
-    launcher.run_module("ds_ring.parity", arguments, log=logs / f"reference_{length}.log", report=report)
-    return str(output)
+    report(f"reference: the unsharded model, L = {length}")
+    try:
+        launcher.run_module("ds_ring.parity", arguments, log=logs / f"reference_{length}.log", report=report)
+    except OutOfMemory as error:
+        report(f"no reference from L = {length} on: {error}")
+        return False
+    return True
 
 
-def judge(rows: list[dict[str, Any]], baseline: str | None = None) -> list[dict[str, Any]]:
-    """Add to each row, within its length and mode: ``vs_baseline`` and ``vs_dp`` (ratios of TPS), ``agrees``.
+def judge(
+    rows: list[dict[str, Any]], baseline: str | None = None, unchecked: Sequence[int] = ()
+) -> list[dict[str, Any]]:
+    """Add to each row, within its length and mode: ``vs_baseline`` and ``vs_dp`` (ratios of TPS), ``agrees``, which is
+    None at lengths that are ``unchecked``.
 
     The baseline is the layout of that name, or the fastest that uses tensor or pipeline parallelism. Where each run
     timed its own peak, the highest stands for all: a noisy moment must not flatter a layout's MFU.
@@ -172,7 +218,9 @@ def judge(rows: list[dict[str, Any]], baseline: str | None = None) -> list[dict[
                 "peak_flops_per_gpu": peak,
                 "vs_baseline": row["tps"] / base if base else None,
                 "vs_dp": row["tps"] / dp if dp else None,
-                "agrees": bool(error is not None and error < TOLERANCE[row["dtype"]]),
+                "agrees": None
+                if row["length"] in unchecked
+                else bool(error is not None and error < TOLERANCE[row["dtype"]]),
             }
         )
     return judged
@@ -184,8 +232,9 @@ def document(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"config": plan.first.document(), "rows": own, "sweep": rows}
 
 
-def disagreeing(document: dict[str, Any]) -> list[str]:
-    return [f"{row['layout']} at L = {row['length']}" for row in document["sweep"] if not row["agrees"]]
+def disagreeing(rows: list[dict[str, Any]]) -> list[str]:
+    """What, of judged rows, is not the unsharded model's result."""
+    return [f"{row['layout']} at L = {row['length']}" for row in rows if row["agrees"] is False]
 
 
 def _tps(rows: list[dict[str, Any]]) -> float | None:

@@ -75,6 +75,12 @@ class WorkloadConfig(_Section):
     sweep: tuple[int, ...] = Field((), description="other lengths that benchmarks run as well")
     text: tuple[str, ...] = Field((), description="text files; none: the language reference that ships with Python")
     warmup: int = Field(1, ge=0, description="untimed passes before the timed ones")
+    warmup_batch_size: int = Field(
+        0,
+        ge=0,
+        description="sequences of the untimed passes, in which bytes are counted too; 0: 16 micro-batches a replica, "
+        "or the whole batch where that is less",
+    )
     repeats: int = Field(3, ge=1, description="timed passes")
     mode: Literal[Mode, "both"] = Field(
         "full",

@@ -29,5 +29,18 @@ class NumericsError(DsRingError, ArithmeticError):
     """A model gave NaN or infinity; names the layer and the ranks it began on."""
 
 
+class OutOfMemory(DsRingError):
+    """A launched run ended because a rank's memory did not hold what was asked of it."""
+
+
 class TransportError(DsRingError, RuntimeError):
     """Ranks disagree on what to move, or a peer did not answer."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out: PyTorch's allocators, CUDA's driver, its libraries and the host's
+    each have words of their own for it."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,6 +94,28 @@ def peak_memory_gib(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def memory_gib(device: torch.device, limit_gib: float | None = None) -> float | None:
+    """What this rank may hold of GPU memory; None on a CPU, where others share it."""
+    if device.type != "cuda":
+        return None
+    whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return whole if limit_gib is None else min(whole, limit_gib)
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """From now on PyTorch's allocator refuses what exceeds ``gib`` of GPU memory; on a CPU, where a process holds much
+    that is no tensor, what exceeds what the process holds now by more than that. Linux only."""
+    if device.type == "cuda":
+        whole = torch.cuda.get_device_properties(device).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device)
+        return
+    import resource
+
+    pages = int(Path("/proc/self/statm").read_text().split()[5])
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + int(gib * 2**30), hard))
 
 
 @contextmanager

@@ -9,13 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ds_ring.errors import ConfigError, DsRingError
+from ds_ring.errors import ConfigError, DsRingError, OutOfMemory
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRESS = "[ds_ring] "
+OUT_OF_MEMORY = "out of memory on "
+"""How a script begins the line that says so. The line counts, not the exit code: when a rank is out of memory its peers
+fail in ways of their own, and which of them the launcher hears of first is chance."""
 
 
 def gpu_count() -> int:
@@ -27,16 +31,25 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def launch(script: str, ranks: int, options: Sequence[str], *, log: Path, report: Callable[[str], None]) -> None:
+def launch(
+    script: str,
+    ranks: int,
+    options: Sequence[str],
+    *,
+    log: Path,
+    report: Callable[[str], None],
+    limit_s: float = threading.TIMEOUT_MAX,
+) -> None:
     """Run ``deepspeed --num_gpus ranks script options`` to its end; its output goes to ``log``.
 
-    Lines that the script says with ``cli.say`` are passed to ``report``.
+    Lines that the script says with ``cli.say`` are passed to ``report``. After ``limit_s`` seconds it is ended.
 
     Raises:
-        ConfigError: the script refused (exit code 2), with what it said. DsRingError: it failed.
+        ConfigError: the script refused (exit code 2), with what it said. OutOfMemory: a rank's memory ran out.
+        DsRingError: it failed, or took longer than ``limit_s``.
     """
     command = [_deepspeed(), "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", str(ranks)]
-    _run([*command, str(ROOT / script), *options], _environment(ranks), log, report)
+    _run([*command, str(ROOT / script), *options], _environment(ranks), log, report, limit_s)
 
 
 def run_module(module: str, options: Sequence[str], *, log: Path, report: Callable[[str], None]) -> None:
@@ -44,32 +57,65 @@ def run_module(module: str, options: Sequence[str], *, log: Path, report: Callab
     _run([sys.executable, "-m", module, *options], _environment(1), log, report)
 
 
-def _run(command: list[str], environment: dict[str, str], log: Path, report: Callable[[str], None]) -> None:
+def _run(
+    command: list[str],
+    environment: dict[str, str],
+    log: Path,
+    report: Callable[[str], None],
+    limit_s: float = threading.TIMEOUT_MAX,
+) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    said: list[str] = []
+    refusals: list[str] = []
+    shortages: list[str] = []
     with log.open("w") as file:
         # A session of its own, so that everything it started can be ended with it.
         process = subprocess.Popen(
             command, env=environment, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        try:
+        with _ended(process, limit_s) as late:
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
                 if line.startswith(PROGRESS):
                     report(line.removeprefix(PROGRESS).strip())
                 elif line.startswith("error: "):
-                    said.append(line.removeprefix("error: ").strip())
+                    refusals.append(line.removeprefix("error: ").strip())
+                elif line.startswith(OUT_OF_MEMORY):
+                    shortages.append(line.strip())
             code = process.wait()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    if code == 2 or said:
-        raise ConfigError(said[0] if said else f"refused; see {log}")
+    if code == 2 or refusals:
+        raise ConfigError(refusals[0] if refusals else f"refused; see {log}")
+    if code and shortages:
+        raise OutOfMemory(shortages[0])
+    if late.is_set():
+        raise DsRingError(f"{Path(command[0]).name} did not end in {limit_s:.0f} s; see {log}")
     if code:
         tail = "".join(log.read_text().splitlines(keepends=True)[-25:])
         raise DsRingError(f"{Path(command[0]).name} ended with exit code {code}; the end of {log}:\n{tail}")
+
+
+@contextlib.contextmanager
+def _ended(process: subprocess.Popen[str], limit_s: float) -> Iterator[threading.Event]:
+    """Ends the process and all that it started, behind the block or when that takes longer than ``limit_s``; the event
+    tells the latter."""
+    late = threading.Event()
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def end_late() -> None:
+        late.set()
+        end()
+
+    timer = threading.Timer(limit_s, end_late)
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()
+        end()
 
 
 def _environment(ranks: int) -> dict[str, str]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ds_ring import cli
 from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import pack
 from ds_ring.hf.anatomy import Anatomy
@@ -26,6 +27,9 @@ from ds_ring.text import rows_of, token_stream
 
 ALL_LOGITS_LIMIT = 1 << 24
 """Logits of all tokens are compared while a row has no more than this many; else those of the last token."""
+
+TOKENS_AT_A_TIME = 4096
+"""Of a long sequence; each is compared in fp64, on the host."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,11 @@ class _Tally:
         self._squares, self._worst = torch.zeros(2, dtype=torch.float64), 0.0
 
     def add(self, got: Tensor, want: Tensor, worst_only: bool = False) -> None:
-        difference, size = (got.cpu().double() - want.double()).square().sum(-1), want.double().square().sum(-1)
+        for got_nd, want_nd in zip(*(t.flatten(0, -2).split(TOKENS_AT_A_TIME) for t in (got, want)), strict=True):
+            self._add(got_nd.cpu().double(), want_nd.double(), worst_only)
+
+    def _add(self, got_nd: Tensor, want_nd: Tensor, worst_only: bool) -> None:
+        difference, size = (got_nd - want_nd).square().sum(-1), want_nd.square().sum(-1)
         self._worst = max(self._worst, float((difference / size).max().sqrt()))
         if not worst_only:
             self._squares += torch.stack((difference.sum(), size.sum()))
@@ -117,7 +125,12 @@ class _Tally:
         return Difference(float((totals[0] / totals[1]).sqrt()), max(w for _, w in everyone))
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
+    ids = rows_of(token_stream(args.model, args.text), args.rows, args.length).contiguous()
+    write_reference(args.model, torch_dtype(args.dtype), local_device(), ids, args.output)
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", required=True)
@@ -125,10 +138,4 @@ def main() -> None:
     parser.add_argument("--length", type=int, required=True)
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--output", required=True)
-    args = parser.parse_args()
-    ids = rows_of(token_stream(args.model, args.text), args.rows, args.length).contiguous()
-    write_reference(args.model, torch_dtype(args.dtype), local_device(), ids, args.output)
-
-
-if __name__ == "__main__":
-    main()
+    cli.main(main, parser)

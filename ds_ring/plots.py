@@ -58,3 +58,25 @@ def draw(document: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_latency(document: dict[str, Any], path: Path) -> None:
+    """Seconds of one sequence against its length, a line a layout; both axes logarithmic."""
+    rows = document["rows"]
+    figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    for layout in dict.fromkeys(map(name_of, rows)):
+        mine = sorted((r for r in rows if name_of(r) == layout), key=lambda r: r["length"])
+        style = "--" if kind(mine[0]) == "baseline" else "-"
+        axis.plot([r["length"] for r in mine], [r["step_ms"] / 1e3 for r in mine], style, marker="o", label=layout)
+    lengths = sorted({r["length"] for r in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axis.set_xlabel("sequence length L (tokens), B = 1")
+    axis.set_ylabel("seconds")
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{rows[0]['dtype']}, {rows[0]['device']}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -47,7 +48,7 @@ def terminal_table(rows: list[dict[str, Any]]) -> Table:
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "layout" else "right")
     for row in rows:
-        table.add_row(*_cells(row), style=None if row.get("agrees", True) else "red")
+        table.add_row(*_cells(row), style="red" if row.get("agrees") is False else None)
     return table
 
 
@@ -73,16 +74,24 @@ def attention_table(rows: list[dict[str, Any]]) -> Table:
         table.add_section()
         table.add_row(case, style="bold")
         group = [r for r in rows if r["case"] == case]
-        right = [r for r in group if "error" not in r and r["rel_error"] < WRONG]
-        peers = [r for r in right if not r["impl"].startswith("ds_ring")]
-        best = min(peers, key=lambda r: r["ms"], default=None)
+        best = best_peer(group)
         for r in group:
             name = f"  {r['impl']} *" if r is best else f"  {r['impl']}"
-            table.add_row(name, *_attention_cells(r), style=None if r in right else "red")
+            table.add_row(name, *attention_cells(r), style=None if _is_right(r) else "red")
     return table
 
 
-def _attention_cells(r: dict[str, Any]) -> list[str]:
+def best_peer(group: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest of one case's rows that is right and not ours."""
+    peers = [r for r in group if _is_right(r) and not r["impl"].startswith("ds_ring")]
+    return min(peers, key=lambda r: r["ms"], default=None)
+
+
+def _is_right(row: dict[str, Any]) -> bool:
+    return "error" not in row and bool(row["rel_error"] < WRONG)
+
+
+def attention_cells(r: dict[str, Any]) -> list[str]:
     if "error" in r:
         return [*("-" for _ in ATTENTION_COLUMNS[2:]), r["error"]]
 
@@ -105,37 +114,52 @@ def _attention_cells(r: dict[str, Any]) -> list[str]:
 
 def markdown(document: dict[str, Any]) -> str:
     """The same table, the sweep over lengths, what the columns mean, and how it was made."""
+    lines = [f"# {caption(document['rows'])}", "", *comparison(document)]
+    return "\n".join([*lines, "", COMPARISON_LEGEND, "", origin(document), ""])
+
+
+COMPARISON_LEGEND = (
+    "TPS: tokens of one forward / its wall time, all ranks together. TPOT: B / TPS, as the paper has it. vs TP/PP: "
+    "TPS against the fastest tensor/pipeline layout here. sent/rank: bytes counted in one forward. comm shown: "
+    "step time less the step with communication left out (a pipeline's bubble counts). max error: of the worst "
+    "token, against the unsharded model."
+)
+
+
+def comparison(document: dict[str, Any]) -> list[str]:
+    """Lines of Markdown: the paper's table and, of several lengths, TPS by length."""
     rows, sweep = document["rows"], document.get("sweep", [])
-    lines = [f"# {caption(rows)}", "", _row(COLUMNS), _row(["---", *["---:"] * (len(COLUMNS) - 1)])]
-    lines += [_row(_cells(row)) for row in rows]
+    lines = markdown_table(COLUMNS, map(_cells, rows))
     if sweep:
         lengths = sorted({r["length"] for r in sweep})
-        lines += [
-            "",
-            "TPS by length:",
-            "",
-            _row(["layout", *map(str, lengths)]),
-            _row(["---"] + ["---:"] * len(lengths)),
-        ]
+        by_layout = []
         for layout in dict.fromkeys(map(name_of, sweep)):
             tps = {r["length"]: r["tps"] for r in sweep if name_of(r) == layout}
-            lines.append(_row([layout, *(f"{tps[n]:,.0f}" if n in tps else "-" for n in lengths)]))
+            by_layout.append([layout, *(f"{tps[n]:,.0f}" if n in tps else "-" for n in lengths)])
+        lines += ["", "TPS by length:", "", *markdown_table(["layout", *map(str, lengths)], by_layout)]
+    return lines
+
+
+def origin(document: dict[str, Any]) -> str:
+    """The command that made a results file, the commit it ran at, when, and with which versions."""
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    lines += [
-        "",
-        "TPS: tokens of one forward / its wall time, all ranks together. TPOT: B / TPS, as the paper has it. vs TP/PP: "
-        "TPS against the fastest tensor/pipeline layout here. sent/rank: bytes counted in one forward. comm shown: "
-        "step time less the step with communication left out (a pipeline's bubble counts). max error: of the worst "
-        "token, against the unsharded model.",
-        "",
-        f"`{document['command']}` at {document['git']}, {document['date']}; {versions}",
-        "",
-    ]
-    return "\n".join(lines)
+    return f"`{document['command']}` at {document['git']}, {document['date']}; {versions}"
 
 
-def _row(cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table whose columns after the first are figures."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def plain_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """The same for a terminal."""
+    made = Table(title=title, title_justify="left")
+    for name in heads:
+        made.add_column(name, justify="left" if name == heads[0] else "right")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def plan_table(rows: list[dict[str, Any]]) -> Table:

@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring import cli
+from ds_ring.errors import ConfigError
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -26,13 +27,22 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     bench.check(config)
     cli.say(f"{config.topology.label()}: load {config.ring.model}")
     engine = runtime.from_pretrained(config=config)
-    references = dict(zip(config.workload.lengths, args.references or (), strict=bool(args.references)))
-    rows = bench.measure(engine, references, cli.say, Path(args.trace) if args.trace else None)
-    return {**results.provenance(), "config": config.document(), "rows": rows}
+    lengths = config.workload.lengths
+    if len(args.references) > len(lengths):
+        raise ConfigError(f"{len(args.references)} references for {len(lengths)} lengths; give at most one a length")
+    references = dict(zip(lengths, args.references, strict=False))
+    rows: list[dict[str, Any]] = []
+    document = {**results.provenance(), "config": config.document(), "rows": rows}
+    for row in bench.measure(engine, references, cli.say, Path(args.trace) if args.trace else None):
+        rows.append(row)
+        if args.output and cli.is_first_rank():  # after every row: a longer one may not fit
+            results.write_json(args.output, document)
+    return document
 
 
 if __name__ == "__main__":
     parser = cli.run_parser(__doc__)
-    parser.add_argument("--references", nargs="+", metavar="FILE", help="a file of ds_ring.parity for each length")
+    references = "files of ds_ring.parity for the shortest lengths, ascending"
+    parser.add_argument("--references", nargs="+", default=[], metavar="FILE", help=references)
     parser.add_argument("--trace", metavar="FILE.json", help="leave a Chrome trace of one pass of every rank here")
     cli.main(work, parser)

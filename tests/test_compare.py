@@ -1,12 +1,13 @@
 """Planning a comparison, judging its rows, and writing them down."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from ds_ring import compare, plots, report, results
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError, DsRingError
+from ds_ring.errors import ConfigError, DsRingError, OutOfMemory
 
 
 def row(layout, tps, *, length=1000, mode="full", error=1e-6, dtype="fp32", peak=1e12, **degrees):
@@ -81,7 +82,7 @@ def test_document_separates_the_table_from_the_sweep(rows):
     assert len(document["sweep"]) == len(rows)
     assert plan.lengths == [500, 1000]
     rows[-1]["max_rel_error"] = 1.0
-    assert compare.disagreeing(compare.document(plan, compare.judge(rows))) == ["ring4 at L = 500"]
+    assert compare.disagreeing(compare.judge(rows)) == ["ring4 at L = 500"]
 
 
 def test_every_set_of_layouts_in_the_repository_compares(monkeypatch):
@@ -142,38 +143,69 @@ def two_layouts(tmp_path, monkeypatch):
     outcomes = {}
 
     def launch(script, ranks, options, *, log, report):
-        outcome = outcomes.get(log.stem)
-        if isinstance(outcome, Exception):
-            raise outcome
-        if outcome is not None:
-            results.write_json(options[options.index("--output") + 1], {"rows": [outcome]})
+        for outcome in outcomes.get(log.stem, []):
+            if isinstance(outcome, Exception):
+                raise outcome
+            output, config = (options[options.index(name) + 1] for name in ("--output", "--config"))
+            assert RunConfig.load(config).topology.label() == log.stem
+            before = results.read_json(output)["rows"] if Path(output).exists() else []
+            results.write_json(output, {"rows": [*before, outcome]})
 
     monkeypatch.setattr(compare.launcher, "launch", launch)
     monkeypatch.setattr(compare.launcher, "run_module", lambda *_, **__: None)
     files = [str(compare.launcher.ROOT / "ds_configs" / "cpu4" / f"{name}.json") for name in ("ring4", "tp2_pp2")]
-    return compare.Plan.make(files, {"sweep": ()}), outcomes, tmp_path / "logs"
+    return compare.Plan.make(files, {"sweep": (500,)}), outcomes, tmp_path / "logs"
 
 
 def run_all(plan, logs):
-    return compare.run_all(plan, [], logs, lambda: None, lambda text: None)
+    return compare.run_all(plan, logs, lambda: None, lambda text: None)
 
 
-def test_a_failing_layout_does_not_take_the_others_with_it(two_layouts):
+def test_a_failing_layout_takes_neither_the_others_results_with_it_nor_its_own(two_layouts):
     plan, outcomes, logs = two_layouts
-    outcomes |= {"ring4": DsRingError("out of memory"), "tp2_pp2": row("tp2_pp2", 1.0, tp_size=2, pp_size=2)}
-    rows, failures = run_all(plan, logs)
-    assert [r["config_file"] for r in rows] == ["tp2_pp2.json"]
-    assert failures == ["ring4"]
+    outcomes["ring4"] = [row("ring4", 1.0, length=500), DsRingError("crashed")]
+    outcomes["tp2_pp2"] = [row("tp2_pp2", 1.0)]
+    found = run_all(plan, logs)
+    assert [(r["config_file"], r["length"]) for r in found.rows] == [("ring4.json", 500), ("tp2_pp2.json", 1000)]
+    assert (found.failures, found.unfit) == (["ring4"], [])
+
+
+def test_what_did_not_fit_is_what_has_no_row(two_layouts):
+    plan, outcomes, logs = two_layouts
+    outcomes["ring4"] = [row("ring4", 1.0, length=500), OutOfMemory("out of memory on rank 1")]
+    outcomes["tp2_pp2"] = [OutOfMemory("out of memory on rank 0")]
+    found = run_all(plan, logs)
+    assert [r["length"] for r in found.rows] == [500]
+    assert [(what["layout"], what["length"]) for what in found.unfit] == [
+        ("ring4", 1000), ("tp2_pp2", 500), ("tp2_pp2", 1000)
+    ]  # fmt: skip
+    assert found.failures == []
+
+
+def test_lengths_at_which_the_reference_does_not_fit_are_unchecked(two_layouts, monkeypatch):
+    plan, outcomes, logs = two_layouts
+
+    def run_module(module, options, *, log, report):
+        if options[options.index("--length") + 1] == "1000":
+            raise OutOfMemory("out of memory on rank 0")
+
+    monkeypatch.setattr(compare.launcher, "run_module", run_module)
+    outcomes |= {"ring4": [row("ring4", 1.0, length=500), row("ring4", 1.0) | {"max_rel_error": None}]}
+    found = run_all(plan, logs)
+    assert found.unchecked == [1000]
+    judged = compare.judge(found.rows, unchecked=found.unchecked)
+    assert [r["agrees"] for r in judged] == [True, None]
+    assert compare.disagreeing(judged) == []
 
 
 def test_an_earlier_result_does_not_pass_for_a_run_that_wrote_none(two_layouts):
     plan, outcomes, logs = two_layouts
-    outcomes |= {"ring4": row("ring4", 1.0), "tp2_pp2": row("tp2_pp2", 1.0)}
-    assert len(run_all(plan, logs)[0]) == 2
-    outcomes["ring4"] = None
-    rows, failures = run_all(plan, logs)
-    assert [r["layout"] for r in rows] == ["tp2_pp2"]
-    assert failures == ["ring4"]
+    outcomes |= {"ring4": [row("ring4", 1.0)], "tp2_pp2": [row("tp2_pp2", 1.0)]}
+    assert len(run_all(plan, logs).rows) == 2
+    outcomes["ring4"] = []
+    found = run_all(plan, logs)
+    assert [r["layout"] for r in found.rows] == ["tp2_pp2"]
+    assert found.failures == ["ring4"]
 
 
 def test_an_interrupted_checkpoint_is_not_left_half_made(tmp_path, monkeypatch):

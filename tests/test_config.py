@@ -220,7 +220,7 @@ class TestRefusedFiles:
          "transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
          "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, mode, "
-         "prefill_chunk, repeats, sweep, text, warmup"),
+         "prefill_chunk, repeats, sweep, text, warmup, warmup_batch_size"),
         ({"ds_ring": {"parallel": {"pp_size": "many"}}},
          "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
         ({"ds_ring": {"parallel": {"pp_size": 1.5}}},

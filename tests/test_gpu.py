@@ -6,6 +6,8 @@ import torch
 from ds_ring.attention.local import attend
 from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
+from ds_ring.errors import is_out_of_memory
+from ds_ring.hardware import limit_memory, memory_gib
 from ds_ring.kernels import attention512
 from ds_ring.kernels.build import unavailable
 
@@ -147,3 +149,15 @@ def test_scores_over_the_fp16_range_stay_finite():
     out, lse = attend(q, q, q, spec=AttentionSpec(1.0))
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
+
+
+def test_a_limited_gpu_is_out_of_memory_in_words_that_count():
+    device = torch.device("cuda")
+    limit_memory(device, 1.0)
+    try:
+        with pytest.raises(RuntimeError) as refused:
+            torch.empty(2 << 30, dtype=torch.uint8, device=device)
+        assert is_out_of_memory(refused.value)
+        assert memory_gib(device, 1.0) == 1.0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

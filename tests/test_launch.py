@@ -148,7 +148,7 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
         ]
     )
     workload = ["--batch-size", 4, "--max-length", 1001, "--repeats", 2, "--mode", "both", "--references", reference]
-    workload += ["--trace", tmp_path / "trace.json"]
+    workload += ["--trace", tmp_path / "trace.json", "--warmup-batch-size", 2]
     done = deepspeed(4, "launch/bench.py", "--model", neox, "--dtype", "fp32", *layout, *workload, "--output", output)
     document = last_line(done)
     assert document == json.loads(output.read_text())
@@ -161,6 +161,7 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
     assert row["layout"] == label
     assert (row["gpus"], row["batch"], row["length"], row["dtype"]) == (4, 4, 1001, "fp32")
     assert row["max_rel_error"] < 1e-5
+    assert row["warmup_batch"] == 2  # whose bytes are scaled to the four rows
     assert row["bytes_sent_per_rank"] == row["bytes_formula"] > 0
     assert row["tpot_ms"] == pytest.approx(1e3 * row["batch"] / row["tps"])
     assert row["tps"] == pytest.approx(4 * 1001 / (row["step_ms"] / 1e3))

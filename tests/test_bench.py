@@ -1,0 +1,56 @@
+"""What a benchmark runs: the passes that are not timed, and what of a large batch reaches the device."""
+
+import pytest
+from mocked_world import serve
+from tiny_models import build, gpt_neox
+
+from ds_ring import bench
+from ds_ring.config import RunConfig
+from ds_ring.engines import sequence_parallel, tensor_pipeline
+from ds_ring.text import rows_of
+
+BATCH, LENGTH = 1024, 8
+
+
+@pytest.mark.parametrize(
+    ("workload", "rows"),
+    [
+        ({"batch_size": 32, "micro_batch_size": 2, "ring_degree": 2}, 32),
+        ({"batch_size": 1024, "micro_batch_size": 2, "ring_degree": 2}, 32),
+        ({"batch_size": 1024, "micro_batch_size": 2, "dp_size": 2}, 64),
+        ({"batch_size": 1024, "micro_batch_size": 2, "warmup_batch_size": 8}, 8),
+        ({"batch_size": 1024, "micro_batch_size": 2, "warmup_batch_size": 7}, 8),
+        ({"batch_size": 1024, "micro_batch_size": 2, "warmup_batch_size": 5000}, 1024),
+        # A last micro-batch of another size, or replicas of other sizes: its kernels would be new to the timed passes.
+        ({"batch_size": 1023, "micro_batch_size": 2}, 1023),
+        ({"batch_size": 1022, "micro_batch_size": 2, "dp_size": 2}, 1022),
+        ({"batch_size": 1, "micro_batch_size": 1}, 1),
+    ],
+    ids=str,
+)
+def test_untimed_passes_take_whole_micro_batches_of_every_replica(workload, rows):
+    assert bench.warmup_rows(RunConfig.load({}, **workload)) == rows
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"ring_degree": 2}, {"dp_size": 2}, {"pp_size": 2}, {"tp_size": 2}],
+    ids=lambda layout: next(iter(layout)),
+)
+def test_no_more_than_a_micro_batch_reaches_the_device(layout, monkeypatch):
+    model = build(gpt_neox(heads=2, layers=2))
+    ids = rows_of(bench.torch.arange(64), BATCH, LENGTH)
+    sizes = []
+    for module in (sequence_parallel, tensor_pipeline):
+        plain = module.to_device
+        monkeypatch.setattr(
+            module, "to_device", lambda t, device, plain=plain: sizes.append(t.numel()) or plain(t, device)
+        )
+
+    def work(engine):
+        return [shard.logits_BkV for shard in engine.prefill(bench.pack(ids, None, None, engine.shape)[0], "last")]
+
+    kept = serve(model, work, batch_size=BATCH, micro_batch_size=64, max_length=LENGTH, **layout)
+    assert max(sizes) == 64 * LENGTH // layout.get("ring_degree", 1)
+    for logits in kept:
+        assert all(part is None or part.shape[:2] in ((64, 0), (64, 1)) for part in logits)

@@ -1,0 +1,249 @@
+"""The results page: made from what is recorded, from nothing else, and not stale."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from test_compare import row as compared
+from test_latency import row as timed
+
+from ds_ring import cli, compare, latency
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError
+from ds_ring.performance import page
+from ds_ring.performance.bars import judge
+from ds_ring.performance.manifest import Bar
+
+ROOT = Path(__file__).resolve().parent.parent
+PROVENANCE = {
+    "command": "made.py --by hand", "git": "abc123", "date": "2001-02-03T04:05:06+00:00",
+    "versions": {"torch": "2", "transformers": "5", "deepspeed": "1"},
+}  # fmt: skip
+
+
+def test_the_page_is_what_the_command_writes():
+    assert (ROOT / page.PAGE).read_text() == page.text(*page.read(ROOT), ROOT), f"run {page.COMMAND}"
+
+
+def test_its_pictures_exist():
+    names = {name for one in page.read(ROOT)[1] if one.is_measured for name in page.pictures.files(
+        one.section, one.documents, one.rows
+    )}  # fmt: skip
+    assert names == {file.name for file in (ROOT / page.PICTURES).iterdir()}
+
+
+def test_commands_for_what_is_not_measured_can_be_given():
+    commands = [c for one in page.read(ROOT)[1] for source in one.missing if (c := source.command)]
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        script = next(word for word in words if word.startswith("launch/"))
+        assert (ROOT / script).is_file()
+        parser = cli.run_parser(None)
+        parser.add_argument("--layouts")
+        parser.add_argument("--latency", nargs="+", type=int)
+        args, _ = parser.parse_known_args(words[words.index(script) + 1 :])
+        if args.layouts:
+            files = [str(file) for file in sorted(ROOT.glob(args.layouts))]
+            plan = latency.plan if args.latency else lambda files, _, overrides: compare.Plan.make(files, overrides)
+            assert plan(files, args.latency, cli.overrides(args)).runs
+        else:
+            run = RunConfig.load(ROOT / args.config if args.config else None, **cli.overrides(args))
+            if "--num_gpus" in words:
+                assert int(words[words.index("--num_gpus") + 1]) == run.topology.world_size
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Makes a repository with the given sections and records, and returns its page."""
+
+    def make(sections, **records):
+        for name, record in records.items():
+            file = tmp_path / page.RESULTS / f"{name}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(PROVENANCE | record))
+        manifest = tmp_path / page.MANIFEST
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(json.dumps({"introduction": "By hand.", "sections": sections}))
+        summary = page.write(tmp_path)
+        assert (tmp_path / page.PAGE).read_text() == page.text(*page.read(tmp_path), tmp_path)
+        return (tmp_path / page.PAGE).read_text(), summary
+
+    return make
+
+
+def section(kind, *names, **more):
+    sources = [{"file": f"{name}.json", "command": f"make {name}"} for name in names]
+    return {"title": f"About {kind}", "kind": kind, "sources": sources} | more
+
+
+def forward_row(**more):
+    return {
+        "layout": "single", "gpus": 1, "mode": "full", "fusion": "auto", "batch": 8, "length": 10000, "tps": 1000.0,
+        "mfu": 0.5, "step_ms": 80.0, "step_spread": 0.01, "peak_memory_gib": 7.25, "device": "a GPU",
+    } | more  # fmt: skip
+
+
+def test_a_forward_and_where_it_goes(root):
+    traced = {"trace_window_ms": 100.0, "trace_gemm_ms": 75.0, "trace_attention_ms": 20.0, "trace_idle_ms": 0.0}
+    rows = [forward_row(sm_clock_mhz=1300, power_w=700.4, **traced), forward_row(mode="prefill_only", tps=1250.0)]
+    text, summary = root([section("forward", "one")], one={"rows": rows})
+    assert "| layers fused, B = 8, L = 10,000, full | 1,000 | 50.0 % | 80.0 | 1.0 % | 7.2 | 1300 | 700 |" in text
+    assert "| layers fused, B = 8, L = 10,000, prefill only | 1,250 | 50.0 % | 80.0 | 1.0 % | 7.2 | - | - |" in text
+    assert "|  | pass (ms) | matrix products | attention |\n" in text
+    assert "| 100.0 | 75.0 ms (75.0 %) | 20.0 ms (20.0 %) |" in text
+    assert (
+        "`benchmarks/results/one.json`: `made.py --by hand`; a GPU; 1300 MHz; 700 W; commit abc123; 2001-02-03" in text
+    )
+    assert "performance/one.png" in text
+    assert summary == {
+        "page": "docs/performance.md", "sections": ["About forward"], "met": [], "missed": [], "not_measured": []
+    }  # fmt: skip
+
+
+def attention_row(impl, share, **more):
+    return {
+        "case": "a case", "impl": impl, "ms": 1.0 / share, "tflops": 600 * share, "share": share, "rel_error": 3e-4,
+        "lse_error": None, "sm_clock_mhz": 1400.0, "power_w": 700.0, "detail": "",
+    } | more  # fmt: skip
+
+
+def test_attention_with_what_was_wanted(root):
+    wanted = [
+        {"what": "ours", "figure": "share", "of": {"case": "a case", "impl": "ds_ring"}, "at_least": 0.9},
+        {"what": "error", "figure": "rel_error", "of": {"case": "a case"}, "at_most": 4e-4},
+        {"what": "elsewhere", "figure": "share", "of": {"case": "another"}, "at_least": 0.5},
+    ]
+    rows = [
+        attention_row("ds_ring", 0.72),
+        attention_row("sdpa", 0.2),
+        {"case": "a case", "impl": "flex", "error": "no"},
+    ]
+    text, summary = root([section("attention", "kernel", bars=wanted)], kernel={"device": "a GPU", "rows": rows})
+    assert "| a case | ds_ring | 1.389 | 432.0 | 0.72 | 3.0e-04 | 1400 | 700 |  |" in text
+    assert "|  | sdpa * | 5.000 |" in text
+    assert "|  | flex | - | - | - | - | - | - | no |" in text
+    assert "| ours | 0.72 | ≥ 0.9 | **missed** by 20.0 % |" in text
+    assert "| error | 0.0003 | ≤ 0.0004 | met |" in text
+    assert "| elsewhere | - | ≥ 0.5 | not measured |" in text
+    assert (summary["met"], summary["missed"]) == (["error"], ["ours"])
+
+
+def test_reading_a_cache_is_no_arithmetic(root):
+    rows = [attention_row("ds_ring", 0.004, gbps=3000.0), attention_row("ds_ring tile", 0.004, gbps=2000.0)]
+    text, _ = root([section("attention", "decode", rows={"impl": ["ds_ring"]})], decode={"rows": rows})
+    assert "| case | implementation | ms | GB/s | error |" in text
+    assert "| a case | ds_ring | 250.000 | 3,000 |" in text
+    assert "tile" not in text
+
+
+def test_generation(root):
+    record = {
+        "layout": "ring2", "gpus": 2, "device": "a GPU", "ttft_ms": 1234.5, "prefill_tokens_per_second": 81004.0,
+        "decode_tpot_ms": 9.876, "cache_gib_per_rank": 6.1,
+        "completions": [{"prompt_tokens": 100000, "token_ids": [1, 2, 3], "text": ""}],
+    }  # fmt: skip
+    text, _ = root([section("generation", "said")], said=record)
+    assert "| ring2 | 2 | 100,000 | 1,234 | 81,004 | 3 | 9.88 | 6.1 |" in text
+    assert "a GPU (2 of a host)" in text
+
+
+def test_comparison_and_scaling(root):
+    def document(gpus, **tps):
+        degrees = {"ring": "ring_degree", "tp": "tp_size", "dp": "dp_size", "single": "pp_size"}
+        rows = [
+            compared(f"{name}{gpus}" if name != "single" else name, value, **{degrees[name]: gpus})
+            | {"gpus": gpus, "tps_per_gpu": value / gpus}
+            for name, value in tps.items()
+        ]  # fmt: skip
+        return {"rows": rows, "sweep": [*rows, *({**row, "length": 500} for row in rows)]}
+
+    bars = [
+        {"what": "against tp", "figure": "tps", "of": {"layout": "ring2", "length": 1000},
+         "over": {"layout": "tp2", "length": 1000}, "at_least": 1.2},
+        {"what": "shown", "figure": "comm_exposed_ms", "of": {"layout": "ring2"}, "over_figure": "step_ms",
+         "at_most": 0.1},
+    ]  # fmt: skip
+    sections = [
+        section("comparison", "two", bars=bars),
+        section("scaling", "one", "two", "four", needs=2, rows={"length": [1000]}),
+    ]
+    text, summary = root(sections, one=document(1, single=500.0), two=document(2, ring=960.0, tp=800.0))
+    assert "| ring2 | 960 | 4.167 |" in text
+    assert "| against tp | 1.2 | ≥ 1.2 | met |" in text
+    assert summary["met"] == ["against tp", "shown"]
+    assert "| layout | 1 GPU | 2 GPUs |" in text
+    assert "| single | 500 (1.000) | - |" in text
+    assert "| ring | - | 480 (0.960) |" in text
+    assert "- About scaling (`benchmarks/results/four.json`): `make four`" in text
+
+
+def test_latency_and_the_longest_sequence(root):
+    rows = latency.judge([timed("single", 10000, 2.0, gpus=1), timed("ring4", 10000, 0.6, ring_degree=4)])
+    one = {"rows": rows, "unfit": [{"layout": "single", "length": 131072, "mode": "full"}]}
+    longest = {
+        "layout": "ring2", "gpus": 2, "dtype": "fp16", "granularity": 0.02, "shortest_not_fitting": 612345,
+        "max_positions": 1 << 20, "rows": [],
+        "longest": {"length": 601234, "seconds": 31.25, "tokens_per_second": 19239.5, "peak_memory_gib": [77.0, 76.5]},
+    }  # fmt: skip
+    whole = longest | {"layout": "ring4", "shortest_not_fitting": None}
+    text, _ = root([section("latency", "one"), section("longest", "two", "four")], one=one, two=longest, four=whole)
+    assert "| ring4 | 0.600 (0.30) | - |" in text
+    assert "| single | 2.000 | does not fit |" in text
+    assert "| ring2 | 2 | 601,234 | 612,345 | 31.2 | 19,240 | 77.0 / 76.5 |" in text
+    assert "| ring4 | 2 | 601,234 | not reached: the model has 1,048,576 positions |" in text
+
+
+def test_what_is_not_recorded_is_listed_with_its_command_and_no_table(root):
+    wanted = [{"what": "tokens", "figure": "length", "of": {}, "at_least": 1e6}]
+    nobody = section("comparison", "peers")
+    nobody["sources"][0]["command"] = None
+    text, summary = root([section("longest", "far", bars=wanted), nobody], other={"device": "a GPU", "rows": []})
+    assert "- About longest (`benchmarks/results/far.json`): `make far`\n  Wanted: tokens ≥ 1,000,000." in text
+    assert "`benchmarks/results/peers.json`): no command makes it yet" in text
+    assert "## About" not in text
+    assert "|" not in text
+    assert "## Other records" in text
+    assert summary["not_measured"] == ["far.json", "peers.json"]
+
+
+def test_a_note_is_about_the_record_it_was_written_for(root):
+    old = section("forward", "one")
+    old["sources"][0]["notes"] = {"abc123": "From before."}
+    assert "`one.json`: From before." in root([old], one={"rows": [forward_row()]})[0]
+    assert "From before." not in root([old], one={"rows": [forward_row()], "git": "def456"})[0]
+
+
+def test_the_worst_of_several_rows_counts():
+    rows = [{"impl": "ours", "error": 1e-4}, {"impl": "ours", "error": 3e-4}, {"impl": "other", "error": 1.0}]
+    most = Bar(what="", figure="error", of={"impl": "ours"}, at_most=2e-4)
+    assert judge(most, rows).measured == 3e-4
+    assert judge(most, rows).met is False
+    assert judge(Bar(what="", figure="error", of={"impl": "ours"}, at_least=1e-5), rows).measured == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"introduction": "", "sections": [], "more": 1}', r"page\.json: more: Extra inputs are not permitted"),
+        ('{"introduction": "", "sections": [{"title": "", "kind": "pie", "sources": []}]}', r"sections\.0\.kind"),
+    ],
+)
+def test_an_unusable_manifest_is_refused(tmp_path, manifest, message):
+    with pytest.raises(ConfigError, match="cannot read"):
+        page.read(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / page.MANIFEST).write_text(manifest)
+    with pytest.raises(ConfigError, match=message):
+        page.read(tmp_path)
+
+
+def test_a_bar_has_one_side_and_a_record_is_json(root, tmp_path):
+    with pytest.raises(ValueError, match="either at_least or at_most"):
+        Bar(what="", figure="x", of={})
+    (tmp_path / page.RESULTS).mkdir(parents=True)
+    (tmp_path / page.RESULTS / "one.json").write_text("half a fi")
+    with pytest.raises(ConfigError, match=r"one\.json is not JSON"):
+        root([section("forward", "one")])
