@@ -4,6 +4,7 @@ The reference is transformers' own model with its own attention on one device, w
 (``python -m ds_ring.parity``) and read by every layout's run.
 """
 
+# Shapes: B rows, L tokens, n tokens of all rows at hand, d hidden size or vocabulary.
 from __future__ import annotations
 
 import argparse

@@ -5,8 +5,11 @@ from mocked_world import serve
 from tiny_models import build, gpt_neox
 
 from ds_ring import bench
+from ds_ring.checks import check_run
 from ds_ring.config import RunConfig
 from ds_ring.engines import sequence_parallel, tensor_pipeline
+from ds_ring.hf.shape import model_shape, read_config
+from ds_ring.launcher import ROOT
 from ds_ring.text import rows_of
 
 BATCH, LENGTH = 1024, 8
@@ -30,6 +33,14 @@ BATCH, LENGTH = 1024, 8
 )
 def test_untimed_passes_take_whole_micro_batches_of_every_replica(workload, rows):
     assert bench.warmup_rows(RunConfig.load({}, **workload)) == rows
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("gpu*/*.json")), ids=lambda file: file.stem)
+def test_every_gpu_layout_runs_the_papers_whole_pass(file):
+    run = RunConfig.load(file, batch_size=1024)
+    check_run(run, model_shape(read_config(ROOT / "ds_configs/models/paper.json")), run.topology.world_size)
+    assert run.workload.max_length == 10000
+    assert bench.warmup_rows(run) <= 32 * run.parallel.dp_size
 
 
 @pytest.mark.parametrize(

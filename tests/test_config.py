@@ -58,7 +58,7 @@ class TestLoading:
                 },
                 "workload": {
                     "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "text": [],
-                    "prefill_chunk": 0, "warmup": 1, "repeats": 3, "mode": "full",
+                    "prefill_chunk": 0, "warmup": 1, "warmup_batch_size": 0, "repeats": 3, "mode": "full",
                 },
                 "transport": "auto",
                 "interleave": "auto",
