@@ -51,6 +51,7 @@ def _shape(text: Any) -> ModelShape:
         max_positions=_first(text, "max_position_embeddings", default=None),
         layer_types=tuple(getattr(text, "layer_types", None) or ()),
         sliding_window=_first(text, "sliding_window", default=None),
+        softcap=_first(text, "attn_logit_softcapping", default=None),
     )
 
 
