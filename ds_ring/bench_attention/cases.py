@@ -114,9 +114,9 @@ def select(cases: Sequence[Case], only: Sequence[str] = (), kinds: Sequence[str]
 class Inputs:
     """Random tensors of a case: q [B, L, H, D]; k and v [B, S, K, D], in the sequence's order.
 
-    ``segments`` are k and v as a zigzag rank has them after the copy engine: others' keys in the sequence's order in one
-    tensor, its own elsewhere; ``state`` is what earlier blocks of a ring left, out [B, L, H, D] and lse [B, H, L], both
-    fp32.
+    ``segments`` are k and v as a zigzag rank has them after the copy engine: others' keys in the sequence's order in
+    one tensor, its own elsewhere; ``state`` is what earlier blocks of a ring left, out [B, L, H, D] and lse [B, H, L],
+    both fp32.
     """
 
     case: Case
