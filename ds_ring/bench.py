@@ -1,9 +1,10 @@
 """Measuring one layout on one workload: throughput, latency, memory, and what communication costs.
 
-Per length, in this order: parity with the unsharded model (where a reference is given), a pass that counts bytes and
-keeps a journal of what is sent, warm-ups, timed passes, the same passes with communication left out, and the journal
-alone. *Exposed* communication is the timed step less the step without communication (a pipeline's bubble shows up
-there too); communication *alone* is the journal run through with nothing else to do.
+Per size of micro-batch and length, in this order: parity with the unsharded model (once a length, where a reference is
+given), a pass that counts bytes and keeps a journal of what is sent, warm-ups, timed passes, the same passes with
+communication left out, and the journal alone. *Exposed* communication is the timed step less the step without
+communication (a pipeline's bubble shows up there too); communication *alone* is the journal run through with nothing
+else to do.
 
 A large batch is many micro-batches alike, so the passes that are not timed take the first rows of it
 (``warmup_batch``), as many micro-batches as any pipeline here is deep; bytes counted and communication alone are scaled
@@ -13,10 +14,9 @@ by rows.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,12 @@ from ds_ring.checks import check_workload
 from ds_ring.config import Mode, RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import Batch, pack
-from ds_ring.engines.deepspeed import AllReduceMeter
-from ds_ring.hardware import device_name, peak_flops, peak_memory_gib, synchronize, watched_gpu
+from ds_ring.hardware import device_name, peak_flops, peak_memory_gib, watched_gpu
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.flops import layer_parameters
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.metrics import Work
+from ds_ring.passes import Timing, count_bytes, time_passes
 from ds_ring.text import rows_of, token_stream
 from ds_ring.trace import trace_step
 from ds_ring.transport.base import void
@@ -41,22 +41,6 @@ from ds_ring.volume import bytes_sent_per_rank
 WARMUP_MICRO_BATCHES = 16
 
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of each timed pass: the slowest rank's."""
-
-    samples_s: list[float]
-
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.samples_s)
-
-    @property
-    def spread(self) -> float:
-        """(slowest - fastest) / median."""
-        return (max(self.samples_s) - min(self.samples_s)) / self.median_s
 
 
 def check(config: RunConfig) -> None:
@@ -71,24 +55,33 @@ def check(config: RunConfig) -> None:
 def measure(
     engine: Engine, references: dict[int, str], report: Report, trace: Path | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A row for each length, ascending, and mode of the workload. ``references``: files of ``parity.write_reference``
-    by length; ``trace``: where one more untimed pass over the longest leaves its Chrome trace."""
+    """A row for each size of micro-batch and length, both ascending, and mode of the workload.
+
+    Args:
+        references: files of ``parity.write_reference`` by length.
+        trace: where one more untimed pass over the longest, in the smallest micro-batches, leaves its Chrome trace.
+    """
     config, dtype = engine.config, torch_dtype(engine.config.dtype)
     stream = token_stream(config.checkpoint, config.workload.text)
     layers = layer_parameters(read_config(config.checkpoint))
     peak, peak_source = peak_flops(engine.device, dtype)
     peak = statistics.median(engine.mesh["world"].all_gather_objects(peak))
-    for length in config.workload.lengths:
+    differences: dict[tuple[int, Mode], parity.Difference | None] = {}
+    traced = config.workload.micro_batches[0], config.workload.lengths[-1], config.workload.modes[0]
+    for size, length in product(config.workload.micro_batches, config.workload.lengths):
+        engine.config = RunConfig.load(config, micro_batch_size=size)
         ids = rows_of(stream, config.workload.batch_size, length)
         batch, _ = pack(ids, None, None, engine.shape)
         engine.mesh["world"].agree(input_ids=batch.digest())
         for mode in config.workload.modes:
             last = layers[-1] if mode == "prefill_only" else None
             work = Work(engine.shape, sum(layers), config.workload.batch_size, length, last)
-            found = _measure_length(engine, batch, mode, references.get(length), report)
-            row = _row(engine, work, mode, found, peak, peak_source)
-            if trace is not None and length == config.workload.lengths[-1] and mode == config.workload.modes[0]:
-                report(f"{engine.mesh.topology.label()}, L = {length}: trace one pass")
+            if (length, mode) not in differences:  # of single rows, so that any micro-batch gives the same
+                differences[length, mode] = _difference(engine, length, mode, references.get(length), report)
+            found = _measure_length(engine, batch, mode, report)
+            row = _row(engine, work, mode, found, differences[length, mode], peak, peak_source)
+            if trace is not None and (size, length, mode) == traced:
+                report(f"{config.label}, L = {length}: trace one pass")
                 row |= _trace(engine, batch, trace)
             yield row
     if engine.fusion is not None:
@@ -119,7 +112,6 @@ def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Findings:
-    difference: parity.Difference | None
     bytes_sent: float
     step: Timing
     step_without_comm: Timing
@@ -127,9 +119,20 @@ class _Findings:
     gpu: dict[str, float]
 
 
-def _measure_length(engine: Engine, batch: Batch, mode: Mode, reference: str | None, report: Report) -> _Findings:
+def _difference(
+    engine: Engine, length: int, mode: Mode, reference: str | None, report: Report
+) -> parity.Difference | None:
+    if reference is None:
+        return None
+    report(f"{engine.config.label}, L = {length}, {mode}: compare with the unsharded model")
+    return (parity.compare if mode == "full" else parity.compare_last)(engine, reference)
+
+
+def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) -> _Findings:
     work = engine.config.workload
-    label = f"{engine.mesh.topology.label()}, L = {batch.length}, {mode}"
+    label = f"{engine.config.label}, L = {batch.length}, {mode}"
+    if work.micro_batch_sizes:
+        label += f", micro-batches of {work.micro_batch_size}"
     first_rows = batch.split(range(warmup_rows(engine.config)))
     scale = len(batch.rows) / len(first_rows.rows)
 
@@ -139,12 +142,8 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, reference: str | N
         else:
             engine.prefill_only(rows)
 
-    difference = None
-    if reference is not None:
-        report(f"{label}: compare with the unsharded model")
-        difference = (parity.compare if mode == "full" else parity.compare_last)(engine, reference)
     report(f"{label}: count bytes")
-    bytes_sent, journal = _count(engine, lambda: step(first_rows))
+    bytes_sent, journal = count_bytes(engine, lambda: step(first_rows))
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
 
@@ -167,38 +166,13 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, reference: str | N
 
     replay()
     alone = time_passes(engine, replay, work.repeats)
-    return _Findings(difference, bytes_sent * scale, timing, muted, Timing([scale * s for s in alone.samples_s]), gpu)
+    return _Findings(bytes_sent * scale, timing, muted, Timing([scale * s for s in alone.samples_s]), gpu)
 
 
-def time_passes(engine: Engine, step: Callable[[], None], repeats: int) -> Timing:
-    """Time ``step`` on all ranks together; a pass takes as long as its slowest rank."""
-    own = []
-    for _ in range(repeats):
-        with engine.stall.over("a timed pass"):
-            synchronize(engine.device)
-            engine.mesh["world"].barrier()
-            started = time.perf_counter()
-            step()
-            synchronize(engine.device)
-            own.append(time.perf_counter() - started)
-    everyone = engine.mesh["world"].all_gather_objects(own)
-    return Timing([max(samples) for samples in zip(*everyone, strict=True)])
-
-
-def _count(engine: Engine, step: Callable[[], None]) -> tuple[float, list[Callable[[], None]]]:
-    """(mean bytes a rank sends in one pass, what this rank does to send and receive them)."""
-    traffic = engine.mesh.traffic
-    traffic.bytes_by_op.clear()
-    journal: list[Callable[[], None]] = []
-    traffic.journal = journal
-    with AllReduceMeter(engine.mesh["tp"]) if engine.mesh.topology.tp > 1 else nullcontext():
-        step()
-    traffic.journal = None
-    everyone = engine.mesh["world"].all_gather_objects(traffic.bytes_sent)
-    return statistics.mean(everyone), journal
-
-
-def _row(engine: Engine, work: Work, mode: Mode, found: _Findings, peak: float, peak_source: str) -> dict[str, Any]:
+def _row(
+    engine: Engine, work: Work, mode: Mode, found: _Findings, difference: parity.Difference | None, peak: float,
+    peak_source: str,
+) -> dict[str, Any]:  # fmt: skip
     config, topology = engine.config, engine.mesh.topology
     step = found.step.median_s
     tps = work.tps(step)
@@ -207,7 +181,8 @@ def _row(engine: Engine, work: Work, mode: Mode, found: _Findings, peak: float, 
     shared_gib = engine.mesh.shared_bytes / 2**30 if engine.device.type == "cuda" else 0.0
     memory = engine.mesh["world"].all_gather_objects(peak_memory_gib(engine.device) + shared_gib)
     return {
-        "layout": topology.label(),
+        "layout": config.label,
+        "implementation": config.parallel.implementation,
         "mode": mode,
         "gpus": topology.world_size,
         **{
@@ -223,7 +198,7 @@ def _row(engine: Engine, work: Work, mode: Mode, found: _Findings, peak: float, 
         "warmup_batch": warmup_rows(config),
         "length": work.length,
         "dtype": config.dtype,
-        "fusion": config.ring.fusion,
+        "fusion": config.ring.fusion if engine.fusion is not None else "none",
         "device": device_name(engine.device),
         "tps": tps,
         "tps_per_gpu": tps / topology.world_size,
@@ -237,14 +212,15 @@ def _row(engine: Engine, work: Work, mode: Mode, found: _Findings, peak: float, 
         "peak_source": peak_source,
         "flops_per_token": work.flops_per_token,
         "bytes_sent_per_rank": found.bytes_sent,
-        # What prefill_only sends in its last layer depends on the model's own arguments to it: no closed form.
+        # What prefill_only sends in its last layer depends on the model's own arguments to it: no closed form, nor for
+        # what others' code sends.
         "bytes_formula": bytes_sent_per_rank(config, engine.shape, work.batch, work.length, itemsize)
-        if mode == "full"
+        if mode == "full" and config.parallel.implementation == "ds_ring"
         else None,
         "comm_alone_ms": 1e3 * found.comm_alone.median_s,
         "comm_exposed_ms": 1e3 * (step - found.step_without_comm.median_s),
         "peak_memory_gib": max(memory),
-        "rel_error": found.difference.rel_error if found.difference else None,
-        "max_rel_error": found.difference.max_rel_error if found.difference else None,
+        "rel_error": difference.rel_error if difference else None,
+        "max_rel_error": difference.max_rel_error if difference else None,
         **found.gpu,
     }

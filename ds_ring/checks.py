@@ -31,6 +31,7 @@ class ModelShape:
     max_positions: int | None
     layer_types: tuple[str, ...] = ()
     sliding_window: int | None = None
+    softcap: float | None = None
     unlike_layers: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -55,6 +56,14 @@ def check_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     _check_model(shape)
     _check_heads(config, shape)
     _check_tensor_pipeline(config, shape)
+    if config.parallel.implementation != "ds_ring":
+        _check_peer(config, shape)
+
+
+def check_device(config: RunConfig, device_type: str) -> None:
+    """The rule of a layout by where it runs, ``"cuda"`` or ``"cpu"``."""
+    if config.parallel.implementation == "context_parallel" and device_type == "cpu":
+        raise ConfigError("implementation=context_parallel: PyTorch has it for GPUs alone; leave it out on CPUs")
 
 
 def valid_degrees(*counts: int, limit: int = 64) -> list[int]:
@@ -88,10 +97,11 @@ def _check_model(shape: ModelShape) -> None:
 
 def _check_heads(config: RunConfig, shape: ModelShape) -> None:
     t = config.topology
-    if shape.unlike_layers and (t.tp * t.pp > 1 or config.parallel.decode == "sliced"):
+    p = config.parallel
+    if shape.unlike_layers and (t.tp * t.pp > 1 or p.decode == "sliced" or p.implementation != "ds_ring"):
         raise UnsupportedModelError(
-            f"{shape.model_type} has layers with unlike heads, which tp_size, pp_size and decode=sliced do not serve; "
-            f"take ring_degree, ulysses_degree or dp_size"
+            f"{shape.model_type} has layers with unlike heads, which tp_size, pp_size, decode=sliced and other "
+            f"implementations do not serve; take ring_degree, ulysses_degree or dp_size"
         )
     degree = config.parallel.ulysses_degree
     if shape.num_heads % degree:
@@ -122,6 +132,43 @@ def _check_tensor_pipeline(config: RunConfig, shape: ModelShape) -> None:
         raise ConfigError(f"pp_size={pp} is more than the model's {shape.num_layers} layers; the most is that many")
 
 
+PEER_AXES = {"deepspeed_ulysses": "ulysses_degree", "context_parallel": "ring_degree"}
+"""Over which ranks another implementation shares a sequence."""
+
+
+def _check_peer(config: RunConfig, shape: ModelShape) -> None:
+    """What another implementation cannot do, and would leave out silently or fail at."""
+    p, whose = config.parallel, config.parallel.implementation
+    axis = PEER_AXES[whose]
+    degree = getattr(p, axis)
+    if degree == 1 or config.topology.world_size != degree * p.dp_size:
+        raise ConfigError(f"implementation={whose} shares sequences by {axis}, and goes with dp_size alone beside it")
+    settings = {
+        "workload.mode": (config.workload.mode, {"full"}),
+        "parallel.decode": (p.decode, {"whole"}),
+        "parallel.ring_variant": (p.ring_variant, {"auto", "gather_kv", "pass_kv"}),
+        "transport": (config.ring.transport, {"auto", "process_group"}),
+        "interleave": (config.ring.interleave, {"auto", "off"}),
+        "decode_graph": (config.ring.decode_graph, {"auto", "off"}),
+    }
+    for name, (value, possible) in settings.items():
+        if value not in possible:
+            raise ConfigError(f"implementation={whose} has no {name}={value}; {suggest(sorted(possible), '')}")
+    kv_heads = shape.num_kv_heads
+    if whose == "deepspeed_ulysses" and kv_heads % degree and degree % kv_heads:
+        raise ConfigError(
+            f"implementation={whose}: num_kv_heads={kv_heads} and ulysses_degree={degree} must divide one another; "
+            f"implementation=ds_ring takes any"
+        )
+    windowed = shape.sliding_window is not None and (not shape.layer_types or "sliding_attention" in shape.layer_types)
+    unseen = [name for name, asked in (("sliding windows", windowed), ("soft-capping", shape.softcap)) if asked]
+    if unseen:
+        raise UnsupportedModelError(
+            f"implementation={whose} has no {' or '.join(unseen)}, which {shape.model_type} asks for; "
+            f"implementation=ds_ring has"
+        )
+
+
 def check_workload(config: RunConfig, shape: ModelShape) -> None:
     """The rules of a benchmark's batch and lengths."""
     work, dp = config.workload, config.parallel.dp_size
@@ -130,6 +177,8 @@ def check_workload(config: RunConfig, shape: ModelShape) -> None:
             f"batch_size={work.batch_size} leaves some of dp_size={dp} replicas without a sequence; "
             f"raise batch_size to {dp} or lower dp_size"
         )
+    if work.micro_batches[0] < 1:
+        raise ConfigError(f"micro_batch_sizes={work.micro_batches[0]} must be at least 1")
     longest = work.lengths[-1]
     if work.lengths[0] < 1:
         raise ConfigError(f"sweep={work.lengths[0]} must be at least 1")
@@ -141,7 +190,7 @@ def check_workload(config: RunConfig, shape: ModelShape) -> None:
         )
 
 
-def suggest(degrees: Iterable[int], otherwise: str) -> str:
+def suggest(degrees: Iterable[object], otherwise: str) -> str:
     """The fix that an error ends with: ``degrees`` to try or, where there are none, what else to do."""
     listed = [str(d) for d in degrees]
     if not listed:

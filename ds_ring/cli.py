@@ -17,7 +17,7 @@ from typing import Any, get_args, get_origin
 
 from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
 from ds_ring.errors import DsRingError, UserError, is_out_of_memory
-from ds_ring.launcher import OUT_OF_MEMORY
+from ds_ring.launcher import FAILED, OUT_OF_MEMORY
 from ds_ring.results import write_json
 from ds_ring.watch import end_with_launcher
 
@@ -86,21 +86,24 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     except DsRingError as error:
-        print(f"failed on rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+        _say_failed(str(error))
         code = 1
     except Exception as error:
-        rank = os.environ.get("RANK", "0")
+        first_line = str(error).strip().partition("\n")[0]
         if is_out_of_memory(error):
-            first_line = str(error).strip().partition("\n")[0]
-            print(f"{OUT_OF_MEMORY}rank {rank}: {first_line}", file=sys.stderr, flush=True)
+            print(f"{OUT_OF_MEMORY}rank {os.environ.get('RANK', '0')}: {first_line}", file=sys.stderr, flush=True)
             code = 3
         else:
-            print(f"rank {rank} failed", file=sys.stderr)
+            _say_failed(f"{type(error).__name__}: {first_line}")
             code = 1
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     leave(code)
+
+
+def _say_failed(why: str) -> None:
+    print(f"{FAILED}{os.environ.get('RANK', '0')}: {why}", file=sys.stderr, flush=True)
 
 
 def is_first_rank() -> bool:

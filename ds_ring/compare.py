@@ -5,19 +5,18 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ds_ring import launcher
 from ds_ring.checkpoints import make_checkpoint
-from ds_ring.checks import check_run
+from ds_ring.checks import check_device, check_run
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError, DsRingError, OutOfMemory
+from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory
 from ds_ring.hf.shape import model_shape, read_config
+from ds_ring.micro_batches import behind, case_of, cases
 from ds_ring.results import read_json, write_json
-
-TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
-"""Largest relative error against the unsharded model that counts as the same computation."""
 
 Report = Callable[[str], None]
 
@@ -52,6 +51,7 @@ class Plan:
                     f"{file} says parallel=auto; what is compared needs degrees (launch/plan.py has them)"
                 )
             check_run(run, model_shape(read_config(model_source(run))), run.topology.world_size)
+            check_device(run, "cuda" if launcher.gpu_count() else "cpu")
         return cls(runs)
 
     @property
@@ -107,16 +107,27 @@ class Outcome:
     """What ``run_all`` found. A layout that fails takes neither the others' results with it nor what it had itself.
 
     Attributes:
-        rows: of all layouts, lengths and modes that ran.
-        unfit: ``{"layout", "length", "mode"}`` of what did not, because a rank was out of memory.
-        failures: names of layouts that ended otherwise.
+        rows: of all layouts, micro-batches, lengths and modes that ran.
+        unfit: ``{"layout", "implementation", "micro_batch", "length", "mode"}`` of what did not, because a rank was out
+            of memory, there or with less.
+        failures: ``{"layout", "implementation", "reason"}`` of layouts that ended otherwise; one line each.
         unchecked: lengths at which the unsharded model itself was out of memory, so that there is no reference.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     unfit: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
     unchecked: list[int] = field(default_factory=list)
+
+    @property
+    def without_row(self) -> list[dict[str, Any]]:
+        """As ``failures``, with what does not fit in micro-batches of any size."""
+        ran = {(row["layout"], row["length"], row["mode"]) for row in self.rows}
+        missing = [what for what in self.unfit if (what["layout"], what["length"], what["mode"]) not in ran]
+        short = {
+            (what["layout"], what["implementation"], f"out of memory at L = {what['length']}"): None for what in missing
+        }
+        return self.failures + [dict(zip(("layout", "implementation", "reason"), what, strict=True)) for what in short]
 
 
 def run_all(plan: Plan, logs: Path, advance: Callable[[], None], report: Report) -> Outcome:
@@ -148,31 +159,54 @@ def run_all(plan: Plan, logs: Path, advance: Callable[[], None], report: Report)
 def _run_layout(
     file: Path, layout: RunConfig, references: list[str], logs: Path, found: Outcome, report: Report
 ) -> None:
-    name, ranks = file.stem, layout.topology.world_size
+    """Launch it until every case has run or is known not to fit."""
+    left: RunConfig | None = layout
+    names = (file.stem if n == 1 else f"{file.stem}.{n}" for n in count(1))
+    whose = {"layout": layout.label, "implementation": layout.parallel.implementation}
+    while left is not None:
+        name, run, left = next(names), left, None
+        rows, error = _launch(name, run, references[: len(run.workload.lengths)], logs, report)
+        found.rows.extend({**row, "config_file": file.name} for row in rows)
+        if isinstance(error, OutOfMemory):
+            report(f"{name}: {error}")
+            ran = set(map(case_of, rows))
+            missing = [case for case in cases(run) if case not in ran]
+            left = behind(run, missing[0]) if missing else None
+            again = set(cases(left)) if left is not None else set()
+            found.unfit.extend(
+                {**whose, "micro_batch": size, "length": length, "mode": mode}
+                for size, length, mode in missing
+                if (size, length, mode) not in again
+            )
+        elif error is not None:
+            report(f"{name} failed: {error}")
+            reason = error.reason if isinstance(error, LaunchError) else str(error)
+            found.failures.append({**whose, "reason": reason})
+
+
+def _launch(
+    name: str, run: RunConfig, references: list[str], logs: Path, report: Report
+) -> tuple[list[dict[str, Any]], DsRingError | None]:
+    """The rows that a launch left, and what ended it early."""
+    ranks = run.topology.world_size
     report(f"{name}: start {ranks} ranks")
     config, output = logs / f"{name}.config.json", logs / f"{name}.json"
-    write_json(config, layout.document())
+    write_json(config, run.document())
     output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one's
     arguments = ["--config", str(config), "--output", str(output)]
     arguments += ["--references", *references] if references else []
-    wanted = [(length, mode) for length in layout.workload.lengths for mode in layout.workload.modes]
+    error: DsRingError | None = None
     try:
         launcher.launch("launch/bench.py", ranks, arguments, log=logs / f"{name}.log", report=report)
         if not output.exists():
             raise DsRingError(f"the launcher ended without a result; see {logs / name}.log")
-    except ConfigError:
-        raise
-    except OutOfMemory as error:
-        report(f"{name}: {error}")
-        ran = {(row["length"], row["mode"]) for row in _rows(output)}
-        label = layout.topology.label()
-        found.unfit.extend(
-            {"layout": label, "length": length, "mode": mode} for length, mode in wanted if (length, mode) not in ran
-        )
-    except DsRingError as error:
-        report(f"{name} failed: {error}")
-        found.failures.append(name)
-    found.rows.extend({**row, "config_file": file.name} for row in _rows(output))
+    except ConfigError as refusal:
+        if run.parallel.implementation == "ds_ring":
+            raise
+        error = refusal
+    except DsRingError as failure:
+        error = failure
+    return _rows(output), error
 
 
 def _rows(output: Path) -> list[dict[str, Any]]:
@@ -193,49 +227,3 @@ def _write_reference(plan: Plan, length: int, output: Path, logs: Path, report: 
         report(f"no reference from L = {length} on: {error}")
         return False
     return True
-
-
-def judge(
-    rows: list[dict[str, Any]], baseline: str | None = None, unchecked: Sequence[int] = ()
-) -> list[dict[str, Any]]:
-    """Add to each row, within its length and mode: ``vs_baseline`` and ``vs_dp`` (ratios of TPS), ``agrees``, which is
-    None at lengths that are ``unchecked``.
-
-    The baseline is the layout of that name, or the fastest that uses tensor or pipeline parallelism. Where each run
-    timed its own peak, the highest stands for all: a noisy moment must not flatter a layout's MFU.
-    """
-    peak = max(row["peak_flops_per_gpu"] for row in rows)
-    judged = []
-    for row in rows:
-        alike = [r for r in rows if (r["length"], r["mode"]) == (row["length"], row["mode"])]
-        base = _tps([r for r in alike if r["layout"] == baseline or (not baseline and r["tp_size"] * r["pp_size"] > 1)])
-        dp = _tps([r for r in alike if r["layout"].startswith("dp") and r["layout"] == f"dp{r['gpus']}"])
-        error = row["max_rel_error"] if row["dtype"] == "fp32" else row["rel_error"]
-        judged.append(
-            {
-                **row,
-                "mfu": row["mfu"] * row["peak_flops_per_gpu"] / peak,
-                "peak_flops_per_gpu": peak,
-                "vs_baseline": row["tps"] / base if base else None,
-                "vs_dp": row["tps"] / dp if dp else None,
-                "agrees": None
-                if row["length"] in unchecked
-                else bool(error is not None and error < TOLERANCE[row["dtype"]]),
-            }
-        )
-    return judged
-
-
-def document(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """``rows``: a row a layout, at the workload's own length; ``sweep``: every length."""
-    own = [row for row in rows if row["length"] == plan.first.workload.max_length]
-    return {"config": plan.first.document(), "rows": own, "sweep": rows}
-
-
-def disagreeing(rows: list[dict[str, Any]]) -> list[str]:
-    """What, of judged rows, is not the unsharded model's result."""
-    return [f"{row['layout']} at L = {row['length']}" for row in rows if row["agrees"] is False]
-
-
-def _tps(rows: list[dict[str, Any]]) -> float | None:
-    return max((r["tps"] for r in rows), default=None)

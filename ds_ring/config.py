@@ -23,6 +23,7 @@ TransportName = Literal["auto", "process_group", "copy_engine"]
 DType = Literal["fp32", "fp16", "bf16"]
 FusionChoice = Literal["auto", "none"]
 Mode = Literal["full", "prefill_only"]
+Implementation = Literal["ds_ring", "deepspeed_ulysses", "context_parallel"]
 
 _DTYPE_NAMES: dict[str, DType] = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
@@ -45,6 +46,11 @@ class ParallelConfig(_Section):
     )
     dp_size: int = Field(1, ge=1, description="replicas, each with its own rows of the batch")
     pp_size: int = Field(1, ge=1, description="pipeline stages (layers)")
+    implementation: Implementation = Field(
+        "ds_ring",
+        description="whose code shares a sequence; for comparison DeepSpeed's UlyssesSPAttentionHF (over "
+        "ulysses_degree) or PyTorch's context_parallel (over ring_degree) in transformers' own layers",
+    )
     ring_degree: int = Field(1, ge=1, description="ranks that share a sequence by ring attention")
     ulysses_degree: int = Field(1, ge=1, description="ranks that share a sequence by heads-to-sequence all-to-all")
     ring_impl: RingImpl = Field("zigzag", description="which tokens a ring rank holds")
@@ -69,6 +75,9 @@ class WorkloadConfig(_Section):
     batch_size: int = Field(1, ge=1, description="sequences of one pass, over all replicas")
     max_length: int = Field(1024, ge=1, description="tokens a sequence; longer documents are refused by score")
     micro_batch_size: int = Field(1, ge=1, description="sequences a replica runs at a time")
+    micro_batch_sizes: tuple[int, ...] = Field(
+        (), description="sizes of micro-batches that benchmarks try instead, each a row; the fastest counts"
+    )
     prefill_chunk: int = Field(
         0, ge=0, description="prompt tokens a row that generate runs at a time; 0: the whole prompt at once"
     )
@@ -91,6 +100,11 @@ class WorkloadConfig(_Section):
     def lengths(self) -> list[int]:
         """Every length that a benchmark runs, ascending."""
         return sorted({self.max_length, *self.sweep})
+
+    @property
+    def micro_batches(self) -> list[int]:
+        """Every size of micro-batch that a benchmark runs, ascending."""
+        return sorted(set(self.micro_batch_sizes)) or [self.micro_batch_size]
 
     @property
     def modes(self) -> list[Mode]:
@@ -203,6 +217,15 @@ class RunConfig(_Section):
     def topology(self) -> Topology:
         p = self.parallel
         return Topology(dp=p.dp_size, pp=p.pp_size, ring=p.ring_degree, ulysses=p.ulysses_degree, tp=self.tp_size)
+
+    @property
+    def label(self) -> str:
+        """The name of this layout in tables and file names; another implementation's says whose it is."""
+        topology, whose = self.topology, self.parallel.implementation
+        if whose == "ds_ring":
+            return topology.label()
+        replicas = f"dp{topology.dp}_" if topology.dp > 1 else ""
+        return f"{replicas}{whose}{topology.sp}"
 
     def facts(self) -> dict[str, Any]:
         """Every setting by its dotted path."""

@@ -33,6 +33,14 @@ class OutOfMemory(DsRingError):
     """A launched run ended because a rank's memory did not hold what was asked of it."""
 
 
+class LaunchError(DsRingError):
+    """A launched run failed; ``reason`` is one line, the error's text more."""
+
+    def __init__(self, text: str, reason: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
 class TransportError(DsRingError, RuntimeError):
     """Ranks disagree on what to move, or a peer did not answer."""
 

@@ -17,9 +17,11 @@ from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 from ds_ring.report import markdown_table, name_of, origin, plain_table
 
-FIXED = ("batch_size", "micro_batch_size", "dp_size", "max_length", "sweep")
+FIXED = ("batch_size", "micro_batch_size", "micro_batch_sizes", "dp_size", "max_length", "sweep")
 """Options that measuring one sequence decides."""
-ONE_RANK = {"dp_size": 1, "pp_size": 1, "ring_degree": 1, "ulysses_degree": 1, "tp_size": 1}
+ONE_RANK: dict[str, Any] = {
+    "dp_size": 1, "pp_size": 1, "ring_degree": 1, "ulysses_degree": 1, "tp_size": 1, "implementation": "ds_ring",
+}  # fmt: skip
 
 
 def plan(files: Sequence[str], lengths: Sequence[int], overrides: dict[str, Any]) -> Plan:
@@ -31,11 +33,12 @@ def plan(files: Sequence[str], lengths: Sequence[int], overrides: dict[str, Any]
     given = [f"--{name.replace('_', '-')}" for name in FIXED if name in overrides]
     if given:
         raise ConfigError(f"--latency decides {', '.join(given)}: it runs one sequence of each of its lengths")
-    workload = {"batch_size": 1, "micro_batch_size": 1, "max_length": max(lengths), "sweep": tuple(lengths)}
+    one = {"batch_size": 1, "micro_batch_size": 1, "micro_batch_sizes": ()}
+    workload: dict[str, Any] = {**one, "max_length": max(lengths), "sweep": tuple(lengths)}
     loaded = [(Path(file), RunConfig.load(file, **overrides, **workload, dp_size=1)) for file in files]
     runs: dict[str, tuple[Path, RunConfig]] = {}
     for file, run in [(loaded[0][0], RunConfig.load(loaded[0][1], **ONE_RANK)), *loaded] if loaded else []:
-        label = run.topology.label()
+        label = run.label
         runs.setdefault(label, (file.with_stem(label), run))
     return Plan.checked(list(runs.values()))
 
@@ -52,8 +55,14 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def document(plan: Plan, found: Outcome, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """``rows``: judged ones of every layout and length; ``unfit``: what did not fit; ``unchecked``: lengths at which
-    there was nothing to hold results against."""
-    return {"config": plan.first.document(), "rows": rows, "unfit": found.unfit, "unchecked": found.unchecked}
+    there was nothing to hold results against; ``failed``: layouts that ended otherwise."""
+    return {
+        "config": plan.first.document(),
+        "rows": rows,
+        "unfit": found.unfit,
+        "unchecked": found.unchecked,
+        "failed": found.failures,
+    }
 
 
 def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -62,9 +71,12 @@ def table(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     lengths = sorted({row["length"] for row in [*rows, *unfit]})
     seconds = {(name_of(row), row["length"]): _cell(row) for row in rows}
     seconds |= {(name_of(row), row["length"]): "does not fit" for row in unfit}
-    names = dict.fromkeys([name_of(row) for row in [*rows, *unfit]])
+    failed = {what["layout"]: f"failed: {what['reason']}" for what in document.get("failed", [])}
+    names = dict.fromkeys([*(name_of(row) for row in [*rows, *unfit]), *failed])
     heads = ["layout", *(f"L = {length:,}" for length in lengths)]
-    return heads, [[name, *(seconds.get((name, length), "-") for length in lengths)] for name in names]
+    return heads, [
+        [name, *(seconds.get((name, length), failed.get(name, "-")) for length in lengths)] for name in names
+    ]
 
 
 def caption(document: dict[str, Any]) -> str:

@@ -13,10 +13,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ds_ring.errors import ConfigError, DsRingError, OutOfMemory
+from ds_ring.errors import ConfigError, LaunchError, OutOfMemory
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRESS = "[ds_ring] "
+FAILED = "failed on rank "
+"""How a script begins the line that says what went wrong."""
 OUT_OF_MEMORY = "out of memory on "
 """How a script begins the line that says so. The line counts, not the exit code: when a rank is out of memory its peers
 fail in ways of their own, and which of them the launcher hears of first is chance."""
@@ -46,7 +48,7 @@ def launch(
 
     Raises:
         ConfigError: the script refused (exit code 2), with what it said. OutOfMemory: a rank's memory ran out.
-        DsRingError: it failed, or took longer than ``limit_s``.
+        LaunchError: it failed, or took longer than ``limit_s``.
     """
     command = [_deepspeed(), "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", str(ranks)]
     _run([*command, str(ROOT / script), *options], _environment(ranks), log, report, limit_s)
@@ -67,6 +69,7 @@ def _run(
     log.parent.mkdir(parents=True, exist_ok=True)
     refusals: list[str] = []
     shortages: list[str] = []
+    failures: list[str] = []
     with log.open("w") as file:
         # A session of its own, so that everything it started can be ended with it.
         process = subprocess.Popen(
@@ -83,16 +86,20 @@ def _run(
                     refusals.append(line.removeprefix("error: ").strip())
                 elif line.startswith(OUT_OF_MEMORY):
                     shortages.append(line.strip())
+                elif line.startswith(FAILED):
+                    failures.append(line.removeprefix(FAILED).partition(": ")[2].strip())
             code = process.wait()
     if code == 2 or refusals:
         raise ConfigError(refusals[0] if refusals else f"refused; see {log}")
     if code and shortages:
         raise OutOfMemory(shortages[0])
+    program = Path(command[0]).name
     if late.is_set():
-        raise DsRingError(f"{Path(command[0]).name} did not end in {limit_s:.0f} s; see {log}")
+        raise LaunchError(f"{program} did not end in {limit_s:.0f} s; see {log}", f"took longer than {limit_s:.0f} s")
     if code:
         tail = "".join(log.read_text().splitlines(keepends=True)[-25:])
-        raise DsRingError(f"{Path(command[0]).name} ended with exit code {code}; the end of {log}:\n{tail}")
+        reason = failures[0] if failures else f"exit code {code}"
+        raise LaunchError(f"{program} ended with exit code {code}; the end of {log}:\n{tail}", reason)
 
 
 @contextlib.contextmanager

@@ -121,13 +121,13 @@ def find(
     """
     if not 0 < granularity <= 1:
         raise ConfigError(f"granularity={granularity} must be above 0 and at most 1; 0.02 is two percent")
-    config = RunConfig.load(config, batch_size=1, micro_batch_size=1, sweep=())
+    config = RunConfig.load(config, batch_size=1, micro_batch_size=1, micro_batch_sizes=(), sweep=())
     shape = model_shape(read_config(model_source(config)))
     check_run(config, shape, config.topology.world_size)
     ensure_checkpoint(config, report)
     rows: list[dict[str, Any]] = []
     document = {
-        **provenance, "config": config.document(), "layout": config.topology.label(),
+        **provenance, "config": config.document(), "layout": config.label,
         "gpus": config.topology.world_size, "dtype": config.dtype, "granularity": granularity,
         "memory_limit_gib": memory_limit_gib, "max_positions": shape.max_positions, "rows": rows,
     }  # fmt: skip

@@ -13,10 +13,12 @@ from matplotlib.ticker import StrMethodFormatter
 
 from ds_ring.report import caption, name_of
 
-KIND_COLOURS = {"baseline": "#8c8c8c", "data parallel": "#4c72b0", "sequence parallel": "#dd8452"}
+KIND_COLOURS = {"baseline": "#8c8c8c", "data parallel": "#4c72b0", "sequence parallel": "#dd8452", "peer": "#55a868"}
 
 
 def kind(row: dict[str, Any]) -> str:
+    if row.get("implementation", "ds_ring") != "ds_ring":
+        return "peer"
     if row["tp_size"] * row["pp_size"] > 1:
         return "baseline"
     return "sequence parallel" if row["ring_degree"] * row["ulysses_degree"] > 1 else "data parallel"

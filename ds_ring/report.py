@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from rich.table import Table
@@ -16,9 +17,20 @@ def name_of(row: dict[str, Any]) -> str:
     return str(row["layout"]) if whole else f"{row['layout']} ({row['mode'].replace('_', ' ')})"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def table(rows: list[dict[str, Any]], failed: Sequence[dict[str, Any]] = ()) -> tuple[list[str], list[list[str]]]:
+    """(heads, cells) of the paper's table; ``failed``: layouts without a row, and why."""
+    swept = any("micro_batches" in row for row in rows)
+    heads = ["layout", "micro-batch", *COLUMNS[1:]] if swept else list(COLUMNS)
+    cells = [_cells(row, swept) for row in rows]
+    missing = [[f["layout"], f"failed: {f['reason']}", *("" for _ in heads[2:])] for f in failed]
+    return heads, cells + missing
+
+
+def _cells(row: dict[str, Any], swept: bool) -> list[str]:
+    sizes = [f"{row['micro_batch']} of {', '.join(map(str, row['micro_batches']))}"] if swept else []
     return [
         name_of(row),
+        *sizes,
         f"{row['tps']:,.0f}",
         f"{row['tpot_ms']:.4g}",
         _change(row.get("vs_baseline")),
@@ -43,13 +55,10 @@ def caption(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def terminal_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=caption(rows), title_justify="left")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "layout" else "right")
-    for row in rows:
-        table.add_row(*_cells(row), style="red" if row.get("agrees") is False else None)
-    return table
+def terminal_table(rows: list[dict[str, Any]], failed: Sequence[dict[str, Any]] = ()) -> Table:
+    heads, cells = table(rows, failed)
+    wrong = [row.get("agrees") is False for row in rows] + [True for _ in failed]
+    return plain_table(caption(rows), heads, cells, ["red" if w else None for w in wrong])
 
 
 ATTENTION_COLUMNS = ("case, implementation", "ms", "TFLOP/s", "share", "GB/s", "error", "lse error", "MHz", "W", "note")
@@ -127,17 +136,24 @@ COMPARISON_LEGEND = (
 
 
 def comparison(document: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: the paper's table and, of several lengths, TPS by length."""
+    """Lines of Markdown: the paper's table and, of several lengths or micro-batches, TPS by them."""
     rows, sweep = document["rows"], document.get("sweep", [])
-    lines = markdown_table(COLUMNS, map(_cells, rows))
+    lines = markdown_table(*table(rows, document.get("failed", [])))
     if sweep:
-        lengths = sorted({r["length"] for r in sweep})
-        by_layout = []
-        for layout in dict.fromkeys(map(name_of, sweep)):
-            tps = {r["length"]: r["tps"] for r in sweep if name_of(r) == layout}
-            by_layout.append([layout, *(f"{tps[n]:,.0f}" if n in tps else "-" for n in lengths)])
-        lines += ["", "TPS by length:", "", *markdown_table(["layout", *map(str, lengths)], by_layout)]
+        lines += ["", "TPS by length:", "", *_tps_by("length", sweep)]
+    if sizes := document.get("micro_batches"):
+        own = [row for row in sizes if row["length"] == rows[0]["length"]]
+        lines += ["", "TPS by size of micro-batch:", "", *_tps_by("micro_batch", own)]
     return lines
+
+
+def _tps_by(field: str, rows: list[dict[str, Any]]) -> list[str]:
+    values = sorted({r[field] for r in rows})
+    by_layout = []
+    for layout in dict.fromkeys(map(name_of, rows)):
+        tps = {r[field]: r["tps"] for r in rows if name_of(r) == layout}
+        by_layout.append([layout, *(f"{tps[n]:,.0f}" if n in tps else "-" for n in values)])
+    return markdown_table(["layout", *map(str, values)], by_layout)
 
 
 def origin(document: dict[str, Any]) -> str:
@@ -152,13 +168,15 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def plain_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """The same for a terminal."""
+def plain_table(
+    title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None] = ()
+) -> Table:
+    """The same for a terminal; ``styles``: of each row."""
     made = Table(title=title, title_justify="left")
     for name in heads:
         made.add_column(name, justify="left" if name == heads[0] else "right")
-    for row in rows:
-        made.add_row(*row)
+    for row, style in zip_longest(rows, styles):
+        made.add_row(*row, style=style)
     return made
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_ring import plan
-from ds_ring.checks import ModelShape, check_layout, stage_layers
+from ds_ring.checks import ModelShape, check_device, check_layout, stage_layers
 from ds_ring.cli import say
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
@@ -51,12 +51,13 @@ def from_pretrained(
     run = resolve(run)
     shape = model_shape(read_config(path))
     check_layout(run, shape, world_size())
+    check_device(run, local_device().type)
     mesh = connect(run)
     dtype, device = torch_dtype(run.dtype), local_device()
     if is_tensor_pipeline(run.topology):
         layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
         return TensorPipelineEngine(load_stage(path, dtype, device, layers), run, mesh, shape, device)
-    return SequenceParallelEngine(load_model(path, dtype, device), run, mesh, shape, device)
+    return whole_engine(run)(load_model(path, dtype, device), run, mesh, shape, device)
 
 
 def init_inference(
@@ -73,6 +74,7 @@ def init_inference(
     run = resolve(run, model.config)
     shape = model_shape(model.config)
     check_layout(run, shape, world_size())
+    check_device(run, local_device().type)
     mesh = connect(run)
     return build_engine(model, run, mesh, shape, local_device())
 
@@ -99,7 +101,20 @@ def build_engine(model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: Mode
         if len(layers) < shape.num_layers:
             keep_stage(Anatomy.of(model), layers)
         return TensorPipelineEngine(model, run, mesh, shape, device)
-    return SequenceParallelEngine(model, run, mesh, shape, device)
+    return whole_engine(run)(model, run, mesh, shape, device)
+
+
+def whole_engine(run: RunConfig) -> type[Engine]:
+    """What runs a model that every rank holds whole. Peers' code is imported where it is asked for."""
+    if run.parallel.implementation == "deepspeed_ulysses":
+        from ds_ring.engines.deepspeed_ulysses import DeepSpeedUlyssesEngine
+
+        return DeepSpeedUlyssesEngine
+    if run.parallel.implementation == "context_parallel":
+        from ds_ring.engines.context_parallel import ContextParallelEngine
+
+        return ContextParallelEngine
+    return SequenceParallelEngine
 
 
 def is_tensor_pipeline(topology: Topology) -> bool:
@@ -135,7 +150,8 @@ def connect(run: RunConfig) -> Mesh:
     everyone = ProcessGroupTransport(deepspeed.comm.get_world_group(), world, deepspeed.comm.get_rank())
     everyone.agree(**run.facts(), **{f"the version of {name}": value for name, value in versions().items()})
     places = everyone.all_gather_objects(Place.of(device))
-    choice = choose(run.ring.transport, run.topology, places, sharing_a_gpu())
+    ours = run.parallel.implementation == "ds_ring"
+    choice = choose(run.ring.transport if ours else "process_group", run.topology, places, sharing_a_gpu())
     if choice.describe():
         say(f"transport: {choice.describe()}")
     insist = run.ring.transport == "copy_engine"

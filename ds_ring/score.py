@@ -62,7 +62,7 @@ def score(engine: Engine, documents: list[Document], show_progress: bool) -> dic
             for i, scores in zip(group, engine.token_log_likelihoods(ids, mask), strict=False):
                 found[i] = entry(documents[i][0], scores)
             progress.advance(bar, sum(map(len, rows)))
-    return {"layout": engine.mesh.topology.label(), "documents": [found[i] for i in range(len(documents))]}
+    return {"layout": engine.config.label, "documents": [found[i] for i in range(len(documents))]}
 
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

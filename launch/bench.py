@@ -25,7 +25,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
     config = runtime.resolve(config)
     bench.check(config)
-    cli.say(f"{config.topology.label()}: load {config.ring.model}")
+    cli.say(f"{config.label}: load {config.ring.model}")
     engine = runtime.from_pretrained(config=config)
     lengths = config.workload.lengths
     if len(args.references) > len(lengths):

@@ -5,8 +5,9 @@
     python launch/compare.py --layouts ds_configs/gpu2/*.json --latency 10000 32768 131072
 
 Runs each layout in turn under the deepspeed launcher and checks it against the unsharded model. Without --layouts,
-those of ds_configs/ that fit the hardware. Overrides apply to every layout. With --latency: how long one sequence takes
-in each, and in one GPU alone.
+those of ds_configs/ that fit the hardware. Overrides apply to every layout. The layouts of ds_configs/peers2/ are other
+implementations. With --micro-batch-sizes: each layout with each size, and the fastest stands for it. With --latency:
+how long one sequence takes in each, and in one GPU alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ds_ring import cli
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    from ds_ring import compare, latency, plots, progress, report, results
+    from ds_ring import compare, latency, plots, progress, report, results, verdict
 
     overrides = cli.overrides(args)
     files = args.layouts or ([args.config] if args.config else compare.default_layouts())
@@ -31,21 +32,25 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     with progress.steps(console, plan.steps) as (advance, say):
         compare.ensure_checkpoint(plan.first, say)
         found = compare.run_all(plan, output.with_suffix(".logs"), advance, say)
-    unfit = [f"{what['layout']} (out of memory at L = {what['length']})" for what in found.unfit]
-    cli.require([*found.failures, *unfit] if not found.rows else [], "no layout ran: {}; see the logs by the output")
-    rows = compare.judge(found.rows, args.baseline, found.unchecked)
-    made = latency.document(plan, found, latency.judge(rows)) if args.latency else compare.document(plan, rows)
+    failed = found.without_row
+    cli.require([] if found.rows else list(map(said, failed)), "no layout ran: {}; see the logs by the output")
+    rows = verdict.judge(found.rows, args.baseline, found.unchecked)
+    made = latency.document(plan, found, latency.judge(rows)) if args.latency else verdict.document(plan, rows, failed)
     document = results.provenance() | made
     results.write_json(output, document)
     results.write_atomically(output.with_suffix(".md"), (latency if args.latency else report).markdown(document))
     (plots.draw_latency if args.latency else plots.draw)(document, output.with_suffix(".png"))
-    console.print(latency.terminal_table(document) if args.latency else report.terminal_table(document["rows"]))
+    console.print(latency.terminal_table(document) if args.latency else report.terminal_table(document["rows"], failed))
     console.print(f"written: {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
     # That a layout does not hold a sequence is a result where it is asked how long each takes, and else a failure.
-    failures = found.failures if args.latency else [*found.failures, *unfit]
-    cli.require(failures, "these layouts failed, see the logs by the output: {}")
-    cli.require(compare.disagreeing(rows), "not the unsharded model's result: {}")
+    failures = verdict.ours(found.failures if args.latency else failed)
+    cli.require(list(map(said, failures)), "these layouts failed, see the logs by the output: {}")
+    cli.require(verdict.disagreeing(rows), "not the unsharded model's result: {}")
     return document
+
+
+def said(failure: dict[str, Any]) -> str:
+    return f"{failure['layout']} ({failure['reason']})"
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from ds_ring import compare, plots, report, results
+from ds_ring import compare, plots, report, results, verdict
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError, DsRingError, OutOfMemory
+from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory, UnsupportedModelError
 
 
 def row(layout, tps, *, length=1000, mode="full", error=1e-6, dtype="fp32", peak=1e12, **degrees):
     sizes = {"dp_size": 1, "pp_size": 1, "tp_size": 1, "ring_degree": 1, "ulysses_degree": 1} | degrees
     return {
-        "layout": layout, "mode": mode, "gpus": 4, **sizes, "batch": 4, "length": length, "dtype": dtype,
+        "layout": layout, "implementation": "ds_ring", "mode": mode, "gpus": 4, **sizes,
+        "batch": 4, "micro_batch": 1, "length": length, "dtype": dtype,
         "device": "a device",
         "tps": tps, "tpot_ms": 4e3 / tps, "mfu": tps / peak, "peak_flops_per_gpu": peak, "step_ms": 4e6 / tps,
         "bytes_sent_per_rank": 2**20, "comm_exposed_ms": 1.5, "max_rel_error": error, "rel_error": error / 2,
@@ -25,8 +26,8 @@ def test_modes_are_compared_among_themselves(rows):
         row("tp4", 1000.0, mode="prefill_only", tp_size=4),
         row("ring4", 1250.0, mode="prefill_only", ring_degree=4),
     ]
-    judged = compare.judge(rows + short)
-    assert judged[: len(rows)] == compare.judge(rows)
+    judged = verdict.judge(rows + short)
+    assert judged[: len(rows)] == verdict.judge(rows)
     assert judged[-1]["vs_baseline"] == pytest.approx(1.25)
     assert judged[-1]["vs_dp"] is None
     assert "one full forward (prefill)" in report.caption(judged)
@@ -47,7 +48,7 @@ def rows():
 
 
 def test_gains_refer_to_the_fastest_baseline_and_to_dp_at_the_same_length(rows):
-    ring, short = (r for r in compare.judge(rows) if r["layout"] == "ring4")
+    ring, short = (r for r in verdict.judge(rows) if r["layout"] == "ring4")
     assert ring["vs_baseline"] == pytest.approx(1.2)
     assert ring["vs_dp"] == pytest.approx(0.96)
     assert short["vs_baseline"] == pytest.approx(1.5)
@@ -55,12 +56,12 @@ def test_gains_refer_to_the_fastest_baseline_and_to_dp_at_the_same_length(rows):
 
 
 def test_a_baseline_can_be_named(rows):
-    ring = next(r for r in compare.judge(rows, baseline="tp4") if r["layout"] == "ring4")
+    ring = next(r for r in verdict.judge(rows, baseline="tp4") if r["layout"] == "ring4")
     assert ring["vs_baseline"] == pytest.approx(960 / 700)
 
 
 def test_mfu_of_all_rows_refers_to_one_peak():
-    judged = compare.judge([row("dp4", 1000.0, peak=1e6, dp_size=4), row("ring4", 1000.0, peak=2e6, ring_degree=4)])
+    judged = verdict.judge([row("dp4", 1000.0, peak=1e6, dp_size=4), row("ring4", 1000.0, peak=2e6, ring_degree=4)])
     assert judged[0]["mfu"] == pytest.approx(judged[1]["mfu"])
 
 
@@ -72,17 +73,17 @@ def test_a_row_agrees_only_within_its_dtypes_tolerance(dtype, error, agrees):
     one = row("ring4", 1.0, dtype=dtype, error=error or 0.0, ring_degree=4)
     if error is None:
         one |= {"max_rel_error": None, "rel_error": None}
-    assert compare.judge([one])[0]["agrees"] is agrees
+    assert verdict.judge([one])[0]["agrees"] is agrees
 
 
 def test_document_separates_the_table_from_the_sweep(rows):
     plan = compare.Plan([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
-    document = compare.document(plan, compare.judge(rows))
+    document = verdict.document(plan, verdict.judge(rows))
     assert [r["layout"] for r in document["rows"]] == ["dp4", "tp2_pp2", "tp4", "ring4"]
     assert len(document["sweep"]) == len(rows)
     assert plan.lengths == [500, 1000]
     rows[-1]["max_rel_error"] = 1.0
-    assert compare.disagreeing(compare.judge(rows)) == ["ring4 at L = 500"]
+    assert verdict.disagreeing(verdict.judge(rows)) == ["ring4 at L = 500"]
 
 
 def test_every_set_of_layouts_in_the_repository_compares(monkeypatch):
@@ -92,7 +93,7 @@ def test_every_set_of_layouts_in_the_repository_compares(monkeypatch):
         assert files
         assert all(f"/{folder}/" in f for f in files)
         plan = compare.Plan.make(files, {})
-        labels = [run.topology.label() for _, run in plan.runs]
+        labels = [run.label for _, run in plan.runs]
         assert labels == [file.stem for file, _ in plan.runs]
 
 
@@ -109,7 +110,7 @@ def test_layouts_with_different_workloads_are_refused(tmp_path):
 
 def test_the_report_shows_every_layout_and_the_command(rows):
     plan = compare.Plan([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
-    document = results.provenance() | compare.document(plan, compare.judge(rows))
+    document = results.provenance() | verdict.document(plan, verdict.judge(rows))
     text = report.markdown(document)
     assert "| ring4 | 960 | 4.167 | +20.0 % | -4.0 % |" in text
     assert "| tp2_pp2 | 100 | 800 |" in text
@@ -119,7 +120,7 @@ def test_the_report_shows_every_layout_and_the_command(rows):
 
 def test_the_plot_is_a_picture(rows, tmp_path):
     plan = compare.Plan([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
-    plots.draw(compare.document(plan, compare.judge(rows)), tmp_path / "plot.png")
+    plots.draw(verdict.document(plan, verdict.judge(rows)), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -147,7 +148,7 @@ def two_layouts(tmp_path, monkeypatch):
             if isinstance(outcome, Exception):
                 raise outcome
             output, config = (options[options.index(name) + 1] for name in ("--output", "--config"))
-            assert RunConfig.load(config).topology.label() == log.stem
+            assert RunConfig.load(config).label == log.stem.partition(".")[0]
             before = results.read_json(output)["rows"] if Path(output).exists() else []
             results.write_json(output, {"rows": [*before, outcome]})
 
@@ -167,7 +168,8 @@ def test_a_failing_layout_takes_neither_the_others_results_with_it_nor_its_own(t
     outcomes["tp2_pp2"] = [row("tp2_pp2", 1.0)]
     found = run_all(plan, logs)
     assert [(r["config_file"], r["length"]) for r in found.rows] == [("ring4.json", 500), ("tp2_pp2.json", 1000)]
-    assert (found.failures, found.unfit) == (["ring4"], [])
+    assert found.unfit == []
+    assert found.failures == [{"layout": "ring4", "implementation": "ds_ring", "reason": "crashed"}]
 
 
 def test_what_did_not_fit_is_what_has_no_row(two_layouts):
@@ -182,6 +184,80 @@ def test_what_did_not_fit_is_what_has_no_row(two_layouts):
     assert found.failures == []
 
 
+def test_a_sweep_over_micro_batches_goes_on_behind_what_does_not_fit(two_layouts):
+    plan, outcomes, logs = two_layouts
+    plan = compare.Plan.make([str(file) for file, _ in plan.runs], {"sweep": (500,), "micro_batch_sizes": (4, 1, 2)})
+    lack = OutOfMemory("out of memory on rank 1")
+
+    def timed(size, length, tps):
+        return row("ring4", tps, length=length, ring_degree=4) | {"micro_batch": size}
+
+    outcomes["ring4"] = [timed(1, 500, 3.0), timed(1, 1000, 4.0), timed(2, 500, 5.0), lack]
+    outcomes["ring4.2"] = [timed(4, 500, 2.0)]
+    outcomes["tp2_pp2"] = [row("tp2_pp2", 2.0, length=500, tp_size=2, pp_size=2), lack]
+    outcomes["tp2_pp2.2"] = [lack]
+    found = run_all(plan, logs)
+    assert RunConfig.load(logs / "ring4.2.config.json").workload.micro_batches == [4]
+    assert RunConfig.load(logs / "ring4.2.config.json").workload.lengths == [500]
+    assert [(u["layout"], u["micro_batch"], u["length"]) for u in found.unfit] == [
+        ("ring4", 2, 1000), ("ring4", 4, 1000), ("tp2_pp2", 1, 1000), ("tp2_pp2", 2, 1000), ("tp2_pp2", 4, 1000),
+        ("tp2_pp2", 2, 500), ("tp2_pp2", 4, 500),
+    ]  # fmt: skip
+    failed = found.without_row
+    assert failed == [{"layout": "tp2_pp2", "implementation": "ds_ring", "reason": "out of memory at L = 1000"}]
+    document = verdict.document(plan, verdict.judge(found.rows), failed)
+    assert [(r["layout"], r["length"], r["micro_batch"], r["micro_batches"]) for r in document["sweep"]] == [
+        ("ring4", 500, 2, [1, 2, 4]), ("ring4", 1000, 1, [1]), ("tp2_pp2", 500, 1, [1])
+    ]  # fmt: skip
+    assert [r["vs_baseline"] for r in document["sweep"]] == [2.5, None, 1.0]
+    assert len(document["micro_batches"]) == 5
+    text = report.markdown(results.provenance() | document)
+    assert "| ring4 | 1 of 1 | 4 |" in text
+    assert "| tp2_pp2 | failed: out of memory at L = 1000 |  |" in text
+    assert report.terminal_table(document["rows"], failed).row_count == 2
+
+
+def test_a_peer_that_fails_is_a_line_of_the_table_and_no_failure_of_ours(two_layouts):
+    plan, outcomes, logs = two_layouts
+    ring, run = plan.runs[0]
+    peer = RunConfig.load(run, implementation="deepspeed_ulysses", ring_degree=1, ulysses_degree=4)
+    plan = compare.Plan.checked([(ring, run), (ring.with_stem("deepspeed_ulysses4"), peer)])
+    outcomes["ring4"] = [row("ring4", 1.0)]
+    for error, reason in (
+        (LaunchError("a long story\nof many lines", "RuntimeError: no kernel"), "RuntimeError: no kernel"),
+        (UnsupportedModelError("Model asks for s_aux"), "Model asks for s_aux"),
+    ):
+        outcomes["deepspeed_ulysses4"] = [error]
+        found = run_all(plan, logs)
+        assert [r["layout"] for r in found.rows] == ["ring4"]
+        assert verdict.ours(found.without_row) == []
+        (line,) = found.without_row
+        assert (line["layout"], line["reason"]) == ("deepspeed_ulysses4", reason)
+        assert report.table(found.rows, [line])[1][1][:2] == ["deepspeed_ulysses4", f"failed: {reason}"]
+    outcomes["ring4"] = [ConfigError("cannot be")]
+    with pytest.raises(ConfigError, match="cannot be"):
+        run_all(plan, logs)
+
+
+def test_a_peer_that_is_wrong_is_shown_and_no_failure_of_ours():
+    wrong = row("deepspeed_ulysses4", 1.0, error=1.0, ulysses_degree=4) | {"implementation": "deepspeed_ulysses"}
+    judged = verdict.judge([wrong])
+    assert judged[0]["agrees"] is False
+    assert verdict.disagreeing(judged) == []
+    assert plots.kind(wrong) == "peer"
+
+
+def test_context_parallel_is_refused_where_there_are_no_gpus(monkeypatch):
+    folder = compare.launcher.ROOT / "ds_configs"
+    files = [str(folder / "gpu2" / "ring2.json"), *sorted(map(str, (folder / "peers2").glob("*.json")))]
+    monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 0)
+    with pytest.raises(ConfigError, match="implementation=context_parallel: PyTorch has it for GPUs alone"):
+        compare.Plan.make(files, {})
+    monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 2)
+    plan = compare.Plan.make(files, {})
+    assert [run.label for _, run in plan.runs] == ["ring2", "context_parallel2", "deepspeed_ulysses2"]
+
+
 def test_lengths_at_which_the_reference_does_not_fit_are_unchecked(two_layouts, monkeypatch):
     plan, outcomes, logs = two_layouts
 
@@ -193,9 +269,9 @@ def test_lengths_at_which_the_reference_does_not_fit_are_unchecked(two_layouts, 
     outcomes |= {"ring4": [row("ring4", 1.0, length=500), row("ring4", 1.0) | {"max_rel_error": None}]}
     found = run_all(plan, logs)
     assert found.unchecked == [1000]
-    judged = compare.judge(found.rows, unchecked=found.unchecked)
+    judged = verdict.judge(found.rows, unchecked=found.unchecked)
     assert [r["agrees"] for r in judged] == [True, None]
-    assert compare.disagreeing(judged) == []
+    assert verdict.disagreeing(judged) == []
 
 
 def test_an_earlier_result_does_not_pass_for_a_run_that_wrote_none(two_layouts):
@@ -205,7 +281,7 @@ def test_an_earlier_result_does_not_pass_for_a_run_that_wrote_none(two_layouts):
     outcomes["ring4"] = []
     found = run_all(plan, logs)
     assert [r["layout"] for r in found.rows] == ["tp2_pp2"]
-    assert found.failures == ["ring4"]
+    assert [failure["layout"] for failure in found.failures] == ["ring4"]
 
 
 def test_an_interrupted_checkpoint_is_not_left_half_made(tmp_path, monkeypatch):

@@ -53,11 +53,12 @@ class TestLoading:
                 "model": None,
                 "parallel": {
                     "auto": False, "dp_size": 1, "pp_size": 1, "ring_degree": 1, "ulysses_degree": 1,
-                    "ring_impl": "zigzag", "ring_variant": "auto", "decode": "whole",
-                    "gather_limit_mib": 2048,
+                    "implementation": "ds_ring", "ring_impl": "zigzag", "ring_variant": "auto",
+                    "decode": "whole", "gather_limit_mib": 2048,
                 },
                 "workload": {
-                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "text": [],
+                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1,
+                    "micro_batch_sizes": [], "text": [],
                     "prefill_chunk": 0, "warmup": 1, "warmup_batch_size": 0, "repeats": 3, "mode": "full",
                 },
                 "transport": "auto",
@@ -208,7 +209,7 @@ class TestRefusedFiles:
         file.write_text('{"ds_ring": {"parallel": {"tp_size": 2}}}')
         with refused(
             f"ds_ring.parallel.tp_size is not a known key in {file}; known here: auto, decode, dp_size, "
-            "gather_limit_mib, pp_size, ring_degree, ring_impl, ring_variant, ulysses_degree"
+            "gather_limit_mib, implementation, pp_size, ring_degree, ring_impl, ring_variant, ulysses_degree"
         ):
             RunConfig.load(file)
 
@@ -220,7 +221,8 @@ class TestRefusedFiles:
          "ds_ring.paralel is not a known key; known here: decode_graph, fusion, interleave, model, parallel, "
          "timeout_s, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
-         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, mode, "
+         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, "
+         "micro_batch_sizes, mode, "
          "prefill_chunk, repeats, sweep, text, warmup, warmup_batch_size"),
         ({"ds_ring": {"parallel": {"pp_size": "many"}}},
          "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
@@ -293,6 +295,6 @@ def test_every_shipped_configuration_loads_and_documents_itself(file):
 
 @pytest.mark.parametrize("file", FOR_ONE_HOST, ids=name)
 def test_a_configuration_for_one_host_is_named_after_its_layout_and_number_of_ranks(file):
-    topology = RunConfig.load(file).topology
-    assert file.stem == topology.label()
-    assert re.fullmatch(rf"[a-z]+{topology.world_size}", file.parent.name)
+    config = RunConfig.load(file)
+    assert file.stem == config.label
+    assert re.fullmatch(rf"[a-z]+{config.topology.world_size}", file.parent.name)

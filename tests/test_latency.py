@@ -32,7 +32,7 @@ def document():
 def test_one_rank_alone_comes_first_and_data_parallelism_is_nothing_else():
     plan = latency.plan(FILES, [131072, 10000], {"repeats": 2})
     assert [file.stem for file, _ in plan.runs] == ["single", "tp4", "tp2_pp2", "ring4", "ulysses2_ring2"]
-    assert [run.topology.label() for _, run in plan.runs] == [file.stem for file, _ in plan.runs]
+    assert [run.label for _, run in plan.runs] == [file.stem for file, _ in plan.runs]
     work = plan.first.workload
     assert (plan.lengths, work.batch_size, work.micro_batch_size, work.repeats) == ([10000, 131072], 1, 1, 2)
 

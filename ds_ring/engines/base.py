@@ -74,7 +74,7 @@ class Engine(ABC):
     ) -> None:
         self.config, self.mesh, self.shape, self.device = config, mesh, shape, device
         self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
-        inject(model, self._context)
+        self._inject(model)
         self.anatomy = Anatomy.of(model)
         self.fusion: Fusion | None = None
         self.stall = StallWatch(mesh.traffic, config.ring.timeout_s)
@@ -82,6 +82,10 @@ class Engine(ABC):
         """What is done with the steps of a generation before they are repeated."""
         if self._captures:
             self.capture = Capture(self, insist=config.ring.decode_graph == "on")
+
+    def _inject(self, model: PreTrainedModel) -> None:
+        """Put the attention that shares sequences into ``model``."""
+        inject(model, self._context)
 
     def _fuse(self) -> None:
         """To be called once the model is as DeepSpeed serves it."""

@@ -54,7 +54,7 @@ class SequenceParallelEngine(Engine):
         return range(self.shape.num_layers)
 
     def held_positions(self, length: int, peer: int) -> Tensor:
-        return _positions(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
+        return positions_of(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
 
     @property
     def decodes_sliced(self) -> bool:
@@ -132,7 +132,8 @@ class SequenceParallelEngine(Engine):
 
 
 @lru_cache(maxsize=64)
-def _positions(layout: SequenceLayout, ring_rank: int, ulysses_rank: int) -> Tensor:
+def positions_of(layout: SequenceLayout, ring_rank: int, ulysses_rank: int) -> Tensor:
+    """``SequenceLayout.positions`` as a tensor."""
     return torch.tensor(layout.positions(ring_rank, ulysses_rank))
 
 

@@ -67,6 +67,7 @@ def _shape(text: Any, heads_of_layers: list[tuple[int, int]]) -> ModelShape:
         layer_types=tuple(getattr(text, "layer_types", None) or ()),
         sliding_window=_first(text, "sliding_window", default=None),
         unlike_layers=tuple(heads_of_layers) if len(set(heads_of_layers)) > 1 else (),
+        softcap=_first(text, "attn_logit_softcapping", default=None),
     )
 
 

@@ -1,0 +1,124 @@
+"""Other implementations of sequence parallelism on the same model and batch, for comparison.
+
+They run transformers' own layers with its SDPA; only how ranks share a sequence is theirs. What they send passes
+through us, so that bytes are counted and communication can be left out as in our engines.
+"""
+
+# Shapes: B rows, L tokens of the batch, P padded to the layout, l tokens on this rank, k kept ones.
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from ds_ring.engines.base import Engine, Shard
+from ds_ring.engines.batch import Batch
+from ds_ring.engines.sequence_parallel import positions_of
+from ds_ring.engines.transfer import to_device
+from ds_ring.errors import InputError, UnsupportedModelError
+from ds_ring.hf.peer_attention import attach
+from ds_ring.layout import SequenceLayout
+
+Shared = AbstractContextManager[tuple[Tensor, Tensor]]
+
+
+class PeerEngine(Engine):
+    """Whole forwards by another implementation; ``model`` must be whole."""
+
+    result_axis = "sp"
+    _muted = False
+    _calls = 0
+
+    @abstractmethod
+    def layout(self, length: int) -> SequenceLayout:
+        """Who holds which tokens."""
+
+    @abstractmethod
+    def _shared(self, ids_BP: Tensor, position_ids_BP: Tensor) -> Shared:
+        """This rank's part [B, l] of both inside a block in which the peer's attention works."""
+
+    @abstractmethod
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any
+    ) -> tuple[Tensor, None]:
+        """The peer's attention, as transformers calls one."""
+
+    def _inject(self, model: PreTrainedModel) -> None:
+        attach(model, self.config.parallel.implementation, self._counted)
+
+    def _counted(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
+        self._calls += 1
+        return self._attend(*args, **options)
+
+    @property
+    def layers(self) -> range:
+        return range(self.shape.num_layers)
+
+    def held_positions(self, length: int, peer: int) -> Tensor:
+        return positions_of(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
+
+    def mute(self, muted: bool) -> None:
+        self._muted = muted
+
+    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+        return [self._forward(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+
+    # Not inference_mode: PyTorch's DTensor, which context_parallel is made of, resizes and views in place.
+    @torch.no_grad()
+    def _forward(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
+        padding = (0, self.layout(batch.length).padded_length - batch.length)
+        given = (to_device(pad(t, padding), self.device) for t in (batch.ids_BL, batch.position_ids_BL))
+        positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
+        at_k = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
+        self._calls = 0
+        with (
+            self.anatomy.captured_hidden() as hidden,
+            self._shared(*given) as (ids_Bl, position_ids_Bl),
+        ):
+            out = self.model(
+                input_ids=ids_Bl,
+                position_ids=position_ids_Bl,
+                use_cache=False,
+                logits_to_keep=to_device(at_k, self.device),
+            )
+        if self._calls != len(self.layers):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} attended {self._calls} times through transformers' interface for "
+                f"{len(self.layers)} layers, so {self.config.parallel.implementation} cannot serve it"
+            )
+        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at_k], out.logits)
+
+    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        self._refuse("prefill_only")
+
+    def slots(self, length: int) -> int:
+        self._refuse("a cache")
+
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Any) -> Tensor:
+        self._refuse("decoding")
+
+    def generate(self, *args: Any, **options: Any) -> NoReturn:
+        self._refuse("generate")
+
+    def _refuse(self, what: str) -> NoReturn:
+        whose = self.config.parallel.implementation
+        raise InputError(f"implementation={whose} has no {what}, only whole forwards; take implementation=ds_ring")
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """``attributes`` of ``owner`` inside the block."""
+    before = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
