@@ -22,7 +22,8 @@ from ds_ring.config import ParallelConfig, RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
 from ds_ring.errors import DsRingError, UnsupportedModelError
-from ds_ring.hf.attention import NAME, AttentionContext, register
+from ds_ring.hf.attention import NAME, register
+from ds_ring.hf.context import AttentionContext
 from ds_ring.hf.shape import model_shape
 from ds_ring.layout import SequenceLayout
 from ds_ring.runtime import build_engine

@@ -1,26 +1,25 @@
 """Ring attention: every rank keeps its queries, keys and values travel, partial results merge by log-sum-exp.
 
-At hop s a rank receives from the rank s places before it and sends to the rank s places after it, straight from the
-owner rather than handed on from neighbour to neighbour. On a switch every pair is as near as any other, and only what
-the receiver's queries can see has to move: under causal attention half of a zigzag slice to later ranks, nothing of a
-contiguous one to earlier ranks. (Ring attention: arXiv 2310.01889; zigzag: the context parallelism of Llama 3, arXiv
+What travels when is ``round.py``. (Ring attention: arXiv 2310.01889; zigzag: the context parallelism of Llama 3, arXiv
 2407.21783.)
 """
 
 # Shapes: B batch, L queries of this rank's slice, S keys, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from ds_ring.attention import sinks
 from ds_ring.attention.local import accumulate_, attend
+from ds_ring.attention.round import Round
 from ds_ring.attention.runs import Segment, accumulate_runs_, attend_runs
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
 from ds_ring.layout import Block, SequenceLayout
 from ds_ring.transport.base import Transport
-from ds_ring.transport.shared import Part, Pending, Shared
 
 
 def ring_attention(
@@ -49,122 +48,53 @@ def ring_attention(
     Returns:
         out [B, L, H, D] in q's dtype.
     """
-    assert transport.size == layout.ring_degree
-    assert q_BLHD.shape[1] == layout.slice_length
     if transport.size == 1:
         return sinks.apply_(*attend(q_BLHD, k_BLKD, v_BLKD, spec=spec), sinks_H)
-    if variant in ("auto", "pass_q"):
-        # A property of the layout, so that all ranks decide alike.
-        gathered_bytes = 2 * k_BLKD.nbytes * layout.ring_degree
-        # With another micro-batch to run meanwhile, or no gain from running on, the cheaper single call is better.
-        hides = transport.overlaps and transport.meanwhile is None
-        variant = "pass_kv" if gathered_bytes > gather_limit_bytes else "local_first" if hides else "gather_kv"
-    run = {"pass_kv": pass_kv, "gather_kv": gather_kv, "local_first": local_first}[variant]
-    return run(q_BLHD, k_BLKD, v_BLKD, layout=layout, spec=spec, transport=transport, sinks_H=sinks_H)
+    with Round(
+        k_BLKD.shape, k_BLKD,
+        layout=layout, transport=transport, variant=variant, gather_limit_bytes=gather_limit_bytes,
+    ) as travelling:  # fmt: skip
+        travelling.write(k_BLKD, v_BLKD)
+        travelling.start()
+        return attend_round(q_BLHD, travelling, spec, sinks_H)
 
 
-def pass_kv(
-    q_BLHD: Tensor,
-    k_BLKD: Tensor,
-    v_BLKD: Tensor,
-    *,
-    layout: SequenceLayout,
-    spec: AttentionSpec,
-    transport: Transport,
-    sinks_H: Tensor | None = None,
-) -> Tensor:
+def attend_round(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None = None) -> Tensor:
+    """As ``ring_attention``, of keys and values that are on their way already: ``travelling`` has been started."""
+    if travelling.transport.size == 1:
+        return sinks.apply_(*attend(q_BLHD, *travelling.own_2BLKD, spec=spec), sinks_H)
+    assert q_BLHD.shape[1] == travelling.layout.slice_length
+    travelling.transport.turn()
+    run = {"pass_kv": pass_kv, "gather_kv": gather_kv, "local_first": local_first}[travelling.variant]
+    return run(q_BLHD, travelling, spec, sinks_H)
+
+
+def pass_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
     """Block by block into one running result, fp32: the next block travels while the present one is computed."""
-    rank, size = transport.rank, transport.size
-    with _share(k_BLKD, v_BLKD, layout, transport) as shared:
-        arriving = _pull(shared, layout, transport, 1)
-        transport.turn()
-        out_BLHD, lse_BHL = _own_block(q_BLHD, shared.own, layout, spec, rank)
-        for hop in range(1, size):
-            pending, block_2BSKD = arriving
-            if hop + 1 < size:
-                arriving = _pull(shared, layout, transport, hop + 1)
-            pending.wait()
-            _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, (rank - hop) % size), spec)
+    layout, rank = travelling.layout, travelling.transport.rank
+    out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own_2BLKD, layout, spec, rank)
+    for source, block_2BSKD in travelling.blocks():
+        _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, source), spec)
+        del block_2BSKD  # a third one would be held while the next is asked for
     return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
 
 
-def gather_kv(
-    q_BLHD: Tensor,
-    k_BLKD: Tensor,
-    v_BLKD: Tensor,
-    *,
-    layout: SequenceLayout,
-    spec: AttentionSpec,
-    transport: Transport,
-    sinks_H: Tensor | None = None,
-) -> Tensor:
+def gather_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
     """All visible K/V first, then one call for all runs of queries: no merge."""
-    rank = transport.rank
-    with _share(k_BLKD, v_BLKD, layout, transport) as shared:
-        arriving = _pull_all(shared, layout, transport)
-        transport.turn()
-        segments = _segments(layout, rank, *shared.own) + _arrived(arriving, layout)
-        return attend_runs(q_BLHD, layout.slice_runs(rank), segments, spec, sinks_H)
+    layout, rank = travelling.layout, travelling.transport.rank
+    segments = _segments(layout, [(rank, travelling.own_2BLKD), *travelling.blocks()])
+    return attend_runs(q_BLHD, layout.slice_runs(rank), segments, spec, sinks_H)
 
 
-def local_first(
-    q_BLHD: Tensor,
-    k_BLKD: Tensor,
-    v_BLKD: Tensor,
-    *,
-    layout: SequenceLayout,
-    spec: AttentionSpec,
-    transport: Transport,
-    sinks_H: Tensor | None = None,
-) -> Tensor:
+def local_first(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
     """The own block, which needs nobody, while all visible K/V arrive; then those, continuing its result."""
-    rank = transport.rank
-    with _share(k_BLKD, v_BLKD, layout, transport) as shared:
-        arriving = _pull_all(shared, layout, transport)
-        transport.turn()
-        out_BLHD, lse_BHL = _own_block(q_BLHD, shared.own, layout, spec, rank)
-        segments = _arrived(arriving, layout)
-        if not accumulate_runs_(out_BLHD, lse_BHL, q_BLHD, layout.slice_runs(rank), segments, spec):
-            for source, _, block_2BSKD in arriving:
-                _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, source), spec)
+    layout, rank = travelling.layout, travelling.transport.rank
+    out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own_2BLKD, layout, spec, rank)
+    arrived = list(travelling.blocks())
+    if not accumulate_runs_(out_BLHD, lse_BHL, q_BLHD, layout.slice_runs(rank), _segments(layout, arrived), spec):
+        for source, block_2BSKD in arrived:
+            _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, source), spec)
     return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
-
-
-def _share(k_BLKD: Tensor, v_BLKD: Tensor, layout: SequenceLayout, transport: Transport) -> Shared:
-    """K and V where peers can get at them: each peer's part is the prefix of rows that its queries see."""
-    rank, size = transport.rank, transport.size
-    shared = transport.share((2, *k_BLKD.shape), k_BLKD)
-    shared.own[0].copy_(k_BLKD)
-    shared.own[1].copy_(v_BLKD)
-    targets = [(rank + hop) % size for hop in range(1, size)]
-    shared.publish([_visible(layout, target, rank, target) for target in targets])
-    return shared
-
-
-def _pull(shared: Shared, layout: SequenceLayout, transport: Transport, hop: int) -> tuple[Pending, Tensor]:
-    """Take what we see of the rank ``hop`` places back, as [2, B, S, K, D]; nothing seen leaves S = 0."""
-    source = (transport.rank - hop) % transport.size
-    incoming = _visible(layout, transport.rank, source, source)
-    pending, block_2BSKD = shared.pull(incoming)
-    return pending, block_2BSKD if incoming else shared.own[:, :, :0]
-
-
-def _pull_all(shared: Shared, layout: SequenceLayout, transport: Transport) -> list[tuple[int, Pending, Tensor]]:
-    rank, size = transport.rank, transport.size
-    return [((rank - hop) % size, *_pull(shared, layout, transport, hop)) for hop in range(1, size)]
-
-
-def _visible(layout: SequenceLayout, q_rank: int, k_rank: int, peer: int) -> Part | None:
-    rows = layout.visible_rows(q_rank, k_rank)
-    return (peer, (slice(None), slice(None), slice(0, rows))) if rows else None
-
-
-def _arrived(arriving: list[tuple[int, Pending, Tensor]], layout: SequenceLayout) -> list[Segment]:
-    segments = []
-    for source, pending, block_2BSKD in arriving:
-        pending.wait()
-        segments += _segments(layout, source, *block_2BSKD)
-    return segments
 
 
 def _own_block(
@@ -183,15 +113,16 @@ def _own_block(
     return out_BLHD, lse_BHL
 
 
-def _segments(layout: SequenceLayout, source: int, k_BSKD: Tensor, v_BSKD: Tensor) -> list[Segment]:
-    """The runs of ``source``'s slice, as far as they are there: what is visible is a prefix, in whole runs."""
+def _segments(layout: SequenceLayout, held: Iterable[tuple[int, Tensor]]) -> list[Segment]:
+    """The runs of every slice in ``held``, as far as they are there: what is visible is a prefix, in whole runs."""
     found = []
-    taken = 0
-    for run in layout.slice_runs(source):
-        if taken < k_BSKD.shape[1]:
-            rows = slice(taken, taken + run.length)
-            found.append(Segment(run.start, k_BSKD[:, rows], v_BSKD[:, rows]))
-            taken += run.length
+    for source, (k_BSKD, v_BSKD) in held:
+        taken = 0
+        for run in layout.slice_runs(source):
+            if taken < k_BSKD.shape[1]:
+                rows = slice(taken, taken + run.length)
+                found.append(Segment(run.start, k_BSKD[:, rows], v_BSKD[:, rows]))
+                taken += run.length
     return found
 
 

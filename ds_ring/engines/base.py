@@ -25,7 +25,8 @@ from ds_ring.engines.batch import Batch, pack
 from ds_ring.engines.gather import assemble, gather_replicas, row_starts
 from ds_ring.errors import InputError, NumericsError
 from ds_ring.hf.anatomy import Anatomy
-from ds_ring.hf.attention import AttentionContext, inject
+from ds_ring.hf.attention import inject
+from ds_ring.hf.context import AttentionContext
 from ds_ring.hf.fused.fusion import Fusion
 from ds_ring.layout import SequenceLayout
 from ds_ring.topology import Axis
