@@ -69,6 +69,12 @@ class WorkloadConfig(_Section):
     batch_size: int = Field(1, ge=1, description="sequences of one pass, over all replicas")
     max_length: int = Field(1024, ge=1, description="tokens a sequence; longer documents are refused by score")
     micro_batch_size: int = Field(1, ge=1, description="sequences a replica runs at a time")
+    block_rows: int = Field(
+        65536,
+        ge=0,
+        description="tokens, over all sequences of a micro-batch, that a fused layer's MLP and projections run at a "
+        "time where a rank has more; 0: all at once",
+    )
     prefill_chunk: int = Field(
         0, ge=0, description="prompt tokens a row that generate runs at a time; 0: the whole prompt at once"
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_ring.attention import sinks
 from ds_ring.attention.local import accumulate_, attend
 from ds_ring.attention.round import Round
-from ds_ring.attention.runs import Segment, accumulate_runs_, attend_runs
+from ds_ring.attention.runs import Segment, accumulate_runs_, attend_runs, one_launch
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
 from ds_ring.layout import Block, SequenceLayout
@@ -70,8 +70,14 @@ def attend_round(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H
 
 
 def pass_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
-    """Block by block into one running result, fp32: the next block travels while the present one is computed."""
+    """Block by block into one running result, fp32: the next block travels while the present one is computed.
+
+    Where one peer's block is all there is, and a kernel takes it beside the own one, the fp32 result is saved.
+    """
     layout, rank = travelling.layout, travelling.transport.rank
+    own = _segments(layout, [(rank, travelling.own_2BLKD)])
+    if travelling.may_gather and one_launch(q_BLHD, layout.slice_runs(rank), own, spec):
+        return gather_kv(q_BLHD, travelling, spec, sinks_H)
     out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own_2BLKD, layout, spec, rank)
     for source, block_2BSKD in travelling.blocks():
         _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, source), spec)

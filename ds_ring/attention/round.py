@@ -37,6 +37,8 @@ class Round:
     Attributes:
         own_2BLKD: this rank's keys and values, for the peers to take and for its own attention to read.
         variant: how the peers' are attended to; it follows from the layout and the transport.
+        may_gather: ``pass_kv`` was not asked for but taken to save memory, and with one peer holds no less than
+            gathering would: all that is seen, at once.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Round:
         self._shared = transport.share((2, *shape_BLKD), like)
         self.own_2BLKD = self._shared.own
         self.variant = _variant(variant, self.own_2BLKD.nbytes, transport, gather_limit_bytes)
+        self.may_gather = self.variant == "pass_kv" != variant and transport.size == 2
         self._hops = iter(range(1, transport.size))
         self._arriving: deque[tuple[int, Pending, Tensor]] = deque()
 

@@ -44,7 +44,7 @@ def attend_runs(
     Returns:
         out [B, L, H, D] in q's dtype.
     """
-    if _one_launch(q_BLHD, runs, segments, spec):
+    if one_launch(q_BLHD, runs, segments, spec):
         return sinks.apply_(*_attend_segments(q_BLHD, runs, segments, spec), sinks_H)
     ordered = sorted(segments, key=lambda segment: segment.start)
     k_BSKD = torch.cat([segment.k_BSKD for segment in ordered], dim=1)
@@ -71,13 +71,14 @@ def accumulate_runs_(
     can. Here keys may be missing: a query sees those of ``segments`` that are not behind it."""
     if not segments:
         return True
-    if not _one_launch(q_BLHD, runs, segments, spec):
+    if not one_launch(q_BLHD, runs, segments, spec):
         return False
     attention512.accumulate_(out_BLHD, lse_BHL, *_arguments(q_BLHD, runs, segments, spec))
     return True
 
 
-def _one_launch(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> bool:
+def one_launch(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> bool:
+    """Whether one kernel takes the segments where they lie, rather than copied into order."""
     fits = len(runs) <= attention512.MAX_CHUNKS and len(segments) <= attention512.MAX_SEGMENTS
     n_keys = sum(segment.k_BSKD.shape[1] for segment in segments)
     return fits and choose(q_BLHD, n_keys, BlockSpec(spec, True, 0)) is HOPPER512

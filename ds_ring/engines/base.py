@@ -71,15 +71,15 @@ class Engine(ABC):
         self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
         self.config, self.mesh, self.shape, self.device = config, mesh, shape, device
-        self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
+        self._context = AttentionContext(mesh, config.parallel, shape.num_heads, config.workload.block_rows)
         inject(model, self._context)
         self.anatomy = Anatomy.of(model)
         self.fusion: Fusion | None = None
 
-    def _fuse(self) -> None:
-        """To be called once the model is as DeepSpeed serves it."""
+    def _fuse(self, in_place: bool) -> None:
+        """To be called once the model is as DeepSpeed serves it; ``in_place``: nobody else needs a layer's input."""
         if self.config.ring.fusion == "auto":
-            self.fusion = Fusion(self.anatomy)
+            self.fusion = Fusion(self.anatomy, self.config.workload.block_rows, in_place)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -38,11 +38,17 @@ class _Forward(threading.local):
 
 @dataclass
 class AttentionContext:
-    """What the attention of one model needs besides its tensors; every module of that model refers to it."""
+    """What the attention of one model needs besides its tensors; every module of that model refers to it.
+
+    Attributes:
+        num_heads: query heads of the whole model.
+        block_rows: rows that projections run at a time; 0: all at once.
+    """
 
     mesh: Mesh
     parallel: ParallelConfig
     num_heads: int
+    block_rows: int
     present: _Forward = field(default_factory=_Forward)
 
     @contextmanager
@@ -62,15 +68,16 @@ class AttentionContext:
                 f"{BYPASSES}"
             )
 
-    def has_place(self, length: int) -> bool:
-        """Whether a layer of this forward, with ``length`` tokens on this rank, gains from writing its queries, keys
-        and values where they belong: where peers get them."""
+    def has_place(self, batch: int, length: int) -> bool:
+        """Whether a layer of this forward, with so many sequences and tokens on this rank, writes its queries, keys and
+        values where they belong: where peers get them, or block by block."""
         now = self.present
         if now.layout is None or now.instead is not None or now.layout.local_length != length:
             return False
         if now.step is not None and (not now.step.is_first or self.mesh["ulysses"].size > 1):
             return False  # the cache is attended to instead, or wants whole keys that lie nowhere
-        return self.mesh["ring"].size * self.mesh["ulysses"].size > 1
+        shared = self.mesh["ring"].size * self.mesh["ulysses"].size > 1
+        return shared or 0 < self.block_rows < batch * length
 
     @contextmanager
     def place(self, batch: int, length: int, num_kv_heads: int, head_dim: int, like: Tensor) -> Iterator[Place]:

@@ -9,7 +9,7 @@ recorded, and its graph is cut at the attention.
 # Shapes: B batch, l tokens, H query heads, K key/value heads, D head_dim, d hidden size.
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from ds_ring.hf.fused.product import Product
+from ds_ring.hf.fused.rows import keeps_tokens_apart, needed, subgraph
 from ds_ring.hf.fused.trace import Untraceable, holds_tensors, is_constant, skeleton_of
 from ds_ring.kernels import rowwise
 
@@ -34,6 +35,8 @@ class Split:
         queries: (*inputs, *kept) -> (q [B, H, l, D], cos and sin where q still has to turn).
         after: (out [B, l, H, D], *inputs) -> result [B, l, d].
         k_turns, q_turns: whether the rotation is left to whoever writes them where they belong.
+        fused: queries come out of what keys and values come out of, which is held until they are made.
+        token_wise: all three treat every token alike, so that they may run in blocks of rows.
         value_product: the projection that v is, heads apart; ``keys_values`` then gives its input in place of v.
         options: what the attention interface is asked for; ``given_options`` are numbers of inputs.
     """
@@ -43,6 +46,8 @@ class Split:
     after: nn.Module
     k_turns: bool
     q_turns: bool
+    fused: bool
+    token_wise: bool
     value_product: Product | None
     options: dict[str, Any]
     given_options: dict[str, int]
@@ -132,12 +137,12 @@ def _cut(
     if product is not None:
         v, value_product = product
     first = [k, v, *k_turn]
-    before, both = _needed(first, inputs), _needed([q, *q_turn], inputs)
+    before, both = needed(first, inputs), needed([q, *q_turn], inputs)
     # Of what keys and values computed, what queries are, or are computed by.
     border = {q, *q_turn}.union(*(node.all_input_nodes for node in both - before))
     kept = [node for node in recorded.graph.nodes if node in before and node in border]
     assert recorded.out is not None
-    behind = _needed([result], [*inputs, recorded.out])
+    behind = needed([result], [*inputs, recorded.out])
     if any(node in before | both and node.target != "size" for node in behind):
         raise Untraceable(f"{name}: what follows the attention needs what went before it")
     options, given = {}, {}
@@ -149,18 +154,18 @@ def _cut(
         else:
             options[key] = value
 
-    def part(takes: Sequence[fx.Node], gives: Sequence[fx.Node]) -> nn.Module:
-        return _part(recorded.graph, takes, gives, modules)
-
+    graph = recorded.graph
     return Split(
-        part(inputs, [*first, *kept]),
-        part([*inputs, *kept], [q, *q_turn]),
-        part([recorded.out, *inputs], [result]),
-        bool(k_turn),
-        bool(q_turn),
-        value_product if product is not None else None,
-        options,
-        given,
+        keys_values=subgraph(graph, inputs, [*first, *kept], modules),
+        queries=subgraph(graph, [*inputs, *kept], [q, *q_turn], modules),
+        after=subgraph(graph, [recorded.out, *inputs], [result], modules, single=True),
+        k_turns=bool(k_turn),
+        q_turns=bool(q_turn),
+        fused=any(node.target != "size" for node in kept),
+        token_wise=all(keeps_tokens_apart(n, modules, [rowwise.rotated]) for n in before | both | behind),
+        value_product=value_product if product is not None else None,
+        options=options,
+        given_options=given,
     )
 
 
@@ -186,27 +191,3 @@ def _product_of(v: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, Pro
         return None
     product, x = Product.of(modules[str(made.target)]), made.args[0]
     return (x, product) if product is not None and product.split != "in" and isinstance(x, fx.Node) else None
-
-
-def _needed(outputs: Iterable[fx.Node], given: Sequence[fx.Node]) -> set[fx.Node]:
-    """The nodes that ``outputs`` are computed by, from ``given``."""
-    found: set[fx.Node] = set()
-    waiting = list(outputs)
-    while waiting:
-        node = waiting.pop()
-        if node not in found and node not in given:
-            found.add(node)
-            waiting += node.all_input_nodes
-    return found
-
-
-def _part(
-    graph: fx.Graph, takes: Sequence[fx.Node], gives: Sequence[fx.Node], modules: dict[str, nn.Module]
-) -> nn.Module:
-    needed, part = _needed(gives, takes), fx.Graph()
-    copies = {node: part.placeholder(node.name) for node in takes}
-    for node in graph.nodes:
-        if node in needed:
-            copies[node] = part.node_copy(node, copies.__getitem__)
-    part.output(tuple(copies[node] for node in gives))
-    return fx.GraphModule(modules, part)
