@@ -141,7 +141,7 @@ def attention_without_memory(monkeypatch):
 @pytest.mark.parametrize("config", [gpt_neox, llama_gqa])
 @pytest.mark.usefixtures("attention_without_memory")
 def test_memory_is_what_the_closed_form_says_and_no_intermediate_is_whole(config, layout, monkeypatch):
-    """Two layers, one of which holds the other's result. One slot, as for long sequences; a ring of two that gathers."""
+    """Two layers, one of which holds the other's result. A ring of two gathers, in one slot, as with long sequences."""
     length, block_rows = 2048, 64
     monkeypatch.setattr("ds_ring.memory.LARGE", 0)
     monkeypatch.setattr("ds_ring.memory.HEAD_DIM", 8)
