@@ -78,6 +78,12 @@ class WorkloadConfig(_Section):
     micro_batch_sizes: tuple[int, ...] = Field(
         (), description="sizes of micro-batches that benchmarks try instead, each a row; the fastest counts"
     )
+    block_rows: int = Field(
+        65536,
+        ge=0,
+        description="tokens, over all sequences of a micro-batch, that a fused layer's MLP and projections run at a "
+        "time where a rank has more; 0: all at once",
+    )
     prefill_chunk: int = Field(
         0, ge=0, description="prompt tokens a row that generate runs at a time; 0: the whole prompt at once"
     )

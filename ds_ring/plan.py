@@ -28,6 +28,7 @@ from ds_ring.hf.flops import linear_parameters
 from ds_ring.hf.shape import model_shape
 from ds_ring.kernels.attention512 import HEAD_DIM
 from ds_ring.layout import SequenceLayout
+from ds_ring.memory import peak_bytes
 from ds_ring.metrics import Work
 from ds_ring.volume import bytes_sent_per_rank
 
@@ -51,7 +52,7 @@ class Plan:
     Attributes:
         step_s: one forward of the whole batch, seconds.
         exposed_s: the part of it in which communication shows, a pipeline's bubble included.
-        memory_gib: of the fullest rank: weights, activations of a micro-batch, K/V in transit.
+        memory_gib: of the fullest rank: weights, activations of a micro-batch, K/V in transit (``memory``).
         fits: whether that is below the card's memory.
     """
 
@@ -171,7 +172,7 @@ def _predict(config: RunConfig, shape: ModelShape, linear_parameters: int, card:
     compute = linear + attention
     bubble = compute * (t.pp - 1) / steps
     exposed = bubble + _exposed(config, shape, itemsize, steps, card)
-    memory = _memory_gib(config, shape, linear_parameters, layout, micro, itemsize)
+    memory = peak_bytes(config, shape, linear_parameters, micro) / 2**30
     return Plan(config, compute + exposed, exposed, memory, memory <= RESERVE * card.memory_gib)
 
 
@@ -189,22 +190,6 @@ def _exposed(config: RunConfig, shape: ModelShape, itemsize: int, steps: int, ca
     rate = card.link_bytes if t.world_size // t.dp <= card.per_host else card.network_bytes
     messages = steps * shape.num_layers * (2 * (t.ulysses > 1) + (t.ring - 1) + 2 * (t.tp > 1)) / t.pp
     return EXPOSED[kind] * sent / rate + messages * MESSAGE_S
-
-
-def _memory_gib(
-    config: RunConfig, shape: ModelShape, linear_parameters: int, layout: SequenceLayout, micro: int, itemsize: int
-) -> float:
-    """Weights; the MLP's and the attention's activations of one layer; gathered or travelling K/V."""
-    t = config.topology
-    embeddings = 2 * shape.vocab_size * shape.hidden_size
-    weights = (linear_parameters / t.pp + embeddings) / t.tp
-    per_token = 4 * shape.hidden_size + (shape.intermediate_size + 4 * shape.num_heads * shape.head_dim) / t.tp
-    activations = micro * layout.local_length * per_token
-    kv_row = 2 * shape.num_kv_heads * shape.head_dim / t.ulysses
-    gathered = micro * layout.padded_length * kv_row
-    limit = (config.parallel.gather_limit_mib << 20) / itemsize
-    travelling = gathered if gathered <= limit else 3 * micro * layout.slice_length * kv_row
-    return (weights + activations + (travelling if t.ring > 1 else 0)) * itemsize / 2**30
 
 
 def row(plan: Plan) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class TestLoading:
                 },
                 "workload": {
                     "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1,
-                    "micro_batch_sizes": [], "text": [],
+                    "micro_batch_sizes": [], "block_rows": 65536, "text": [],
                     "prefill_chunk": 0, "warmup": 1, "warmup_batch_size": 0, "repeats": 3, "mode": "full",
                 },
                 "transport": "auto",
@@ -221,9 +221,8 @@ class TestRefusedFiles:
          "ds_ring.paralel is not a known key; known here: decode_graph, fusion, interleave, model, parallel, "
          "timeout_s, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
-         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, "
-         "micro_batch_sizes, mode, "
-         "prefill_chunk, repeats, sweep, text, warmup, warmup_batch_size"),
+         "ds_ring.workload.length is not a known key; known here: batch_size, block_rows, max_length, "
+         "micro_batch_size, micro_batch_sizes, mode, prefill_chunk, repeats, sweep, text, warmup, warmup_batch_size"),
         ({"ds_ring": {"parallel": {"pp_size": "many"}}},
          "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
         ({"ds_ring": {"parallel": {"pp_size": 1.5}}},

@@ -228,6 +228,18 @@ class TestSlots:
         small, large = 3 * 4 * 4, 9 * 5 * 4
         assert pulling(3, work) == [(0.0, [small] * 2, [small] * 2 + [large] * 2, 2 * large)] * 3
 
+    @pytest.mark.parametrize("sees", [everyone, later_ranks])
+    def test_a_large_tensor_makes_do_with_one_slot(self, sees, monkeypatch):
+        """After small ones in two: one slot grows, the other stays. Exact with one in use too, whoever is late."""
+        monkeypatch.setattr("ds_ring.transport.slots.LARGE", 100)
+
+        def work(transport):
+            worst = rounds(transport, 4, sees) + rounds(transport, 5, sees, shape=(9, 5)) + rounds(transport, 4, sees)
+            return worst, transport.slots._device.allocated, transport.shared_bytes
+
+        small, large = 3 * 4 * 4, 9 * 5 * 4
+        assert pulling(3, work, one_is_late) == [(0.0, [small] * 2 + [large], small + large)] * 3
+
     def test_dtypes_take_turns_in_a_slot(self):
         def work(transport):
             for dtype in (torch.float32, torch.float16, torch.int64, torch.float16):

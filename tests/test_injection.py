@@ -22,7 +22,8 @@ from ds_ring.config import ParallelConfig, RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
 from ds_ring.errors import DsRingError, UnsupportedModelError
-from ds_ring.hf.attention import NAME, AttentionContext, register
+from ds_ring.hf.attention import NAME, register
+from ds_ring.hf.context import AttentionContext
 from ds_ring.hf.shape import model_shape
 from ds_ring.layout import SequenceLayout
 from ds_ring.runtime import build_engine
@@ -187,7 +188,7 @@ def attention_alone() -> Iterator[Callable[..., Tensor]]:
     """The registered function on one rank with four heads, called as transformers calls it."""
     module, q = nn.Linear(1, 1), torch.zeros(1, 4, 5, 8)
     mesh = Mesh.build(Topology(), 0, lambda axis, ranks: None)
-    context = AttentionContext(mesh, ParallelConfig(), num_heads=4)
+    context = AttentionContext(mesh, ParallelConfig(), num_heads=4, block_rows=0)
     module._ds_ring_context = context
     register()
     with context.forward(SequenceLayout(5), 0, "Model"):

@@ -15,7 +15,7 @@ from ds_ring.checks import ModelShape, check_run
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 from ds_ring.hardware import CARDS
-from ds_ring.plan import choose, plans, resolve
+from ds_ring.plan import Plan, choose, plans, resolve
 
 ROOT = Path(__file__).parent.parent
 H100 = CARDS["H100"]
@@ -89,6 +89,30 @@ def test_more_tokens_take_longer_and_more_memory():
     short, long = (plans(run(1, n), PAPER, PAPER_WEIGHTS, 1, H100)[0] for n in (10_000, 100_000))
     assert long.step_s > 10 * short.step_s  # attention grows faster than the length
     assert long.memory_gib > short.memory_gib
+
+
+LONG = replace(PAPER, max_positions=1 << 20)
+
+
+def ring_of_two(block_rows: int, **options: int) -> Plan:
+    config = RunConfig.load(run(1, 1_000_000), block_rows=block_rows, **options)
+    return next(p for p in plans(config, LONG, PAPER_WEIGHTS, 2, H100) if p.label == "ring2")
+
+
+def test_a_million_tokens_fit_on_two_where_layers_run_in_blocks():
+    """The sum in ``memory``'s docstring, and what it would be with every intermediate whole."""
+    assert ring_of_two(65_536).fits
+    assert ring_of_two(65_536).memory_gib == pytest.approx(68.0, abs=0.05)
+    assert not ring_of_two(0).fits
+    assert ring_of_two(0).memory_gib == pytest.approx(90.9, abs=0.05)
+    assert not plans(run(1, 1_000_000), LONG, PAPER_WEIGHTS, 1, H100)[0].fits
+
+
+def test_memory_of_usual_shapes_does_not_depend_on_blocks():
+    whole, blocked = (
+        plans(RunConfig.load(run(8, 10_000, 2), block_rows=n), PAPER, PAPER_WEIGHTS, 2, H100) for n in (0, 65_536)
+    )
+    assert [p.memory_gib for p in whole] == [p.memory_gib for p in blocked]
 
 
 def test_the_script_prints_a_plan():

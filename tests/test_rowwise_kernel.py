@@ -104,6 +104,18 @@ def test_rotary_of_parts_of_a_fused_projection(rotary, positions):
     assert torch.equal(qkv, before)
 
 
+@pytest.mark.parametrize("turns", [True, False])
+def test_heads_put_where_they_belong_touch_nothing_else(turns):
+    """As into a part of a shared tensor, or between the heads that go to other ranks."""
+    x, memory = random(2, 5, 7, 16)[:, 1:4], torch.full((2, 9, 6, 16), torch.nan)
+    angle = random(1, 7, 4, seed=1)
+    cos, sin = (torch.cat((f(angle), f(angle)), -1) for f in (torch.cos, torch.sin))
+    rowwise.put(x, memory[:, 1:8, 2:5], (cos, sin) if turns else None)
+    want = rowwise.rotated(x, cos, sin) if turns else x
+    torch.testing.assert_close(memory[:, 1:8, 2:5], want.transpose(1, 2), atol=0, rtol=0)
+    assert int(memory.isnan().sum()) == memory.numel() - x.numel()
+
+
 def test_the_self_test_passes_and_sees_another_result(monkeypatch):
     assert rowwise.self_test(torch.device("cpu"), torch.float32) is None
     gate = rowwise_kernel.gate
@@ -115,7 +127,7 @@ def test_kernels_that_cannot_run_are_named_once(monkeypatch, caplog):
     def broken(*args: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(rowwise_kernel, "rotate", broken)
+    monkeypatch.setattr(rowwise_kernel, "put", broken)
     rowwise._usable.cache_clear()
     assert not any(rowwise._usable(torch.device("cpu"), torch.float32) for _ in range(2))
     rowwise._usable.cache_clear()

@@ -1,8 +1,11 @@
 """Ulysses around ring: the two-dimensional sequence-parallel attention, with either axis of degree 1 allowed."""
 
 # Shapes: B batch, l tokens on this rank, H query heads, K key/value heads, D head_dim.
+from functools import partial
+
 from torch import Tensor
 
+from ds_ring.attention.place import own_sinks
 from ds_ring.attention.ring import ring_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.attention.ulysses import ulysses_attention
@@ -30,14 +33,9 @@ def sequence_parallel_attention(
     in parallel. ``sinks_H``, the attention sinks, are those of all heads on every rank. Returns out [B, l, H, D] in q's
     dtype.
     """
-    share = q_BlHD.shape[2] // ulysses.size
-    sinks_h = None if sinks_H is None else sinks_H[ulysses.rank * share : (ulysses.rank + 1) * share]
-
-    def inner(q_BLhD: Tensor, k_BLkD: Tensor, v_BLkD: Tensor) -> Tensor:
-        return ring_attention(
-            q_BLhD, k_BLkD, v_BLkD,
-            layout=layout, spec=spec, transport=ring, sinks_H=sinks_h,
-            variant=variant, gather_limit_bytes=gather_limit_bytes,
-        )  # fmt: skip
-
+    inner = partial(
+        ring_attention,
+        layout=layout, spec=spec, transport=ring, sinks_H=own_sinks(sinks_H, ulysses),
+        variant=variant, gather_limit_bytes=gather_limit_bytes,
+    )  # fmt: skip
     return ulysses_attention(q_BlHD, k_BlKD, v_BlKD, transport=ulysses, inner=inner)

@@ -8,7 +8,7 @@ receiving just the ones its query heads attend to.
 # rank's share of them, U ranks, D head_dim.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -30,6 +30,56 @@ def kv_heads_of(ulysses_rank: int, num_heads: int, num_kv_heads: int, degree: in
     return needed
 
 
+HeadPart = tuple[slice, Tensor]
+"""Some neighbouring heads of all, and the memory [B, l, n, D] they belong in, its last dimension contiguous."""
+
+
+class Trade:
+    """One layer's all-to-all of heads for tokens: each rank's share of q, k and v side by side, in one send buffer.
+
+    Attributes:
+        q, k, v: which heads are to be written where, before ``attend``. A head may be wanted in several places.
+    """
+
+    def __init__(self, q_shape: Sequence[int], num_kv_heads: int, like: Tensor, transport: Transport) -> None:
+        batch, local, heads, head_dim = q_shape
+        degree = transport.size
+        share = heads // degree
+        wanted = [kv_heads_of(u, heads, num_kv_heads, degree) for u in range(degree)]
+        n = len(wanted[0])
+        send = transport.send_buffer((degree, batch, local, share + 2 * n, head_dim), like)
+        self._transport, self._send, self._sizes = transport, send, (share, n, n)
+        self.q: list[HeadPart] = [(slice(u * share, (u + 1) * share), send[u, :, :, :share]) for u in range(degree)]
+        self.k: list[HeadPart] = []
+        self.v: list[HeadPart] = []
+        for u, kv in enumerate(wanted):
+            for first, heads_u in _neighbours(kv):
+                for parts, at in ((self.k, share + first), (self.v, share + n + first)):
+                    parts.append((heads_u, send[u, :, :, at : at + heads_u.stop - heads_u.start]))
+
+    def attend(self, inner: Inner) -> Tensor:
+        """``inner`` on whole slices and a share of the heads; out [B, l, H, D] for this rank's tokens."""
+        transport, degree = self._transport, self._transport.size
+        q, k, v = transport.all_to_all_side_by_side(self._send).split(self._sizes, dim=2)
+        # Where it is not a transport's own, the send buffer's memory is free from here on.
+        del self._send, self.q, self.k, self.v
+        out_BLhD = inner(q, k, v)
+        batch, length, share, head_dim = out_BLhD.shape
+        send = transport.send_buffer((degree, batch, length // degree, share, head_dim), out_BLhD)
+        send.copy_(out_BLhD.view(batch, degree, length // degree, share, head_dim).transpose(0, 1))
+        received_UBlhD = transport.all_to_all(send)
+        return received_UBlhD.permute(1, 2, 0, 3, 4).reshape(batch, length // degree, degree * share, head_dim)
+
+
+def _neighbours(heads: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """``heads`` as runs of neighbours: (place of the first, the heads)."""
+    first = 0
+    for i in range(1, len(heads) + 1):
+        if i == len(heads) or heads[i] != heads[i - 1] + 1:
+            yield first, slice(heads[first], heads[i - 1] + 1)
+            first = i
+
+
 def ulysses_attention(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, *, transport: Transport, inner: Inner) -> Tensor:
     """``inner`` on whole slices and a share of the heads.
 
@@ -41,25 +91,13 @@ def ulysses_attention(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, *, transpo
     Returns:
         out [B, l, H, D] for this rank's tokens.
     """
-    degree = transport.size
-    if degree == 1:
+    if transport.size == 1:
         return inner(q_BlHD, k_BlKD, v_BlKD)
-    batch, local, heads, head_dim = q_BlHD.shape
-    share = heads // degree
-    wanted = [kv_heads_of(u, heads, k_BlKD.shape[2], degree) for u in range(degree)]
-    # One all-to-all for q, k and v, each rank's share of their heads side by side.
-    send = transport.send_buffer((degree, batch, local, share + 2 * len(wanted[0]), head_dim), q_BlHD)
-    for u, kv in enumerate(wanted):
-        send[u, :, :, :share] = q_BlHD[:, :, u * share : (u + 1) * share]
-        send[u, :, :, share : share + len(kv)] = k_BlKD[:, :, kv]
-        send[u, :, :, share + len(kv) :] = v_BlKD[:, :, kv]
-    slice_BLhD = transport.all_to_all_side_by_side(send)
-    q, k, v = slice_BLhD.split((share, len(wanted[0]), len(wanted[0])), dim=2)
-    out_BLhD = inner(q, k, v)
-    send = transport.send_buffer((degree, batch, local, share, head_dim), out_BLhD)
-    send.copy_(out_BLhD.view(batch, degree, local, share, head_dim).transpose(0, 1))
-    received_UBlhD = transport.all_to_all(send)
-    return received_UBlhD.permute(1, 2, 0, 3, 4).reshape(batch, local, heads, head_dim)
+    trade = Trade(q_BlHD.shape, k_BlKD.shape[2], q_BlHD, transport)
+    for x, parts in ((q_BlHD, trade.q), (k_BlKD, trade.k), (v_BlKD, trade.v)):
+        for heads, memory in parts:
+            memory.copy_(x[:, :, heads])
+    return trade.attend(inner)
 
 
 def bytes_sent(q_shape: tuple[int, ...], num_kv_heads: int, degree: int, itemsize: int) -> int:

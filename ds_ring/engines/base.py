@@ -27,7 +27,8 @@ from ds_ring.engines.gather import assemble, gather_replicas, row_starts
 from ds_ring.errors import InputError, NumericsError
 from ds_ring.hardware import synchronize
 from ds_ring.hf.anatomy import Anatomy
-from ds_ring.hf.attention import AttentionContext, inject
+from ds_ring.hf.attention import inject
+from ds_ring.hf.context import AttentionContext
 from ds_ring.hf.fused.fusion import Fusion
 from ds_ring.layout import SequenceLayout
 from ds_ring.stall import StallWatch, watched
@@ -73,7 +74,7 @@ class Engine(ABC):
         self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
         self.config, self.mesh, self.shape, self.device = config, mesh, shape, device
-        self._context = AttentionContext(mesh, config.parallel, shape.num_heads)
+        self._context = AttentionContext(mesh, config.parallel, shape.num_heads, config.workload.block_rows)
         self._inject(model)
         self.anatomy = Anatomy.of(model)
         self.fusion: Fusion | None = None
@@ -87,10 +88,10 @@ class Engine(ABC):
         """Put the attention that shares sequences into ``model``."""
         inject(model, self._context)
 
-    def _fuse(self) -> None:
-        """To be called once the model is as DeepSpeed serves it."""
+    def _fuse(self, in_place: bool) -> None:
+        """To be called once the model is as DeepSpeed serves it; ``in_place``: nobody else needs a layer's input."""
         if self.config.ring.fusion == "auto":
-            self.fusion = Fusion(self.anatomy)
+            self.fusion = Fusion(self.anatomy, self.config.workload.block_rows, in_place)
 
     @property
     def model(self) -> PreTrainedModel:

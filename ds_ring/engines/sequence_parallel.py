@@ -43,7 +43,7 @@ class SequenceParallelEngine(Engine):
         self._slices: dict[str, Slice] | None = None
         if config.parallel.decode == "sliced" and sp.size > 1:
             self._slices = slices_of(self.model, sp.rank, sp.size, sp)
-        self._fuse()
+        self._fuse(in_place=True)
 
     def layout(self, length: int) -> SequenceLayout:
         p = self.config.parallel

@@ -37,7 +37,7 @@ class TensorPipelineEngine(Engine):
         super().__init__(model, config, mesh, shape, device)
         self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
         self._deepspeed = serve(model, config, tensor_parallel=mesh["tp"])
-        self._fuse()
+        self._fuse(in_place=False)  # hidden states may be on their way to the next stage
         self._muted = ExitStack()
 
     @property

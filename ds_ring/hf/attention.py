@@ -1,107 +1,22 @@
-"""``attn_implementation="ds_ring"``: our attention behind transformers' attention and mask interfaces."""
+"""``attn_implementation="ds_ring"``: our attention behind transformers' attention interface."""
 
 # Shapes, as transformers has them: B batch, H query heads, K key/value heads, l tokens on this rank, D head_dim.
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from ds_ring.attention.hybrid import sequence_parallel_attention
 from ds_ring.attention.spec import AttentionSpec
-from ds_ring.attention.step import Step
-from ds_ring.config import ParallelConfig
 from ds_ring.errors import DsRingError, UnsupportedModelError
-from ds_ring.layout import SequenceLayout
-from ds_ring.transport.mesh import Mesh
+from ds_ring.hf.context import ATTRIBUTE, BYPASSES, AttentionContext, context_of
 
 NAME = "ds_ring"
-_ATTRIBUTE = "_ds_ring_context"
 _UNSUPPORTED = ("position_bias", "alibi")
-_BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
-
-
-Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec, Tensor | None], Tensor]
-"""(q [B, l, H, D], k [B, l, K, D], v, what is asked, sinks [H]) -> out [B, l, H, D]."""
-
-
-class _Forward(threading.local):
-    """The present forward. A thread's own: micro-batches in flight may have layouts of their own."""
-
-    layout: SequenceLayout | None = None
-    step: Step | None = None
-    calls: int = 0
-    instead: Attend | None = None
-
-
-@dataclass
-class AttentionContext:
-    """What the attention of one model needs besides its tensors; every module of that model refers to it."""
-
-    mesh: Mesh
-    parallel: ParallelConfig
-    num_heads: int
-    present: _Forward = field(default_factory=_Forward)
-
-    @contextmanager
-    def forward(
-        self, layout: SequenceLayout, expected_calls: int, model_class: str, step: Step | None = None
-    ) -> Iterator[None]:
-        """One forward over sequences cut by ``layout``, with ``step`` as one of a generation; afterwards the attention
-        must have run once a layer."""
-        self.present.layout, self.present.step, self.present.calls = layout, step, 0
-        try:
-            yield
-        finally:
-            self.present.layout = self.present.step = None
-        if self.present.calls != expected_calls:
-            raise UnsupportedModelError(
-                f"{model_class} ran the injected attention {self.present.calls} times for {expected_calls} layers: it "
-                f"{_BYPASSES}"
-            )
-
-    def attend(
-        self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
-    ) -> Tensor:
-        if self.present.layout is None:
-            raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
-        attend = self.present.instead or self._attend
-        out_BlHD = attend(q_BlHD, k_BlKD, v_BlKD, spec, sinks_H)
-        self.present.calls += 1
-        return out_BlHD
-
-    @contextmanager
-    def attending_by(self, attend: Attend) -> Iterator[None]:
-        """Inside the block this thread's forward attends by ``attend``."""
-        self.present.instead = attend
-        try:
-            yield
-        finally:
-            self.present.instead = None
-
-    def _attend(
-        self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
-    ) -> Tensor:
-        assert self.present.layout is not None
-        layer, step, variant = self.present.calls, self.present.step, self.parallel.ring_variant
-        if step is not None:
-            step.store_layer(layer, k_BlKD, v_BlKD, self.mesh["sp"])
-            if not step.is_first:
-                return step.attend(
-                    layer, q_BlHD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H, variant=variant
-                )
-        return sequence_parallel_attention(
-            q_BlHD, k_BlKD, v_BlKD,
-            layout=self.present.layout, spec=spec, sinks_H=sinks_H,
-            ring=self.mesh["ring"], ulysses=self.mesh["ulysses"],
-            variant=variant, gather_limit_bytes=self.parallel.gather_limit_mib << 20,
-        )  # fmt: skip
 
 
 def inject(model: PreTrainedModel, context: AttentionContext) -> None:
@@ -113,10 +28,10 @@ def inject(model: PreTrainedModel, context: AttentionContext) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} does not take another attention: {error}") from None
     if model.config.get_text_config()._attn_implementation != NAME:
         # transformers only warns, and DeepSpeed would go on to shard what cannot run.
-        raise UnsupportedModelError(f"{type(model).__name__} {_BYPASSES}")
+        raise UnsupportedModelError(f"{type(model).__name__} {BYPASSES}")
     for module in model.modules():
         # Only attention modules read it, and only the model's own code knows which those are.
-        setattr(module, _ATTRIBUTE, context)
+        setattr(module, ATTRIBUTE, context)
 
 
 def register() -> None:
@@ -135,47 +50,67 @@ def _attention(
     key_BKlD: Tensor,
     value_BKlD: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    context = getattr(module, _ATTRIBUTE, None)
-    if not isinstance(context, AttentionContext):
+    q, k, v = (t.transpose(1, 2) for t in (query_BHlD, key_BKlD, value_BKlD))
+    context, spec, sinks_H = asked(module, q.shape, v.shape, attention_mask, kwargs)
+    return context.attend(q, k, v, spec, sinks_H), None
+
+
+def asked(
+    module: nn.Module,
+    q_shape: Sequence[int],
+    v_shape: Sequence[int],
+    attention_mask: Tensor | None,
+    options: Mapping[str, Any],
+) -> tuple[AttentionContext, AttentionSpec, Tensor | None]:
+    """What ``module`` asks of the attention interface, checked: (its context, the spec, this rank's sinks).
+
+    Args:
+        q_shape, v_shape: [B, l, H, D], [B, l, K, D].
+        options: the interface's keyword arguments, as transformers names them.
+
+    Raises:
+        DsRingError: not inside an engine.
+        UnsupportedModelError: what cannot be sharded, by name.
+    """
+    context = context_of(module)
+    if context is None:
         raise DsRingError(
             f'{type(module).__name__}: attn_implementation="{NAME}" works inside an engine; load the model with '
             f"ds_ring.from_pretrained or hand it to ds_ring.init_inference"
         )
-    asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
+    refused = [name for name in _UNSUPPORTED if options.get(name) is not None]
     if attention_mask is not None:
-        asked.append("a mask of its own")
-    if dropout:
-        asked.append(f"dropout={dropout}")
+        refused.append("a mask of its own")
+    if dropout := options.get("dropout", 0.0):
+        refused.append(f"dropout={dropout}")
+    is_causal = options.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        asked.append("bidirectional attention")
-    if value_BKlD.shape[-1] != query_BHlD.shape[-1]:
-        asked.append(f"values of {value_BKlD.shape[-1]} elements beside queries of {query_BHlD.shape[-1]}")
-    if asked:
-        raise UnsupportedModelError(f"{type(module).__name__} asks for {', '.join(asked)}, which cannot be sharded yet")
-    tp, heads = context.mesh.topology.tp, query_BHlD.shape[1]
+        refused.append("bidirectional attention")
+    if v_shape[-1] != q_shape[-1]:
+        refused.append(f"values of {v_shape[-1]} elements beside queries of {q_shape[-1]}")
+    if refused:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} asks for {', '.join(refused)}, which cannot be sharded yet"
+        )
+    tp, heads = context.mesh.topology.tp, q_shape[2]
     if tp > 1 and heads * tp != context.num_heads:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends with {heads} heads a rank where tp_size={tp} leaves "
             f"{context.num_heads // tp} of {context.num_heads}: DeepSpeed's AutoTP does not shard it rightly"
         )
-    if s_aux is not None and s_aux.shape != (context.num_heads,):
+    sinks_H: Tensor | None = options.get("s_aux")
+    if sinks_H is not None and sinks_H.shape != (context.num_heads,):
         raise UnsupportedModelError(
-            f"{type(module).__name__} has attention sinks of shape {tuple(s_aux.shape)} for {context.num_heads} heads"
+            f"{type(module).__name__} has attention sinks of shape {tuple(sinks_H.shape)} for {context.num_heads} heads"
         )
-    if s_aux is not None and tp > 1:
+    if sinks_H is not None and tp > 1:
         # AutoTP shards linear layers only: all ranks hold the sinks of all heads.
-        s_aux = s_aux.narrow(0, context.mesh.coordinate("tp") * heads, heads)
-    q, k, v = (t.transpose(1, 2) for t in (query_BHlD, key_BKlD, value_BKlD))
-    spec = AttentionSpec(q.shape[-1] ** -0.5 if scaling is None else float(scaling), sliding_window, softcap)
-    return context.attend(q, k, v, spec, s_aux), None
+        sinks_H = sinks_H.narrow(0, context.mesh.coordinate("tp") * heads, heads)
+    scaling = options.get("scaling")
+    scale = q_shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return context, AttentionSpec(scale, options.get("sliding_window"), options.get("softcap")), sinks_H
 
 
 @contextmanager

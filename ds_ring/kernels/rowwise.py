@@ -22,6 +22,9 @@ log = logging.getLogger("ds_ring")
 
 Gate = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
+Turn = tuple[Tensor, Tensor]
+"""(cos, sin), each [B or 1, L, R]."""
+
 MAX_WIDTH = 32768
 """Columns that one program of the norm kernel holds."""
 
@@ -56,18 +59,24 @@ def self_test(device: torch.device, dtype: torch.dtype) -> str | None:
     a, b = (torch.randn(5, 80, generator=generator).to(device, dtype) for _ in range(2))
     x_BHLD, angle_BLR = a.view(1, 5, 5, 16), b.view(1, 5, 5, 16)[0, :1, :, :8]
     norm = NormSpec(True, 0.0, 1e-5)
+    turned, plainly, whole = (torch.empty_like(x_BHLD.transpose(1, 2)) for _ in range(3))
+    _rotate_plain(x_BHLD, angle_BLR, angle_BLR, plainly)
     try:
+        rowwise_kernel.put(x_BHLD, turned, (angle_BLR, angle_BLR))
+        rowwise_kernel.put(x_BHLD, whole, None)
         got = [
             *rowwise_kernel.add_norm(a, b, b[0], a[1], b[1], norm.eps, norm.offset, norm.centred, True, True),
             *(rowwise_kernel.gate(kind, a, b) for kind in get_args(Gate)),
-            rowwise_kernel.rotate(x_BHLD, angle_BLR, angle_BLR),
+            turned,
+            whole,
         ]
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__}: {error}"
     want = [
         *_add_norm_plain((a, b), norm, a[1], b[1], b[0], True),
         *(activation(kind, a) * b for kind in get_args(Gate)),
-        _rotate_plain(x_BHLD, angle_BLR, angle_BLR),
+        plainly,
+        x_BHLD.transpose(1, 2),
     ]
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     near = [
@@ -123,12 +132,33 @@ def rotate(q_BHLD: Tensor, k_BKLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> 
     Returns:
         The same shapes, laid out [B, L, heads, D] in memory, in the dtype of q and k.
     """
-    if not kernels_run_on(q_BHLD):
-        return _rotate_plain(q_BHLD, cos_BLR, sin_BLR), _rotate_plain(k_BKLD, cos_BLR, sin_BLR)
+    return rotated(q_BHLD, cos_BLR, sin_BLR), rotated(k_BKLD, cos_BLR, sin_BLR)
+
+
+def rotated(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
+    """One of the two alone."""
+    batch, heads, tokens, width = x_BHLD.shape
+    out_BLHD = x_BHLD.new_empty(batch, tokens, heads, width)
+    put(x_BHLD, out_BLHD, (cos_BLR, sin_BLR))
+    return out_BLHD.transpose(1, 2)
+
+
+def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: Turn | None = None) -> None:
+    """Write ``x_BHLD``, rotated by ``turn`` where there is one, where it belongs, in one pass.
+
+    Args:
+        x_BHLD, out_BLHD: any strides with a contiguous last dimension; of one dtype.
+        turn: (cos [B or 1, L, R], sin) as for ``rotate``.
+    """
+    if not kernels_run_on(x_BHLD):
+        if turn is None:
+            out_BLHD.copy_(x_BHLD.transpose(1, 2))
+        else:
+            _rotate_plain(x_BHLD, *turn, out_BLHD)
+        return
     from ds_ring.kernels import rowwise_kernel
 
-    q, k = rowwise_kernel.rotate(q_BHLD, cos_BLR, sin_BLR), rowwise_kernel.rotate(k_BKLD, cos_BLR, sin_BLR)
-    return q, k
+    rowwise_kernel.put(x_BHLD, out_BLHD, turn)
 
 
 def activation(kind: Gate, x: Tensor) -> Tensor:
@@ -171,13 +201,11 @@ def _add_norm_plain(
     return (total.clone() if len(terms) == 1 else total) if fold_W is None else total + fold_W, normed
 
 
-def _rotate_plain(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
+def _rotate_plain(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor, out_BLHD: Tensor) -> None:
     rotary = cos_BLR.shape[-1]
     cos, sin = cos_BLR[:, None], sin_BLR[:, None]
     low, high = x_BHLD[..., : rotary // 2], x_BHLD[..., rotary // 2 : rotary]
-    out_BLHD = x_BHLD.new_empty([x_BHLD.shape[i] for i in (0, 2, 1, 3)])
     out = out_BLHD.transpose(1, 2)
     out[..., : rotary // 2] = low * cos[..., : rotary // 2] - high * sin[..., : rotary // 2]
     out[..., rotary // 2 : rotary] = high * cos[..., rotary // 2 :] + low * sin[..., rotary // 2 :]
     out[..., rotary:] = x_BHLD[..., rotary:]
-    return out

@@ -71,12 +71,13 @@ def _gate_kernel(
 
 
 @triton.jit(do_not_specialize=["n_tokens", "heads"])
-def _rotate_kernel(
+def _put_kernel(
     x, cos, sin, out, n_tokens, heads,
-    x_batch_stride, x_token_stride, x_head_stride, cos_batch_stride, cos_token_stride, sin_batch_stride,
-    sin_token_stride, WIDTH: tl.constexpr, ROTARY: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_batch_stride, x_token_stride, x_head_stride, out_batch_stride, out_token_stride, out_head_stride,
+    cos_batch_stride, cos_token_stride, sin_batch_stride, sin_token_stride,
+    WIDTH: tl.constexpr, ROTARY: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A token, HEADS of its heads; out is [B, L, H, D]."""
+    """A token, HEADS of its heads. With ROTARY 0 nothing turns: a copy."""
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // n_tokens, row % n_tokens
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -92,8 +93,8 @@ def _rotate_kernel(
     s = tl.load(sin + batch * sin_batch_stride + token * sin_token_stride + column, mask=rotates, other=0.0)
     s = tl.where(column < ROTARY // 2, -s.to(tl.float32), s.to(tl.float32))
     turned = own.to(tl.float32) * c.to(tl.float32)[None, :] + other * s[None, :]
-    target = out + (row * heads + head[:, None]) * WIDTH + column[None, :]
-    tl.store(target, turned.to(out.dtype.element_ty), mask=inside)
+    target = out + batch * out_batch_stride + token * out_token_stride + head[:, None] * out_head_stride
+    tl.store(target + column[None, :], turned.to(out.dtype.element_ty), mask=inside)
 
 
 def add_norm(
@@ -130,21 +131,25 @@ def gate(kind: str, gate_MW: Tensor, up_MW: Tensor) -> Tensor:
     return out
 
 
-def rotate(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
+def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: tuple[Tensor, Tensor] | None) -> None:
     batch, heads, tokens, width = x_BHLD.shape
-    out_BLHD = x_BHLD.new_empty(batch, tokens, heads, width)
+    assert out_BLHD.shape == (batch, tokens, heads, width)
+    assert x_BHLD.stride(3) == out_BLHD.stride(3) == 1 or width == 1
+    if not out_BLHD.numel():
+        return
     columns = triton.next_power_of_2(width)
     tile = min(triton.next_power_of_2(heads), max(1, TILE // columns))
+    cos_BLR, sin_BLR = turn or (x_BHLD[:1, 0, :, :0],) * 2
     # One row of positions may serve the whole batch.
     cos_batch, sin_batch = (t.stride(0) if t.shape[0] > 1 else 0 for t in (cos_BLR, sin_BLR))
-    if out_BLHD.numel():
-        with torch.cuda.device_of(x_BHLD):
-            _rotate_kernel[(batch * tokens, triton.cdiv(heads, tile))](
-                x_BHLD, cos_BLR, sin_BLR, out_BLHD, tokens, heads,
-                x_BHLD.stride(0), x_BHLD.stride(2), x_BHLD.stride(1), cos_batch, cos_BLR.stride(1), sin_batch,
-                sin_BLR.stride(1), WIDTH=width, ROTARY=cos_BLR.shape[2], HEADS=tile, COLUMNS=columns,
-            )  # fmt: skip
-    return out_BLHD.transpose(1, 2)
+    with torch.cuda.device_of(x_BHLD):
+        _put_kernel[(batch * tokens, triton.cdiv(heads, tile))](
+            x_BHLD, cos_BLR, sin_BLR, out_BLHD, tokens, heads,
+            x_BHLD.stride(0), x_BHLD.stride(2), x_BHLD.stride(1),
+            out_BLHD.stride(0), out_BLHD.stride(1), out_BLHD.stride(2),
+            cos_batch, cos_BLR.stride(1), sin_batch, sin_BLR.stride(1),
+            WIDTH=width, ROTARY=cos_BLR.shape[2], HEADS=tile, COLUMNS=columns,
+        )  # fmt: skip
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:

@@ -25,7 +25,9 @@ rank queued earlier in the common order of operations, so that there is no cycle
 streams in one hardware queue.
 
 At least two slots are used in turn, so that the next layer's tensor is written while peers still read this one's. A
-slot that is too small is replaced by all ranks together (shapes are equal on all); nothing is in flight then.
+tensor of ``LARGE`` bytes and more makes do with any slot that is free: what a second one would hide is nothing beside
+a layer of so many tokens, and it may not fit. How many there are is no part of the argument above. A slot that is too
+small is replaced by all ranks together (shapes are equal on all); nothing is in flight then.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from ds_ring.transport.peer_memory import Device, PeerMemory
 from ds_ring.transport.shared import Pending
 
 MIN_SLOTS = 2
+LARGE = 4 << 30
 
 
 class Slot:
@@ -65,7 +68,11 @@ class Slots:
 
     def acquire(self, needed: int) -> Slot:
         """A slot of at least so many bytes that may be written."""
-        if self._free and self.count >= MIN_SLOTS:
+        if self._free and needed >= LARGE:
+            # The largest: whichever is grown stays as large.
+            slot = max(self._free, key=lambda slot: slot.memory.nbytes)
+            self._free.remove(slot)
+        elif self._free and self.count >= MIN_SLOTS:
             slot = self._free.pop(0)
         else:
             self.count += 1

@@ -16,6 +16,7 @@ from ds_ring.hf.fused import product
 from ds_ring.hf.fused.kinds import Norm
 from ds_ring.hf.fused.rewrite import Rewriter
 from ds_ring.hf.fused.rotary import fuse_rotary
+from ds_ring.hf.fused.rows import block_tail
 from ds_ring.hf.fused.trace import Untraceable, is_constant, trace
 from ds_ring.hf.sliced import is_sliced
 from ds_ring.kernels import rowwise
@@ -34,7 +35,12 @@ class Fusion:
         left: why layers were left as they are.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, block_rows: int = 0, in_place: bool = False) -> None:
+        """
+        Args:
+            block_rows: rows that a layer runs behind its attention at a time; 0: all at once.
+            in_place: where there are more, a layer's result may be written over its input.
+        """
         model = anatomy.model
         parameter = next(model.parameters())
         self.done: Counter[str] = Counter()
@@ -45,6 +51,7 @@ class Fusion:
         in_product = parameter.is_cuda and parameter.dtype in product.HALVES
         self._gelu_inside = not in_product or product.gelu_inside_agrees(parameter.device, parameter.dtype)
         self._where = "Triton kernels" if rowwise.kernels_run_on(parameter) else f"plain PyTorch on {parameter.device}"
+        self._block_rows, self._in_place = block_rows, in_place
         self._waiting = len(anatomy.layers)
         self._told = threading.Lock()
         for layer in anatomy.layers:
@@ -65,6 +72,8 @@ class Fusion:
             return None
         rewriter = Rewriter(graph, modules, self._gelu_inside)
         rewriter.run()
+        if self._block_rows and rewriter.done and block_tail(graph, modules, self._block_rows, self._in_place):
+            rewriter.done["row blocks"] += 1
         if first:
             self._tell(rewriter.done, None if rewriter.done else f"{type(layer).__name__}: nothing to fuse")
         return fx.GraphModule(modules, graph) if rewriter.done else None

@@ -12,13 +12,13 @@ from ds_ring.kernels import rowwise
 from ds_ring.kernels.rowwise import Gate
 
 
-class _Part(nn.Module):
+class Part(nn.Module):
     def _holds(self, **held: object) -> None:
         """Attributes past nn.Module's registration: the model's modules stay the model's."""
         self.__dict__.update(held)
 
 
-class AddNorm(_Part):
+class AddNorm(Part):
     """(a + b [+ the bias of a later projection], norm(a + b))."""
 
     norm: Norm
@@ -37,7 +37,7 @@ class AddNorm(_Part):
         return cast(tuple[Tensor, Tensor], rowwise.add_norm((a, b), *spec, fold_W))
 
 
-class Sum(_Part):
+class Sum(Part):
     """Terms and the bias of a later projection, in memory of its own."""
 
     fold: Product
@@ -53,7 +53,7 @@ class Sum(_Part):
         return cast(Tensor, total)
 
 
-class AddProduct(_Part):
+class AddProduct(Part):
     """A projection added to a sum that holds its bias already."""
 
     product: Product
@@ -66,7 +66,7 @@ class AddProduct(_Part):
         return self.product.add_to_(total, x)
 
 
-class ProductGelu(_Part):
+class ProductGelu(Part):
     """A projection and the tanh GELU of it."""
 
     product: Product
@@ -79,7 +79,7 @@ class ProductGelu(_Part):
         return self.product.with_gelu(x)
 
 
-class Gated(_Part):
+class Gated(Part):
     """``activation(gate) * up``."""
 
     kind: Gate

@@ -69,6 +69,14 @@ class Product:
             out = gelu(self._plain(rows), approximate="tanh")
         return out.view(*x.shape[:-1], out.shape[-1])
 
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """The product in ``out``, [..., W] and contiguous."""
+        rows, out_rows, bias = x.flatten(0, -2), out.view(-1, out.shape[-1]), self.bias_W
+        if bias is None:
+            torch.mm(rows, self.weight_NW, out=out_rows)
+        else:
+            torch.addmm(bias, rows, self.weight_NW, out=out_rows)
+
     def add_to_(self, total: Tensor, x: Tensor) -> Tensor:
         """``total + x @ weight``, in ``total``'s memory where that can be; its bias is not added.
 

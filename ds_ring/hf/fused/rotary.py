@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_ring.hf.fused.placed import PlacedForward
 from ds_ring.kernels import rowwise
 
 NAME = "apply_rotary_pos_emb"
@@ -36,7 +37,7 @@ def fuse_rotary(model: nn.Module) -> int:
         bound.__kwdefaults__ = forward.__kwdefaults__
         # transformers reads a forward's annotations.
         bound.__annotations__ = forward.__annotations__
-        module.forward = MethodType(bound, module)
+        module.forward = MethodType(PlacedForward(bound, NAME), module)
         count += 1
     return count
 

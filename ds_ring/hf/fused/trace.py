@@ -32,12 +32,12 @@ def trace(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     given = [_placeholder(tracer, f"arg_{i}", value) for i, value in enumerate(args)]
     named = {name: _placeholder(tracer, f"kw_{name}", value) for name, value in kwargs.items()}
     try:
-        skeleton = _skeleton(layer, "", tracer, modules)
+        skeleton = skeleton_of(layer, "", tracer, modules)
         out = type(layer).forward(skeleton, *given, **named)
         graph.output(_nodes(out))
     except Exception as error:  # whatever a model's code raises when it is not given tensors
         raise Untraceable(f"{type(layer).__name__}: {type(error).__name__}: {error}") from error
-    if _holds_tensors(graph):
+    if holds_tensors(graph):
         raise Untraceable(f"{type(layer).__name__}: its forward uses a parameter of its own")
     return graph, modules
 
@@ -51,14 +51,14 @@ def _placeholder(tracer: GraphAppendingTracer, name: str, value: Any) -> Any:
     return value if is_constant(value) else tracer.create_proxy("placeholder", name, (), {})
 
 
-def _skeleton(module: nn.Module, path: str, tracer: GraphAppendingTracer, modules: dict[str, nn.Module]) -> nn.Module:
+def skeleton_of(module: nn.Module, path: str, tracer: GraphAppendingTracer, modules: dict[str, nn.Module]) -> nn.Module:
     """A copy of ``module`` whose children record their calls; composite ones do so through their own children."""
     skeleton = copy.copy(module)
     children: dict[str, nn.Module | None] = {}
     for name, child in module.named_children():
         at = f"{path}{name}"
         if _is_composite(child):
-            children[name] = _skeleton(child, f"{at}.", tracer, modules)
+            children[name] = skeleton_of(child, f"{at}.", tracer, modules)
         else:
             children[name] = _Recorder(child, at, tracer, modules)
     skeleton._modules = {name: children.get(name) for name in module._modules}
@@ -74,14 +74,14 @@ def _is_composite(module: nn.Module) -> bool:
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
     try:
-        skeleton = _skeleton(module, "", tracer, {})
+        skeleton = skeleton_of(module, "", tracer, {})
         out = type(module).forward(skeleton, tracer.create_proxy("placeholder", "x", (), {}))
     except Exception:  # see ``trace``
         return False
-    return isinstance(out, Proxy) and not _holds_tensors(graph)
+    return isinstance(out, Proxy) and not holds_tensors(graph)
 
 
-def _holds_tensors(graph: fx.Graph) -> bool:
+def holds_tensors(graph: fx.Graph) -> bool:
     """Whether a parameter or buffer itself is an argument of some node: the code that is made of it cannot say that."""
     found: list[Any] = []
     for node in graph.nodes:

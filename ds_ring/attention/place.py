@@ -1,0 +1,123 @@
+"""Where one layer's queries, keys and values belong: written there by whoever makes them, nothing copies them again."""
+
+# Shapes: B batch, l tokens on this rank, H query heads, K key/value heads, D head_dim.
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ds_ring.attention.ring import attend_round, ring_attention
+from ds_ring.attention.round import Round
+from ds_ring.attention.spec import AttentionSpec
+from ds_ring.attention.ulysses import HeadPart, Trade
+from ds_ring.config import RingVariant
+from ds_ring.layout import SequenceLayout
+from ds_ring.transport.base import Transport
+
+ALL = slice(None)
+
+
+class Place(ABC):
+    """The order of use: write ``k`` and ``v``, ``start``, write ``q`` (earlier does no harm), ``attend``."""
+
+    k: list[HeadPart]
+    v: list[HeadPart]
+    kv_BlKD: tuple[Tensor, Tensor] | None = None
+    """Keys and values whole, where they lie together."""
+
+    @property
+    @abstractmethod
+    def q(self) -> list[HeadPart]: ...
+
+    @abstractmethod
+    def start(self) -> None:
+        """Keys and values are written: whatever can travel already does from here on."""
+
+    @abstractmethod
+    def attend(self, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+        """out [B, l, H, D]; to be called once."""
+
+
+class RingPlace(Place):
+    """Keys and values in the tensor that peers read, queries in memory of this rank's own."""
+
+    def __init__(self, travelling: Round, num_heads: int) -> None:
+        self._travelling, self._num_heads = travelling, num_heads
+        k_BlKD, v_BlKD = travelling.own_2BLKD
+        self.kv_BlKD = k_BlKD, v_BlKD
+        self.k, self.v = [(ALL, k_BlKD)], [(ALL, v_BlKD)]
+        self._q_BlHD: Tensor | None = None
+
+    @property
+    def q(self) -> list[HeadPart]:
+        if self._q_BlHD is None:
+            _, batch, local, _, head_dim = self._travelling.own_2BLKD.shape
+            self._q_BlHD = self._travelling.own_2BLKD.new_empty((batch, local, self._num_heads, head_dim))
+        return [(ALL, self._q_BlHD)]
+
+    def start(self) -> None:
+        self._travelling.start()
+
+    def attend(self, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+        assert self._q_BlHD is not None
+        return attend_round(self._q_BlHD, self._travelling, spec, sinks_H)
+
+
+class UlyssesPlace(Place):
+    """All three in the all-to-all's send buffer. With a ring behind it, K and V are copied once more on arrival."""
+
+    def __init__(self, trade: Trade, ulysses: Transport, ring: Callable[..., Tensor]) -> None:
+        self._trade, self._ulysses, self._ring = trade, ulysses, ring
+        self.k, self.v = trade.k, trade.v
+
+    @property
+    def q(self) -> list[HeadPart]:
+        return self._trade.q
+
+    def start(self) -> None:
+        """Queries go the same way: nothing can leave before they are there."""
+
+    def attend(self, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+        del self.k, self.v
+        return self._trade.attend(partial(self._ring, spec=spec, sinks_H=own_sinks(sinks_H, self._ulysses)))
+
+
+@contextmanager
+def place(
+    q_shape: Sequence[int],
+    num_kv_heads: int,
+    like: Tensor,
+    *,
+    layout: SequenceLayout,
+    ring: Transport,
+    ulysses: Transport,
+    variant: RingVariant = "auto",
+    gather_limit_bytes: int = 2 << 30,
+) -> Iterator[Place]:
+    """The place of a layer whose queries on this rank are [B, l, H, D], tokens in the order of ``layout.positions``.
+
+    All ranks that share the sequence open it together. Behind the block the memory is somebody else's.
+    """
+    batch, local, num_heads, head_dim = q_shape
+    assert local == layout.local_length
+    along: dict[str, Any] = {
+        "layout": layout, "transport": ring, "variant": variant, "gather_limit_bytes": gather_limit_bytes,
+    }  # fmt: skip
+    if ulysses.size > 1:
+        yield UlyssesPlace(Trade(q_shape, num_kv_heads, like, ulysses), ulysses, partial(ring_attention, **along))
+        return
+    with Round((batch, local, num_kv_heads, head_dim), like, **along) as travelling:
+        yield RingPlace(travelling, num_heads)
+
+
+def own_sinks(sinks_H: Tensor | None, ulysses: Transport) -> Tensor | None:
+    """The sinks of the heads that a Ulysses rank attends with."""
+    if sinks_H is None:
+        return None
+    share = sinks_H.shape[0] // ulysses.size
+    return sinks_H.narrow(0, ulysses.rank * share, share)

@@ -1,0 +1,78 @@
+"""Memory of one forward on the fullest rank, in closed form: which tensors are alive when most of them are.
+
+Notation: T tokens of a micro-batch on a rank, n of them in a block (``workload.block_rows``), d hidden size, q and kv
+the widths of a token's queries and of its keys and values together, m of the MLP's intermediate, all of one rank's
+share. Rotary tables take 2 T head_dim throughout. A fused layer (``hf/fused/``) holds, in elements,
+
+- while it projects: its input and that input's norm, 2 T d; queries T q; own K and V T kv, twice where slots of peer
+  memory take turns; of the projections a block, n (q + kv). In one block, others' K and V are on their way already;
+- while it attends: input and norm 2 T d; queries and result 2 T q; own K and V; what is visible of others'. An fp32
+  running result takes 4 bytes an element more, but for a ring of two whose kernel takes both ranks' at once;
+- behind it: input and the attention's result, 2 T d; of the MLP a block, n (2 d + m), or 3 m where gated. In several
+  blocks the layer's result is written over its input. Slots of peer memory stay.
+
+In one block there is the embedding as well, T d, which transformers' decoders hold to the end; in several, layers
+write over it. Alone and in one block, a module runs as it is, and all of its projections live as long as its
+attention. Ulysses holds what is sent and what is received, 2 T (q + kv), in place of queries, K and V.
+
+One sequence of 1,000,000 tokens of the paper's model on a ring of two: T = 500,000, q = d = 8192, kv = 16,384,
+m = 32,768; T d in fp16 is 8.2 GB. In that unit, beside 0.1 for rotary tables:
+
+| | projecting | attending | behind it |
+| --- | --- | --- | --- |
+| in blocks of 65,536 | 2 + 1 + 2 (one slot: ``slots.LARGE``) + 0.4 | 2 + 2 + 2 + 2 = 8 | 2 + 0.8 + 2 |
+| at once | 1 + 2 + 1 + 2 + 2 + 3 = 11 | 9 | 1 + 1 + 2 + 4 + 2 |
+
+With 6.4 GB of weights 73.0 GB = 68.0 GiB; at once 97.6 GB = 90.9 GiB. (``tests/test_rows.py`` holds the sums against
+tensors that are alive.)
+"""
+
+from __future__ import annotations
+
+from ds_ring.checks import ModelShape
+from ds_ring.config import RunConfig
+from ds_ring.kernels.attention512 import HEAD_DIM
+from ds_ring.layout import SequenceLayout
+from ds_ring.transport.slots import LARGE, MIN_SLOTS
+
+
+def peak_bytes(config: RunConfig, shape: ModelShape, linear_parameters: int, micro: int) -> float:
+    """Bytes of weights and of one micro-batch of ``micro`` sequences; logits are those of last tokens."""
+    t, p, itemsize = config.topology, config.parallel, 4 if config.dtype == "fp32" else 2
+    layout = SequenceLayout(config.workload.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
+    rows, d = micro * layout.local_length, shape.hidden_size
+    block = min(rows, config.workload.block_rows or rows)
+    q, kv = (n * shape.head_dim / t.tp for n in (shape.num_heads, 2 * shape.num_kv_heads))
+    slots = 0.0
+    if t.ring > 1:
+        slots = rows * kv * (1 if rows * kv * itemsize >= LARGE else MIN_SLOTS)
+    foreign, running = _arriving(config, shape, rows * kv, rows * q, itemsize)
+    own, held = slots or rows * kv, rows * (2 * d + 2 * shape.head_dim)
+    if block == rows:
+        held += rows * d
+    projecting = held + rows * q + own + (foreign if block == rows else 0) + block * (q + kv)
+    attending = held + rows * 2 * q + own + foreign + running
+    if t.sp == 1 and block == rows:
+        attending = held + rows * ((q + kv) + (q + kv / 2) + q)
+    if t.ulysses > 1:
+        attending = held + rows * (2 * (q + kv) + q) + slots + foreign + running
+    behind = rows * 2 * (d + shape.head_dim) + block * (2 * d + _wide(shape, linear_parameters) / t.tp) + slots
+    embeddings = 2 * shape.vocab_size * d
+    weights = (linear_parameters / t.pp + embeddings) / t.tp
+    return (weights + max(projecting, attending, behind)) * itemsize
+
+
+def _arriving(config: RunConfig, shape: ModelShape, own: float, out: float, itemsize: int) -> tuple[float, float]:
+    """Elements of others' K and V, and of the fp32 result that they are folded into beside the final one."""
+    ring = config.topology.ring
+    if own * ring * itemsize <= config.parallel.gather_limit_mib << 20:
+        return own * (ring - 1), 0.0
+    in_one_call = ring <= 2 and shape.head_dim == HEAD_DIM
+    return own * min(ring - 1, 2), 0.0 if in_one_call or ring == 1 else out * 4 / itemsize
+
+
+def _wide(shape: ModelShape, linear_parameters: int) -> float:
+    """Width of what an MLP holds beside its input and its result: one intermediate, or a gated one's three."""
+    attention = 2 * shape.hidden_size * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
+    products = (linear_parameters / shape.num_layers - attention) / (shape.hidden_size * shape.intermediate_size)
+    return shape.intermediate_size * (1 if products < 2.5 else 3)
