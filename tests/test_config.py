@@ -58,7 +58,7 @@ class TestLoading:
                 },
                 "workload": {
                     "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1, "text": [],
-                    "prefill_chunk": 0, "warmup": 1, "repeats": 3, "mode": "full",
+                    "block_rows": 65536, "prefill_chunk": 0, "warmup": 1, "repeats": 3, "mode": "full",
                 },
                 "transport": "auto",
                 "interleave": "auto",
@@ -217,8 +217,8 @@ class TestRefusedFiles:
         ({"ds_ring": {"paralel": {}}},
          "ds_ring.paralel is not a known key; known here: fusion, interleave, model, parallel, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
-         "ds_ring.workload.length is not a known key; known here: batch_size, max_length, micro_batch_size, mode, "
-         "prefill_chunk, repeats, sweep, text, warmup"),
+         "ds_ring.workload.length is not a known key; known here: batch_size, block_rows, max_length, "
+         "micro_batch_size, mode, prefill_chunk, repeats, sweep, text, warmup"),
         ({"ds_ring": {"parallel": {"pp_size": "many"}}},
          "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
         ({"ds_ring": {"parallel": {"pp_size": 1.5}}},
@@ -232,6 +232,8 @@ class TestRefusedFiles:
          "ds_ring.parallel.ulysses_degree=0: Input should be greater than or equal to 1"),
         ({"ds_ring": {"workload": {"warmup": -1}}},
          "ds_ring.workload.warmup=-1: Input should be greater than or equal to 0"),
+        ({"ds_ring": {"workload": {"block_rows": -1}}},
+         "ds_ring.workload.block_rows=-1: Input should be greater than or equal to 0"),
         ({"ds_ring": {"workload": {"max_length": 0}}},
          "ds_ring.workload.max_length=0: Input should be greater than or equal to 1"),
         ({"ds_ring": {"parallel": {"ring_impl": "striped"}}},
