@@ -208,8 +208,9 @@ def _python(*command: object) -> str:
         (2, ["--ring-degree", 2], "ring: copy engine"),
         (2, ["--ulysses-degree", 2], "ulysses: copy engine"),
         (3, ["--ring-degree", 3, "--interleave", "off"], "ring: copy engine"),
+        (2, ["--ring-degree", 2, "--block-rows", 300], "ring: copy engine"),
     ],
-    ids=["ring2", "ulysses2", "ring3_one_at_a_time"],
+    ids=["ring2", "ulysses2", "ring3_one_at_a_time", "ring2_in_blocks"],
 )
 def test_the_engine_on_a_shared_gpu_agrees_with_the_unsharded_model(ranks, layout, transport, tmp_path):
     config = GPTNeoXConfig(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ import pytest
 import torch
 from mocked_world import relative_error, serve
 from peer_threads import AtOnce, Later, copy_engine_mesh
-from test_copy_engine import WRONG, all_are_late, late_writer  # noqa: F401 (a fixture)
+from test_copy_engine import LATE_S, WRONG, all_are_late
 from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, logits, phi3, tokens
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,12 +24,14 @@ from ds_ring.attention.round import Round
 from ds_ring.engines.base import Engine
 from ds_ring.errors import NumericsError
 from ds_ring.hf.context import AttentionContext
+from ds_ring.hf.fused import placed
 from ds_ring.hf.fused.product import Product
 from ds_ring.kernels import rowwise
 from ds_ring.transport.copy_engine import CopyEngineTransport
+from ds_ring.transport.slots import Slot, Slots
 
 LENGTH = 61
-FUSED = partial(gpt_neox, heads=4, layers=2)
+FUSED = partial(gpt_neox, heads=4, num_hidden_layers=2)
 APART = partial(llama_gqa, hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
 """One projection for q, k and v; three."""
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -53,9 +56,9 @@ def results(engine: Engine) -> tuple[Tensor, dict[str, int]]:
 def test_the_same_numbers_and_bytes_as_with_copies(config, layout, wire, monkeypatch):
     """Two micro-batches, in flight together where the copy engine serves."""
     model, options = build(config()), {"wire": wire, "micro_batch_size": 2, **layout}
-    placed = serve(model, results, **options)
+    in_place = serve(model, results, **options)
     monkeypatch.setattr(AttentionContext, "has_place", lambda *_: False)
-    for (got, sent), (want, want_sent) in zip(placed, serve(model, results, **options), strict=True):
+    for (got, sent), (want, want_sent) in zip(in_place, serve(model, results, **options), strict=True):
         assert torch.equal(got, want)
         assert sent == want_sent
 
@@ -149,32 +152,67 @@ def test_a_muted_forward_writes_as_much_and_moves_nothing(layout):
 
 
 class TestMistakesShow:
-    """The protocol's waits, left out, give wrong logits of a whole model on a schedule that is exact with them."""
+    """The protocol's waits, left out, give wrong logits of a whole model. What a wait would have held back happens on
+    purpose: no schedule is left to chance."""
+
+    PATIENCE_S = 5.0
 
     @staticmethod
-    def error(**options: Any) -> float:
-        model, ids = build(gpt_neox(heads=4)), tokens(2, LENGTH)
+    def error(monkeypatch, delay: Callable[[int, int], float], **options: Any) -> float:
+        monkeypatch.setattr("mocked_world.copy_engine_mesh", lambda: copy_engine_mesh(delay))
+        model, ids = build(FUSED(num_hidden_layers=4)), tokens(2, LENGTH)
+        options |= {"ring_degree": 3, "wire": "copy_engine", "batch_size": 2, "micro_batch_size": 2}
         try:
-            got = serve(model, lambda engine: engine(ids).logits, ring_degree=3, wire="copy_engine", **options)
+            # Memory that peers read is there from the first forward on.
+            got = serve(model, lambda engine: [engine(ids).logits for _ in range(2)][-1], **options)
         except NumericsError:
             return math.inf  # memory that nobody has written yet holds NaN
         return max(relative_error(found, logits(model, ids)) for found in got)
 
-    @pytest.mark.usefixtures("late_writer")
     def test_reading_before_the_owner_has_written(self, monkeypatch):
-        assert self.error() < 1e-5
+        """Rank 0 writes when others have begun to read."""
+        assert self.error(monkeypatch, all_are_late) < 1e-5
+        begun, acquire = threading.Event(), Slots.acquire
+
+        def late(slots: Slots, needed: int) -> Slot:
+            slot = acquire(slots, needed)
+            if slots._rank == 0:
+                begun.wait(self.PATIENCE_S)
+                time.sleep(LATE_S)
+            return slot
+
+        def delay(rank: int, peer: int) -> float:
+            if peer == 0:
+                begun.set()
+            return 0.0
+
+        monkeypatch.setattr(Slots, "acquire", late)
         monkeypatch.setattr(Later, "wait_flag", lambda *_: None)
-        assert not self.error() < WRONG
+        assert not self.error(monkeypatch, delay) < WRONG
 
     def test_writing_before_all_readers_are_through(self, monkeypatch):
-        """Rank 0 of a contiguous ring is read and never reads: nothing but the flags holds it back."""
-        monkeypatch.setattr("mocked_world.copy_engine_mesh", lambda: copy_engine_mesh(all_are_late))
-        assert self.error(ring_impl="contiguous") < 1e-5
-        wait = AtOnce.wait_flag
+        """Rank 0 of a contiguous ring is read and never reads: nothing but flags holds it back. Readers wait for it."""
+        assert self.error(monkeypatch, all_are_late, ring_impl="contiguous") < 1e-5
+        started: list[int] = []
+        through, start, wait = threading.Event(), Round.start, AtOnce.wait_flag
+
+        def counted(travelling: Round) -> None:
+            start(travelling)
+            started.extend([0] if travelling.transport.rank == 0 else [])
+            if len(started) == 8:
+                through.set()
+
+        monkeypatch.setattr(Round, "start", counted)
         monkeypatch.setattr(
             AtOnce, "wait_flag", lambda self, *what: None if type(self) is AtOnce else wait(self, *what)
         )
-        assert not self.error(ring_impl="contiguous") < WRONG
+
+        def delay(rank: int, peer: int) -> float:
+            if len(started) > 4:  # in the second forward, until rank 0 has been through all of its layers
+                through.wait(self.PATIENCE_S)
+            return 0.0
+
+        assert not self.error(monkeypatch, delay, ring_impl="contiguous") < WRONG
 
 
 @pytest.mark.parametrize("layout", [{"ring_degree": 2}, {"ulysses_degree": 2}], ids=str)
@@ -218,6 +256,7 @@ class _Gated(LlamaAttention):
 
 
 def test_an_attention_that_cannot_be_split_is_named_and_copies(seen, caplog):
+    placed._tell.cache_clear()
     model, ids = build(APART()), tokens(1, LENGTH)
     for layer in model.model.layers:
         layer.self_attn.__class__ = _Gated

@@ -165,7 +165,9 @@ def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model of ``config`` in fp32 whose every parameter is random: biases and norms, too."""
     # Older transformers drop soft-capping under SDPA without a word.
     own = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **own).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # what a vector is added to below may be random itself: the sinks of gpt_oss
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **own).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
