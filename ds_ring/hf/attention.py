@@ -90,12 +90,12 @@ class AttentionContext:
     ) -> Tensor:
         assert self.present.layout is not None
         layer, step, variant = self.present.calls, self.present.step, self.parallel.ring_variant
+        if step is not None and not step.is_first:
+            return step.attend(
+                layer, q_BlHD, k_BlKD, v_BlKD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H, variant=variant
+            )
         if step is not None:
-            step.store_layer(layer, k_BlKD, v_BlKD, self.mesh["sp"])
-            if not step.is_first:
-                return step.attend(
-                    layer, q_BlHD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H, variant=variant
-                )
+            step.store_layer(layer, k_BlKD, v_BlKD, spec.window)
         return sequence_parallel_attention(
             q_BlHD, k_BlKD, v_BlKD,
             layout=self.present.layout, spec=spec, sinks_H=sinks_H,
