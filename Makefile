@@ -3,12 +3,20 @@
 
 PYTHON = .venv/bin/python
 SETUP = .venv/.ready
+ON_CPU = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(PYTHON) -m pytest --durations=10 -m
 
 demo: $(SETUP)
 	$(PYTHON) launch/compare.py --output results/demo.json >/dev/null
 
+# Side by side: tests of launched processes, and those inside one process, which keeps one core busy.
 test: $(SETUP)
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(PYTHON) -m pytest -m "not gpu" --durations=10
+	$(MAKE) --jobs=2 test-launched test-in-process
+
+test-launched: $(SETUP)
+	$(ON_CPU) "launch and not gpu"
+
+test-in-process: $(SETUP)
+	$(ON_CPU) "not launch and not gpu"
 
 test-gpu: $(SETUP)
 	$(PYTHON) -m pytest -m gpu
@@ -26,4 +34,4 @@ check: lint test
 	.venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: demo test test-gpu lint check
+.PHONY: demo test test-launched test-in-process test-gpu lint check

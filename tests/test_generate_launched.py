@@ -107,10 +107,9 @@ timed = engine.generate(ids, mask, **options | {"max_time": 0.05, "max_new_token
 everyone = engine.mesh["world"].all_gather_objects(timed.tolist())
 assert all(o == everyone[0] for o in everyone), "the clock of rank 0 is everyone's"
 assert timed.shape[1] < ids.shape[1] + 150
-from deepspeed import comm
-comm.barrier()
-comm.destroy_process_group()
 sys.stdout.write("agrees\\n")
+sys.stdout.flush()
+from ds_ring.cli import leave; leave(0)
 """
 
 

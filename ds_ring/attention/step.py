@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from ds_ring.attention.cached import all_heads, attend_replicated, attend_sliced, attend_spread
 from ds_ring.attention.positions import BLIND, EMPTY
 from ds_ring.attention.spec import AttentionSpec
-from ds_ring.attention.store import KVStore
+from ds_ring.attention.store import EVERY, Cached, KVStore
+from ds_ring.attention.window import Entry
 from ds_ring.config import RingVariant
 from ds_ring.transport.base import Transport
 
@@ -27,20 +28,23 @@ class Step(ABC):
     """Nothing was cached before, so that the tokens attend to each other only."""
 
     @abstractmethod
-    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, transport: Transport) -> None: ...
+    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, window: int | None) -> None:
+        """Keys and values of tokens that attend to each other only."""
 
     @abstractmethod
     def attend(
         self,
         layer: int,
         q_BlHD: Tensor,
+        k_BlKD: Tensor,
+        v_BlKD: Tensor,
         *,
         spec: AttentionSpec,
         transport: Transport,
         sinks_H: Tensor | None,
         variant: RingVariant,
     ) -> Tensor:
-        """Against the store of every rank, these tokens' own keys among them; out [B, l, H, D]."""
+        """Store the keys and values, and attend to the store of every rank, these among them; out [B, l, H, D]."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +62,63 @@ class ChunkStep(Step):
     starts: tuple[int, ...]
     held: tuple[int, ...]
     is_first: bool
+    _entries: dict[int, Entry] = field(default_factory=dict, init=False)
+    """By window; all its layers get the same slots."""
 
     def __post_init__(self) -> None:
         if self.positions_Bl.shape[1]:
             self.store.place(self.rows, self.starts[self.store.rank], self.positions_Bl)
 
-    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, transport: Transport) -> None:
-        if self.positions_Bl.shape[1]:
+    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, window: int | None) -> None:
+        if window is not None:
+            slots_Bl = self._entry(window).slots_Bl
+            self.store.write_window(layer, window, self.rows, slots_Bl, k_BlKD, v_BlKD)
+        elif self.positions_Bl.shape[1]:
             self.store.write(layer, self.rows, self.starts[self.store.rank], k_BlKD, v_BlKD)
 
     def attend(
         self,
         layer: int,
         q_BlHD: Tensor,
+        k_BlKD: Tensor,
+        v_BlKD: Tensor,
         *,
         spec: AttentionSpec,
         transport: Transport,
         sinks_H: Tensor | None,
         variant: RingVariant,
     ) -> Tensor:
-        cached = self.store.read(layer, self.rows, self.held[self.store.rank])
+        own = self.store.rank
+        if spec.window is None:
+            self.store_layer(layer, k_BlKD, v_BlKD, None)
+            held, cached = list(self.held), self.store.read(layer, self.rows, self.held[own])
+        else:
+            # The last of these tokens may take the place of what the first of them see.
+            slots = self.store.window(spec.window)
+            behind = [slots.held(start) for start in self.starts]
+            held = [b + after - before for b, after, before in zip(behind, self.held, self.starts, strict=True)]
+            cached = self._beside(layer, spec.window, behind[own], k_BlKD, v_BlKD)
+            self.store_layer(layer, k_BlKD, v_BlKD, spec.window)
         q_positions_Bl = self.positions_Bl.masked_fill(self.positions_Bl == EMPTY, BLIND)
         return attend_spread(
-            q_BlHD, cached, q_positions_BL=q_positions_Bl, held=list(self.held), spec=spec, transport=transport,
+            q_BlHD, cached, q_positions_BL=q_positions_Bl, held=held, spec=spec, transport=transport,
             sinks_H=sinks_H, variant=variant,
         )  # fmt: skip
+
+    def _beside(self, layer: int, window: int, behind: int, k_BlKD: Tensor, v_BlKD: Tensor) -> Cached:
+        """What the layer keeps from before, and beside it these tokens."""
+        before_BS = self._entry(window).before_BS[:, :behind]
+        kept = self.store.read(layer, self.rows, behind)
+        return Cached(
+            torch.cat((kept.k_BSKD, k_BlKD), dim=1),
+            torch.cat((kept.v_BSKD, v_BlKD), dim=1),
+            torch.cat((before_BS, self.positions_Bl), dim=1),
+        )
+
+    def _entry(self, window: int) -> Entry:
+        if window not in self._entries:
+            self._entries[window] = self.store.window(window).enter(self.rows, self.positions_Bl)
+        return self._entries[window]
 
 
 @dataclass(frozen=True)
@@ -101,25 +137,36 @@ class TokenStep(Step):
     positions_B1: Tensor
     slot_1: Tensor
     sliced: bool
+    _slots_B1: dict[int, Tensor] = field(default_factory=dict, init=False)
+    """By window."""
 
     def __post_init__(self) -> None:
         self.store.place_token(self.slot_1, self.positions_B1)
 
-    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, transport: Transport) -> None:
-        if self.sliced:
-            k_BlKD, v_BlKD = all_heads(torch.cat((k_BlKD, v_BlKD), dim=-1), transport).chunk(2, dim=-1)
-        self.store.write_token(layer, self.slot_1, k_BlKD, v_BlKD)
+    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, window: int | None) -> None:
+        if window is None:
+            self.store.write_token(layer, self.slot_1, k_BlKD, v_BlKD)
+            return
+        if window not in self._slots_B1:
+            stored_1 = self.store.stored_here(self.slot_1)
+            self._slots_B1[window] = self.store.window(window).enter_token(stored_1, self.positions_B1)
+        self.store.write_window(layer, window, EVERY, self._slots_B1[window], k_BlKD, v_BlKD)
 
     def attend(
         self,
         layer: int,
         q_BlHD: Tensor,
+        k_BlKD: Tensor,
+        v_BlKD: Tensor,
         *,
         spec: AttentionSpec,
         transport: Transport,
         sinks_H: Tensor | None,
         variant: RingVariant,
     ) -> Tensor:
+        if self.sliced:
+            k_BlKD, v_BlKD = all_heads(torch.cat((k_BlKD, v_BlKD), dim=-1), transport).chunk(2, dim=-1)
+        self.store_layer(layer, k_BlKD, v_BlKD, spec.window)
         cached = self.store.read(layer)
         if self.sliced:
             share = q_BlHD.shape[2]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention.positions import EMPTY
+from ds_ring.attention.window import WindowSlots
+from ds_ring.errors import UnsupportedModelError
 
 GROWTH = 1.5
 SMALLEST = 64
@@ -27,7 +29,8 @@ class Cached(NamedTuple):
 
 
 class KVStore:
-    """Slots for tokens, the same for all rows and layers.
+    """Slots for tokens, the same for all rows, and for all layers but those that see a window: those keep what can
+    still be seen (``WindowSlots``).
 
     Attributes:
         used: slots filled on every rank of the group. Each rank knows all of them, since who stores what follows from
@@ -42,12 +45,15 @@ class KVStore:
         self._expected = 0
         self._positions_BS = torch.empty(rows, 0, dtype=torch.int32, device=device)
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._windows: dict[int, WindowSlots] = {}
+        self._window_of: dict[int, int | None] = {}
 
     @property
     def nbytes(self) -> int:
         """Memory held on this rank, empty slots included."""
         held = [t for pair in self._layers if pair is not None for t in pair]
-        return self._positions_BS.nbytes + sum(t.nbytes for t in held)
+        windows = sum(slots.nbytes for slots in self._windows.values())
+        return self._positions_BS.nbytes + windows + sum(t.nbytes for t in held)
 
     @property
     def next_owner(self) -> int:
@@ -81,11 +87,39 @@ class KVStore:
 
     def write(self, layer: int, rows: slice, start: int, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
         """One layer's keys and values for slots that were reserved."""
+        self._settle(layer, None)
         for held, new in zip(self._room_in(layer, k_BlKD, v_BlKD), (k_BlKD, v_BlKD), strict=True):
             held[rows, start : start + new.shape[1]] = new
 
+    def window(self, window: int) -> WindowSlots:
+        """The slots of layers that see ``window`` positions, with room for what this rank has room for."""
+        if window not in self._windows:
+            self._windows[window] = WindowSlots(self._positions_BS.shape[0], window, self.device)
+        slots = self._windows[window]
+        self.moves += slots.make_room(self._positions_BS.shape[1])
+        return slots
+
+    def write_window(
+        self, layer: int, window: int, rows: slice, slots_Bl: Tensor, k_BlKD: Tensor, v_BlKD: Tensor
+    ) -> None:
+        """``write`` for a layer that sees a window, to the slots that it gave."""
+        self._settle(layer, window)
+        for held, new in zip(self._room_in(layer, k_BlKD, v_BlKD), (k_BlKD, v_BlKD), strict=True):
+            held[rows].scatter_(1, slots_Bl[:, :, None, None].expand_as(new), new)
+
+    def _settle(self, layer: int, window: int | None) -> None:
+        if self._window_of.setdefault(layer, window) != window:
+            raise UnsupportedModelError(
+                f"layer {layer} attends with a window of {window} behind one of {self._window_of[layer]}: what it has "
+                f"let go of cannot be brought back"
+            )
+
+    def _positions_of(self, layer: int) -> Tensor:
+        window = self._window_of[layer]
+        return self._positions_BS if window is None else self._windows[window].positions_BS
+
     def _room_in(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor) -> tuple[Tensor, Tensor]:
-        pair, (n_rows, capacity) = self._layers[layer], self._positions_BS.shape
+        pair, (n_rows, capacity) = self._layers[layer], self._positions_of(layer).shape
         if pair is None or pair[0].shape[1] < capacity:
             # Zeros, not whatever memory holds: a hidden value is multiplied by 0, which leaves NaN as it is.
             grown = [t.new_zeros((n_rows, capacity, *t.shape[2:])) for t in (k_BlKD, v_BlKD)]
@@ -113,17 +147,23 @@ class KVStore:
 
     def write_token(self, layer: int, slot_1: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> None:
         """``write`` for one token a row."""
+        self._settle(layer, None)
         for held, new in zip(self._room_in(layer, k_B1KD, v_B1KD), (k_B1KD, v_B1KD), strict=True):
             held.index_copy_(1, slot_1, new)
+
+    def stored_here(self, slot_1: Tensor) -> Tensor:
+        """Whether ``take_token`` gave a slot on this rank, [1] bool."""
+        return slot_1 != self._positions_BS.shape[1] - 1
 
     def read(self, layer: int, rows: slice = EVERY, stop: int | None = None) -> Cached:
         """The first ``stop`` slots, or all, as views; a layer must have been written once."""
         pair = self._layers[layer]
         assert pair is not None
-        return Cached(pair[0][rows, :stop], pair[1][rows, :stop], self._positions_BS[rows, :stop])
+        return Cached(pair[0][rows, :stop], pair[1][rows, :stop], self._positions_of(layer)[rows, :stop])
 
     def hide(self, hidden_BT: Tensor, first_B: Tensor) -> None:
         """Forget the tokens of the columns marked in ``hidden_BT``; ``first_B`` are the columns of position 0."""
-        columns_BS = (self._positions_BS + first_B[:, None]).clamp(max=hidden_BT.shape[1] - 1).long()
-        gone_BS = hidden_BT.gather(1, columns_BS) & (self._positions_BS != EMPTY)
-        self._positions_BS.masked_fill_(gone_BS, EMPTY)
+        for positions_BS in (self._positions_BS, *(slots.positions_BS for slots in self._windows.values())):
+            columns_BS = (positions_BS + first_B[:, None]).clamp(max=hidden_BT.shape[1] - 1).long()
+            gone_BS = hidden_BT.gather(1, columns_BS) & (positions_BS != EMPTY)
+            positions_BS.masked_fill_(gone_BS, EMPTY)

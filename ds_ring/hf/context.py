@@ -94,7 +94,7 @@ class AttentionContext:
         """As ``attend``, of what was written to a place."""
         if self.present.step is not None:
             assert opened.kv_BlKD is not None
-            self.present.step.store_layer(self.present.calls, *opened.kv_BlKD, self.mesh["sp"])
+            self.present.step.store_layer(self.present.calls, *opened.kv_BlKD, spec.window)
         out_BlHD = opened.attend(spec, sinks_H)
         self.present.calls += 1
         return out_BlHD
@@ -123,13 +123,13 @@ class AttentionContext:
     ) -> Tensor:
         assert self.present.layout is not None
         layer, step = self.present.calls, self.present.step
+        if step is not None and not step.is_first:
+            return step.attend(
+                layer, q_BlHD, k_BlKD, v_BlKD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H,
+                variant=self.parallel.ring_variant,
+            )  # fmt: skip
         if step is not None:
-            step.store_layer(layer, k_BlKD, v_BlKD, self.mesh["sp"])
-            if not step.is_first:
-                return step.attend(
-                    layer, q_BlHD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H,
-                    variant=self.parallel.ring_variant,
-                )  # fmt: skip
+            step.store_layer(layer, k_BlKD, v_BlKD, spec.window)
         return sequence_parallel_attention(
             q_BlHD, k_BlKD, v_BlKD,
             layout=self.present.layout, spec=spec, sinks_H=sinks_H,
