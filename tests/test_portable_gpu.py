@@ -32,7 +32,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def kernel():
+def kernel(tuner):
     """At pinned tile sizes, and with NaN in the outputs wherever it leaves them unwritten."""
     reason = portable.unavailable(CUDA)
     if reason is not None:
@@ -260,7 +260,8 @@ def test_a_block_alone_merged_is_a_block_carried_on():
     before = torch.randn(q.shape, device=CUDA), torch.randn(2, 4, 700, device=CUDA)
     out, lse = attend(q, k, v, spec, previous=before)
     merge_(*before, *attend(q, k, v, spec, out_dtype=torch.float32))
-    assert relative_error(out, before[0].double()) < 1e-5
+    # Rounded to fp16, the weights of the keys are relative to other maxima.
+    assert relative_error(out, before[0].double()) < 1e-4
     torch.testing.assert_close(lse, before[1], atol=1e-5, rtol=1e-5)
 
 
