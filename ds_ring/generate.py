@@ -16,7 +16,7 @@ from transformers.generation import BaseStreamer
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.errors import InputError
-from ds_ring.hardware import device_name
+from ds_ring.hardware import device_name, held_memory_gib
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.text import load_tokenizer, read_text
 
@@ -36,8 +36,10 @@ class Sampling:
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
-def check(max_new_tokens: int, sampling: Sampling) -> None:
+def check(max_new_tokens: int, sampling: Sampling, passes: int = 1) -> None:
     """Raise InputError for what no model could do."""
+    if passes < 1:
+        raise InputError(f"passes={passes} must be at least 1")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if sampling.temperature < 0:
@@ -127,6 +129,16 @@ def run(
         "cache_gib_per_rank": max(held) / 2**30,
         "completions": completions,
     }
+
+
+def passes_to_look_at(passes: int) -> set[int]:
+    """Of so many, those after which memory is recorded: 1, 10, 100, …, and the last."""
+    return {10**power for power in range(len(str(passes)))} | {passes}
+
+
+def held_gib(engine: Engine) -> float:
+    """What the fullest rank holds between generations: GPU memory in tensors, or resident host memory."""
+    return max(engine.mesh["world"].all_gather_objects(held_memory_gib(engine.device)))
 
 
 class Clock(BaseStreamer):

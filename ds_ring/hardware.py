@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import resource
 import statistics
 import threading
 import time
@@ -91,8 +92,6 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most this rank has held: of GPU memory, or of resident host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -111,11 +110,17 @@ def limit_memory(device: torch.device, gib: float) -> None:
         whole = torch.cuda.get_device_properties(device).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device)
         return
-    import resource
-
     pages = int(Path("/proc/self/statm").read_text().split()[5])
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + int(gib * 2**30), hard))
+
+
+def held_memory_gib(device: torch.device) -> float:
+    """What this rank holds now: of GPU memory in tensors, or of resident host memory (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
 
 
 @contextmanager

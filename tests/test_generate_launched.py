@@ -64,9 +64,12 @@ def test_prompts_of_unequal_length_and_a_file(llama, tmp_path):
 
 
 def test_one_prompt_streams_without_a_launcher(llama):
-    options = ["--dtype", "fp32", "--prompt", PROMPTS[0], "--max-new-tokens", "8"]
+    options = ["--dtype", "fp32", "--prompt", PROMPTS[0], "--max-new-tokens", "8", "--passes", "2"]
     done = run([sys.executable, "launch/generate.py", "--model", str(llama), *options])
-    (completion,) = last_line(done)["completions"]
+    found = last_line(done)
+    assert list(found["held_gib_after_pass"]) == ["1", "2"]
+    assert all(0.01 < gib < 100 for gib in found["held_gib_after_pass"].values())
+    (completion,) = found["completions"]
     assert completion["text"]
     assert completion["text"] in done.stderr
 

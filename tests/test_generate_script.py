@@ -9,7 +9,7 @@ from tiny_models import build, llama_gqa
 from ds_ring.checkpoints import byte_tokenizer
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
-from ds_ring.generate import Sampling, check, left_padded, read_prompts, run
+from ds_ring.generate import Sampling, check, left_padded, passes_to_look_at, read_prompts, run
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,14 @@ def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path):
 def test_options_out_of_range_are_refused(new, sampling, words):
     with pytest.raises(InputError, match=words):
         check(new, sampling)
+
+
+def test_memory_is_recorded_after_few_of_many_passes():
+    with pytest.raises(InputError, match="passes=0 must be at least 1"):
+        check(1, Sampling(), passes=0)
+    assert passes_to_look_at(1) == {1}
+    assert passes_to_look_at(1000) == {1, 10, 100, 1000}
+    assert passes_to_look_at(2500) == {1, 10, 100, 1000, 2500}
 
 
 def test_rows_are_padded_at_their_beginnings():
