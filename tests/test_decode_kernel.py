@@ -152,7 +152,7 @@ cases = st.builds(
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(case=cases)
 def test_it_is_reference_attention(path, case):
     tensors = case.tensors()
@@ -161,7 +161,7 @@ def test_it_is_reference_attention(path, case):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(case=cases)
 def test_half_precision_loses_no_more_than_the_rounding_of_weights_and_output(dtype, tolerance, path, case):
     tensors = case.tensors(dtype)

@@ -66,7 +66,7 @@ def paper_logits(length: int) -> Tensor:
     return logits(paper_model(), tokens(1, length, seed=length))
 
 
-@pytest.mark.parametrize("length", [63, 1000, 1001])
+@pytest.mark.parametrize("length", [63, 1001])
 @by_name(SIXTEEN)
 def test_sixteen_sequence_parallel_ranks_equal_one(layout, length):
     results = serve(
@@ -76,7 +76,7 @@ def test_sixteen_sequence_parallel_ranks_equal_one(layout, length):
     assert max(relative_error(got, paper_logits(length)) for got in results) < TOLERANCE
 
 
-@pytest.mark.parametrize("length", [63, 1000, 1001])
+@pytest.mark.parametrize("length", [63, 1001])
 def test_eight_tensor_by_two_pipeline_ranks_equal_one(length):
     results = serve(
         paper_model(),

@@ -170,31 +170,45 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
     assert "fused (plain PyTorch on cpu)" in done.stderr
 
 
-def test_the_python_interface_inside_a_launched_script(neox, tmp_path):
+def test_the_python_interface_and_slices_of_whole_weights_inside_a_launched_script(neox, tmp_path):
+    """And the all-reduces of ``hf.sliced`` over gloo, in the group that would decode after a sharded prefill."""
     config = tmp_path / "run.json"
     config.write_text(
         json.dumps({"dtype": "fp32", "ds_ring": {"parallel": {"ring_degree": 2}, "workload": {"max_length": 101}}})
     )
     script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, torch, ds_ring\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "path, config = sys.argv[1:]\n"
-        "ids = torch.arange(101)[None] % 300\n"
-        "whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()\n"
-        "with torch.inference_mode():\n"
-        "    want = whole(ids).logits\n"
-        "for model in (ds_ring.from_pretrained(path, config=config), ds_ring.init_inference(whole, config=config)):\n"
-        "    got = model(ids).logits\n"
-        "    assert got.shape == want.shape\n"
-        "    assert (got - want).norm() < 1e-5 * want.norm()\n"
-        "    last = model(ids, logits_to_keep=1).logits\n"
-        "    assert torch.equal(last, got[:, -1:]) or (last - got[:, -1:]).norm() < 1e-5 * last.norm()\n"
-        "print('agrees', flush=True)\n"
-        "from ds_ring.cli import leave; leave(0)\n"
-    )
-    done = deepspeed(2, script, neox, config)
-    assert done.stdout.count("agrees") == 2
+    script.write_text("""
+import json, sys, torch, ds_ring
+from transformers import AutoModelForCausalLM
+from ds_ring.cli import leave
+from ds_ring.hf.sliced import sliced
+
+path, config = sys.argv[1:]
+ids = torch.arange(101)[None] % 300
+whole, plain = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for _ in range(2))
+with torch.inference_mode():
+    want = whole(ids).logits
+for model in (ds_ring.from_pretrained(path, config=config), ds_ring.init_inference(whole, config=config)):
+    got = model(ids).logits
+    assert got.shape == want.shape
+    assert (got - want).norm() < 1e-5 * want.norm()
+    last = model(ids, logits_to_keep=1).logits
+    assert torch.equal(last, got[:, -1:]) or (last - got[:, -1:]).norm() < 1e-5 * last.norm()
+
+mesh = model.mesh
+mesh.traffic.bytes_by_op.clear()
+with torch.inference_mode(), sliced(plain, mesh["sp"].rank, 2, mesh["sp"]):
+    got = plain(ids).logits
+sent = dict(mesh.traffic.bytes_by_op)
+errors = mesh["world"].all_gather_objects(float((got - want).abs().max() / want.abs().max()))
+if mesh.rank == 0:
+    print(json.dumps({"errors": errors, "bytes": sent}), flush=True)
+leave(0)
+""")
+    result = last_line(deepspeed(2, script, neox, config))
+    assert len(result["errors"]) == 2
+    assert max(result["errors"]) < 1e-5
+    assert result["bytes"] == {"all_reduce": 4 * 2 * (101 * 64 * 4 * 2 // 2)}
 
 
 def test_the_example_of_the_readme_runs(tmp_path):
@@ -229,7 +243,7 @@ def test_bad_configurations_are_refused_in_one_line_with_exit_code_2(options, me
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "{" not in done.stdout
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120  # not held up by a peer
 
 
 def test_documents_that_do_not_fit_are_refused(llama, documents, tmp_path):
@@ -241,32 +255,3 @@ def test_documents_that_do_not_fit_are_refused(llama, documents, tmp_path):
     config = RunConfig.load({"dtype": "fp32"}, model=str(llama), text=[str(empty)])
     with pytest.raises(InputError, match="is empty"):
         read_documents(config)
-
-
-def test_slices_of_whole_weights_give_the_whole_models_logits(neox, tmp_path):
-    """The all-reduces of ``hf.sliced`` over gloo, in the group that would decode after a sharded prefill."""
-    script = tmp_path / "sliced.py"
-    script.write_text(f"""
-import json, torch
-from transformers import AutoModelForCausalLM
-from ds_ring.config import RunConfig
-from ds_ring.hf.sliced import sliced
-from ds_ring.cli import leave
-from ds_ring.runtime import connect
-
-mesh = connect(RunConfig.load({{"dtype": "fp32"}}, model={str(neox)!r}, ring_degree=2))
-model = AutoModelForCausalLM.from_pretrained({str(neox)!r}, dtype=torch.float32).eval()
-ids = torch.arange(14).view(2, 7)
-with torch.inference_mode():
-    want = model(ids).logits
-    with sliced(model, mesh["sp"].rank, 2, mesh["sp"]):
-        got = model(ids).logits
-errors = mesh["world"].all_gather_objects(float((got - want).abs().max() / want.abs().max()))
-if mesh.rank == 0:
-    print(json.dumps({{"errors": errors, "bytes": dict(mesh.traffic.bytes_by_op)}}), flush=True)
-leave(0)
-""")
-    result = last_line(deepspeed(2, script))
-    assert len(result["errors"]) == 2
-    assert max(result["errors"]) < 1e-5
-    assert result["bytes"] == {"all_reduce": 4 * 2 * (2 * 7 * 64 * 4 * 2 // 2)}
