@@ -1,6 +1,7 @@
 """Write docs/performance.md and its pictures from the recorded results.
 
     python launch/performance.py
+    python launch/performance.py --record --limit-s 1500    first make what is missing, as far as GPUs and time allow
 
 What it shows is in benchmarks/page.json: results files by section, what was wanted of them, and the commands for those
 that do not exist yet. The last line of standard output tells what was met, missed and not measured.
@@ -20,12 +21,19 @@ from ds_ring import cli
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    from ds_ring.performance import page
+    from ds_ring.launcher import gpu_count
+    from ds_ring.performance import page, record
 
-    return page.write(ROOT)
+    made = {} if args.record is None else record.record(ROOT, args.record, args.limit_s, gpu_count(), cli.say)
+    return {**made, **page.write(ROOT)}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(output=None)
+    text = "run the commands of these records, or of all that are missing, and keep what they give"
+    parser.add_argument("--record", nargs="*", metavar="FILE.json", help=text)
+    parser.add_argument(
+        "--limit-s", type=float, default=float("inf"), metavar="S", help="begin nothing behind this, and end"
+    )
     cli.main(work, parser)

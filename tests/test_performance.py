@@ -11,7 +11,7 @@ from test_latency import row as timed
 from ds_ring import cli, compare, latency
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
-from ds_ring.performance import page
+from ds_ring.performance import page, record
 from ds_ring.performance.bars import judge
 from ds_ring.performance.manifest import Bar
 
@@ -59,10 +59,10 @@ def root(tmp_path):
     """Makes a repository with the given sections and records, and returns its page."""
 
     def make(sections, **records):
-        for name, record in records.items():
+        for name, document in records.items():
             file = tmp_path / page.RESULTS / f"{name}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(PROVENANCE | record))
+            file.write_text(json.dumps(PROVENANCE | document))
         manifest = tmp_path / page.MANIFEST
         manifest.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_text(json.dumps({"introduction": "By hand.", "sections": sections}))
@@ -247,3 +247,65 @@ def test_a_bar_has_one_side_and_a_record_is_json(root, tmp_path):
     (tmp_path / page.RESULTS / "one.json").write_text("half a fi")
     with pytest.raises(ConfigError, match=r"one\.json is not JSON"):
         root([section("forward", "one")])
+
+
+class TestRecording:
+    """Commands that write a file and nothing else."""
+
+    @staticmethod
+    def source(name, gpus=1, code="pass", output=None):
+        text = f"import json; json.dump({PROVENANCE!r}, open({str(output or f'results/{name}.json')!r}, 'w'))"
+        return {"file": f"{name}.json", "command": shlex.join(["python", "-c", f"# --num_gpus {gpus}\n{code}; {text}"])}
+
+    @pytest.fixture
+    def recorded(self, tmp_path):
+        def run(sources, names=(), gpus=1, limit_s=60.0, preparations=()):
+            sections = [{"title": "One", "kind": "attention", "sources": sources}]
+            document = {"introduction": "", "preparations": list(preparations), "sections": sections}
+            (tmp_path / page.RESULTS).mkdir(parents=True, exist_ok=True)
+            (tmp_path / page.MANIFEST).write_text(json.dumps(document))
+            said = []
+            found = record.record(tmp_path, names, limit_s, gpus, said.append)
+            return found, {file.stem for file in (tmp_path / page.RESULTS).glob("*.json")}, said
+
+        return run
+
+    def test_what_is_missing_and_can_be_made_is(self, recorded):
+        sources = [self.source("here"), self.source("two", gpus=2), self.source("fails", code="assert False")]
+        sources += [self.source("elsewhere", output="results/other"), {"file": "never.json", "command": None}]
+        found, files, said = recorded(sources)
+        assert found["left_out"] == {
+            "two.json": "needs 2 GPUs",
+            "fails.json": "ended with exit code 1; see results/fails.log",
+            "elsewhere.json": "gave no results/elsewhere.json",
+        }
+        assert files == {"here"} == {name.removesuffix(".json") for name in found["recorded"]}
+        assert len(said) == 3
+        assert recorded(sources[:1])[0] == {"recorded": {}, "left_out": {}}
+        assert list(recorded(sources[:1], names=["here.json"])[0]["recorded"]) == ["here.json"]
+        assert recorded(sources[1:2], gpus=2)[1] == {"here", "two"}
+
+    def test_time_ends(self, recorded):
+        slow = self.source("slow", code="import time; time.sleep(30)")
+        found, files, _ = recorded([slow, self.source("behind")], limit_s=1.0)
+        assert found["left_out"]["slow.json"] == "did not end in 1 s; see results/slow.log"
+        assert found["left_out"]["behind.json"] == "no time left"
+        assert files == set()
+
+    def test_what_a_command_needs_is_made_before(self, recorded, tmp_path):
+        makes = {"makes": "text", "command": "python -c \"open('text', 'w').write('7')\"", "wanted_by": ["text"]}
+        reads = self.source("reads", code="assert open('text').read() == '7'")
+        assert recorded([reads], preparations=[makes])[1] == {"reads"}
+        (tmp_path / "text").write_text("8")  # there already
+        assert recorded([reads], names=["reads.json"], preparations=[makes])[0]["recorded"] == {}
+
+    def test_names_that_cannot_be_made(self, recorded):
+        with pytest.raises(ConfigError, match=r"has no record b\.json; it has a\.json"):
+            recorded([self.source("a")], names=["b.json"])
+        with pytest.raises(ConfigError, match=r"no command makes a\.json yet"):
+            recorded([{"file": "a.json", "command": None}], names=["a.json"])
+
+    def test_commands_of_the_page_write_where_records_are_looked_for(self):
+        for source in (source for one in page.read(ROOT)[1] for source in one.section.sources if source.command):
+            assert source.command.endswith(f"--output results/{source.file}")
+        assert [record.gpus_of(c) for c in ("bench --num_gpus 4", "compare ds_configs/gpu2/*.json", "x")] == [4, 2, 1]

@@ -59,8 +59,17 @@ class Section(_Part):
         return all(row.get(name) in values for name, values in self.rows.items())
 
 
+class Preparation(_Part):
+    """A file or folder that must be there before commands with one of the words ``wanted_by`` in them are run."""
+
+    makes: str
+    command: str
+    wanted_by: tuple[str, ...]
+
+
 class Page(_Part):
     introduction: str
+    preparations: tuple[Preparation, ...] = ()
     sections: tuple[Section, ...]
 
     @classmethod

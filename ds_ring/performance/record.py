@@ -1,0 +1,118 @@
+"""Making the records that the page has not got yet, as far as this machine's GPUs and the time allow."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ds_ring.errors import ConfigError
+from ds_ring.performance.manifest import Page, Source
+from ds_ring.performance.page import MANIFEST, RESULTS
+
+
+def gpus_of(command: str) -> int:
+    """How many a command runs on, by its launcher's option or its configurations' folder."""
+    found = re.search(r"--num_gpus (\d+)|ds_configs/gpu(\d+)/", command)
+    return int(found.group(1) or found.group(2)) if found else 1
+
+
+def chosen(page: Page, names: Sequence[str], recorded: set[str]) -> list[Source]:
+    """The sources of the files ``names``; of all that are not recorded, where there are none.
+
+    Raises:
+        ConfigError: a name that the page does not know, or a file that no command makes.
+    """
+    sources = {source.file: source for section in page.sections for source in section.sources}
+    if unknown := [name for name in names if name not in sources]:
+        raise ConfigError(f"{MANIFEST} has no record {', '.join(unknown)}; it has {', '.join(sources)}")
+    if unmade := [name for name in names if sources[name].command is None]:
+        raise ConfigError(f"no command makes {', '.join(unmade)} yet")
+    return [
+        source
+        for name, source in sources.items()
+        if source.command and (name in names if names else name not in recorded)
+    ]
+
+
+def record(
+    root: Path, names: Sequence[str], limit_s: float, gpus: int, say: Callable[[str], None]
+) -> dict[str, dict[str, str]]:
+    """Run the commands that make ``names``, or all that is missing, one after the other, and keep what they give.
+
+    A command that this machine has too few GPUs for, or no time left, is left out.
+
+    Returns:
+        ``{"recorded": {file: command}, "left_out": {file: why}}``.
+    """
+    page, started = Page.load(root / MANIFEST), time.monotonic()
+    recorded: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for source in chosen(page, names, {file.name for file in (root / RESULTS).glob("*.json")}):
+        assert source.command is not None
+        left, needed = limit_s - (time.monotonic() - started), gpus_of(source.command)
+        if needed > gpus:
+            left_out[source.file] = f"needs {needed} GPUs"
+        elif left <= 0:
+            left_out[source.file] = "no time left"
+        else:
+            say(f"{source.file}: {source.command}")
+            reason = _run(root, page, source, left)
+            if reason is None:
+                recorded[source.file] = source.command
+            else:
+                left_out[source.file] = reason
+    return {"recorded": recorded, "left_out": left_out}
+
+
+def _run(root: Path, page: Page, source: Source, left_s: float) -> str | None:
+    """Why nothing was recorded; None: it was."""
+    made = root / "results" / source.file
+    made.parent.mkdir(exist_ok=True)
+    made.unlink(missing_ok=True)
+    log, ends = made.with_suffix(".log"), time.monotonic() + left_s
+    with log.open("w") as file:
+        for command in [*_preparations(root, page, source.command or ""), source.command or ""]:
+            try:
+                done = subprocess.run(
+                    list(_words(root, command)), cwd=root, env=_environment(), stdin=subprocess.DEVNULL,
+                    stdout=file, stderr=subprocess.STDOUT, timeout=ends - time.monotonic(), check=False,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return f"did not end in {left_s:.0f} s; see {log.relative_to(root)}"
+            if done.returncode:
+                return f"ended with exit code {done.returncode}; see {log.relative_to(root)}"
+    if not made.is_file():
+        return f"gave no {made.relative_to(root)}"
+    shutil.copyfile(made, root / RESULTS / source.file)
+    return None
+
+
+def _preparations(root: Path, page: Page, command: str) -> list[str]:
+    return [
+        one.command
+        for one in page.preparations
+        if any(word in command for word in one.wanted_by) and not (root / one.makes).exists()
+    ]
+
+
+def _words(root: Path, command: str) -> Iterator[str]:
+    """As a shell would take them: file names for patterns, this interpreter for ``python``."""
+    for number, word in enumerate(shlex.split(command)):
+        if number == 0 and word == "python":
+            yield sys.executable
+        elif "*" in word:
+            yield from sorted(str(file.relative_to(root)) for file in root.glob(word))
+        else:
+            yield word
+
+
+def _environment() -> dict[str, str]:
+    beside = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": os.pathsep.join([beside, os.environ.get("PATH", "")])}
