@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from math import prod
 
-from ds_ring.config import RunConfig
+from ds_ring.config import PEER_DEGREES, RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
 
 SHARDABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -62,8 +64,16 @@ def check_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:
 
 def check_device(config: RunConfig, device_type: str) -> None:
     """The rule of a layout by where it runs, ``"cuda"`` or ``"cpu"``."""
-    if config.parallel.implementation == "context_parallel" and device_type == "cpu":
-        raise ConfigError("implementation=context_parallel: PyTorch has it for GPUs alone; leave it out on CPUs")
+    whose = config.parallel.implementation
+    if whose in GPU_PEERS and device_type == "cpu":
+        raise ConfigError(f"implementation={whose}: {GPU_PEERS[whose]} for GPUs alone; leave it out on CPUs")
+
+
+def check_installed(config: RunConfig) -> None:
+    """The rule of a layout by what is installed. A comparison leaves it to each layout's own launch: that a peer is
+    missing is a line of its table and does not keep it from the others."""
+    if config.parallel.implementation == "yunchang" and find_spec("yunchang") is None:
+        raise ConfigError("implementation=yunchang: it is not installed; pip install yunchang")
 
 
 def valid_degrees(*counts: int, limit: int = 64) -> list[int]:
@@ -132,21 +142,25 @@ def _check_tensor_pipeline(config: RunConfig, shape: ModelShape) -> None:
         raise ConfigError(f"pp_size={pp} is more than the model's {shape.num_layers} layers; the most is that many")
 
 
-PEER_AXES = {"deepspeed_ulysses": "ulysses_degree", "context_parallel": "ring_degree"}
-"""Over which ranks another implementation shares a sequence."""
+GPU_PEERS = {"context_parallel": "PyTorch has it", "yunchang": "its kernels are"}
+"""What does not run on CPUs, and why."""
 
 
 def _check_peer(config: RunConfig, shape: ModelShape) -> None:
     """What another implementation cannot do, and would leave out silently or fail at."""
     p, whose = config.parallel, config.parallel.implementation
-    axis = PEER_AXES[whose]
-    degree = getattr(p, axis)
-    if degree == 1 or config.topology.world_size != degree * p.dp_size:
-        raise ConfigError(f"implementation={whose} shares sequences by {axis}, and goes with dp_size alone beside it")
+    degrees = {name: getattr(p, name) for name in PEER_DEGREES[whose]}
+    sharing = prod(degrees.values())
+    if sharing == 1 or config.topology.world_size != sharing * p.dp_size:
+        raise ConfigError(
+            f"implementation={whose} shares sequences by {' and '.join(degrees)}, and goes with dp_size alone beside "
+            f"{'them' if len(degrees) > 1 else 'it'}"
+        )
+    variants = {"auto", "pass_kv"} if whose == "yunchang" else {"auto", "gather_kv", "pass_kv"}
     settings = {
         "workload.mode": (config.workload.mode, {"full"}),
         "parallel.decode": (p.decode, {"whole"}),
-        "parallel.ring_variant": (p.ring_variant, {"auto", "gather_kv", "pass_kv"}),
+        "parallel.ring_variant": (p.ring_variant, variants),
         "transport": (config.ring.transport, {"auto", "process_group"}),
         "interleave": (config.ring.interleave, {"auto", "off"}),
         "decode_graph": (config.ring.decode_graph, {"auto", "off"}),
@@ -154,11 +168,16 @@ def _check_peer(config: RunConfig, shape: ModelShape) -> None:
     for name, (value, possible) in settings.items():
         if value not in possible:
             raise ConfigError(f"implementation={whose} has no {name}={value}; {suggest(sorted(possible), '')}")
-    kv_heads = shape.num_kv_heads
-    if whose == "deepspeed_ulysses" and kv_heads % degree and degree % kv_heads:
+    kv_heads, ulysses = shape.num_kv_heads, p.ulysses_degree
+    if whose == "deepspeed_ulysses" and kv_heads % ulysses and ulysses % kv_heads:
         raise ConfigError(
-            f"implementation={whose}: num_kv_heads={kv_heads} and ulysses_degree={degree} must divide one another; "
+            f"implementation={whose}: num_kv_heads={kv_heads} and ulysses_degree={ulysses} must divide one another; "
             f"implementation=ds_ring takes any"
+        )
+    if whose == "yunchang" and kv_heads % ulysses:
+        raise ConfigError(
+            f"implementation={whose}: num_kv_heads={kv_heads} is not divisible by ulysses_degree={ulysses}; "
+            f"use ring_degree instead, or implementation=ds_ring, which takes any"
         )
     windowed = shape.sliding_window is not None and (not shape.layer_types or "sliding_attention" in shape.layer_types)
     unseen = [name for name, asked in (("sliding windows", windowed), ("soft-capping", shape.softcap)) if asked]

@@ -9,6 +9,7 @@ A default lives in one place, the field below; the command line is derived from 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,14 @@ TransportName = Literal["auto", "process_group", "copy_engine"]
 DType = Literal["fp32", "fp16", "bf16"]
 FusionChoice = Literal["auto", "none"]
 Mode = Literal["full", "prefill_only"]
-Implementation = Literal["ds_ring", "deepspeed_ulysses", "context_parallel"]
+Implementation = Literal["ds_ring", "deepspeed_ulysses", "context_parallel", "yunchang"]
+
+PEER_DEGREES: dict[Implementation, tuple[str, ...]] = {
+    "deepspeed_ulysses": ("ulysses_degree",),
+    "context_parallel": ("ring_degree",),
+    "yunchang": ("ulysses_degree", "ring_degree"),
+}
+"""Over which ranks another implementation shares a sequence."""
 
 _DTYPE_NAMES: dict[str, DType] = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
@@ -49,7 +57,8 @@ class ParallelConfig(_Section):
     implementation: Implementation = Field(
         "ds_ring",
         description="whose code shares a sequence; for comparison DeepSpeed's UlyssesSPAttentionHF (over "
-        "ulysses_degree) or PyTorch's context_parallel (over ring_degree) in transformers' own layers",
+        "ulysses_degree), PyTorch's context_parallel (over ring_degree) or yunchang (over either or both) in "
+        "transformers' own layers",
     )
     ring_degree: int = Field(1, ge=1, description="ranks that share a sequence by ring attention")
     ulysses_degree: int = Field(1, ge=1, description="ranks that share a sequence by heads-to-sequence all-to-all")
@@ -226,12 +235,14 @@ class RunConfig(_Section):
 
     @property
     def label(self) -> str:
-        """The name of this layout in tables and file names; another implementation's says whose it is."""
+        """The name of this layout in tables and file names; another implementation's says whose it is, and over which
+        ranks where that is a choice."""
         topology, whose = self.topology, self.parallel.implementation
         if whose == "ds_ring":
             return topology.label()
         replicas = f"dp{topology.dp}_" if topology.dp > 1 else ""
-        return f"{replicas}{whose}{topology.sp}"
+        shared = str(topology.sp) if len(PEER_DEGREES[whose]) == 1 else f"_{replace(topology, dp=1).label()}"
+        return f"{replicas}{whose}{shared}"
 
     def facts(self) -> dict[str, Any]:
         """Every setting by its dotted path."""

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "triton")
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "triton", "yunchang", "flash_attn")
 
 
 def provenance() -> dict[str, Any]:

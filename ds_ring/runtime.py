@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_ring import plan
-from ds_ring.checks import ModelShape, check_device, check_layout, stage_layers
+from ds_ring.checks import ModelShape, check_device, check_installed, check_layout, stage_layers
 from ds_ring.cli import say
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
@@ -52,6 +52,7 @@ def from_pretrained(
     shape = model_shape(read_config(path))
     check_layout(run, shape, world_size())
     check_device(run, local_device().type)
+    check_installed(run)
     mesh = connect(run)
     dtype, device = torch_dtype(run.dtype), local_device()
     if is_tensor_pipeline(run.topology):
@@ -75,6 +76,7 @@ def init_inference(
     shape = model_shape(model.config)
     check_layout(run, shape, world_size())
     check_device(run, local_device().type)
+    check_installed(run)
     mesh = connect(run)
     return build_engine(model, run, mesh, shape, local_device())
 
@@ -114,6 +116,10 @@ def whole_engine(run: RunConfig) -> type[Engine]:
         from ds_ring.engines.context_parallel import ContextParallelEngine
 
         return ContextParallelEngine
+    if run.parallel.implementation == "yunchang":
+        from ds_ring.engines.yunchang import YunchangEngine
+
+        return YunchangEngine
     return SequenceParallelEngine
 
 

@@ -226,6 +226,7 @@ def test_a_peer_that_fails_is_a_line_of_the_table_and_no_failure_of_ours(two_lay
     for error, reason in (
         (LaunchError("a long story\nof many lines", "RuntimeError: no kernel"), "RuntimeError: no kernel"),
         (UnsupportedModelError("Model asks for s_aux"), "Model asks for s_aux"),
+        (ConfigError("it is not installed; pip install it"), "it is not installed; pip install it"),
     ):
         outcomes["deepspeed_ulysses4"] = [error]
         found = run_all(plan, logs)
@@ -255,7 +256,9 @@ def test_context_parallel_is_refused_where_there_are_no_gpus(monkeypatch):
         compare.Plan.make(files, {})
     monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 2)
     plan = compare.Plan.make(files, {})
-    assert [run.label for _, run in plan.runs] == ["ring2", "context_parallel2", "deepspeed_ulysses2"]
+    assert [run.label for _, run in plan.runs] == [
+        "ring2", "context_parallel2", "deepspeed_ulysses2", "yunchang_ring2", "yunchang_ulysses2",
+    ]  # fmt: skip
 
 
 def test_lengths_at_which_the_reference_does_not_fit_are_unchecked(two_layouts, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +15,29 @@ from test_launch import ROOT, deepspeed, last_line, run, save
 from tiny_models import build, llama_mqa
 from transformers import LlamaConfig
 
-from ds_ring import runtime
-from ds_ring.checks import check_device
+from ds_ring import checks, runtime
+from ds_ring.checks import check_device, check_installed
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.shape import model_shape, read_config
 
 ULYSSES = {"implementation": "deepspeed_ulysses", "ulysses_degree": 2}
 RING = {"implementation": "context_parallel", "ring_degree": 2}
+YUNCHANG = {"implementation": "yunchang", "ulysses_degree": 2, "ring_degree": 2}
 PEERS = ("peers2/deepspeed_ulysses2.json", "peers2/context_parallel2.json")
 
 
-@pytest.mark.parametrize("options", [ULYSSES, RING, ULYSSES | {"dp_size": 2, "batch_size": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ULYSSES,
+        RING,
+        YUNCHANG,
+        ULYSSES | {"dp_size": 2, "batch_size": 2},
+        {"implementation": "yunchang", "ring_degree": 3, "ring_variant": "pass_kv"},
+    ],
+    ids=str,
+)
 def test_what_they_can_do_passes(options):
     check(**options)
 
@@ -46,6 +58,19 @@ def test_what_they_can_do_passes(options):
         (RING | {"decode_graph": "on"}, "has no decode_graph=on; try auto or off"),
         (ULYSSES | {"decode": "sliced"}, "has no parallel.decode=sliced; try whole"),
         (ULYSSES | {"ulysses_degree": 7}, "num_kv_heads=4 and ulysses_degree=7 must divide one another"),
+        (
+            {"implementation": "yunchang"},
+            "yunchang shares sequences by ulysses_degree and ring_degree, and goes with dp_size alone beside them",
+        ),
+        (
+            YUNCHANG | {"tp_size": 2, "ulysses_degree": 1, "ring_degree": 1},
+            "yunchang shares sequences by ulysses_degree",
+        ),
+        (YUNCHANG | {"ring_variant": "gather_kv"}, "has no parallel.ring_variant=gather_kv; try auto or pass_kv"),
+        (
+            YUNCHANG | {"ulysses_degree": 7},
+            "num_kv_heads=4 is not divisible by ulysses_degree=7; use ring_degree instead",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -60,20 +85,40 @@ def test_models_whose_attention_they_would_get_wrong_are_refused():
         "soft-capping": replace(SHAPE, softcap=5.0),
         "sliding windows or soft-capping": replace(SHAPE, sliding_window=8, softcap=5.0),
     }.items():
-        for options in (ULYSSES, RING):
+        for options in (ULYSSES, RING, YUNCHANG):
             with pytest.raises(UnsupportedModelError, match=f"has no {lacking}, which llama asks for"):
                 check(shape, **options)
     check(replace(SHAPE, sliding_window=8, layer_types=("full_attention",)), **RING)
 
 
-def test_context_parallel_needs_gpus(monkeypatch):
-    with pytest.raises(ConfigError, match="PyTorch has it for GPUs alone"):
-        check_device(RunConfig.load({}, **RING), "cpu")
-    check_device(RunConfig.load({}, **RING), "cuda")
+def test_what_needs_gpus_is_refused_on_cpus(monkeypatch):
+    for options, text in ((RING, "PyTorch has it for GPUs alone"), (YUNCHANG, "its kernels are for GPUs alone")):
+        with pytest.raises(ConfigError, match=text):
+            check_device(RunConfig.load({}, **options), "cpu")
+        check_device(RunConfig.load({}, **options), "cuda")
     check_device(RunConfig.load({}, **ULYSSES), "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="PyTorch has it for GPUs alone"):
         runtime.init_inference(build(llama_mqa()), **RING)
+
+
+def test_a_peer_that_is_not_installed_is_refused_and_said_how_to_get(monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtime, "local_device", lambda: torch.device("cuda"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="yunchang: it is not installed; pip install yunchang"):
+        runtime.init_inference(build(llama_mqa()), **YUNCHANG | {"ulysses_degree": 1})
+    check_installed(RunConfig.load({}, **RING))
+
+
+def test_a_name_says_over_which_ranks_where_that_is_a_choice():
+    for options, label in (
+        (RING, "context_parallel2"),
+        (ULYSSES | {"dp_size": 2}, "dp2_deepspeed_ulysses2"),
+        (YUNCHANG, "yunchang_ulysses2_ring2"),
+        (YUNCHANG | {"ulysses_degree": 1, "dp_size": 3}, "dp3_yunchang_ring2"),
+    ):
+        assert RunConfig.load({}, **options).label == label
 
 
 def test_the_wide_llama_is_llama_3_8bs_in_width():
@@ -179,15 +224,19 @@ leave(0)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs; run make test-gpu where there are")
 @pytest.mark.parametrize("head_dim", [64, 512])
 def test_peers_agree_on_two_gpus(head_dim, tmp_path):
+    agree_on_two_gpus(PEERS, head_dim, tmp_path)
+
+
+def agree_on_two_gpus(peers: Sequence[str], head_dim: int, tmp_path: Path) -> None:
     # Scores of moderate size, as in a trained model: in fp16 larger ones differ by their rounding.
     model = llama(tmp_path / "llama", head_dim=head_dim, initializer_range=0.05)
-    files = [ROOT / "ds_configs" / file for file in ("gpu2/ring2.json", *PEERS)]
+    files = [ROOT / "ds_configs" / file for file in ("gpu2/ring2.json", *peers)]
     work = ["--model", model, "--max-length", 1001, "--sweep", 500, "--batch-size", 3]
     command = [sys.executable, "launch/compare.py", "--layouts", *files, *work, "--output", tmp_path / "compare.json"]
     subprocess.run([str(word) for word in command], cwd=ROOT, env=dict(os.environ), check=True, timeout=600)
     document = json.loads((tmp_path / "compare.json").read_text())
     assert document["failed"] == []
-    assert [row["layout"] for row in document["rows"]] == ["ring2", "deepspeed_ulysses2", "context_parallel2"]
+    assert [row["layout"] for row in document["rows"]] == [file.stem for file in files]
     for row in document["sweep"]:
         assert row["agrees"], row["layout"]
         assert row["bytes_sent_per_rank"] > 0

@@ -32,11 +32,6 @@ ROTATION = {"auto": "allgather", "gather_kv": "allgather", "pass_kv": "alltoall"
 
 _create_rotater: Any = getattr(_ring, "_create_rotater", None)
 
-FLASH_HEAD_DIM = 256
-LSE_ROWS = 32
-"""The memory-efficient kernel, which serves what flash does not, pads its log-sum-exp to a multiple of this; merging
-needs as many as there are queries."""
-
 
 class ContextParallelEngine(PeerEngine):
     """``ring_impl`` is its load balancing: on for zigzag, off for contiguous."""
@@ -53,10 +48,7 @@ class ContextParallelEngine(PeerEngine):
 
     def layout(self, length: int) -> SequenceLayout:
         p = self.config.parallel
-        unpadded = SequenceLayout(length, p.ring_degree, ring_impl=p.ring_impl)
-        flash = self.shape.head_dim <= FLASH_HEAD_DIM and self.config.dtype != "fp32"
-        unit = unpadded.multiple * (1 if flash else LSE_ROWS)
-        return SequenceLayout(-(-length // unit) * unit, p.ring_degree, ring_impl=p.ring_impl)
+        return self._mergeable(SequenceLayout(length, p.ring_degree, ring_impl=p.ring_impl))
 
     @contextmanager
     def _shared(self, ids_BP: Tensor, position_ids_BP: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

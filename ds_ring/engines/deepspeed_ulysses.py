@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -35,7 +36,8 @@ class DeepSpeedUlyssesEngine(PeerEngine):
         rank, size = self.mesh["sp"].rank, self.mesh["sp"].size
         ids_Bl, self._position_ids_Bl = (t.chunk(size, dim=1)[rank].contiguous() for t in (ids_BP, position_ids_BP))
         self._attention = self._attention_for(len(ids_Bl))
-        with replaced(deepspeed.comm, all_to_all_single=self._all_to_all_single, all_gather=self._all_gather):
+        all_to_all_single = partial(self._all_to_all, _all_to_all_single)
+        with replaced(deepspeed.comm, all_to_all_single=all_to_all_single, all_gather=self._all_gather):
             yield ids_Bl, self._position_ids_Bl
 
     def _attention_for(self, rows: int) -> UlyssesSPAttentionHF:
@@ -57,19 +59,6 @@ class DeepSpeedUlyssesEngine(PeerEngine):
         # Not every model hands them on to its attention, and without them it refuses.
         options["position_ids"] = self._position_ids_Bl
         return self._attention(module, query, key, value, mask, **options)
-
-    def _all_to_all_single(self, output: Tensor, tensor: Tensor, group: Any = None, **options: Any) -> Any:
-        sent = blank([(0, output), (0, tensor)])
-
-        def again() -> None:
-            (_, received), (_, alike) = sent()
-            _all_to_all_single(received, alike, group=group)
-
-        size = self.mesh["sp"].size
-        self.mesh.traffic.add("all_to_all", tensor.nbytes * (size - 1) // size, again)
-        if self._muted:
-            return output.copy_(tensor)  # arithmetic on garbage takes another time than on numbers
-        return _all_to_all_single(output, tensor, group=group, **options)
 
     def _all_gather(self, outputs: list[Tensor], tensor: Tensor, group: Any = None, **options: Any) -> Any:
         alike = blank([(0, tensor)])

@@ -8,8 +8,9 @@ through us, so that bytes are counted and communication can be left out as in ou
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -24,8 +25,14 @@ from ds_ring.engines.transfer import to_device
 from ds_ring.errors import InputError, UnsupportedModelError
 from ds_ring.hf.peer_attention import attach
 from ds_ring.layout import SequenceLayout
+from ds_ring.transport.base import blank
 
 Shared = AbstractContextManager[tuple[Tensor, Tensor]]
+
+FLASH_HEAD_DIM = 256
+LSE_ROWS = 32
+"""The memory-efficient kernel, which serves what flash does not, pads its log-sum-exp to a multiple of this; merging
+needs as many as there are queries."""
 
 
 class PeerEngine(Engine):
@@ -65,6 +72,31 @@ class PeerEngine(Engine):
 
     def mute(self, muted: bool) -> None:
         self._muted = muted
+
+    @property
+    def _takes_flash(self) -> bool:
+        """Whether PyTorch's flash kernel serves this model; otherwise its memory-efficient one does."""
+        return self.shape.head_dim <= FLASH_HEAD_DIM and self.config.dtype != "fp32"
+
+    def _mergeable(self, layout: SequenceLayout) -> SequenceLayout:
+        """``layout`` of a sequence so long that a ring over PyTorch's kernels can merge its chunks."""
+        unit = layout.multiple * (1 if self._takes_flash else LSE_ROWS)
+        return replace(layout, length=-(-layout.length // unit) * unit)
+
+    def _all_to_all(
+        self, own: Callable[..., Any], output: Tensor, tensor: Tensor, group: Any = None, **options: Any
+    ) -> Any:
+        """``own``, the peer's exchange of equal parts, counted; muted, its result is what was given."""
+        sent, size = blank([(0, output), (0, tensor)]), torch.distributed.get_world_size(group)
+
+        def again() -> None:
+            (_, received), (_, alike) = sent()
+            own(received, alike, group=group)
+
+        self.mesh.traffic.add("all_to_all", tensor.nbytes * (size - 1) // size, again)
+        if self._muted:
+            return output.copy_(tensor)  # arithmetic on garbage takes another time than on numbers
+        return own(output, tensor, group=group, **options)
 
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         return [self._forward(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
