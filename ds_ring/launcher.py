@@ -50,7 +50,7 @@ def launch(
         ConfigError: the script refused (exit code 2), with what it said. OutOfMemory: a rank's memory ran out.
         LaunchError: it failed, or took longer than ``limit_s``.
     """
-    command = [_deepspeed(), "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", str(ranks)]
+    command = [deepspeed_command(), "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", str(ranks)]
     _run([*command, str(ROOT / script), *options], _environment(ranks), log, report, limit_s)
 
 
@@ -134,7 +134,7 @@ def _environment(ranks: int) -> dict[str, str]:
     return environment
 
 
-def _deepspeed() -> str:
+def deepspeed_command() -> str:
     beside = Path(sys.executable).parent / "deepspeed"
     found = str(beside) if beside.exists() else shutil.which("deepspeed")
     if found is None:
