@@ -181,7 +181,7 @@ def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
         Checkpoint.open(path)
         shape = model_shape(read_config(path))
     except UserError as error:
-        yield Finding("checkpoint", "problem", str(error), "see launch/make_checkpoint.py for one to try")
+        yield Finding("checkpoint", "problem", str(error))
         return
     yield Finding("checkpoint", "ok", f"{path}: {shape.model_type}, {shape.num_layers} layers")
     wanted = run.topology.world_size
