@@ -91,7 +91,8 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
         if is_out_of_memory(error):
-            print(f"{OUT_OF_MEMORY}rank {os.environ.get('RANK', '0')}: {first_line}", file=sys.stderr, flush=True)
+            why = "; ".join([first_line.rstrip("."), *getattr(error, "__notes__", [])])
+            print(f"{OUT_OF_MEMORY}rank {os.environ.get('RANK', '0')}: {why}", file=sys.stderr, flush=True)
             code = 3
         else:
             _say_failed(f"{type(error).__name__}: {first_line}")

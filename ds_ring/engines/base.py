@@ -31,6 +31,7 @@ from ds_ring.hf.attention import inject
 from ds_ring.hf.context import AttentionContext
 from ds_ring.hf.fused.fusion import Fusion
 from ds_ring.layout import SequenceLayout
+from ds_ring.shortage import explained
 from ds_ring.stall import StallWatch, watched
 from ds_ring.topology import Axis
 from ds_ring.transport.mesh import Mesh
@@ -139,6 +140,7 @@ class Engine(ABC):
         """Leave out all communication inside layers; results are then meaningless, their time is not."""
 
     @watched
+    @explained
     def __call__(
         self,
         input_ids: Tensor,
@@ -180,6 +182,7 @@ class Engine(ABC):
         return CausalLMOutput(logits=gather_replicas(logits_BTV, len(batch.rows), self.mesh["dp"]))
 
     @watched
+    @explained
     def generate(
         self,
         input_ids: Tensor,
@@ -211,6 +214,7 @@ class Engine(ABC):
         return generate(self, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
 
     @watched
+    @explained
     def token_log_likelihoods(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
         """Log-likelihood in nats of every token of a row given those before it, from the row's second token on.
 
@@ -239,6 +243,7 @@ class Engine(ABC):
         return [scores[: n - 1].cpu() for scores, n in zip(scores_BL, batch.lengths, strict=True)]
 
     @watched
+    @explained
     def prefill(self, batch: Batch, logits: Literal["none", "last", "all"], want_hidden: bool = False) -> list[Shard]:
         """One forward of this replica's rows; results stay where they are made.
 
@@ -253,6 +258,7 @@ class Engine(ABC):
         return self.forward(micro_batches, keep[logits], want_hidden)
 
     @watched
+    @explained
     def prefill_only(self, batch: Batch) -> list[Tensor | None]:
         """One forward of this replica's rows for the keys and values of all tokens and the logits that follow each row.
 
@@ -264,6 +270,7 @@ class Engine(ABC):
         return self.forward_last(micro_batches)
 
     @watched
+    @explained
     def next_token_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
