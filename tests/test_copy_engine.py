@@ -146,8 +146,11 @@ class TestProtocol:
 class TestMistakesShow:
     """Each wait and each order of the protocol, left out, gives wrong numbers on a schedule that is exact with it."""
 
+    TRIALS = 3
+    """Delays are of milliseconds: a machine that is busy elsewhere for as long may hide a mistake once."""
+
     def broken(self, delay=no_delay) -> bool:
-        return max(pulling(3, lambda t: rounds(t, 5, later_ranks), delay)) > 0.0
+        return any(max(pulling(3, lambda t: rounds(t, 5, later_ranks), delay)) > 0.0 for _ in range(self.TRIALS))
 
     def test_the_schedule_is_exact_as_long_as_nothing_is_left_out(self):
         assert not self.broken(all_are_late)
