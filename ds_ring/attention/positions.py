@@ -22,6 +22,13 @@ BLIND = -1
 """Position of a query that sees no key: padding."""
 
 
+def grown(positions_BS: Tensor, slots: int) -> Tensor:
+    """[B, slots], the new ones ``EMPTY``."""
+    more_BS = positions_BS.new_full((positions_BS.shape[0], slots), EMPTY)
+    more_BS[:, : positions_BS.shape[1]] = positions_BS
+    return more_BS
+
+
 def attend_positions(
     q_BLHD: Tensor,
     k_BSKD: Tensor,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_ring.attention.positions import EMPTY
+from ds_ring.attention.positions import EMPTY, grown
 from ds_ring.attention.window import WindowSlots
 from ds_ring.errors import UnsupportedModelError
 
@@ -80,9 +80,7 @@ class KVStore:
         if slots > capacity:
             # What was expected is enough, unless it was passed already.
             capacity = self._expected if slots <= self._expected else max(slots, int(GROWTH * capacity), SMALLEST)
-            grown_BS = self._positions_BS.new_full((self._positions_BS.shape[0], capacity), EMPTY)
-            grown_BS[:, : self._positions_BS.shape[1]] = self._positions_BS
-            self._positions_BS = grown_BS
+            self._positions_BS = grown(self._positions_BS, capacity)
             self.moves += 1
 
     def write(self, layer: int, rows: slice, start: int, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
@@ -138,12 +136,11 @@ class KVStore:
         slot = self.used[owner]
         self.used[owner] += 1
         self._make_room(max(self.used) + 1)
-        return slot if owner == self.rank else self._positions_BS.shape[1] - 1
+        return slot if owner == self.rank else self._spare
 
     def place_token(self, slot_1: Tensor, positions_B1: Tensor) -> None:
         """``place`` for one token a row in the slot that ``take_token`` gave; asks the device nothing."""
-        spare = self._positions_BS.shape[1] - 1
-        self._positions_BS.index_copy_(1, slot_1, torch.where(slot_1 == spare, EMPTY, positions_B1))
+        self._positions_BS.index_copy_(1, slot_1, torch.where(self.stored_here(slot_1), positions_B1, EMPTY))
 
     def write_token(self, layer: int, slot_1: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> None:
         """``write`` for one token a row."""
@@ -153,7 +150,11 @@ class KVStore:
 
     def stored_here(self, slot_1: Tensor) -> Tensor:
         """Whether ``take_token`` gave a slot on this rank, [1] bool."""
-        return slot_1 != self._positions_BS.shape[1] - 1
+        return slot_1 != self._spare
+
+    @property
+    def _spare(self) -> int:
+        return self._positions_BS.shape[1] - 1
 
     def read(self, layer: int, rows: slice = EVERY, stop: int | None = None) -> Cached:
         """The first ``stop`` slots, or all, as views; a layer must have been written once."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_ring.attention.positions import EMPTY
+from ds_ring.attention.positions import EMPTY, grown
 
 
 class Entry(NamedTuple):
@@ -45,12 +45,10 @@ class WindowSlots:
 
     def make_room(self, tokens: int) -> bool:
         """For ``tokens`` of a rank in all, or as many as it keeps; whether memory has moved."""
-        (rows, slots), wanted = self.positions_BS.shape, self.held(tokens)
-        if wanted <= slots:
+        wanted = self.held(tokens)
+        if wanted <= self.positions_BS.shape[1]:
             return False
-        grown_BS = self.positions_BS.new_full((rows, wanted), EMPTY)
-        grown_BS[:, :slots] = self.positions_BS
-        self.positions_BS = grown_BS
+        self.positions_BS = grown(self.positions_BS, wanted)
         return True
 
     def enter(self, rows: slice, positions_Bl: Tensor) -> Entry:
