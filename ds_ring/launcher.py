@@ -51,21 +51,24 @@ def launch(
         LaunchError: it failed, or took longer than ``limit_s``.
     """
     command = [deepspeed_command(), "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", str(ranks)]
-    _run([*command, str(ROOT / script), *options], _environment(ranks), log, report, limit_s)
+    run([*command, str(ROOT / script), *options], ranks, log=log, report=report, limit_s=limit_s)
 
 
 def run_module(module: str, options: Sequence[str], *, log: Path, report: Callable[[str], None]) -> None:
     """Run ``python -m module options`` as one process; otherwise as ``launch``."""
-    _run([sys.executable, "-m", module, *options], _environment(1), log, report)
+    run([sys.executable, "-m", module, *options], 1, log=log, report=report)
 
 
-def _run(
+def run(
     command: list[str],
-    environment: dict[str, str],
+    ranks: int,
+    *,
     log: Path,
     report: Callable[[str], None],
     limit_s: float = threading.TIMEOUT_MAX,
+    folder: Path | None = None,
 ) -> None:
+    """Run any command that starts ``ranks`` ranks, in ``folder``; otherwise as ``launch``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     refusals: list[str] = []
     shortages: list[str] = []
@@ -73,7 +76,7 @@ def _run(
     with log.open("w") as file:
         # A session of its own, so that everything it started can be ended with it.
         process = subprocess.Popen(
-            command, env=environment, text=True, errors="replace",
+            command, env=_environment(ranks), cwd=folder, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         with _ended(process, limit_s) as late:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,6 @@ if __name__ == "__main__":
     text = "run the commands of these records, or of all that are missing, and keep what they give"
     parser.add_argument("--record", nargs="*", metavar="FILE.json", help=text)
     parser.add_argument(
-        "--limit-s", type=float, default=float("inf"), metavar="S", help="begin nothing behind this, and end"
+        "--limit-s", type=float, default=threading.TIMEOUT_MAX, metavar="S", help="begin nothing behind this, and end"
     )
     cli.main(work, parser)

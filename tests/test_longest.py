@@ -132,7 +132,7 @@ def test_one_rank_out_of_memory_ends_them_all(tmp_path, monkeypatch):
 def test_a_run_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(DsRingError, match=r"did not end in 1 s"):
-        launcher._run(["sleep", "60"], {}, tmp_path / "log", print, 1.0)
+        launcher.run(["sleep", "60"], 1, log=tmp_path / "log", report=print, limit_s=1.0)
 
 
 @pytest.mark.parametrize(

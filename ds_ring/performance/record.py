@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ds_ring.errors import ConfigError
+from ds_ring.errors import ConfigError, DsRingError, LaunchError
+from ds_ring.launcher import run
 from ds_ring.performance.manifest import Page, Source
 from ds_ring.performance.page import MANIFEST, RESULTS
 
@@ -63,7 +62,7 @@ def record(
             left_out[source.file] = "no time left"
         else:
             say(f"{source.file}: {source.command}")
-            reason = _run(root, page, source, left)
+            reason = _make(root, page, source, left, say)
             if reason is None:
                 recorded[source.file] = source.command
             else:
@@ -71,23 +70,22 @@ def record(
     return {"recorded": recorded, "left_out": left_out}
 
 
-def _run(root: Path, page: Page, source: Source, left_s: float) -> str | None:
+def _make(root: Path, page: Page, source: Source, left_s: float, say: Callable[[str], None]) -> str | None:
     """Why nothing was recorded; None: it was."""
     made = root / "results" / source.file
-    made.parent.mkdir(exist_ok=True)
     made.unlink(missing_ok=True)
-    log, ends = made.with_suffix(".log"), time.monotonic() + left_s
-    with log.open("w") as file:
-        for command in [*_preparations(root, page, source.command or ""), source.command or ""]:
-            try:
-                done = subprocess.run(
-                    list(_words(root, command)), cwd=root, env=_environment(), stdin=subprocess.DEVNULL,
-                    stdout=file, stderr=subprocess.STDOUT, timeout=ends - time.monotonic(), check=False,
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                return f"did not end in {left_s:.0f} s; see {log.relative_to(root)}"
-            if done.returncode:
-                return f"ended with exit code {done.returncode}; see {log.relative_to(root)}"
+    before, log, ends = made.with_suffix(".before.log"), made.with_suffix(".log"), time.monotonic() + left_s
+    assert source.command is not None
+    try:
+        for command in [*_preparations(root, page, source.command), source.command]:
+            file = log if command == source.command else before
+            left_s = ends - time.monotonic()
+            run(_words(root, command), gpus_of(command), log=file, report=say, limit_s=left_s, folder=root)
+    except LaunchError as error:
+        how = f"did not end in {left_s:.0f} s" if time.monotonic() >= ends else f"ended with {error.reason}"
+        return f"{how}; see {file.relative_to(root)}"
+    except DsRingError as error:
+        return str(error)
     if not made.is_file():
         return f"gave no {made.relative_to(root)}"
     shutil.copyfile(made, root / RESULTS / source.file)
@@ -102,17 +100,9 @@ def _preparations(root: Path, page: Page, command: str) -> list[str]:
     ]
 
 
-def _words(root: Path, command: str) -> Iterator[str]:
+def _words(root: Path, command: str) -> list[str]:
     """As a shell would take them: file names for patterns, this interpreter for ``python``."""
-    for number, word in enumerate(shlex.split(command)):
-        if number == 0 and word == "python":
-            yield sys.executable
-        elif "*" in word:
-            yield from sorted(str(file.relative_to(root)) for file in root.glob(word))
-        else:
-            yield word
-
-
-def _environment() -> dict[str, str]:
-    beside = str(Path(sys.executable).parent)
-    return {**os.environ, "PATH": os.pathsep.join([beside, os.environ.get("PATH", "")])}
+    words: list[str] = []
+    for word in shlex.split(command):
+        words += sorted(str(file.relative_to(root)) for file in root.glob(word)) if "*" in word else [word]
+    return [sys.executable, *words[1:]] if words[0] == "python" else words
