@@ -27,7 +27,7 @@ from ds_ring.checks import check_workload
 from ds_ring.config import Mode, RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import Batch, pack
-from ds_ring.hardware import device_name, peak_flops, peak_memory_gib, watched_gpu
+from ds_ring.hardware import device_name, peak_flops, watched_gpu
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.flops import layer_parameters
 from ds_ring.hf.shape import model_shape, read_config
@@ -177,9 +177,7 @@ def _row(
     step = found.step.median_s
     tps = work.tps(step)
     itemsize = torch_dtype(config.dtype).itemsize
-    # Shared memory only grows, so that what it is now is its peak; on a CPU it is among the process's own.
-    shared_gib = engine.mesh.shared_bytes / 2**30 if engine.device.type == "cuda" else 0.0
-    memory = engine.mesh["world"].all_gather_objects(peak_memory_gib(engine.device) + shared_gib)
+    memory = engine.mesh["world"].all_gather_objects(engine.peak_memory_gib)
     return {
         "layout": config.label,
         "implementation": config.parallel.implementation,

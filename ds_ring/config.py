@@ -9,6 +9,7 @@ A default lives in one place, the field below; the command line is derived from 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -232,6 +233,11 @@ class RunConfig(_Section):
     def topology(self) -> Topology:
         p = self.parallel
         return Topology(dp=p.dp_size, pp=p.pp_size, ring=p.ring_degree, ulysses=p.ulysses_degree, tp=self.tp_size)
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Sequences of it, on the replica with the most."""
+        return min(self.workload.micro_batch_size, math.ceil(self.workload.batch_size / self.parallel.dp_size))
 
     @property
     def label(self) -> str:

@@ -8,7 +8,6 @@ that shorter trials took only chooses where to try; what fits is always a length
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ from ds_ring import launcher
 from ds_ring.checks import check_run
 from ds_ring.compare import ensure_checkpoint, model_source
 from ds_ring.config import RunConfig
-from ds_ring.engines.base import Engine
+from ds_ring.engines.base import Engine, Shard
 from ds_ring.engines.batch import pack
 from ds_ring.engines.finite import all_finite
 from ds_ring.errors import ConfigError, DsRingError, NumericsError, OutOfMemory
-from ds_ring.hardware import device_name, limit_memory, memory_gib, peak_memory_gib, synchronize
+from ds_ring.hardware import device_name, limit_memory, memory_gib
 from ds_ring.hf.shape import model_shape, read_config
+from ds_ring.passes import time_passes
 from ds_ring.results import read_json, write_json
 from ds_ring.text import rows_of, token_stream
 
@@ -185,18 +185,9 @@ def trial(engine: Engine, memory_limit_gib: float | None) -> Trial:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    synchronize(device)
-    engine.mesh["world"].barrier()
-    started = time.perf_counter()
-    shards = engine.prefill(whole, "last")
-    synchronize(device)
-    seconds = time.perf_counter() - started
+    shards: list[Shard] = []
+    timing = time_passes(engine, lambda: shards.extend(engine.prefill(whole, "last")), 1)
     if not all(all_finite(shard.logits_BkV) for shard in shards):
         raise NumericsError(f"logits behind {length} tokens are not finite")
-    # Shared memory only grows, so that what it is now is its peak; on a CPU it is among the process's own.
-    held = peak_memory_gib(device) + (engine.mesh.shared_bytes / 2**30 if device.type == "cuda" else 0.0)
-    everyone = engine.mesh["world"].all_gather_objects((seconds, held))
-    return Trial(
-        length, max(s for s, _ in everyone), tuple(h for _, h in everyone), memory_gib(device, memory_limit_gib),
-        device_name(device),
-    )  # fmt: skip
+    held = tuple(engine.mesh["world"].all_gather_objects(engine.peak_memory_gib))
+    return Trial(length, timing.median_s, held, memory_gib(device, memory_limit_gib), device_name(device))

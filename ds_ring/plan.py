@@ -101,14 +101,18 @@ def choose(run: RunConfig, shape: ModelShape, linear_parameters: int, ranks: int
     Raises:
         ConfigError: none fits, with the smallest one's memory.
     """
-    ordered = plans(run, shape, linear_parameters, ranks, card)
+    return best_of(plans(run, shape, linear_parameters, ranks, card), ranks, card)
+
+
+def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:
+    """``choose`` among ``plans``."""
     best = ordered[0]
     if not best.fits:
         raise ConfigError(
             f"no layout of {ranks} ranks fits {card.memory_gib:.0f} GiB a rank: {best.label} comes closest with "
             f"{best.memory_gib:.0f} GiB; take more ranks, shorter sequences or a smaller micro_batch_size"
         )
-    return best, _reason(best, ordered[1:], run.workload.batch_size, ranks)
+    return best, _reason(best, ordered[1:], best.config.workload.batch_size, ranks)
 
 
 def resolve(run: RunConfig, config: PretrainedConfig, ranks: int, card: Card) -> tuple[RunConfig, str | None]:
@@ -161,7 +165,7 @@ def _predict(config: RunConfig, shape: ModelShape, linear_parameters: int, card:
     itemsize = 4 if config.dtype == "fp32" else 2
     layout = SequenceLayout(work.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
     rows = math.ceil(work.batch_size / t.dp)
-    micro = min(rows, work.micro_batch_size)
+    micro = config.largest_micro_batch
     steps = math.ceil(rows / micro)
     tokens = rows * layout.local_length / (t.tp * t.pp)  # whole tokens' worth of work
     few = 1 + FEW_ROWS / (micro * layout.local_length)

@@ -7,7 +7,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ds_ring.errors import is_out_of_memory
-from ds_ring.hardware import memory_gib, peak_memory_gib
+from ds_ring.hardware import memory_gib
+from ds_ring.hf.flops import matrix_elements
 from ds_ring.memory import peak_bytes
 
 if TYPE_CHECKING:
@@ -34,16 +35,11 @@ def explained(method: Method) -> Method:
 def explanation(engine: Engine) -> str:
     """One line, about the configuration's own batch and length."""
     config, work, t = engine.config, engine.config.workload, engine.mesh.topology
-    micro = min(work.micro_batch_size, max(1, work.batch_size // t.dp))
-    own = sum(p.numel() for i in engine.layers for p in _layer(engine, i).parameters() if p.dim() >= 2)
+    micro, own = config.largest_micro_batch, sum(map(matrix_elements, engine.anatomy.layers))
     predicted = peak_bytes(config, engine.shape, own * t.tp * t.pp, micro) / 2**30
-    held, whole = peak_memory_gib(engine.device), memory_gib(engine.device)
+    held, whole = engine.peak_memory_gib, memory_gib(engine.device)
     return (
         f"{held:.1f} GiB were held" + (f" of {whole:.1f}" if whole else "") + f", {predicted:.1f} are predicted for "
         f"micro-batches of {micro} x {work.max_length} tokens; lower micro_batch_size or max_length, or share each "
         f"sequence among more ranks (ring_degree, ulysses_degree)"
     )
-
-
-def _layer(engine: Engine, number: int) -> Any:
-    return engine.anatomy.layers[number - engine.layers.start]

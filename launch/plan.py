@@ -30,7 +30,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     found = plan.plans(run, model_shape(config), weights, args.ranks, card)
     rows = [plan.row(each) for each in found]
     progress.make_console().print(report.plan_table(rows))
-    chosen, reason = plan.choose(run, model_shape(config), weights, args.ranks, card)
+    chosen, reason = plan.best_of(found, args.ranks, card)
     cli.say(reason)
     return {**results.provenance(), "chosen": chosen.config.document(), "reason": reason, "rows": rows}
 

@@ -25,7 +25,7 @@ from ds_ring.engines.batch import Batch, pack
 from ds_ring.engines.decoding import Capture, Run
 from ds_ring.engines.gather import assemble, gather_replicas, row_starts
 from ds_ring.errors import InputError, NumericsError
-from ds_ring.hardware import synchronize
+from ds_ring.hardware import peak_memory_gib, synchronize
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.attention import inject
 from ds_ring.hf.context import AttentionContext
@@ -295,6 +295,13 @@ class Engine(ABC):
         if stages.size > 1:
             whole_BV = stages.all_gather(whole_BV)[-1]
         return gather_replicas(whole_BV, len(batch.rows), self.mesh["dp"])
+
+    @property
+    def peak_memory_gib(self) -> float:
+        """The most this rank has held, what peers can read included."""
+        # Shared memory only grows, so that what it is now is its peak; on a CPU it is among the process's own.
+        shared = self.mesh.shared_bytes if self.device.type == "cuda" else 0
+        return peak_memory_gib(self.device) + shared / 2**30
 
     def settle(self) -> None:
         """Wait until everything queued on this rank's device has run."""

@@ -1,6 +1,7 @@
 """Counting the weights that every token is multiplied with."""
 
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ds_ring.hf.anatomy import Anatomy
@@ -18,4 +19,9 @@ def layer_parameters(config: PretrainedConfig) -> list[int]:
     """As ``linear_parameters``, layer by layer, from the model on the meta device."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    return [sum(p.numel() for p in layer.parameters() if p.dim() >= 2) for layer in Anatomy.of(model).layers]
+    return [matrix_elements(layer) for layer in Anatomy.of(model).layers]
+
+
+def matrix_elements(layer: nn.Module) -> int:
+    """Elements of its matrices; of a sharded one, those of this rank."""
+    return sum(p.numel() for p in layer.parameters() if p.dim() >= 2)
