@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from packaging.version import Version
 
 from ds_ring.checks import check_run
 from ds_ring.config import RunConfig
@@ -26,7 +27,7 @@ from ds_ring.results import versions
 from ds_ring.transport.choice import Place, choose
 
 Outcome = Literal["ok", "slower", "problem"]
-OLDEST = {"python": (3, 11), "torch": (2, 11), "transformers": (5, 17), "deepspeed": (0, 19)}
+OLDEST = {"python": "3.11", "torch": "2.11", "transformers": "5.17", "deepspeed": "0.19"}
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ def examine(run: RunConfig | None, hostfile: str | None, port: int) -> list[Find
 def packages() -> Iterator[Finding]:
     installed = versions()
     for name, oldest in OLDEST.items():
-        found, wanted = installed.get(name), ".".join(map(str, oldest))
+        found = installed.get(name)
         if found is None:
             yield Finding(name, "problem", "not installed", "pip install -r requirements.txt")
-        elif _numbers(found) < oldest:
-            yield Finding(name, "problem", f"{found} is older than {wanted}", f"install {name} {wanted} or newer")
+        elif Version(found).release < Version(oldest).release:
+            yield Finding(name, "problem", f"{found} is older than {oldest}", f"install {name} {oldest} or newer")
         else:
             yield Finding(name, "ok", found)
 
@@ -213,7 +214,3 @@ def document(findings: Sequence[Finding]) -> dict[str, Any]:
 def show(findings: Sequence[Finding], say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> None:
     for finding in findings:
         say(f"{finding.outcome:8} {finding.what}: {finding.detail}" + (f"; {finding.fix}" if finding.fix else ""))
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())

@@ -104,8 +104,7 @@ class Capture:
             self._works = False
             return run
         # A capture counted its bytes and sent none; each replay sends them.
-        once = Counter(sent)
-        once.subtract(before)
+        once = sent - before
         sent.clear()
         sent.update(before)
 
