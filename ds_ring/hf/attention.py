@@ -22,16 +22,25 @@ _UNSUPPORTED = ("position_bias", "alibi")
 def inject(model: PreTrainedModel, context: AttentionContext) -> None:
     """Make ``model`` use our attention with ``context``. Models are independent of one another."""
     register()
+    attend_by(model, NAME, ATTRIBUTE, context, BYPASSES)
+
+
+def attend_by(model: PreTrainedModel, name: str, attribute: str, value: object, bypasses: str) -> None:
+    """Make ``model`` use the attention registered as ``name``, which finds ``value`` on the module it is called with.
+
+    Raises:
+        UnsupportedModelError: it does not take another attention, or ``bypasses`` it.
+    """
     try:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(name)
     except ValueError as error:
         raise UnsupportedModelError(f"{type(model).__name__} does not take another attention: {error}") from None
-    if model.config.get_text_config()._attn_implementation != NAME:
+    if model.config.get_text_config()._attn_implementation != name:
         # transformers only warns, and DeepSpeed would go on to shard what cannot run.
-        raise UnsupportedModelError(f"{type(model).__name__} {BYPASSES}")
+        raise UnsupportedModelError(f"{type(model).__name__} {bypasses}")
     for module in model.modules():
         # Only attention modules read it, and only the model's own code knows which those are.
-        setattr(module, ATTRIBUTE, context)
+        setattr(module, attribute, value)
 
 
 def register() -> None:

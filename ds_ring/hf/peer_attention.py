@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from ds_ring.errors import UnsupportedModelError
+from ds_ring.hf.attention import attend_by
 
 _ATTRIBUTE = "_ds_ring_peer"
 _DROPPED = ("softcap", "sliding_window", "s_aux", "position_bias")
@@ -24,13 +25,8 @@ def attach(model: PreTrainedModel, name: str, attend: Attend) -> None:
     mean nothing to them, and transformers would take a zigzag rank's positions for packed sequences.
     """
     AttentionInterface.register(name, _attention)
-    model.set_attn_implementation(name)
-    if model.config.get_text_config()._attn_implementation != name:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not go through transformers' attention interface, so {name} cannot serve it"
-        )
-    for module in model.modules():
-        setattr(module, _ATTRIBUTE, attend)
+    bypasses = f"does not go through transformers' attention interface, so {name} cannot serve it"
+    attend_by(model, name, _ATTRIBUTE, attend, bypasses)
 
 
 def _attention(
