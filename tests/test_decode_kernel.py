@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_blocks import RandomBlock
 from torch import Tensor
 
 from ds_ring.attention import plain, plain_positions, positions
@@ -38,32 +39,19 @@ NAN = float("nan")
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(RandomBlock):
     """Queries at the last positions before ``behind`` more keys, against keys at positions in any order."""
 
-    batch: int = 1
     n_queries: int = 1
     n_keys: int = 71
-    kv_heads: int = 1
-    group: int = 2
-    head_dim: int = 16
     behind: int = 0
     empty: float = 0.0
     ordered: bool = False
-    window: int | None = None
-    softcap: float | None = None
-    seed: int = 0
-
-    @property
-    def spec(self) -> AttentionSpec:
-        return AttentionSpec(self.head_dim**-0.5, self.window, self.softcap)
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and the positions; empty slots hold NaN."""
         generator = torch.Generator().manual_seed(self.seed)
-        heads = self.kv_heads * self.group
-        shapes = ((self.n_queries, heads), (self.n_keys, self.kv_heads), (self.n_keys, self.kv_heads))
-        q, k, v = (torch.randn(self.batch, n, h, self.head_dim, generator=generator).to(dtype) for n, h in shapes)
+        q, k, v = self.qkv(generator, dtype)
         first = self.n_keys - self.n_queries - self.behind
         q_positions = torch.arange(first, first + self.n_queries, dtype=torch.int32).expand(self.batch, -1)
         orders = [torch.randperm(self.n_keys, generator=generator) for _ in range(self.batch)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_blocks import SeenBlock
 from torch import Tensor
 
 from ds_ring.attention import local, plain
@@ -19,37 +20,9 @@ FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
-class Case:
-    """A random block and how it is seen."""
-
-    batch: int = 1
-    n_queries: int = 7
-    n_keys: int = 9
+class Case(SeenBlock):
     kv_heads: int = 2
-    group: int = 2
     head_dim: int = 8
-    causal: bool = True
-    q_offset: int = 0
-    k_offset: int = 0
-    window: int | None = None
-    softcap: float | None = None
-    seed: int = 0
-
-    @property
-    def spec(self) -> AttentionSpec:
-        return AttentionSpec(self.head_dim**-0.5, self.window, self.softcap)
-
-    def tensors(self, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        q, k, v = (
-            (scale * torch.randn(self.batch, length, heads, self.head_dim, generator=generator)).to(dtype)
-            for length, heads in (
-                (self.n_queries, self.kv_heads * self.group),
-                (self.n_keys, self.kv_heads),
-                (self.n_keys, self.kv_heads),
-            )
-        )
-        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return local.attend(q, k, v, spec=self.spec, causal=self.causal, q_offset=self.q_offset, k_offset=self.k_offset)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_blocks import SeenBlock
 from torch import Tensor
 
 from ds_ring.attention import plain
 from ds_ring.attention.merge import merge_
 from ds_ring.attention.reference import reference_attention
-from ds_ring.attention.spec import AttentionSpec
 from ds_ring.kernels import portable
 
 triton = pytest.importorskip("triton")
@@ -42,35 +42,9 @@ NAN = float("nan")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A random block and how it is seen."""
-
-    batch: int = 1
+class Case(SeenBlock):
     n_queries: int = 37
     n_keys: int = 41
-    kv_heads: int = 1
-    group: int = 2
-    head_dim: int = 16
-    causal: bool = True
-    q_offset: int = 0
-    k_offset: int = 0
-    window: int | None = None
-    softcap: float | None = None
-    seed: int = 0
-
-    @property
-    def spec(self) -> AttentionSpec:
-        return AttentionSpec(self.head_dim**-0.5, self.window, self.softcap)
-
-    def tensors(self, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        heads = self.kv_heads * self.group
-        shapes = ((self.n_queries, heads), (self.n_keys, self.kv_heads), (self.n_keys, self.kv_heads))
-        q, k, v = (
-            (scale * torch.randn(self.batch, length, n, self.head_dim, generator=generator)).to(dtype)
-            for length, n in shapes
-        )
-        return q, k, v
 
     def attend(
         self,
