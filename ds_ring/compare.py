@@ -1,11 +1,17 @@
-"""Several layouts on one model, one text and one batch, each in a launcher run of its own, one after the other."""
+"""Several layouts on one model, one text and one batch, one after the other.
+
+On GPUs, neighbours of as many ranks share a launcher run, whose start takes as long as measuring one of them. One that
+fails behind others is tried once more in a run that begins with it, so that what it is blamed for is its own. On CPUs
+each has a run of its own: the peak of memory is there that of a process and all it has run. So have other
+implementations, which change what they find in a process.
+"""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -150,63 +156,102 @@ def run_all(plan: Plan, logs: Path, advance: Callable[[], None], report: Report)
             else:
                 found.unchecked.append(length)
             advance()
-        for file, layout in plan.runs:
-            _run_layout(file, layout, references, logs, found, report)
-            advance()
+        waiting = [_Job(file, run) for file, run in plan.runs]
+        while waiting:
+            waiting = _run_first(waiting, references, logs, found, advance, report)
     return found
 
 
-def _run_layout(
-    file: Path, layout: RunConfig, references: list[str], logs: Path, found: Outcome, report: Report
-) -> None:
-    """Launch it until every case has run or is known not to fit."""
-    left: RunConfig | None = layout
-    names = (file.stem if n == 1 else f"{file.stem}.{n}" for n in count(1))
-    whose = {"layout": layout.label, "implementation": layout.parallel.implementation}
-    while left is not None:
-        name, run, left = next(names), left, None
-        rows, error = _launch(name, run, references[: len(run.workload.lengths)], logs, report)
-        found.rows.extend({**row, "config_file": file.name} for row in rows)
-        if isinstance(error, OutOfMemory):
-            report(f"{name}: {error}")
-            ran = set(map(case_of, rows))
-            missing = [case for case in cases(run) if case not in ran]
-            left = behind(run, missing[0]) if missing else None
-            again = set(cases(left)) if left is not None else set()
-            found.unfit.extend(
-                {**whose, "micro_batch": size, "length": length, "mode": mode}
-                for size, length, mode in missing
-                if (size, length, mode) not in again
-            )
-        elif error is not None:
-            report(f"{name} failed: {error}")
-            reason = error.reason if isinstance(error, LaunchError) else str(error)
-            found.failures.append({**whose, "reason": reason})
+@dataclass(frozen=True)
+class _Job:
+    """A layout, or what is left of it at its so-manieth launch."""
+
+    file: Path
+    run: RunConfig
+    launch: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.file.stem if self.launch == 1 else f"{self.file.stem}.{self.launch}"
+
+    def shares_a_launch(self, other: _Job) -> bool:
+        ours = self.run.parallel.implementation == other.run.parallel.implementation == "ds_ring"
+        alike = self.run.topology.world_size == other.run.topology.world_size
+        return ours and alike and self.run.ring.workload == other.run.ring.workload and launcher.gpu_count() > 0
 
 
-def _launch(
-    name: str, run: RunConfig, references: list[str], logs: Path, report: Report
-) -> tuple[list[dict[str, Any]], DsRingError | None]:
-    """The rows that a launch left, and what ended it early."""
-    ranks = run.topology.world_size
-    report(f"{name}: start {ranks} ranks")
-    config, output = logs / f"{name}.config.json", logs / f"{name}.json"
-    write_json(config, run.document())
-    output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one's
-    arguments = ["--config", str(config), "--output", str(output)]
+def _run_first(
+    waiting: list[_Job], references: list[str], logs: Path, found: Outcome, advance: Callable[[], None], report: Report
+) -> list[_Job]:
+    """Launch the first, and what can run with it; what waits afterwards."""
+    first = waiting[0]
+    together = [first, *takewhile(first.shares_a_launch, waiting[1:])]
+    behind_them = waiting[len(together) :]
+    error = _launch(together, references[: len(first.run.workload.lengths)], logs, report)
+    for number, job in enumerate(together):
+        rows = _rows(logs / f"{job.name}.json")
+        ended_here = error is not None and (job is together[-1] or not _ran(job, rows))
+        if ended_here and job is not first and not _ran(job, rows):
+            report(f"{job.name}: once more, first of a run; {error}")
+            return together[number:] + behind_them
+        found.rows.extend({**row, "config_file": job.file.name} for row in rows)
+        left = _blame(job, rows, error, found, report) if error is not None and ended_here else None
+        if left is not None:
+            return [left, *together[number + 1 :], *behind_them]
+        advance()
+        if ended_here:
+            return together[number + 1 :] + behind_them
+    return behind_them
+
+
+def _ran(job: _Job, rows: list[dict[str, Any]]) -> bool:
+    return set(cases(job.run)) <= set(map(case_of, rows))
+
+
+def _blame(job: _Job, rows: list[dict[str, Any]], error: DsRingError, found: Outcome, report: Report) -> _Job | None:
+    """Note what ended ``job`` behind its ``rows``; what of it is left to launch."""
+    whose = {"layout": job.run.label, "implementation": job.run.parallel.implementation}
+    if not isinstance(error, OutOfMemory):
+        report(f"{job.name} failed: {error}")
+        found.failures.append({**whose, "reason": error.reason if isinstance(error, LaunchError) else str(error)})
+        return None
+    report(f"{job.name}: {error}")
+    ran = set(map(case_of, rows))
+    missing = [case for case in cases(job.run) if case not in ran]
+    left = behind(job.run, missing[0]) if missing else None
+    again = set(cases(left)) if left is not None else set()
+    found.unfit.extend(
+        {**whose, "micro_batch": size, "length": length, "mode": mode}
+        for size, length, mode in missing
+        if (size, length, mode) not in again
+    )
+    return None if left is None else _Job(job.file, left, job.launch + 1)
+
+
+def _launch(jobs: list[_Job], references: list[str], logs: Path, report: Report) -> DsRingError | None:
+    """What ended the run that measures ``jobs`` before its time; each job's rows are in a file of its name."""
+    first = jobs[0]
+    ranks = first.run.topology.world_size
+    report(f"{', '.join(job.name for job in jobs)}: start {ranks} ranks")
+    arguments: list[str] = []
+    for job in jobs:
+        config, output = logs / f"{job.name}.config.json", logs / f"{job.name}.json"
+        write_json(config, job.run.document())
+        output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one's
+        files = [str(config), str(output)]
+        arguments += ["--config", files[0], "--output", files[1]] if job is first else ["--then", *files]
     arguments += ["--references", *references] if references else []
-    error: DsRingError | None = None
+    log = logs / f"{first.name}.log"
     try:
-        launcher.launch("launch/bench.py", ranks, arguments, log=logs / f"{name}.log", report=report)
-        if not output.exists():
-            raise DsRingError(f"the launcher ended without a result; see {logs / name}.log")
+        launcher.launch("launch/bench.py", ranks, arguments, log=log, report=report)
     except ConfigError as refusal:
-        if run.parallel.implementation == "ds_ring":
+        if first.run.parallel.implementation == "ds_ring":
             raise
-        error = refusal
+        return refusal
     except DsRingError as failure:
-        error = failure
-    return _rows(output), error
+        return failure
+    without = [job.name for job in jobs if not (logs / f"{job.name}.json").exists()]
+    return DsRingError(f"the launcher ended without a result of {', '.join(without)}; see {log}") if without else None
 
 
 def _rows(output: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import resource
 import statistics
@@ -113,6 +114,13 @@ def limit_memory(device: torch.device, gib: float) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[5])
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (pages * resource.getpagesize() + int(gib * 2**30), hard))
+
+
+def release_memory() -> None:
+    """Give back what engines held that are gone: their tensors refer to each other in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def held_memory_gib(device: torch.device) -> float:

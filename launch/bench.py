@@ -16,27 +16,35 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring import cli
+from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    config = cli.run_config(args)
-    from ds_ring import bench, results, runtime
+    first = measure(cli.run_config(args), args.references, args.output, args.trace)
+    for config, output in args.then:
+        measure(RunConfig.load(config), args.references, output, None)
+    return first
+
+
+def measure(config: RunConfig, references: list[str], output: str | None, trace: str | None) -> dict[str, Any]:
+    from ds_ring import bench, hardware, results, runtime
 
     config = runtime.resolve(config)
     bench.check(config)
+    hardware.release_memory()
     cli.say(f"{config.label}: load {config.ring.model}")
     engine = runtime.from_pretrained(config=config)
     lengths = config.workload.lengths
-    if len(args.references) > len(lengths):
-        raise ConfigError(f"{len(args.references)} references for {len(lengths)} lengths; give at most one a length")
-    references = dict(zip(lengths, args.references, strict=False))
+    if len(references) > len(lengths):
+        raise ConfigError(f"{len(references)} references for {len(lengths)} lengths; give at most one a length")
+    by_length = dict(zip(lengths, references, strict=False))
     rows: list[dict[str, Any]] = []
     document = {**results.provenance(), "config": config.document(), "rows": rows}
-    for row in bench.measure(engine, references, cli.say, Path(args.trace) if args.trace else None):
+    for row in bench.measure(engine, by_length, cli.say, Path(trace) if trace else None):
         rows.append(row)
-        if args.output and cli.is_first_rank():  # after every row: a longer one may not fit
-            results.write_json(args.output, document)
+        if output and cli.is_first_rank():  # after every row: a longer one may not fit
+            results.write_json(output, document)
     return document
 
 
@@ -44,5 +52,7 @@ if __name__ == "__main__":
     parser = cli.run_parser(__doc__)
     references = "files of ds_ring.parity for the shortest lengths, ascending"
     parser.add_argument("--references", nargs="+", default=[], metavar="FILE", help=references)
+    others = "behind the first, in the same processes, measure what this file says, a layout of as many ranks"
+    parser.add_argument("--then", nargs=2, action="append", default=[], metavar=("CONFIG", "OUTPUT"), help=others)
     parser.add_argument("--trace", metavar="FILE.json", help="leave a Chrome trace of one pass of every rank here")
     cli.main(work, parser)

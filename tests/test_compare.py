@@ -140,17 +140,23 @@ def test_an_interrupted_write_leaves_the_previous_result(tmp_path, monkeypatch):
 
 @pytest.fixture
 def two_layouts(tmp_path, monkeypatch):
-    """A plan of ring4 and tp2_pp2 whose launcher does what ``outcomes`` says by layout, and its folder of logs."""
-    outcomes = {}
+    """A plan of ring4 and tp2_pp2 whose launcher does what ``outcomes`` says by layout, and its folder of logs.
+    ``outcomes["launches"]`` lists what was launched together."""
+    outcomes = {"launches": (launches := [])}
 
     def launch(script, ranks, options, *, log, report):
-        for outcome in outcomes.get(log.stem, []):
-            if isinstance(outcome, Exception):
-                raise outcome
-            output, config = (options[options.index(name) + 1] for name in ("--output", "--config"))
-            assert RunConfig.load(config).label == log.stem.partition(".")[0]
-            before = results.read_json(output)["rows"] if Path(output).exists() else []
-            results.write_json(output, {"rows": [*before, outcome]})
+        files = [tuple(options[options.index(name) + 1] for name in ("--config", "--output"))]
+        files += [(options[i + 1], options[i + 2]) for i, option in enumerate(options) if option == "--then"]
+        names = [Path(output).stem for _, output in files]
+        assert log.stem == names[0]
+        launches.append(names)
+        for name, (config, output) in zip(names, files, strict=True):
+            assert RunConfig.load(config).label == name.partition(".")[0]
+            for outcome in outcomes.get(name, []):
+                if isinstance(outcome, Exception):
+                    raise outcome
+                before = results.read_json(output)["rows"] if Path(output).exists() else []
+                results.write_json(output, {"rows": [*before, outcome]})
 
     monkeypatch.setattr(compare.launcher, "launch", launch)
     monkeypatch.setattr(compare.launcher, "run_module", lambda *_, **__: None)
@@ -170,6 +176,61 @@ def test_a_failing_layout_takes_neither_the_others_results_with_it_nor_its_own(t
     assert [(r["config_file"], r["length"]) for r in found.rows] == [("ring4.json", 500), ("tp2_pp2.json", 1000)]
     assert found.unfit == []
     assert found.failures == [{"layout": "ring4", "implementation": "ds_ring", "reason": "crashed"}]
+
+
+def both_lengths(name):
+    return [row(name, 1.0, length=500), row(name, 2.0)]
+
+
+def test_on_gpus_layouts_share_a_launch(two_layouts, monkeypatch):
+    plan, outcomes, logs = two_layouts
+    outcomes |= {"ring4": both_lengths("ring4"), "tp2_pp2": both_lengths("tp2_pp2")}
+    apart = run_all(plan, logs)
+    assert outcomes["launches"] == [["ring4"], ["tp2_pp2"]]
+    monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 4)
+    assert run_all(plan, logs).rows == apart.rows
+    assert outcomes["launches"][2:] == [["ring4", "tp2_pp2"]]
+
+
+def test_other_implementations_and_other_numbers_of_ranks_are_launched_apart(two_layouts, monkeypatch):
+    plan, outcomes, logs = two_layouts
+    monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 4)
+    file, run = plan.runs[0]
+    one, tensor = RunConfig.load(run, ring_degree=1), RunConfig.load(run, ring_degree=1, tp_size=4)
+    peer = RunConfig.load(run, implementation="deepspeed_ulysses", ring_degree=1, ulysses_degree=4)
+    others = [(file.with_stem(name), job) for name, job in (("deepspeed_ulysses4", peer), ("tp4", tensor))]
+    jobs = [(file.with_stem("single"), one), *plan.runs, *others]
+    outcomes |= {name: both_lengths(name) for name in ("single", "ring4", "tp2_pp2", "deepspeed_ulysses4", "tp4")}
+    advanced = []
+    found = compare.run_all(compare.Plan.checked(jobs), logs, lambda: advanced.append(1), lambda text: None)
+    assert outcomes["launches"] == [["single"], ["ring4", "tp2_pp2"], ["deepspeed_ulysses4"], ["tp4"]]
+    assert len(advanced) == len(plan.lengths) + len(jobs)
+    assert [r["layout"] for r in found.rows[::2]] == ["single", "ring4", "tp2_pp2", "deepspeed_ulysses4", "tp4"]
+
+
+def test_who_fails_behind_others_is_tried_first_of_a_launch(two_layouts, monkeypatch):
+    plan, outcomes, logs = two_layouts
+    monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 4)
+    plan = compare.Plan.checked([*plan.runs, (Path("tp4.json"), RunConfig.load(plan.runs[1][1], tp_size=4, pp_size=1))])
+    outcomes["ring4"] = both_lengths("ring4")
+    outcomes["tp2_pp2"] = [row("tp2_pp2", 1.0, length=500), OutOfMemory("out of memory on rank 1")]
+    outcomes["tp4"] = both_lengths("tp4")
+    found = run_all(plan, logs)
+    assert outcomes["launches"] == [["ring4", "tp2_pp2", "tp4"], ["tp2_pp2", "tp4"], ["tp4"]]
+    assert [(r["layout"], r["length"]) for r in found.rows] == [
+        ("ring4", 500), ("ring4", 1000), ("tp2_pp2", 500), ("tp4", 500), ("tp4", 1000)
+    ]  # fmt: skip
+    assert [(what["layout"], what["length"]) for what in found.unfit] == [("tp2_pp2", 1000)]
+    assert found.failures == []
+
+
+def test_a_launch_that_fails_at_its_end_is_a_failure_and_loses_no_row(two_layouts, monkeypatch):
+    plan, outcomes, logs = two_layouts
+    monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 4)
+    outcomes |= {"ring4": both_lengths("ring4"), "tp2_pp2": [*both_lengths("tp2_pp2"), DsRingError("hung up")]}
+    found = run_all(plan, logs)
+    assert len(found.rows) == 4
+    assert [(failure["layout"], failure["reason"]) for failure in found.failures] == [("tp2_pp2", "hung up")]
 
 
 def test_what_did_not_fit_is_what_has_no_row(two_layouts):

@@ -145,9 +145,16 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
     output = tmp_path / "bench.json"
     workload = ["--batch-size", 4, "--max-length", 1001, "--repeats", 2, "--mode", "both", "--references", reference]
     workload += ["--trace", tmp_path / "trace.json", "--warmup-batch-size", 2]
+    ring4, behind = tmp_path / "ring4.json", tmp_path / "behind.json"
+    section = {"model": str(neox), "parallel": {"ring_degree": 4}, "workload": {"batch_size": 4, "max_length": 1001}}
+    ring4.write_text(json.dumps({"dtype": "fp32", "ds_ring": section}))
+    workload += ["--then", ring4, behind]
     done = deepspeed(4, "launch/bench.py", "--model", neox, "--dtype", "fp32", *layout, *workload, "--output", output)
     document = last_line(done)
     assert document == json.loads(output.read_text())
+    (after,) = json.loads(behind.read_text())["rows"]
+    assert (after["layout"], after["length"]) == ("ring4", 1001)
+    assert after["max_rel_error"] < 1e-5
     row, short = document["rows"]
     assert [row["mode"], short["mode"]] == ["full", "prefill_only"]
     assert short["max_rel_error"] < 1e-5
