@@ -156,7 +156,7 @@ class RingConfig(_Section):
     )
     decode_graph: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="steps of a generation as CUDA graphs; auto: where one rank decodes by itself and the model allows",
+        description="steps of a generation as CUDA graphs; auto: but for tp_size and pp_size, where the model allows",
     )
     fusion: FusionChoice = Field(
         "auto", description="auto puts neighbouring operations of a layer together where they are recognised"

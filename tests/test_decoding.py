@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -67,6 +68,22 @@ def test_a_step_is_captured_again_only_when_the_cache_moves(little_room, layout)
         growths = moves // (model.config.num_hidden_layers + 1)  # positions, and each layer's keys and values
         plain = 59 - replayed
         assert 3 < captured <= plain <= growths < 15
+
+
+def test_a_generation_leaves_no_cache_for_the_garbage_collector():
+    def work(engine: Engine) -> bool:
+        engine.generate(IDS, MASK, max_new_tokens=5, **OPTIONS)  # what is found out once may leave circles
+        gc.collect()
+        gc.disable()
+        try:
+            found = engine.generate(IDS, MASK, max_new_tokens=5, **OPTIONS)
+            held = weakref.ref(found.past_key_values.store)
+            del found
+            return held() is None
+        finally:
+            gc.enable()
+
+    assert serve(build(llama_gqa()), work) == [True]
 
 
 class Asks(nn.Module):

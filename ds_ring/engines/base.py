@@ -34,6 +34,7 @@ from ds_ring.layout import SequenceLayout
 from ds_ring.shortage import explained
 from ds_ring.stall import StallWatch, watched
 from ds_ring.topology import Axis
+from ds_ring.transport.choice import sharing_a_gpu
 from ds_ring.transport.mesh import Mesh
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class Engine(ABC):
         self.anatomy = Anatomy.of(model)
         self.fusion: Fusion | None = None
         self.stall = StallWatch(mesh.traffic, config.ring.timeout_s)
-        self.capture: Callable[[Run], Run] = lambda run: run
-        """What is done with the steps of a generation before they are repeated."""
+        self.capture: Callable[[Run], Run | None] = lambda run: None
+        """Gives what repeats a step of a generation, where that is not the step itself."""
         if self._captures:
             self.capture = Capture(self, insist=config.ring.decode_graph == "on")
 
@@ -119,8 +120,9 @@ class Engine(ABC):
     @property
     def _captures(self) -> bool:
         topology, wanted = self.mesh.topology, self.config.ring.decode_graph
-        alone = topology.sp * topology.tp * topology.pp == 1
-        return self.device.type == "cuda" and (wanted == "on" or (wanted == "auto" and alone))
+        # NCCL's calls can be captured; AutoTP's and a pipeline's have not been tried on GPUs.
+        fit = topology.tp * topology.pp == 1 and not sharing_a_gpu()
+        return self.device.type == "cuda" and (wanted == "on" or (wanted == "auto" and fit))
 
     @property
     def decodes_sliced(self) -> bool:

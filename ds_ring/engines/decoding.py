@@ -59,7 +59,7 @@ class Decoding:
             return logits_bV
         if self._replay is None:
             self._replay = self._engine.capture(self._run)
-        return self._replay().clone()
+        return self._run() if self._replay is None else self._replay().clone()
 
     def _run(self) -> Tensor:
         engine = self._engine
@@ -81,14 +81,14 @@ class Capture:
         self._engine, self._insist = engine, insist
         self._works = True
 
-    def __call__(self, run: Run) -> Run:
-        """What does ``run`` again, in the same memory.
+    def __call__(self, run: Run) -> Run | None:
+        """What does ``run`` again, in the same memory; None: ``run`` itself must.
 
         Raises:
             DsRingError: the model asks the device for something in the middle of a step, and ``insist`` is set.
         """
         if not self._works:
-            return run
+            return None
         traffic = self._engine.mesh.traffic
         sent = traffic.bytes_by_op
         before, graph = Counter(sent), torch.cuda.CUDAGraph()
@@ -102,7 +102,7 @@ class Capture:
                 raise DsRingError(f"{reason}; take decode_graph=off") from error
             log.warning("decoding without a CUDA graph: %s", reason)
             self._works = False
-            return run
+            return None
         # A capture counted its bytes and sent none; each replay sends them.
         once = sent - before
         sent.clear()
