@@ -1,10 +1,10 @@
 """Measuring one layout on one workload: throughput, latency, memory, and what communication costs.
 
 Per size of micro-batch and length, in this order: parity with the unsharded model (once a length, where a reference is
-given), a pass that counts bytes and keeps a journal of what is sent, warm-ups, timed passes, the same passes with
-communication left out, and the journal alone. *Exposed* communication is the timed step less the step without
-communication (a pipeline's bubble shows up there too); communication *alone* is the journal run through with nothing
-else to do.
+given), a pass that counts bytes and keeps a journal of what is sent, warm-ups, timed passes and, but for
+``speed_only``, the same passes with communication left out and the journal alone. *Exposed* communication is the timed
+step less the step without communication (a pipeline's bubble shows up there too); communication *alone* is the journal
+run through with nothing else to do.
 
 A large batch is many micro-batches alike, so the passes that are not timed take the first rows of it
 (``warmup_batch``), as many micro-batches as any pipeline here is deep; bytes counted and communication alone are scaled
@@ -114,8 +114,8 @@ def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
 class _Findings:
     bytes_sent: float
     step: Timing
-    step_without_comm: Timing
-    comm_alone: Timing
+    step_without_comm: Timing | None
+    comm_alone: Timing | None
     gpu: dict[str, float]
 
 
@@ -150,9 +150,12 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     report(f"{label}: warm up")
     for _ in range(work.warmup):
         step(first_rows)
-    report(f"{label}: {work.repeats} timed passes")
+    sustained = f" and more, for {work.sustain_s} s" if work.sustain_s else ""
+    report(f"{label}: {work.repeats} timed passes{sustained}")
     with watched_gpu(engine.device) as gpu:
-        timing = time_passes(engine, step, work.repeats)
+        timing = time_passes(engine, step, work.repeats, work.sustain_s)
+    if work.speed_only:
+        return _Findings(bytes_sent * scale, timing, None, None, gpu)
     report(f"{label}: without communication")
     engine.mute(True)
     step(first_rows)
@@ -215,8 +218,8 @@ def _row(
         "bytes_formula": bytes_sent_per_rank(config, engine.shape, work.batch, work.length, itemsize)
         if mode == "full" and config.parallel.implementation == "ds_ring"
         else None,
-        "comm_alone_ms": 1e3 * found.comm_alone.median_s,
-        "comm_exposed_ms": 1e3 * (step - found.step_without_comm.median_s),
+        "comm_alone_ms": 1e3 * found.comm_alone.median_s if found.comm_alone else None,
+        "comm_exposed_ms": 1e3 * (step - found.step_without_comm.median_s) if found.step_without_comm else None,
         "peak_memory_gib": max(memory),
         "rel_error": difference.rel_error if difference else None,
         "max_rel_error": difference.max_rel_error if difference else None,

@@ -136,17 +136,26 @@ class Outcome:
         return self.failures + [dict(zip(("layout", "implementation", "reason"), what, strict=True)) for what in short]
 
 
-def run_all(plan: Plan, logs: Path, advance: Callable[[], None], report: Report) -> Outcome:
+def run_all(
+    plan: Plan,
+    logs: Path,
+    advance: Callable[[], None],
+    report: Report,
+    keep: Callable[[Outcome], object] = lambda found: None,
+) -> Outcome:
     """Run the reference and every layout.
 
     Args:
         logs: a folder for every run's log, its configuration as it was run, and each layout's own result.
         advance: called after the reference of each length and after each layout.
+        keep: is given what there is when this is interrupted.
 
     Raises:
         ConfigError: a run refused. DsRingError: there is no reference to compare with.
     """
-    found = Outcome()
+    found, waiting = Outcome(), [_Job(file, run) for file, run in plan.runs]
+    for job in waiting:  # an earlier run's result must not pass for this one's
+        job.output(logs).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         references: list[str] = []
         for length in plan.lengths:
@@ -156,9 +165,14 @@ def run_all(plan: Plan, logs: Path, advance: Callable[[], None], report: Report)
             else:
                 found.unchecked.append(length)
             advance()
-        waiting = [_Job(file, run) for file, run in plan.runs]
-        while waiting:
-            waiting = _run_first(waiting, references, logs, found, advance, report)
+        try:
+            while waiting:
+                waiting = _run_first(waiting, references, logs, found, advance, report)
+        except KeyboardInterrupt:
+            for job in waiting:
+                found.rows.extend(_rows(job, logs))
+            keep(found)
+            raise
     return found
 
 
@@ -173,6 +187,9 @@ class _Job:
     @property
     def name(self) -> str:
         return self.file.stem if self.launch == 1 else f"{self.file.stem}.{self.launch}"
+
+    def output(self, logs: Path) -> Path:
+        return logs / f"{self.name}.json"
 
     def shares_a_launch(self, other: _Job) -> bool:
         ours = self.run.parallel.implementation == other.run.parallel.implementation == "ds_ring"
@@ -189,12 +206,12 @@ def _run_first(
     behind_them = waiting[len(together) :]
     error = _launch(together, references[: len(first.run.workload.lengths)], logs, report)
     for number, job in enumerate(together):
-        rows = _rows(logs / f"{job.name}.json")
+        rows = _rows(job, logs)
         ended_here = error is not None and (job is together[-1] or not _ran(job, rows))
         if ended_here and job is not first and not _ran(job, rows):
             report(f"{job.name}: once more, first of a run; {error}")
             return together[number:] + behind_them
-        found.rows.extend({**row, "config_file": job.file.name} for row in rows)
+        found.rows.extend(rows)
         left = _blame(job, rows, error, found, report) if error is not None and ended_here else None
         if left is not None:
             return [left, *together[number + 1 :], *behind_them]
@@ -235,9 +252,9 @@ def _launch(jobs: list[_Job], references: list[str], logs: Path, report: Report)
     report(f"{', '.join(job.name for job in jobs)}: start {ranks} ranks")
     arguments: list[str] = []
     for job in jobs:
-        config, output = logs / f"{job.name}.config.json", logs / f"{job.name}.json"
+        config, output = logs / f"{job.name}.config.json", job.output(logs)
         write_json(config, job.run.document())
-        output.unlink(missing_ok=True)  # an earlier run's result must not pass for this one's
+        output.unlink(missing_ok=True)
         files = [str(config), str(output)]
         arguments += ["--config", files[0], "--output", files[1]] if job is first else ["--then", *files]
     arguments += ["--references", *references] if references else []
@@ -250,13 +267,15 @@ def _launch(jobs: list[_Job], references: list[str], logs: Path, report: Report)
         return refusal
     except DsRingError as failure:
         return failure
-    without = [job.name for job in jobs if not (logs / f"{job.name}.json").exists()]
+    without = [job.name for job in jobs if not job.output(logs).exists()]
     return DsRingError(f"the launcher ended without a result of {', '.join(without)}; see {log}") if without else None
 
 
-def _rows(output: Path) -> list[dict[str, Any]]:
+def _rows(job: _Job, logs: Path) -> list[dict[str, Any]]:
     """What a run has left; it writes after every row."""
-    return list(read_json(output)["rows"]) if output.exists() else []
+    output = job.output(logs)
+    rows = read_json(output)["rows"] if output.exists() else []
+    return [{**row, "config_file": job.file.name} for row in rows]
 
 
 def _write_reference(plan: Plan, length: int, output: Path, logs: Path, report: Report) -> bool:

@@ -106,7 +106,11 @@ class WorkloadConfig(_Section):
         description="sequences of the untimed passes, in which bytes are counted too; 0: 16 micro-batches a replica, "
         "or the whole batch where that is less",
     )
-    repeats: int = Field(3, ge=1, description="timed passes")
+    repeats: int = Field(3, ge=1, description="timed passes, at least")
+    sustain_s: int = Field(
+        0, ge=0, description="seconds that timed passes go on for: a GPU at its power limit slows down as it gets warm"
+    )
+    speed_only: bool = Field(False, description="do not measure what of the communication shows")
     mode: Literal[Mode, "both"] = Field(
         "full",
         description="what benchmarks time: whole forwards, or only what K, V and the next token need; each a row",

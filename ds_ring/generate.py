@@ -16,7 +16,7 @@ from transformers.generation import BaseStreamer
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.errors import InputError
-from ds_ring.hardware import device_name, held_memory_gib
+from ds_ring.hardware import copy_rate, device_name, held_memory_gib
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.text import load_tokenizer, read_text
 
@@ -89,9 +89,10 @@ def run(
     ``stream``: write the text to standard error as it comes, where there is one prompt.
 
     Returns:
-        ``{"ttft_ms", "decode_tpot_ms", "tokens_per_second", …, "completions": [{prompt_tokens, token_ids, text}]}``, in
-        the order of ``prompts``: time to the first token; (whole time - ttft) / (steps - 1), None for a single step;
-        tokens of all rows over the whole time.
+        ``{"ttft_ms", "decode_tpot_ms", "decode_over_floor", "tokens_per_second", …, "completions": [{prompt_tokens,
+        token_ids, text}]}``, in the order of ``prompts``: time to the first token; (whole time - ttft) / (steps - 1),
+        None for a single step; the same over the time that a rank's share of the weights and its cache take at the rate
+        of a copy; tokens of all rows over the whole time.
     """
     topology = engine.mesh.topology
     ends = _ids(engine.model.generation_config.eos_token_id) or _ids(tokenizer.eos_token_id)
@@ -116,19 +117,34 @@ def run(
     completions = [_completion(tokenizer, prompt, row, ends) for prompt, row in zip(prompts, new, strict=True)]
     tokens, steps = sum(len(c["token_ids"]) for c in completions), len(new[0])
     assert isinstance(found.past_key_values, ShardedCache)
-    held = engine.mesh["world"].all_gather_objects(found.past_key_values.memory_bytes())
+    cache_bytes = found.past_key_values.memory_bytes()
+    del found
+    floor_s = (share_of_weights(engine) + cache_bytes) / copy_rate(engine.device)
+    held, floors_s = zip(*engine.mesh["world"].all_gather_objects((cache_bytes, floor_s)), strict=True)
+    decode_s = (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None
     return {
         "layout": topology.label(),
         "gpus": topology.world_size,
         "device": device_name(engine.device),
         "dtype": engine.config.dtype,
         "ttft_ms": 1e3 * clock.ttft_s,
-        "decode_tpot_ms": 1e3 * (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None,
+        "decode_tpot_ms": None if decode_s is None else 1e3 * decode_s,
+        "decode_floor_ms": 1e3 * max(floors_s),
+        "decode_over_floor": None if decode_s is None else decode_s / max(floors_s),
         "tokens_per_second": tokens / total_s,
         "prefill_tokens_per_second": prompt_tokens / clock.ttft_s,
         "cache_gib_per_rank": max(held) / 2**30,
         "completions": completions,
     }
+
+
+def share_of_weights(engine: Engine) -> float:
+    """Bytes of weights that a token needs, over the ranks that share them: all but an embedding, of which it takes a
+    row. Of mixtures of experts, all are counted."""
+    embedding, head = engine.model.get_input_embeddings(), engine.model.get_output_embeddings()
+    looked_up = [] if head is None or embedding is None or head.weight is embedding.weight else [embedding.weight]
+    read = sum(p.nbytes for p in engine.model.parameters() if all(p is not other for other in looked_up))
+    return read / engine.mesh["sp"].size
 
 
 def passes_to_look_at(passes: int) -> set[int]:

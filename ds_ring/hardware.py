@@ -89,6 +89,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return 2 * n**3 / best, f"best of 5 products of {n} x {n} {dtype} matrices on every rank at once"
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes/s, those read and those written, of the fastest of five copies of a large tensor."""
+    tensor = torch.zeros(1 << 30 if device.type == "cuda" else 1 << 24, dtype=torch.uint8, device=device)
+    out, best = torch.empty_like(tensor), float("inf")
+    for _ in range(5):
+        synchronize(device)
+        started = time.perf_counter()
+        out.copy_(tensor)
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * tensor.nbytes / best
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """The most this rank has held: of GPU memory, or of resident host memory."""
     if device.type == "cuda":

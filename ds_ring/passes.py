@@ -29,10 +29,13 @@ class Timing:
         return (max(self.samples_s) - min(self.samples_s)) / self.median_s
 
 
-def time_passes(engine: Engine, step: Callable[[], None], repeats: int) -> Timing:
-    """Time ``step`` on all ranks together; a pass takes as long as its slowest rank."""
-    own = []
-    for _ in range(repeats):
+def time_passes(engine: Engine, step: Callable[[], None], repeats: int, sustain_s: float = 0) -> Timing:
+    """Time ``step`` on all ranks together, ``repeats`` times and for ``sustain_s`` seconds; a pass takes as long as its
+    slowest rank."""
+    own: list[float] = []
+    begun = time.perf_counter()
+    # When enough has passed is rank 0's word, or some would begin a pass that others do not.
+    while len(own) < repeats or engine.mesh["world"].all_gather_objects(time.perf_counter() - begun)[0] < sustain_s:
         with engine.stall.over("a timed pass"):
             synchronize(engine.device)
             engine.mesh["world"].barrier()

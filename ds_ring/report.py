@@ -37,9 +37,14 @@ def _cells(row: dict[str, Any], swept: bool) -> list[str]:
         _change(row.get("vs_dp")),
         f"{100 * row['mfu']:.1f} %",
         f"{row['bytes_sent_per_rank'] / 2**20:,.1f} MiB",
-        f"{row['comm_exposed_ms']:.1f} of {row['step_ms']:.1f} ms",
+        _shown(row),
         "-" if row.get("max_rel_error") is None else f"{row['max_rel_error']:.1e}",
     ]
+
+
+def _shown(row: dict[str, Any]) -> str:
+    exposed = row["comm_exposed_ms"]
+    return "-" if exposed is None else f"{exposed:.1f} of {row['step_ms']:.1f} ms"
 
 
 def _change(ratio: float | None) -> str:

@@ -13,6 +13,7 @@ how long one sequence takes in each, and in one GPU alone.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,22 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     overrides = cli.overrides(args)
     files = args.layouts or ([args.config] if args.config else compare.default_layouts())
     plan = latency.plan(files, args.latency, overrides) if args.latency else compare.Plan.make(files, overrides)
-    output, console = Path(args.output), progress.make_console()
+    output, console, provenance = Path(args.output), progress.make_console(), results.provenance()
+
+    def keep(found: compare.Outcome) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        failed = found.without_row
+        cli.require([] if found.rows else list(map(said, failed)), "no layout ran: {}; see the logs by the output")
+        rows = verdict.judge(found.rows, args.baseline, found.unchecked)
+        made = latency.document(plan, found, latency.judge(rows)) if args.latency else None
+        document = provenance | (made or verdict.document(plan, rows, failed))
+        results.write_json(output, document)
+        return rows, document
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a time limit leaves what there is
     with progress.steps(console, plan.steps) as (advance, say):
         compare.ensure_checkpoint(plan.first, say)
-        found = compare.run_all(plan, output.with_suffix(".logs"), advance, say)
-    failed = found.without_row
-    cli.require([] if found.rows else list(map(said, failed)), "no layout ran: {}; see the logs by the output")
-    rows = verdict.judge(found.rows, args.baseline, found.unchecked)
-    made = latency.document(plan, found, latency.judge(rows)) if args.latency else verdict.document(plan, rows, failed)
-    document = results.provenance() | made
-    results.write_json(output, document)
+        found = compare.run_all(plan, output.with_suffix(".logs"), advance, say, keep)
+    failed, (rows, document) = found.without_row, keep(found)
     results.write_atomically(output.with_suffix(".md"), (latency if args.latency else report).markdown(document))
     (plots.draw_latency if args.latency else plots.draw)(document, output.with_suffix(".png"))
     console.print(latency.terminal_table(document) if args.latency else report.terminal_table(document["rows"], failed))

@@ -1,5 +1,7 @@
 """What a benchmark runs: the passes that are not timed, and what of a large batch reaches the device."""
 
+import time
+
 import pytest
 from mocked_world import serve
 from tiny_models import build, gpt_neox
@@ -10,6 +12,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engines import sequence_parallel, tensor_pipeline
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.launcher import ROOT
+from ds_ring.passes import time_passes
 from ds_ring.text import rows_of
 
 BATCH, LENGTH = 1024, 8
@@ -62,6 +65,39 @@ def test_no_more_than_a_micro_batch_reaches_the_device(layout, monkeypatch):
         return [shard.logits_BkV for shard in engine.prefill(bench.pack(ids, None, None, engine.shape)[0], "last")]
 
     kept = serve(model, work, batch_size=BATCH, micro_batch_size=64, max_length=LENGTH, **layout)
-    assert max(sizes) == 64 * LENGTH // layout.get("ring_degree", 1)
+    assert max(sizes) == 64 * LENGTH
     for logits in kept:
         assert all(part is None or part.shape[:2] in ((64, 0), (64, 1)) for part in logits)
+
+
+def test_passes_go_on_for_as_long_as_is_asked_on_all_ranks_alike():
+    def work(engine):
+        def step():
+            time.sleep(0.02 if engine.mesh.rank == 0 else 0.001)
+            passes.append(engine.mesh.rank)
+
+        passes = []
+        few, many = (time_passes(engine, step, 2, sustain_s) for sustain_s in (0, 0.2))
+        return len(few.samples_s), len(many.samples_s), len(passes)
+
+    found = serve(build(gpt_neox(heads=2, layers=2)), work, ring_degree=2)
+    assert found[0] == found[1]
+    few, many, passes = found[0]
+    assert few == 2
+    assert 5 <= many <= 10
+    assert passes == few + many
+
+
+def test_speed_alone_takes_no_passes_without_communication():
+    model, reports = build(gpt_neox(heads=2, layers=2)), []
+
+    def work(engine):
+        engine.mute = None  # not to be called
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.shape)
+        return bench._measure_length(engine, batch, "full", reports.append)
+
+    for found in serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2, speed_only=True):
+        assert len(found.step.samples_s) == 3
+        assert found.bytes_sent > 0
+        assert (found.step_without_comm, found.comm_alone) == (None, None)
+    assert not any("without communication" in text for text in reports)

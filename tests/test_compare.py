@@ -153,7 +153,7 @@ def two_layouts(tmp_path, monkeypatch):
         for name, (config, output) in zip(names, files, strict=True):
             assert RunConfig.load(config).label == name.partition(".")[0]
             for outcome in outcomes.get(name, []):
-                if isinstance(outcome, Exception):
+                if isinstance(outcome, BaseException):
                     raise outcome
                 before = results.read_json(output)["rows"] if Path(output).exists() else []
                 results.write_json(output, {"rows": [*before, outcome]})
@@ -231,6 +231,21 @@ def test_a_launch_that_fails_at_its_end_is_a_failure_and_loses_no_row(two_layout
     found = run_all(plan, logs)
     assert len(found.rows) == 4
     assert [(failure["layout"], failure["reason"]) for failure in found.failures] == [("tp2_pp2", "hung up")]
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_an_interruption_loses_no_row(two_layouts, gpus, monkeypatch):
+    plan, outcomes, logs = two_layouts
+    monkeypatch.setattr(compare.launcher, "gpu_count", lambda: gpus)
+    outcomes |= {"ring4": both_lengths("ring4"), "tp2_pp2": both_lengths("tp2_pp2")}
+    assert len(run_all(plan, logs).rows) == 4  # whose files are there at the next comparison
+    outcomes["tp2_pp2"] = [row("tp2_pp2", 1.0, length=500), KeyboardInterrupt()]
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_all(plan, logs, lambda: None, lambda text: None, kept.append)
+    assert [(r["config_file"], r["length"]) for r in kept[0].rows] == [
+        ("ring4.json", 500), ("ring4.json", 1000), ("tp2_pp2.json", 500)
+    ]  # fmt: skip
 
 
 def test_what_did_not_fit_is_what_has_no_row(two_layouts):

@@ -59,7 +59,8 @@ class TestLoading:
                 "workload": {
                     "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1,
                     "micro_batch_sizes": [], "block_rows": 65536, "text": [],
-                    "prefill_chunk": 0, "warmup": 1, "warmup_batch_size": 0, "repeats": 3, "mode": "full",
+                    "prefill_chunk": 0, "warmup": 1, "warmup_batch_size": 0, "repeats": 3, "sustain_s": 0,
+                    "speed_only": False, "mode": "full",
                 },
                 "transport": "auto",
                 "interleave": "auto",
@@ -222,7 +223,8 @@ class TestRefusedFiles:
          "timeout_s, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
          "ds_ring.workload.length is not a known key; known here: batch_size, block_rows, max_length, "
-         "micro_batch_size, micro_batch_sizes, mode, prefill_chunk, repeats, sweep, text, warmup, warmup_batch_size"),
+         "micro_batch_size, micro_batch_sizes, mode, prefill_chunk, repeats, speed_only, sustain_s, sweep, text, "
+         "warmup, warmup_batch_size"),
         ({"ds_ring": {"parallel": {"pp_size": "many"}}},
          "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
         ({"ds_ring": {"parallel": {"pp_size": 1.5}}},

@@ -141,11 +141,12 @@ def test_reading_a_cache_is_no_arithmetic(root):
 def test_generation(root):
     record = {
         "layout": "ring2", "gpus": 2, "device": "a GPU", "ttft_ms": 1234.5, "prefill_tokens_per_second": 81004.0,
-        "decode_tpot_ms": 9.876, "cache_gib_per_rank": 6.1,
+        "decode_tpot_ms": 9.876, "decode_over_floor": 1.234, "cache_gib_per_rank": 6.1,
+        "config": {"ds_ring": {"parallel": {"decode": "sliced"}}},
         "completions": [{"prompt_tokens": 100000, "token_ids": [1, 2, 3], "text": ""}],
     }  # fmt: skip
     text, _ = root([section("generation", "said")], said=record)
-    assert "| ring2 | 2 | 100,000 | 1,234 | 81,004 | 3 | 9.88 | 6.1 |" in text
+    assert "| ring2 | sliced | 2 | 1 | 100,000 | 1,234 | 81,004 | 3 | 9.88 | 1.23 | 6.1 |" in text
     assert "a GPU (2 of a host)" in text
 
 

@@ -89,14 +89,16 @@ ATTENTION_LEGEND = {
 
 def generation(documents: Sequence[Document], rows: Rows) -> list[str]:
     heads = [
-        "layout", "GPUs", "prompt tokens", "first token (ms)", "prefill (tok/s)", "new tokens", "ms a token",
-        "cache GiB a rank",
+        "layout", "decoding", "GPUs", "rows", "prompt tokens", "first token (ms)", "prefill (tok/s)", "new tokens",
+        "ms a step", "x the bytes' time", "cache GiB a rank",
     ]  # fmt: skip
     cells = [
         [
-            r["layout"], str(r["gpus"]), f"{r['prompt_tokens']:,}", f"{r['ttft_ms']:,.0f}",
-            f"{r['prefill_tokens_per_second']:,.0f}", f"{r['new_tokens']:,}",
-            "-" if r["decode_tpot_ms"] is None else f"{r['decode_tpot_ms']:.2f}", f"{r['cache_gib_per_rank']:.1f}",
+            r["layout"], r["config"]["ds_ring"]["parallel"]["decode"], str(r["gpus"]), str(r["batch"]),
+            f"{r['prompt_tokens']:,}", f"{r['ttft_ms']:,.0f}", f"{r['prefill_tokens_per_second']:,.0f}",
+            f"{r['new_tokens']:,}", "-" if r["decode_tpot_ms"] is None else f"{r['decode_tpot_ms']:.2f}",
+            "-" if r.get("decode_over_floor") is None else f"{r['decode_over_floor']:.2f}",
+            f"{r['cache_gib_per_rank']:.1f}",
         ]
         for r in rows
     ]  # fmt: skip
