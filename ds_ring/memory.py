@@ -12,8 +12,9 @@ share. Rotary tables take 2 T head_dim throughout. A fused layer (``hf/fused/``)
   blocks the layer's result is written over its input. Slots of peer memory stay.
 
 In one block there is the embedding as well, T d, which transformers' decoders hold to the end; in several, layers
-write over it. Alone and in one block, a module runs as it is, and all of its projections live as long as its
-attention. Ulysses holds what is sent and what is received, 2 T (q + kv), in place of queries, K and V.
+write over it. Queries then stay in the projection they were made in, of which K and V may be parts: T kv more while it
+attends. Alone and in one block, a module runs as it is, and all of its projections live as long as its attention, with
+copies of queries and keys where those do not turn in place. Ulysses holds what is sent and what is received, 2 T (q + kv), in place of queries, K and V.
 
 One sequence of 1,000,000 tokens of the paper's model on a ring of two: T = 500,000, q = d = 8192, kv = 16,384,
 m = 32,768; T d in fp16 is 8.2 GB. In that unit, beside 0.1 for rotary tables:
@@ -21,7 +22,7 @@ m = 32,768; T d in fp16 is 8.2 GB. In that unit, beside 0.1 for rotary tables:
 | | projecting | attending | behind it |
 | --- | --- | --- | --- |
 | in blocks of 65,536 | 2 + 1 + 2 (one slot: ``slots.LARGE``) + 0.4 | 2 + 2 + 2 + 2 = 8 | 2 + 0.8 + 2 |
-| at once | 1 + 2 + 1 + 2 + 2 + 3 = 11 | 9 | 1 + 1 + 2 + 4 + 2 |
+| at once | 1 + 2 + 1 + 2 + 2 + 3 = 11 | 11 | 1 + 1 + 2 + 4 + 2 |
 
 With 6.4 GB of weights 73.0 GB = 68.0 GiB; at once 97.6 GB = 90.9 GiB. (``tests/test_rows.py`` holds the sums against
 tensors that are alive.)
@@ -51,7 +52,7 @@ def peak_bytes(config: RunConfig, shape: ModelShape, linear_parameters: int, mic
     if block == rows:
         held += rows * d
     projecting = held + rows * q + own + (foreign if block == rows else 0) + block * (q + kv)
-    attending = held + rows * 2 * q + own + foreign + running
+    attending = held + rows * (2 * q + (kv if block == rows else 0)) + own + foreign + running
     if t.sp == 1 and block == rows:
         attending = held + rows * ((q + kv) + (q + kv / 2) + q)
     if t.ulysses > 1:

@@ -79,6 +79,7 @@ def seen(monkeypatch) -> dict[int, list[tuple[Any, ...]]]:
         monkeypatch.setattr(owner, name, watched)
 
     watch(rowwise, "put", lambda x, out, turn=None: ("turn" if turn else "copy", out.data_ptr()))
+    watch(rowwise, "turn_", lambda x, turn: ("turn in place", x.data_ptr()))
     watch(Product, "into", lambda product, x, out: ("project", out.data_ptr()))
     watch(Round, "__init__", lambda self, *_: ("open", self.own_2BLKD[0].data_ptr(), self.own_2BLKD[1].data_ptr()))
     watch(Round, "start", lambda self: ("start",))
@@ -88,10 +89,13 @@ def seen(monkeypatch) -> dict[int, list[tuple[Any, ...]]]:
 
 
 @pytest.mark.parametrize("wire", ["threads", "copy_engine"])
-@pytest.mark.parametrize(("config", "value"), [(FUSED, "copy"), (APART, "project"), (phi3, "copy")])
-def test_the_shared_tensor_is_what_was_written(config, value, wire, seen):
+@pytest.mark.parametrize(
+    ("config", "value", "query"),
+    [(FUSED, "copy", "turn in place"), (APART, "project", "turn in place"), (phi3, "copy", "turn")],
+)
+def test_the_shared_tensor_is_what_was_written(config, value, query, wire, seen):
     """A layer: k's rotation and v's projection (or the one pass that takes v out of a fused projection) into the
-    tensor that peers read; that is published; and only then q's rotation."""
+    tensor that peers read; that is published; and only then q's rotation, in place where that can be."""
     model = build(config())
 
     def work(engine: Engine) -> list[tuple[Any, ...]]:
@@ -103,11 +107,11 @@ def test_the_shared_tensor_is_what_was_written(config, value, wire, seen):
     for events in serve(model, work, ring_degree=2, wire=wire):
         layers = [events[i : i + 5] for i in range(0, len(events), 5)]
         assert len(layers) == model.config.num_hidden_layers
-        for opened, key, values, start, query in layers:
+        for opened, key, values, start, queries in layers:
             assert (opened[0], start) == ("open", ("start",))
             assert (key, values) == (("turn", opened[1]), (value, opened[2]))
-            assert query[0] == "turn"
-            assert query[1] not in opened
+            assert queries[0] == query
+            assert queries[1] not in opened
 
 
 def test_a_query_projection_of_its_own_runs_when_keys_are_under_way(seen):
@@ -239,6 +243,40 @@ def test_nothing_is_placed_where_nobody_reads_or_nothing_is_fused(options, seen)
     for events in serve(build(APART()), work, **options):
         assert "project" not in events
         assert events.count("write") == (3 if options else 0)
+
+
+class _Shared(LlamaAttention):
+    """Its values are its keys before they turn."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k = (f(hidden_states).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj))
+        v = k
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        out, weights = attend(self, q, k, v, attention_mask, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "turns"), [(FUSED, None, 2), (APART, None, 2), (phi3, None, 0), (APART, _Shared, 0)]
+)
+def test_queries_and_keys_turn_where_they_lie_if_nothing_else_reads_them(config, attention, turns, seen):
+    model, ids = build(config()), tokens(2, LENGTH)
+    if attention is not None:
+        for layer in model.model.layers:
+            layer.self_attn.__class__ = attention
+    want = logits(model, ids)
+
+    def work(engine: Engine) -> tuple[Tensor, list[str]]:
+        engine(ids)
+        seen[threading.get_ident()].clear()
+        return engine(ids).logits, [event[0] for event in seen[threading.get_ident()]]
+
+    ((got, events),) = serve(model, work, batch_size=2, micro_batch_size=2)
+    assert relative_error(got, want) < 1e-5
+    layers = model.config.num_hidden_layers
+    assert (events.count("turn in place"), events.count("turn")) == (turns * layers, (2 - turns) * layers)
 
 
 class _Gated(LlamaAttention):

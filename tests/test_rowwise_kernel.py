@@ -104,6 +104,19 @@ def test_rotary_of_parts_of_a_fused_projection(rotary, positions):
     assert torch.equal(qkv, before)
 
 
+@pytest.mark.parametrize("rotary", [16, 12, 6])
+@pytest.mark.parametrize("positions", [1, 2])
+def test_rotary_in_place_is_rotary_and_touches_nothing_else(rotary, positions):
+    qkv = random(2, 7, 3, 48).transpose(1, 2)
+    _, k, _ = qkv.chunk(3, dim=-1)
+    angle = random(positions, 7, rotary // 2, seed=1)
+    cos, sin = (torch.cat((f(angle), f(angle)), -1) for f in (torch.cos, torch.sin))
+    want = qkv.clone()
+    want[..., 16:32] = rowwise.rotated(k, cos, sin)
+    assert rowwise.turn_(k, (cos, sin)) is k
+    assert torch.equal(qkv, want)
+
+
 @pytest.mark.parametrize("turns", [True, False])
 def test_heads_put_where_they_belong_touch_nothing_else(turns):
     """As into a part of a shared tensor, or between the heads that go to other ranks."""

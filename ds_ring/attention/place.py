@@ -29,10 +29,16 @@ class Place(ABC):
     v: list[HeadPart]
     kv_BlKD: tuple[Tensor, Tensor] | None = None
     """Keys and values whole, where they lie together."""
+    takes_q = False
+    """Whether queries may stay in the memory they were made in."""
 
     @property
     @abstractmethod
     def q(self) -> list[HeadPart]: ...
+
+    def take_q(self, q_BlHD: Tensor) -> None:
+        """In place of writing to ``q``; only where that is so."""
+        raise NotImplementedError
 
     @abstractmethod
     def start(self) -> None:
@@ -45,6 +51,8 @@ class Place(ABC):
 
 class RingPlace(Place):
     """Keys and values in the tensor that peers read, queries in memory of this rank's own."""
+
+    takes_q = True
 
     def __init__(self, travelling: Round, num_heads: int) -> None:
         self._travelling, self._num_heads = travelling, num_heads
@@ -59,6 +67,9 @@ class RingPlace(Place):
             _, batch, local, _, head_dim = self._travelling.own_2BLKD.shape
             self._q_BlHD = self._travelling.own_2BLKD.new_empty((batch, local, self._num_heads, head_dim))
         return [(ALL, self._q_BlHD)]
+
+    def take_q(self, q_BlHD: Tensor) -> None:
+        self._q_BlHD = q_BlHD
 
     def start(self) -> None:
         self._travelling.start()

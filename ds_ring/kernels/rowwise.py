@@ -60,15 +60,18 @@ def self_test(device: torch.device, dtype: torch.dtype) -> str | None:
     x_BHLD, angle_BLR = a.view(1, 5, 5, 16), b.view(1, 5, 5, 16)[0, :1, :, :8]
     norm = NormSpec(True, 0.0, 1e-5)
     turned, plainly, whole = (torch.empty_like(x_BHLD.transpose(1, 2)) for _ in range(3))
+    in_place = x_BHLD.clone()
     _rotate_plain(x_BHLD, angle_BLR, angle_BLR, plainly)
     try:
         rowwise_kernel.put(x_BHLD, turned, (angle_BLR, angle_BLR))
         rowwise_kernel.put(x_BHLD, whole, None)
+        rowwise_kernel.turn(in_place, angle_BLR, angle_BLR)
         got = [
             *rowwise_kernel.add_norm(a, b, b[0], a[1], b[1], norm.eps, norm.offset, norm.centred, True, True),
             *(rowwise_kernel.gate(kind, a, b) for kind in get_args(Gate)),
             turned,
             whole,
+            in_place.transpose(1, 2),
         ]
     except Exception as error:  # whatever a compiler or a driver raises
         return f"{type(error).__name__}: {error}"
@@ -77,6 +80,7 @@ def self_test(device: torch.device, dtype: torch.dtype) -> str | None:
         *(activation(kind, a) * b for kind in get_args(Gate)),
         plainly,
         x_BHLD.transpose(1, 2),
+        plainly,
     ]
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     near = [
@@ -161,6 +165,17 @@ def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: Turn | None = None) -> None:
     rowwise_kernel.put(x_BHLD, out_BLHD, turn)
 
 
+def turn_(x_BHLD: Tensor, turn: Turn) -> Tensor:
+    """``x_BHLD`` itself, rotated in place as ``rotate`` has it; only columns that turn are touched."""
+    if kernels_run_on(x_BHLD):
+        from ds_ring.kernels import rowwise_kernel
+
+        rowwise_kernel.turn(x_BHLD, *turn)
+    else:
+        _rotate_plain(x_BHLD, *turn, x_BHLD.transpose(1, 2))
+    return x_BHLD
+
+
 def activation(kind: Gate, x: Tensor) -> Tensor:
     if kind in ("gelu_tanh", "gelu"):
         return gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
@@ -206,6 +221,11 @@ def _rotate_plain(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor, out_BLHD: Te
     cos, sin = cos_BLR[:, None], sin_BLR[:, None]
     low, high = x_BHLD[..., : rotary // 2], x_BHLD[..., rotary // 2 : rotary]
     out = out_BLHD.transpose(1, 2)
-    out[..., : rotary // 2] = low * cos[..., : rotary // 2] - high * sin[..., : rotary // 2]
-    out[..., rotary // 2 : rotary] = high * cos[..., rotary // 2 :] + low * sin[..., rotary // 2 :]
-    out[..., rotary:] = x_BHLD[..., rotary:]
+    # Both before either is written: the two may be one tensor.
+    turned = (
+        low * cos[..., : rotary // 2] - high * sin[..., : rotary // 2],
+        high * cos[..., rotary // 2 :] + low * sin[..., rotary // 2 :],
+    )
+    out[..., : rotary // 2], out[..., rotary // 2 : rotary] = turned
+    if out_BLHD.data_ptr() != x_BHLD.data_ptr():
+        out[..., rotary:] = x_BHLD[..., rotary:]

@@ -97,6 +97,31 @@ def _put_kernel(
     tl.store(target + column[None, :], turned.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["n_tokens", "heads"])
+def _turn_kernel(
+    x, cos, sin, n_tokens, heads, batch_stride, token_stride, head_stride,
+    cos_batch_stride, cos_token_stride, sin_batch_stride, sin_token_stride,
+    HALF: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A token, HEADS of its heads, in place: whoever reads a pair of columns writes it."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, token = row // n_tokens, row % n_tokens
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, COLUMNS)
+    inside = (head < heads)[:, None] & (column < HALF)[None, :]
+    low_at = x + batch * batch_stride + token * token_stride + head[:, None] * head_stride + column[None, :]
+    low = tl.load(low_at, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(low_at + HALF, mask=inside, other=0.0).to(tl.float32)
+    cos_at = cos + batch * cos_batch_stride + token * cos_token_stride + column
+    sin_at = sin + batch * sin_batch_stride + token * sin_token_stride + column
+    c_low = tl.load(cos_at, mask=column < HALF, other=1.0).to(tl.float32)[None, :]
+    c_high = tl.load(cos_at + HALF, mask=column < HALF, other=1.0).to(tl.float32)[None, :]
+    s_low = tl.load(sin_at, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    s_high = tl.load(sin_at + HALF, mask=column < HALF, other=0.0).to(tl.float32)[None, :]
+    tl.store(low_at, (low * c_low + high * -s_low).to(x.dtype.element_ty), mask=inside)
+    tl.store(low_at + HALF, (high * c_high + low * s_high).to(x.dtype.element_ty), mask=inside)
+
+
 def add_norm(
     first_MW: Tensor, second_MW: Tensor | None, fold_W: Tensor | None, weight_W: Tensor | None, bias_W: Tensor | None,
     eps: float, offset: float, centre: bool, want_total: bool, want_normed: bool,
@@ -149,6 +174,21 @@ def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: tuple[Tensor, Tensor] | None) ->
             out_BLHD.stride(0), out_BLHD.stride(1), out_BLHD.stride(2),
             cos_batch, cos_BLR.stride(1), sin_batch, sin_BLR.stride(1),
             WIDTH=width, ROTARY=cos_BLR.shape[2], HEADS=tile, COLUMNS=columns,
+        )  # fmt: skip
+
+
+def turn(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> None:
+    batch, heads, tokens, _ = x_BHLD.shape
+    half = cos_BLR.shape[2] // 2
+    if not x_BHLD.numel() or not half:
+        return
+    columns = triton.next_power_of_2(half)
+    tile = min(triton.next_power_of_2(heads), max(1, TILE // (2 * columns)))
+    cos_batch, sin_batch = (t.stride(0) if t.shape[0] > 1 else 0 for t in (cos_BLR, sin_BLR))
+    with torch.cuda.device_of(x_BHLD):
+        _turn_kernel[(batch * tokens, triton.cdiv(heads, tile))](
+            x_BHLD, cos_BLR, sin_BLR, tokens, heads, x_BHLD.stride(0), x_BHLD.stride(2), x_BHLD.stride(1),
+            cos_batch, cos_BLR.stride(1), sin_batch, sin_BLR.stride(1), HALF=half, HEADS=tile, COLUMNS=columns,
         )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def _constant(value: Any) -> Any:
 
 
 def _fuse_norms(model: nn.Module) -> int:
-    """As one pass over memory: an RMSNorm's own code takes several, and so long does PyTorch's LayerNorm on wide rows."""
+    """As one pass over memory: an RMSNorm's own code takes several, PyTorch's LayerNorm as long on wide rows."""
     count = 0
     for module in model.modules():
         if "forward" not in vars(module) and (norm := Norm.of(module)):

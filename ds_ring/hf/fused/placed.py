@@ -37,10 +37,11 @@ log = logging.getLogger("ds_ring")
 class PlacedForward:
     """Called as the bound forward of one module."""
 
-    def __init__(self, whole: FunctionType, rotary: str) -> None:
-        """``whole`` is the forward for everywhere else; in its code, ``rotary`` names the rotary function."""
-        self._whole, self._rotary = whole, rotary
-        self._splits: dict[Any, Split | None] = {}
+    def __init__(self, whole: FunctionType, in_place: FunctionType, rotary: str) -> None:
+        """``whole`` is the forward for everywhere else, ``in_place`` the same where queries and keys may turn in the
+        memory they lie in; in their code, ``rotary`` names the rotary function."""
+        self._whole, self._in_place, self._rotary = whole, in_place, rotary
+        self._splits: dict[Any, Split | Untraceable] = {}
         # transformers reads a forward's annotations.
         self.__annotations__ = whole.__annotations__
 
@@ -49,24 +50,27 @@ class PlacedForward:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if context is None or module.training or torch.is_grad_enabled() or not isinstance(hidden, Tensor):
             return self._whole(module, *args, **kwargs)
-        if hidden.dim() != 3 or not context.has_place(*hidden.shape[:2]) or not _tensors(inputs):
+        if hidden.dim() != 3 or not _tensors(inputs):
             return self._whole(module, *args, **kwargs)
+        parts = self._split(module, args, kwargs)
+        if context.has_place(*hidden.shape[:2]):
+            if isinstance(parts, Split):
+                result = _Run(parts, module, context, inputs, (hidden.shape[0], hidden.shape[1])).result()
+                if result is not None:
+                    return result, None
+            else:
+                _tell(f"keys and values are copied to where peers read them: {parts}")
+        alone = isinstance(parts, Split) and parts.q_turns and parts.q_alone and parts.k_turns and parts.k_alone
+        return (self._in_place if alone else self._whole)(module, *args, **kwargs)
+
+    def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Split | Untraceable:
         key = tuple(map(_kind, args)), tuple((name, _kind(value)) for name, value in kwargs.items())
         if key not in self._splits:
-            self._splits[key] = self._split(module, args, kwargs)
-        parts = self._splits[key]
-        if parts is not None:
-            result = _Run(parts, module, context, inputs, (hidden.shape[0], hidden.shape[1])).result()
-            if result is not None:
-                return result, None
-        return self._whole(module, *args, **kwargs)
-
-    def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Split | None:
-        try:
-            return split(module, self._whole, self._rotary, args, kwargs)
-        except Untraceable as reason:
-            _tell(f"keys and values are copied to where peers read them: {reason}")
-            return None
+            try:
+                self._splits[key] = split(module, self._whole, self._rotary, args, kwargs)
+            except Untraceable as reason:
+                self._splits[key] = Untraceable(str(reason))  # without the frames that it came through
+        return self._splits[key]
 
 
 class _Run:
@@ -135,7 +139,11 @@ class _Run:
             _, spec, sinks_H = asked(self._module, q_shape, q_shape, None, options)
             self._asked = spec, sinks_H
         assert self._place is not None
-        _write(q_BHlD, self._place.q, block, (turn[0], turn[1]) if parts.q_turns else None)
+        how = (turn[0], turn[1]) if parts.q_turns else None
+        if block is WHOLE and parts.q_alone and q_BHlD.stride(-1) == 1 and self._place.takes_q:
+            self._place.take_q((q_BHlD if how is None else rowwise.turn_(q_BHlD, how)).transpose(1, 2))
+        else:
+            _write(q_BHlD, self._place.q, block, how)
 
 
 def _write(x_BHlD: Tensor, parts: list[HeadPart], at: At, turn: Turn | None = None) -> None:

@@ -32,14 +32,19 @@ def fuse_rotary(model: nn.Module) -> int:
         original = forward.__globals__.get(NAME)
         if NAME not in forward.__code__.co_names or original is None or not turns_by_halves(original):
             continue
-        names = {**forward.__globals__, NAME: _one_pass(original)}
-        bound = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
-        bound.__kwdefaults__ = forward.__kwdefaults__
-        # transformers reads a forward's annotations.
-        bound.__annotations__ = forward.__annotations__
-        module.forward = MethodType(PlacedForward(bound, NAME), module)
+        whole, in_place = (_bound_anew(forward, rotation(original)) for rotation in (_one_pass, _in_place))
+        module.forward = MethodType(PlacedForward(whole, in_place, NAME), module)
         count += 1
     return count
+
+
+def _bound_anew(forward: FunctionType, rotate: Rotate) -> FunctionType:
+    names = {**forward.__globals__, NAME: rotate}
+    bound = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    bound.__kwdefaults__ = forward.__kwdefaults__
+    # transformers reads a forward's annotations.
+    bound.__annotations__ = forward.__annotations__
+    return bound
 
 
 def turns_by_halves(original: Rotate) -> bool:
@@ -56,10 +61,21 @@ def turns_by_halves(original: Rotate) -> bool:
 
 
 def _one_pass(original: Rotate) -> Rotate:
+    return _where_usual(rowwise.rotate, original)
+
+
+def _in_place(original: Rotate) -> Rotate:
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return rowwise.turn_(q, (cos, sin)), rowwise.turn_(k, (cos, sin))
+
+    return _where_usual(rotate, original)
+
+
+def _where_usual(ours: Rotate, original: Rotate) -> Rotate:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         usual = q.dim() == 4 and k.dim() == 4 and cos.dim() == 3 and cos.stride(-1) == 1 and sin.stride(-1) == 1
         if args or kwargs or not usual or q.stride(-1) != 1 or k.stride(-1) != 1:
             return original(q, k, cos, sin, *args, **kwargs)
-        return rowwise.rotate(q, k, cos, sin)
+        return ours(q, k, cos, sin)
 
     return rotate

@@ -9,6 +9,7 @@ recorded, and its graph is cut at the attention.
 # Shapes: B batch, l tokens, H query heads, K key/value heads, D head_dim, d hidden size.
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -17,10 +18,14 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
+from ds_ring.hf.fused.kinds import Norm
 from ds_ring.hf.fused.product import Product
 from ds_ring.hf.fused.rows import keeps_tokens_apart, needed, subgraph
 from ds_ring.hf.fused.trace import Untraceable, holds_tensors, is_constant, skeleton_of
 from ds_ring.kernels import rowwise
+
+_PARTS = ("chunk", "split")
+_VIEWS = ("view", "transpose")
 
 INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 """What modelling files of transformers call the table of attention functions."""
@@ -35,6 +40,7 @@ class Split:
         queries: (*inputs, *kept) -> (q [B, H, l, D], cos and sin where q still has to turn).
         after: (out [B, l, H, D], *inputs) -> result [B, l, d].
         k_turns, q_turns: whether the rotation is left to whoever writes them where they belong.
+        q_alone, k_alone: whether nothing else reads the memory in which they lie before they turn.
         fused: queries come out of what keys and values come out of, which is held until they are made.
         token_wise: all three treat every token alike, so that they may run in blocks of rows.
         value_product: the projection that v is, heads apart; ``keys_values`` then gives its input in place of v.
@@ -46,6 +52,8 @@ class Split:
     after: nn.Module
     k_turns: bool
     q_turns: bool
+    q_alone: bool
+    k_alone: bool
     fused: bool
     token_wise: bool
     value_product: Product | None
@@ -161,6 +169,8 @@ def _cut(
         after=subgraph(graph, [recorded.out, *inputs], [result], modules, single=True),
         k_turns=bool(k_turn),
         q_turns=bool(q_turn),
+        q_alone=_alone(q, modules),
+        k_alone=_alone(k, modules),
         fused=any(node.target != "size" for node in kept),
         token_wise=all(keeps_tokens_apart(n, modules, [rowwise.rotated]) for n in before | both | behind),
         value_product=value_product if product is not None else None,
@@ -177,6 +187,26 @@ def _before_turning(node: fx.Node) -> list[fx.Node]:
     """[what turns, cos, sin], or [node] where it does not turn last of all."""
     last = node.target is rowwise.rotated and len(node.users) == 1
     return [a for a in node.args if isinstance(a, fx.Node)] if last else [node]
+
+
+def _alone(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether ``node`` is memory that a submodule has just made, or a part of it, and only its one user reads it."""
+    while True:
+        readers = [user for user in node.users if user.target != "size"]
+        if node.target in _PARTS:
+            # Parts are disjoint; what is made of the others is their own affair.
+            if len({user.args[1] for user in readers if user.target is operator.getitem}) != len(readers):
+                return False
+        elif len(readers) != 1:
+            return False
+        if node.op == "call_module":
+            module = modules[str(node.target)]
+            return Product.of(module) is not None or Norm.of(module) is not None
+        if node.target not in (*_PARTS, *_VIEWS, operator.getitem) or not isinstance(node.args[0], fx.Node):
+            return False
+        if node.target is operator.getitem and node.args[0].target not in _PARTS:
+            return False
+        node = node.args[0]
 
 
 def _product_of(v: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, Product] | None:
