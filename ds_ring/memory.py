@@ -14,7 +14,8 @@ share. Rotary tables take 2 T head_dim throughout. A fused layer (``hf/fused/``)
 In one block there is the embedding as well, T d, which transformers' decoders hold to the end; in several, layers
 write over it. Queries then stay in the projection they were made in, of which K and V may be parts: T kv more while it
 attends. Alone and in one block, a module runs as it is, and all of its projections live as long as its attention, with
-copies of queries and keys where those do not turn in place. Ulysses holds what is sent and what is received, 2 T (q + kv), in place of queries, K and V.
+copies of queries and keys where those do not turn in place. Ulysses holds what is sent and what is received,
+2 T (q + kv), in place of queries, K and V.
 
 One sequence of 1,000,000 tokens of the paper's model on a ring of two: T = 500,000, q = d = 8192, kv = 16,384,
 m = 32,768; T d in fp16 is 8.2 GB. In that unit, beside 0.1 for rotary tables:

@@ -32,9 +32,12 @@ from ds_ring.memory import peak_bytes
 from ds_ring.metrics import Work
 from ds_ring.volume import bytes_sent_per_rank
 
-EXPOSED = {"sp": 1.8, "tp": 1.1, "pp": 0.2}
-"""Seconds that show for a second of the same traffic alone, by process groups. ``sp`` and ``tp`` are near what ring and
-all-reduces showed in ``benchmarks/results/gpu2.json``; ``pp`` is an estimate: a bubble is measured together with it."""
+EXPOSED = {"sp": 0.3, "tp": 1.3, "pp": 0.2}
+"""Seconds that show for a second that the bytes take at the link's rate, inside a host: K/V or heads by copy engine
+with two micro-batches in flight (0.26 ring, 0.47 Ulysses), AutoTP's all-reduces, hidden states. From
+``benchmarks/results/gpu2.json``; ``pp`` is an estimate, as a bubble is measured together with it."""
+EXPOSED_BETWEEN_HOSTS = EXPOSED | {"sp": 1.8}
+"""The same by process groups: ``sp`` is near what ring showed in ``benchmarks/results/gpu2_h200_first.json``."""
 ATTENTION_SHARE = {"head_dim 512": 0.87, "up to 256": 0.85, "other": 0.45}
 """Of the product's rate, by which kernel serves the head size (``attention/choice.py``)."""
 FEW_ROWS = 64
@@ -191,9 +194,10 @@ def _exposed(config: RunConfig, shape: ModelShape, itemsize: int, steps: int, ca
     work, t = config.workload, config.topology
     sent = bytes_sent_per_rank(config, shape, work.batch_size, work.max_length, itemsize)
     kind = "sp" if t.sp > 1 else "tp" if t.tp > 1 else "pp"
-    rate = card.link_bytes if t.world_size // t.dp <= card.per_host else card.network_bytes
+    inside = t.world_size // t.dp <= card.per_host
+    rate, shown = (card.link_bytes, EXPOSED) if inside else (card.network_bytes, EXPOSED_BETWEEN_HOSTS)
     messages = steps * shape.num_layers * (2 * (t.ulysses > 1) + (t.ring - 1) + 2 * (t.tp > 1)) / t.pp
-    return EXPOSED[kind] * sent / rate + messages * MESSAGE_S
+    return shown[kind] * sent / rate + messages * MESSAGE_S
 
 
 def row(plan: Plan) -> dict[str, Any]:

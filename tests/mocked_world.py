@@ -67,7 +67,7 @@ def serve(
 
     Args:
         model: a whole model; left as it is.
-        wire: what sequence-parallel layouts run on; tensor x pipeline layouts always need process groups.
+        wire: what layouts run on. Those that share layers need process groups, pipelines unless it says copy_engine.
         options: degrees and workload, as ``RunConfig.load`` takes them.
 
     Returns:
@@ -82,7 +82,7 @@ def serve(
         return work(build_engine(copies[mesh.rank], run, mesh, shape, torch.device("cpu")))
 
     with one_process():
-        if wire == "process_groups" or is_tensor_pipeline(run.topology):
+        if wire == "process_groups" or (is_tensor_pipeline(run.topology) and wire != "copy_engine"):
             return ProcessGroupWorld(size).run(lambda rank: on_rank(Mesh.from_process_groups(run.topology)))
         world = ThreadedWorld(size, TIMEOUT_S)
         mesh_of = copy_engine_mesh() if wire == "copy_engine" else threaded_mesh

@@ -19,6 +19,7 @@ from torch import Tensor
 from ds_ring.errors import TransportError
 from ds_ring.topology import Axis, Topology
 from ds_ring.transport.base import Transport
+from ds_ring.transport.choice import PULLED_AXES
 from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.threaded import ThreadedWorld
@@ -162,14 +163,14 @@ def no_delay(rank: int, peer: int) -> float:
 
 
 def copy_engine_mesh(delay: Delay = no_delay) -> Callable[[ThreadedWorld, Topology, int], Mesh]:
-    """Meshes whose ring and Ulysses axes pull."""
+    """Meshes whose axes pull where they can."""
 
     def make(world: ThreadedWorld, topology: Topology, rank: int) -> Mesh:
         def connect(axis: Axis, ranks: tuple[int, ...]) -> Transport | None:
             if rank not in ranks:
                 return None
             control = world.transport(axis, ranks, rank)
-            if axis not in ("ring", "ulysses"):
+            if axis not in PULLED_AXES:
                 return control
             return CopyEngineTransport(control, ThreadDevice(control, delay))
 

@@ -209,8 +209,9 @@ def _python(*command: object) -> str:
         (2, ["--ulysses-degree", 2], "ulysses: copy engine"),
         (3, ["--ring-degree", 3, "--interleave", "off"], "ring: copy engine"),
         (2, ["--ring-degree", 2, "--block-rows", 300], "ring: copy engine"),
+        (2, ["--pp-size", 2], "pp: copy engine"),
     ],
-    ids=["ring2", "ulysses2", "ring3_one_at_a_time", "ring2_in_blocks"],
+    ids=["ring2", "ulysses2", "ring3_one_at_a_time", "ring2_in_blocks", "pp2"],
 )
 def test_the_engine_on_a_shared_gpu_agrees_with_the_unsharded_model(ranks, layout, transport, tmp_path):
     config = GPTNeoXConfig(
@@ -227,7 +228,7 @@ def test_the_engine_on_a_shared_gpu_agrees_with_the_unsharded_model(ranks, layou
     out = _python(*launcher, "launch/bench.py", *model, *layout, *workload)
     (row,) = json.loads(out.strip().splitlines()[-1])["rows"]
     assert row["transport"] == transport
-    assert row["interleaved"] == ("off" not in layout)
+    assert row["interleaved"] == (not {"off", "--pp-size"} & set(layout))
     assert row["max_rel_error"] < 1e-2
     assert row["bytes_sent_per_rank"] == row["bytes_formula"]
     assert row["trace_transfer_ms"] > 0

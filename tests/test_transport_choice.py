@@ -40,7 +40,8 @@ def hosts(*gpus: int) -> list[Place]:
         (Topology(ring=2), [Place("a", "x", frozenset("y")), Place("a", "y")], set(),
          "ring by process groups (rank 1's GPU cannot read the memory of rank 0's)"),
         (Topology(ring=2), [Place("a", "x")] * 2, set(), "ring by process groups (ranks 0 and 1 are on one GPU)"),
-        (Topology(tp=2, pp=2), hosts(4), set(), ""),
+        (Topology(tp=2, pp=2), hosts(4), {"pp"}, "pp by copy engine"),
+        (Topology(tp=2), hosts(2), set(), ""),
         (Topology(dp=2), hosts(1, 1), set(), ""),
     ],
 )  # fmt: skip
@@ -115,7 +116,7 @@ class TestACopyEngineThatFailsItsSelfTest:
             assert type(mesh["ring"]) is ProcessGroupTransport
             assert mesh.traffic is mesh["ring"].traffic
         assert [record.message for record in caplog.records if record.name == "ds_ring"] == [
-            "K/V and heads go by process groups, not by copy engine: ring: "
+            "K/V, heads and hidden states go by process groups, not by copy engine: ring: "
             "cuStreamWaitValue32_v2 failed with CUDA error 801"
         ]
 

@@ -25,8 +25,10 @@ from ds_ring.engines.transfer import to_device
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.sliced import Slice, in_slices, slices_of
 from ds_ring.layout import SequenceLayout
-from ds_ring.transport.choice import PULLED_AXES
+from ds_ring.topology import Axis
 from ds_ring.transport.mesh import Mesh
+
+SHARING_AXES: tuple[Axis, ...] = ("ring", "ulysses")
 
 
 class SequenceParallelEngine(Engine):
@@ -76,14 +78,14 @@ class SequenceParallelEngine(Engine):
         return self.mesh.topology.sp > 1 and (self.mesh.overlaps if wanted == "auto" else wanted == "on")
 
     def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
-        for axis in PULLED_AXES:
+        for axis in SHARING_AXES:
             self.mesh[axis].meanwhile = hand_over
 
     def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
         return [self._forward_last(m) for m in micro_batches]
 
     def mute(self, muted: bool) -> None:
-        for axis in (*PULLED_AXES, "sp"):
+        for axis in (*SHARING_AXES, "sp"):
             self.mesh[axis].muted = muted
 
     @torch.inference_mode()

@@ -17,12 +17,12 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import NO_POSITIONS, ONE_TOKEN, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
+from ds_ring.engines.hand_over import hand_over
 from ds_ring.engines.transfer import to_device
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.stage import spliced
 from ds_ring.layout import SequenceLayout
-from ds_ring.transport.base import Done, Pending
 from ds_ring.transport.mesh import Mesh
 
 
@@ -100,21 +100,16 @@ class TensorPipelineEngine(Engine):
 
         ``stage`` is given a micro-batch's number and its hidden states (None: its tokens), and returns what goes on.
         """
-        sent: list[Pending] = []
-        arriving = self._receive(micro_batches[0])
+        shapes = [(len(m.rows), m.length, self.shape.hidden_size) for m in micro_batches]
+        stages = hand_over(self.mesh["pp"], shapes, torch_dtype(self.config.dtype), self.device)
+        arriving = stages.expect(shapes[0])
         for number in range(len(micro_batches)):
             hidden_in, pending = arriving
             if number + 1 < len(micro_batches):
-                arriving = self._receive(micro_batches[number + 1])
+                arriving = stages.expect(shapes[number + 1])
             pending.wait()
-            hidden_out = stage(number, hidden_in)
-            if not self.is_last:
-                # Two sends in flight at most: more would hold every micro-batch's hidden states at once.
-                if len(sent) > 1:
-                    sent.pop(0).wait()
-                sent.append(self.mesh["pp"].exchange([(self.stage + 1, hidden_out.contiguous())], []))
-        for pending in sent:
-            pending.wait()
+            stages.hand_on(stage(number, hidden_in))
+        stages.finish()
 
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
@@ -136,13 +131,6 @@ class TensorPipelineEngine(Engine):
             pp.exchange([(self.stage + 1, behind_layers[0].contiguous())], []).wait()
             logits_BV = torch.empty(rows, self.shape.vocab_size, dtype=dtype, device=self.device)
         return pp.broadcast(logits_BV, self.stages - 1)
-
-    def _receive(self, batch: Batch) -> tuple[Tensor | None, Pending]:
-        if self.stage == 0:
-            return None, Done()
-        size = (len(batch.rows), batch.length, self.shape.hidden_size)
-        hidden_BLd = torch.empty(size, dtype=torch_dtype(self.config.dtype), device=self.device)
-        return hidden_BLd, self.mesh["pp"].exchange([], [(self.stage - 1, hidden_BLd)])
 
     def _run_stage(self, batch: Batch, kept_k: Tensor, hidden_in: Tensor | None) -> tuple[Tensor, Tensor]:
         """(hidden states behind this stage's layers, logits [B, k, V] at ``kept_k``; those count on the last stage)."""

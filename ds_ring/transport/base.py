@@ -88,6 +88,9 @@ class Transport(ABC):
     def self_test(self, device: torch.device) -> None:  # noqa: B027
         """Collective. Raise TransportError where what this transport relies on does not hold on ``device``."""
 
+    def reserve(self, shapes: Sequence[Sequence[int]], like: Tensor) -> None:  # noqa: B027
+        """Tensors of these shapes will be shared, one opened before another is published. Collective."""
+
     def share(self, shape: Sequence[int], like: Tensor) -> Shared:
         """A tensor of ``like``'s dtype and device for peers to take parts of; see ``Shared``."""
         return SentShared(like.new_empty(tuple(shape)), self.exchange)

@@ -16,7 +16,8 @@ from ds_ring.topology import Axis, Topology
 
 SHARE_GPU = "DS_RING_SHARE_GPU"
 """Set to 1, tests may put several ranks on one GPU; never wanted otherwise."""
-PULLED_AXES: tuple[Axis, ...] = ("ring", "ulysses")
+PULLED_AXES: tuple[Axis, ...] = ("ring", "ulysses", "pp")
+"""What copy engines can serve: K/V, heads, and hidden states from stage to stage."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Choice:
     reasons: dict[Axis, str]
 
     def describe(self) -> str:
-        """One line for a person; empty where no sequence is shared."""
+        """One line for a person; empty where nothing is shared or handed on."""
         parts = [f"{axis} by copy engine" for axis in PULLED_AXES if axis in self.pulled]
         parts += [f"{axis} by process groups ({reason})" for axis, reason in self.reasons.items()]
         return "; ".join(parts)

@@ -52,6 +52,10 @@ class CopyEngineTransport(Transport):
                     if not bool((part == 100.0 * peer + number).all()):
                         raise TransportError(f"rank {self.rank} does not read what rank {peer} wrote into its memory")
 
+    def reserve(self, shapes: Sequence[Sequence[int]], like: Tensor) -> None:
+        if not self.muted:
+            self.slots.reserve(max(nbytes(tuple(shape), like.dtype) for shape in shapes))
+
     def share(self, shape: Sequence[int], like: Tensor) -> Shared:
         shared = PulledShared(self, tuple(shape), like.dtype, like.device)
         self.traffic.add("exchange", 0, shared.again())

@@ -62,7 +62,7 @@ class Mesh:
 
     @property
     def transport_names(self) -> str:
-        """What moves K/V and heads, e.g. "ring: copy engine"; empty where no sequence is shared."""
+        """What moves K/V, heads and hidden states, e.g. "ring: copy engine"; empty where nothing of these moves."""
         return ", ".join(f"{axis}: {self[axis].name}" for axis in PULLED_AXES if self[axis].size > 1)
 
     @property
@@ -119,7 +119,7 @@ class Mesh:
         if insist:
             raise TransportError(f"transport=copy_engine does not work here: {reason}")
         if rank == 0:
-            log.warning("K/V and heads go by process groups, not by copy engine: %s", reason)
+            log.warning("K/V, heads and hidden states go by process groups, not by copy engine: %s", reason)
         pulled = frozenset()
         return cls.build(topology, rank, connect)
 

@@ -87,6 +87,17 @@ class Slots:
         slot.readers = []
         return slot
 
+    def reserve(self, needed: int) -> None:
+        """So that ``acquire`` allocates nothing for so many bytes while a round is open: ranks that allocate wait for
+        all they have queued, which may be a pull that a peer publishes for only behind that. No round may be open."""
+        while self.count < MIN_SLOTS:
+            self.count += 1
+            self._free.append(self._new(needed))
+        for number, slot in enumerate(self._free):
+            if slot.memory.nbytes < needed:
+                self.nbytes -= slot.memory.nbytes
+                self._free[number] = self._new(needed)
+
     def publish(self, slot: Slot, readers: Sequence[int]) -> None:
         queue = self._device.computations()
         slot.readers, slot.published = list(readers), slot.round
