@@ -1,6 +1,7 @@
 """Two micro-batches in flight: the same numbers, in an order that never varies."""
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_models import build, gpt_neox, llama_gqa, logits, tokens
 
 from ds_ring.engines.base import Engine
 from ds_ring.engines.interleave import run_interleaved
+from ds_ring.hf.fused import product
 
 CPU = torch.device("cpu")
 
@@ -139,3 +141,18 @@ def test_the_copy_engine_serves_the_engine_as_it_is_configured_by_default(option
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(3, 101)
     for got in serve(model, lambda engine: engine(ids).logits, wire="copy_engine", **options):
         assert relative_error(got, logits(model, ids)) < 1e-5
+
+
+def test_a_tensor_parallel_sum_hands_over_while_it_is_under_way(monkeypatch):
+    """(``tests/test_launch.py`` runs two micro-batches of a launched model so.)"""
+    events: list[str] = []
+
+    def all_reduce(tensor, group, async_op):
+        assert (group, async_op) == ("a group", True)
+        events.append("begins")
+        return SimpleNamespace(wait=lambda: events.append("is waited for"))
+
+    monkeypatch.setattr(product, "all_reduce", all_reduce)
+    module = SimpleNamespace(mp_group="a group", hand_over=lambda: events.append("hands over"))
+    product.Product(module, "in")._summed(torch.ones(2))
+    assert events == ["begins", "hands over", "is waited for"]

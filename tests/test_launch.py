@@ -139,6 +139,7 @@ def reference(neox, tmp_path_factory):
     [
         ("tp2_pp2", ["--tp-size", 2, "--pp-size", 2]),
         ("ulysses2_ring2", ["--ulysses-degree", 2, "--ring-degree", 2, "--ring-variant", "pass_kv"]),
+        ("dp2_tp2", ["--dp-size", 2, "--tp-size", 2, "--interleave", "on"]),
     ],
 )
 def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox, reference, tmp_path):
@@ -164,6 +165,7 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
     assert row["layout"] == label
     assert (row["gpus"], row["batch"], row["length"], row["dtype"]) == (4, 4, 1001, "fp32")
     assert row["max_rel_error"] < 1e-5
+    assert row["interleaved"] == ("on" in layout)
     assert row["warmup_batch"] == 2  # whose bytes are scaled to the four rows
     assert row["bytes_sent_per_rank"] == row["bytes_formula"] > 0
     assert row["tpot_ms"] == pytest.approx(1e3 * row["batch"] / row["tps"])

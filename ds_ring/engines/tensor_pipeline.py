@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
+from deepspeed.module_inject.layers import TensorParallel_Layer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,8 +20,10 @@ from ds_ring.engines.base import NO_POSITIONS, ONE_TOKEN, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
 from ds_ring.engines.hand_over import hand_over
+from ds_ring.engines.interleave import run_interleaved
 from ds_ring.engines.transfer import to_device
 from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.fused.product import HAND_OVER
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.stage import spliced
 from ds_ring.layout import SequenceLayout
@@ -60,7 +64,23 @@ class TensorPipelineEngine(Engine):
         if muted:
             self._muted.enter_context(muted_tensor_parallel(self.model))
 
+    @property
+    def interleaves(self) -> bool:
+        """Whether two micro-batches are in flight, one's layers under the other's all-reduces."""
+        return self.stages == 1 and self.fusion is not None and self.config.ring.interleave == "on"
+
+    def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, TensorParallel_Layer):
+                setattr(module, HAND_OVER, hand_over)
+
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+        if len(micro_batches) > 1 and self.interleaves and not any(m.in_order for m in micro_batches):
+            jobs = [partial(self._pass, [m], [k], want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+            return [shard for (shard,) in run_interleaved(jobs, self._on_hand_over, self.device)]
+        return self._pass(micro_batches, keep, want_hidden)
+
+    def _pass(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         shards: list[Shard] = []
 
         def stage(number: int, hidden_in: Tensor | None) -> Tensor:

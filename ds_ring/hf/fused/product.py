@@ -8,10 +8,14 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
+from deepspeed.comm import all_reduce
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, RowParallel
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear
 from transformers.pytorch_utils import Conv1D
+
+HAND_OVER = "hand_over"
+"""Attribute of AutoTP's layers: what to call while ranks' results are being summed."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -96,9 +100,15 @@ class Product:
     def _summed(self, partial: Tensor) -> Tensor:
         if self.split != "in":
             return partial
-        # The group is read at each call: muting takes it away.
-        summed: Tensor = RowParallel.apply(self.module.mp_group, partial, True)
-        return summed
+        # Group and hand-over are read at each call: muting takes the one away, the other is there while lanes run.
+        group, hand_over = self.module.mp_group, getattr(self.module, HAND_OVER, None)
+        if group is None or hand_over is None:
+            summed: Tensor = RowParallel.apply(group, partial, True)
+            return summed
+        under_way = all_reduce(partial, group=group, async_op=True)
+        hand_over()
+        under_way.wait()
+        return partial
 
     def _plain(self, rows: Tensor) -> Tensor:
         bias = self.bias_W
