@@ -152,8 +152,8 @@ class RingConfig(_Section):
     )
     interleave: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="two micro-batches in flight, one's transfers under the other's layers; auto: for sequences shared by "
-        "copy engine; on: also beside NCCL's kernels, and for tp_size without pp_size",
+        description="two micro-batches in flight, one's transfers under the other's layers; auto: for sequences shared "
+        "by copy engine; on: also beside NCCL's kernels, and for tp_size without pp_size",
     )
     timeout_s: int = Field(
         1800,
