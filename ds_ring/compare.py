@@ -147,7 +147,7 @@ def run_all(
 
     Args:
         logs: a folder for every run's log, its configuration as it was run, and each layout's own result.
-        advance: called after the reference of each length and after each layout.
+        advance: called for the reference of each length and after each layout.
         keep: is given what there is when this is interrupted.
 
     Raises:
@@ -157,13 +157,9 @@ def run_all(
     for job in waiting:  # an earlier run's result must not pass for this one's
         job.output(logs).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        references: list[str] = []
-        for length in plan.lengths:
-            reference = Path(scratch) / f"reference_{length}.safetensors"
-            if not found.unchecked and _write_reference(plan, length, reference, logs, report):
-                references.append(str(reference))
-            else:
-                found.unchecked.append(length)
+        references = _write_references(plan, Path(scratch), logs, report)
+        found.unchecked.extend(plan.lengths[len(references) :])
+        for _ in plan.lengths:
             advance()
         try:
             while waiting:
@@ -278,16 +274,17 @@ def _rows(job: _Job, logs: Path) -> list[dict[str, Any]]:
     return [{**row, "config_file": job.file.name} for row in rows]
 
 
-def _write_reference(plan: Plan, length: int, output: Path, logs: Path, report: Report) -> bool:
-    """Whether the unsharded model could be run at ``length``; one device must hold it."""
+def _write_references(plan: Plan, folder: Path, logs: Path, report: Report) -> list[str]:
+    """Files of the unsharded model's results, for the shortest lengths: one device must hold it."""
     run = plan.first
-    arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--output", str(output)]
-    arguments += ["--rows", str(plan.parity_rows), "--length", str(length)]
+    outputs = [folder / f"reference_{length}.safetensors" for length in plan.lengths]
+    arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--rows", str(plan.parity_rows)]
+    arguments += ["--length", *map(str, plan.lengths), "--output", *map(str, outputs)]
     arguments += ["--text", *run.workload.text] if run.workload.text else []
-    report(f"reference: the unsharded model, L = {length}")
     try:
-        launcher.run_module("ds_ring.parity", arguments, log=logs / f"reference_{length}.log", report=report)
+        launcher.run_module("ds_ring.parity", arguments, log=logs / "references.log", report=report)
     except OutOfMemory as error:
-        report(f"no reference from L = {length} on: {error}")
-        return False
-    return True
+        written = [output for output in outputs if output.exists()]
+        report(f"no reference from L = {plan.lengths[len(written)]} on: {error}")
+        return list(map(str, written))
+    return list(map(str, outputs))

@@ -16,13 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ds_ring import cli
 from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import pack
+from ds_ring.errors import ConfigError
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.shape import read_config
@@ -47,10 +48,8 @@ class Difference:
     max_rel_error: float
 
 
-def write_reference(
-    checkpoint: str, dtype: torch.dtype, device: torch.device, input_ids_BL: Tensor, path: str | Path
-) -> None:
-    """The unsharded model's final hidden states [B, L, d] and logits, and the tokens they belong to."""
+def load_reference(checkpoint: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The unsharded model, with transformers' own attention."""
     AttentionInterface.register(SDPA, _heads_apart)
     AttentionMaskInterface.register(SDPA, sdpa_mask)
     options = {
@@ -60,14 +59,19 @@ def write_reference(
     capped = getattr(read_config(checkpoint).get_text_config(), "attn_logit_softcapping", None) is not None
     try:
         implementation = "eager" if capped else SDPA
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=implementation, **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=implementation, **options)
     except ValueError:  # a class that has no SDPA, as with attention sinks
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", **options).eval()
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", **options)
+    return model.eval()
+
+
+def write_reference(model: PreTrainedModel, input_ids_BL: Tensor, path: str | Path) -> None:
+    """The unsharded model's final hidden states [B, L, d] and logits, and the tokens they belong to."""
     every = input_ids_BL.shape[1] * model.config.get_text_config().vocab_size <= ALL_LOGITS_LIMIT
     hidden, logits = [], []
     with torch.inference_mode(), Anatomy.of(model).captured_hidden() as found:
         for row in input_ids_BL:
-            out = model(input_ids=row[None].to(device), use_cache=False, logits_to_keep=0 if every else 1)
+            out = model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=0 if every else 1)
             hidden.append(found.pop().cpu())
             logits.append(out.logits.cpu())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -141,8 +145,13 @@ class _Tally:
 
 
 def main(args: argparse.Namespace) -> None:
-    ids = rows_of(token_stream(args.model, args.text), args.rows, args.length).contiguous()
-    write_reference(args.model, torch_dtype(args.dtype), local_device(), ids, args.output)
+    if len(args.length) != len(args.output):
+        raise ConfigError(f"{len(args.length)} lengths and {len(args.output)} outputs; give each length a file")
+    model = load_reference(args.model, torch_dtype(args.dtype), local_device())
+    stream = token_stream(args.model, args.text)
+    for length, output in zip(args.length, args.output, strict=True):
+        cli.say(f"reference: the unsharded model, L = {length}")
+        write_reference(model, rows_of(stream, args.rows, length).contiguous(), output)
 
 
 if __name__ == "__main__":
@@ -150,7 +159,7 @@ if __name__ == "__main__":
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--length", type=int, required=True)
+    parser.add_argument("--length", type=int, nargs="+", required=True, help="one or more, ascending")
     parser.add_argument("--text", nargs="*", default=[])
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", nargs="+", required=True, help="a file for each length")
     cli.main(main, parser)

@@ -341,8 +341,11 @@ def test_lengths_at_which_the_reference_does_not_fit_are_unchecked(two_layouts, 
     plan, outcomes, logs = two_layouts
 
     def run_module(module, options, *, log, report):
-        if options[options.index("--length") + 1] == "1000":
-            raise OutOfMemory("out of memory on rank 0")
+        lengths = options[options.index("--length") + 1 : options.index("--output")]
+        outputs = options[options.index("--output") + 1 :][: len(lengths)]
+        assert lengths == ["500", "1000"]
+        Path(outputs[0]).touch()
+        raise OutOfMemory("out of memory on rank 0")
 
     monkeypatch.setattr(compare.launcher, "run_module", run_module)
     outcomes |= {"ring4": [row("ring4", 1.0, length=500), row("ring4", 1.0) | {"max_rel_error": None}]}
