@@ -66,6 +66,24 @@ def terminal_table(rows: list[dict[str, Any]], failed: Sequence[dict[str, Any]] 
     return plain_table(caption(rows), heads, cells, ["red" if w else None for w in wrong])
 
 
+def products_table(rows: list[dict[str, Any]]) -> Table:
+    """Rows of ``bench_products.run``."""
+    heads = ["product", "M", "implementation", "ms", "TFLOP/s", "over PyTorch", "MHz", "W", "algorithm"]
+    cells = [
+        [
+            row["case"], f"{row['rows']:,}", row["impl"], f"{row['ms']:.3f}", f"{row['tflops']:.1f}",
+            _change(row.get("over_pytorch")), _number(row["sm_clock_mhz"]), _number(row["power_w"]),
+            row["configuration"],
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return plain_table("A layer's matrix products; MHz, W: while each ran alone", heads, cells)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
 ATTENTION_COLUMNS = ("case, implementation", "ms", "TFLOP/s", "share", "GB/s", "error", "lse error", "MHz", "W", "note")
 STATE_COSTS = (("carrying costs", "carry_cost_ms"), ("merging costs", "merge_cost_ms"))
 WRONG = 1e-2

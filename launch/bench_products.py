@@ -1,0 +1,51 @@
+"""Time a layer's matrix products on one GPU, by every algorithm that cuBLASLt offers for them.
+
+python launch/bench_products.py --model ds_configs/models/paper.json --rows 10000 20000 --output results/products.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ds_ring import cli
+from ds_ring.config import DType
+from ds_ring.errors import ConfigError
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from ds_ring import bench_products, hardware, report, results
+    from ds_ring.hf.attention import torch_dtype
+    from ds_ring.hf.shape import model_shape, read_config
+    from ds_ring.progress import make_console
+
+    cases = bench_products.cases(model_shape(read_config(args.model)))
+    if not torch.cuda.is_available():
+        raise ConfigError("no CUDA GPU; this benchmark needs one")
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    found: list[dict[str, Any]] = []
+    document = {**results.provenance(), "device": hardware.device_name(device), "dtype": args.dtype, "rows": found}
+    for rows in args.rows:
+        for row in bench_products.run(cases, rows, torch_dtype(args.dtype), device, args.seconds, cli.say):
+            found.append(row)
+            if args.output:  # after every row: a run that is cut short leaves what it has
+                results.write_json(args.output, document)
+    make_console().print(report.products_table(found))
+    return document
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint directory, or a file of ds_configs/models/")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10000], metavar="M", help="tokens at a time [10000]")
+    parser.add_argument("--dtype", choices=[name for name in get_args(DType) if name != "fp32"], default="fp16")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long each is sustained [2]")
+    parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
+    cli.main(work, parser)

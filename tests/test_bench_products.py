@@ -1,0 +1,90 @@
+"""A layer's matrix products by cuBLASLt's algorithms: what is timed, and on a GPU that all compute the same."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import gelu
+
+from ds_ring import bench_products, report
+from ds_ring.hf.flops import layer_parameters
+from ds_ring.hf.shape import model_shape, read_config
+from ds_ring.kernels import cublaslt
+from ds_ring.launcher import ROOT
+
+PAPER = ROOT / "ds_configs/models/paper.json"
+ON_A_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
+]
+
+
+def test_the_cases_are_all_products_of_a_layer():
+    config = read_config(PAPER)
+    found = [case for case in bench_products.cases(model_shape(config)) if case.name != "attention's result"]
+    assert sum(case.flops(10) for case in found) == 2 * 10 * layer_parameters(config)[0]
+
+
+def test_structures_are_as_large_as_the_librarys():
+    assert ctypes.sizeof(cublaslt._Algorithm) == 64
+    assert ctypes.sizeof(cublaslt._Found) == 96
+
+
+def test_a_table_of_rows():
+    row = {
+        "case": "down, added", "rows": 10000, "impl": "cuBLASLt", "ms": 7.5, "tflops": 700.0, "over_pytorch": 1.02,
+        "sm_clock_mhz": 1320.0, "power_w": None, "configuration": "id 1 tile 2",
+    }  # fmt: skip
+    table = report.products_table([row])
+    assert [next(iter(column.cells)) for column in table.columns] == [
+        "down, added", "10,000", "cuBLASLt", "7.500", "700.0", "+2.0 %", "1320", "-", "id 1 tile 2"
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused_in_a_line():
+    command = [sys.executable, "launch/bench_products.py", "--model", str(PAPER)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip().splitlines()[-1] == "error: no CUDA GPU; this benchmark needs one"
+
+
+class TestOnAGPU:
+    pytestmark = ON_A_GPU
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("end", ["nothing", "bias", "gelu", "added", "added in place", "bias and added"])
+    def test_every_algorithm_computes_the_product(self, dtype, end):
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def random(*size):
+            return torch.randn(size, generator=generator, device="cuda").to(dtype)
+
+        x, weight, bias, added = random(300, 512), random(768, 512) / 16, random(768), random(300, 768)
+        want = x.double() @ weight.double().T
+        want += bias.double() if end in ("bias", "gelu", "bias and added") else 0
+        want += added.double() if "added" in end else 0
+        want = gelu(want, approximate="tanh") if end == "gelu" else want
+        out = added.clone() if end == "added in place" else torch.empty_like(added)
+        found = cublaslt.candidates(
+            x, weight, out, gelu=end == "gelu",
+            bias_W=bias if end in ("bias", "gelu", "bias and added") else None,
+            added_MW=out if end == "added in place" else added if "added" in end else None,
+        )  # fmt: skip
+        assert len(found) > 3
+        assert [one.rank for one in found] == sorted({one.rank for one in found})
+        for candidate in found:
+            out.copy_(added if end == "added in place" else torch.full_like(out, torch.nan))
+            candidate.run()
+            assert float((out.double() - want).norm() / want.norm()) < (1e-3 if dtype == torch.float16 else 8e-3)
+
+    def test_rows_of_pytorch_and_of_finalists(self):
+        case = bench_products.Case("up", 512, 1024, gelu=True)
+        first, *rest = bench_products.run([case], 256, torch.float16, torch.device("cuda"), 0.1, lambda text: None)
+        assert first["impl"] == "PyTorch"
+        assert 1 <= len(rest) <= bench_products.FINALISTS
+        assert all(row["impl"] == "cuBLASLt" and row["over_pytorch"] > 0 and row["rel_error"] < 2e-3 for row in rest)
