@@ -22,6 +22,7 @@ from ds_ring.transport.base import Transport
 from ds_ring.transport.choice import PULLED_AXES
 from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.mesh import Mesh
+from ds_ring.transport.peer_memory import rows_of
 from ds_ring.transport.threaded import ThreadedWorld
 
 TIMEOUT_S = 20.0
@@ -112,6 +113,15 @@ class Later(AtOnce):
     def copy(self, target: Tensor, source: Tensor) -> None:
         assert target.is_contiguous()
         assert source.is_contiguous()
+
+        def work() -> None:
+            time.sleep(self._device.delay(self._device.rank, self._peer))
+            target.copy_(source)
+
+        self._work.put(work)
+
+    def copy_rows(self, target: Tensor, source: Tensor) -> None:
+        assert rows_of(source) is not None
 
         def work() -> None:
             time.sleep(self._device.delay(self._device.rank, self._peer))

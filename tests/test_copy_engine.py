@@ -14,6 +14,7 @@ from ds_ring.errors import TransportError
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.host_staged import HostStagedTransport
+from ds_ring.transport.peer_memory import rows_of
 from ds_ring.transport.slots import Slots, contiguous_pieces
 from tests.worlds import Problem, run_attention
 
@@ -406,3 +407,56 @@ def test_attention_shows_a_missing_wait(monkeypatch):
     mesh = copy_engine_mesh()
     result = run_attention(problem, SequenceLayout(63, 3), variant="gather_kv", make_mesh=mesh, repeats=3)
     assert not problem.error(result.out_BLHD) < WRONG
+
+
+@pytest.mark.parametrize(
+    ("tensor", "rows"),
+    [
+        (torch.empty(2, 3, 4), (1, 24, 24)),
+        (torch.empty(5), (1, 5, 5)),
+        (torch.empty(2, 7, 3, 24)[..., 8:16], (42, 8, 24)),  # heads of a fused projection, k among q, k and v
+        (torch.empty(2, 7, 96)[..., 32:64].unflatten(-1, (4, 8)), (14, 32, 96)),  # k between q and v of a token
+        (torch.empty(1, 7, 3, 24)[:, 2:5, :, :8], (9, 8, 24)),
+        (torch.empty(2, 9, 4)[:, 2:5], (2, 12, 36)),
+        (torch.empty(4, 6, 8)[:, ::2, :4], (12, 4, 16)),
+        (torch.empty(3, 6, 5, 8)[:, :, 1:3, :4], None),
+        (torch.empty(3, 4).T, (12, 1, 4)),
+        (torch.empty(3, 8)[:, ::2], (12, 1, 2)),
+    ],
+)
+def test_tensors_that_are_rows_at_one_distance(tensor, rows):
+    found = rows_of(tensor)
+    if rows is None or tensor.stride(-1) != 1:
+        assert found is None or found[1] == 1
+        return
+    assert found == rows
+    count, width, distance = rows
+    numbers = torch.arange(tensor.untyped_storage().nbytes() // tensor.element_size())
+    placed = numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    assert torch.equal(
+        placed.reshape(-1), numbers.as_strided((count, width), (distance, 1), tensor.storage_offset()).reshape(-1)
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("one_queue", [False, True])
+def test_tensors_filled_by_the_engine_are_exact_under_random_delays(size, one_queue):
+    """From parts of a larger tensor, by turns with tensors that are written."""
+
+    def work(transport: CopyEngineTransport) -> float:
+        worst, others = 0.0, [(transport.rank - hop) % size for hop in range(1, size)]
+        for number in range(16):
+            shape = (3, 5 + number % 4, 8)
+            with transport.share(shape, torch.empty(0)) as shared:
+                if number % 3:
+                    apart = torch.full((3, shape[1], 24), torch.nan)[..., 8:16]
+                    shared.fill([(shared.own, apart.fill_(100.0 * number + transport.rank))])
+                else:
+                    shared.own.fill_(100.0 * number + transport.rank)
+                shared.publish([(peer, (slice(None),)) for peer in others])
+                for peer, (pending, part) in [(p, shared.pull((p, (slice(None),)))) for p in others]:
+                    pending.wait()
+                    worst = max(worst, float((part - 100.0 * number - peer).abs().max()))
+        return worst
+
+    assert pulling(size, work, random_delay(3), one_queue) == [0.0] * size

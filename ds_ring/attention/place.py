@@ -29,8 +29,8 @@ class Place(ABC):
     v: list[HeadPart]
     kv_BlKD: tuple[Tensor, Tensor] | None = None
     """Keys and values whole, where they lie together."""
-    takes_q = False
-    """Whether queries may stay in the memory they were made in."""
+    takes_q = takes_kv = False
+    """Whether queries, and keys and values, may stay in the memory they were made in."""
 
     @property
     @abstractmethod
@@ -38,6 +38,10 @@ class Place(ABC):
 
     def take_q(self, q_BlHD: Tensor) -> None:
         """In place of writing to ``q``; only where that is so."""
+        raise NotImplementedError
+
+    def take_kv(self, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
+        """In place of writing to ``k`` and ``v``; only where that is so."""
         raise NotImplementedError
 
     @abstractmethod
@@ -58,6 +62,7 @@ class RingPlace(Place):
         self._travelling, self._num_heads = travelling, num_heads
         k_BlKD, v_BlKD = travelling.own_2BLKD
         self.kv_BlKD = k_BlKD, v_BlKD
+        self.takes_kv = travelling.takes
         self.k, self.v = [(ALL, k_BlKD)], [(ALL, v_BlKD)]
         self._q_BlHD: Tensor | None = None
 
@@ -70,6 +75,10 @@ class RingPlace(Place):
 
     def take_q(self, q_BlHD: Tensor) -> None:
         self._q_BlHD = q_BlHD
+
+    def take_kv(self, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
+        self._travelling.take(k_BlKD, v_BlKD)
+        self.kv_BlKD = k_BlKD, v_BlKD
 
     def start(self) -> None:
         self._travelling.start()

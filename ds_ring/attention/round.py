@@ -29,7 +29,7 @@ class Round:
     """A context manager; the order of use is
 
         with Round(shape, like, ...) as travelling:
-            ...                                  write travelling.own_2BLKD
+            ...                                  write travelling.own_2BLKD, or say where they lie: travelling.take
             travelling.start()                   from here on it must stay as it is; transfers begin
             for source, block in travelling.blocks(): ...        pass_kv, or
             segments = travelling.all_segments(...)              one of the two that gather
@@ -40,7 +40,9 @@ class Round:
     Ranks of a ring hold rounds of equal shapes in the same order.
 
     Attributes:
-        own_2BLKD: this rank's keys and values, for the peers to take and for its own attention to read.
+        own_2BLKD: this rank's keys and values, for the peers to take.
+        own: the same for its own attention to read.
+        takes: whether they may stay where they were made.
         variant: how the peers' are attended to; it follows from the layout and the transport.
         may_gather: ``pass_kv`` was not asked for but taken to save memory, and with one peer holds no less than
             gathering would: all that is seen, at once.
@@ -63,6 +65,8 @@ class Round:
         self.own_2BLKD = self._shared.own
         self.variant = _variant(variant, self.own_2BLKD.nbytes, transport, gather_limit_bytes)
         self.may_gather = self.variant == "pass_kv" != variant and transport.size == 2
+        self.own: tuple[Tensor, Tensor] = (self.own_2BLKD[0], self.own_2BLKD[1])
+        self.takes = self._shared.places
         self._hops = iter(range(1, transport.size))
         self._whole_2BSKD: Tensor | None = None
         self._pendings: list[Pending] = []
@@ -71,6 +75,12 @@ class Round:
     def write(self, k_BLKD: Tensor, v_BLKD: Tensor) -> None:
         self.own_2BLKD[0].copy_(k_BLKD)
         self.own_2BLKD[1].copy_(v_BLKD)
+
+    def take(self, k_BLKD: Tensor, v_BLKD: Tensor) -> None:
+        """In place of writing: they are copied to where peers take them while this rank computes, and attended to where
+        they lie. Only where this ``takes``, and as rows at one distance."""
+        self._shared.fill(list(zip(self.own, (k_BLKD, v_BLKD), strict=True)))
+        self.own = k_BLKD, v_BLKD
 
     def start(self) -> None:
         """Publish, and begin to take what this variant holds at a time: one block ahead, or all."""
@@ -97,7 +107,7 @@ class Round:
     def foreign_segments(self) -> list[Segment]:
         """All that this rank sees of its peers, once it is there."""
         if self._whole_2BSKD is None:
-            return [segment for source, block in self.blocks() for segment in self._segments(source, block)]
+            return [segment for source, block in self.blocks() for segment in self._segments(source, *block)]
         for pending in self._pendings:
             pending.wait()
         edges = [0, *(edge for run in self._own_runs for edge in (run.start, run.stop))]
@@ -106,7 +116,7 @@ class Round:
 
     def all_segments(self, in_order: bool) -> list[Segment]:
         """And its own. ``in_order``: those are copied among the others where these lie so, and there is one segment."""
-        own = self._segments(self.transport.rank, self.own_2BLKD)
+        own = self._segments(self.transport.rank, *self.own)
         if not in_order or self._whole_2BSKD is None:
             return own + self.foreign_segments()
         for segment in own:
@@ -120,12 +130,13 @@ class Round:
     def _own_runs(self) -> tuple[Run, ...]:
         return self.layout.slice_runs(self.transport.rank)
 
-    def _segments(self, source: int, block_2BSKD: Tensor) -> list[Segment]:
+    def _segments(self, source: int, k_BSKD: Tensor, v_BSKD: Tensor) -> list[Segment]:
         """The runs of a slice, as far as they are there: what is visible is a prefix, in whole runs."""
         found, taken = [], 0
         for run in self.layout.slice_runs(source):
-            if taken < block_2BSKD.shape[2]:
-                found.append(Segment(run.start, *block_2BSKD[:, :, taken : taken + run.length]))
+            if taken < k_BSKD.shape[1]:
+                rows = slice(taken, taken + run.length)
+                found.append(Segment(run.start, k_BSKD[:, rows], v_BSKD[:, rows]))
                 taken += run.length
         return found
 

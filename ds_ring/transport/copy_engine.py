@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_ring.errors import TransportError
 from ds_ring.transport.base import Done, Message, T, Transport
-from ds_ring.transport.peer_memory import Device
+from ds_ring.transport.peer_memory import Device, Queue
 from ds_ring.transport.shared import Part, Pending, Shared
 from ds_ring.transport.slots import MIN_SLOTS, Slot, Slots, contiguous_pieces, nbytes
 
@@ -44,8 +44,12 @@ class CopyEngineTransport(Transport):
         """
         whole, peers = (slice(None),), [(self.rank + hop) % self.size for hop in range(1, self.size)]
         for number in range(2 * MIN_SLOTS):
-            with PulledShared(self, (1024,), torch.float32, device) as shared:
-                shared.own.fill_(100.0 * self.rank + number)
+            with PulledShared(self, (512, 2), torch.float32, device) as shared:
+                if number % 2:
+                    shared.own.fill_(100.0 * self.rank + number)
+                else:
+                    apart = torch.full((512, 6), torch.nan, device=device)[:, 2:4].fill_(100.0 * self.rank + number)
+                    shared.fill([(shared.own, apart)])
                 shared.give([(peer, whole) for peer in peers])
                 for peer, (pending, part) in [(peer, shared.take((peer, whole))) for peer in peers]:
                     pending.wait()
@@ -135,6 +139,8 @@ class PulledShared(Shared):
         else:
             self._slot = transport.slots.acquire(nbytes(shape, dtype))
             self.own = self._slot.view(transport.rank, shape, dtype)
+        self._filled_by: Queue | None = None
+        self._filled: Pending = Done()
         self._outgoing: list[Part | None] = []
         self._incoming: list[Part | None] = []
 
@@ -150,6 +156,11 @@ class PulledShared(Shared):
                     pending.wait()
 
         return replay
+
+    def fill(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+        if self._slot is not None:
+            self._filled_by = self._transport.slots.fill(self._slot, iter(pieces))
+            self._filled = self._filled_by.mark()
 
     def publish(self, outgoing: Sequence[Part | None]) -> None:
         self._outgoing += outgoing
@@ -167,7 +178,8 @@ class PulledShared(Shared):
 
     def give(self, outgoing: Sequence[Part | None]) -> None:
         if self._slot is not None:
-            self._transport.slots.publish(self._slot, [part[0] for part in outgoing if part])
+            readers = [part[0] for part in outgoing if part]
+            self._transport.slots.publish(self._slot, readers, self._filled_by)
 
     def take(self, incoming: Part | None) -> tuple[Pending, Tensor]:
         part = self.blank_part(incoming)
@@ -185,6 +197,8 @@ class PulledShared(Shared):
         return self._transport.slots.pull(self._slot, peer, pairs)
 
     def close(self) -> None:
+        # What filled the slot may be given away behind this.
+        self._filled.wait()
         if self._slot is not None:
             self._transport.slots.release(self._slot)
         self._slot = None

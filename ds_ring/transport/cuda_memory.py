@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_ring.transport.peer_memory import PeerMemory, Queue
+from ds_ring.transport.peer_memory import PeerMemory, Queue, rows_of
 from ds_ring.transport.shared import Pending
 
 _HEADER = 4096
@@ -22,6 +22,7 @@ _FLAG_SPACING = 16
 """Flags in front of the data, 64 bytes apart."""
 _WAIT_UNTIL_AT_LEAST = 0
 _WRITE_AFTER_FENCE = 0
+_ON_DEVICE = 2
 
 
 class CudaMemory:
@@ -54,6 +55,18 @@ class CudaQueue:
         with torch.cuda.stream(self.stream):
             target.copy_(source, non_blocking=True)
 
+    def copy_rows(self, target: Tensor, source: Tensor) -> None:
+        rows = rows_of(source)
+        assert rows is not None
+        assert target.is_contiguous()
+        assert target.shape == source.shape
+        count, width, distance = (n * source.element_size() for n in rows)
+        copy = _Copy2D(
+            srcMemoryType=_ON_DEVICE, srcDevice=source.data_ptr(), srcPitch=distance, dstMemoryType=_ON_DEVICE,
+            dstDevice=target.data_ptr(), dstPitch=width, WidthInBytes=width, Height=count // source.element_size(),
+        )  # fmt: skip
+        _checked("cuMemcpy2DAsync_v2", ctypes.byref(copy), ctypes.c_void_p(self.stream.cuda_stream))
+
     def raise_flag(self, memory: PeerMemory, rank: int, flag: int, value: int) -> None:
         assert isinstance(memory, CudaMemory)
         _driver_call("cuStreamWriteValue32_v2", self.stream, memory.flag_address(rank, flag), value, _WRITE_AFTER_FENCE)
@@ -65,6 +78,20 @@ class CudaQueue:
 
     def mark(self) -> Pending:
         return _Mark(self.stream)
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D of cuda.h."""
+
+    _fields_ = [
+        ("srcXInBytes", ctypes.c_size_t), ("srcY", ctypes.c_size_t), ("srcMemoryType", ctypes.c_int),
+        ("srcHost", ctypes.c_void_p), ("srcDevice", ctypes.c_uint64), ("srcArray", ctypes.c_void_p),
+        ("srcPitch", ctypes.c_size_t),
+        ("dstXInBytes", ctypes.c_size_t), ("dstY", ctypes.c_size_t), ("dstMemoryType", ctypes.c_int),
+        ("dstHost", ctypes.c_void_p), ("dstDevice", ctypes.c_uint64), ("dstArray", ctypes.c_void_p),
+        ("dstPitch", ctypes.c_size_t),
+        ("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t),
+    ]  # fmt: skip
 
 
 class _Mark:
@@ -119,9 +146,11 @@ def _driver() -> ctypes.CDLL:
 
 
 def _driver_call(name: str, stream: torch.cuda.Stream, address: int, value: int, flags: int) -> None:
-    function = getattr(_driver(), name)
-    code = function(
-        ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(flags)
-    )
+    stream_address = ctypes.c_void_p(stream.cuda_stream)
+    _checked(name, stream_address, ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(flags))
+
+
+def _checked(name: str, *arguments: Any) -> None:
+    code = getattr(_driver(), name)(*arguments)
     if code:
         raise RuntimeError(f"{name} failed with CUDA error {code}")

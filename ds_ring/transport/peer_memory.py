@@ -22,6 +22,9 @@ class Queue(Protocol):
     def copy(self, target: Tensor, source: Tensor) -> None:
         """``target`` and ``source``: contiguous, of one shape and dtype."""
 
+    def copy_rows(self, target: Tensor, source: Tensor) -> None:
+        """As ``copy`` of a ``source`` that is rows at one distance (``rows_of``) into a contiguous ``target``."""
+
     def raise_flag(self, memory: PeerMemory, rank: int, flag: int, value: int) -> None:
         """Set a flag of ``rank``'s memory, visibly after everything appended before."""
 
@@ -30,6 +33,19 @@ class Queue(Protocol):
 
     def mark(self) -> Pending:
         """Its ``wait`` makes the queue of computations go on only when all that is here now is done."""
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int, int] | None:
+    """(how many, elements of each, elements from one to the next) where ``tensor`` is whole rows at one distance; None
+    where it is not."""
+    sizes = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
+    width = 1
+    while sizes and sizes[-1][1] == width:
+        width *= sizes.pop()[0]
+    count, distance = 1, sizes[-1][1] if sizes else width
+    while sizes and sizes[-1][1] == count * distance:
+        count *= sizes.pop()[0]
+    return None if sizes else (count, width, distance)
 
 
 class PeerMemory(Protocol):

@@ -37,7 +37,13 @@ class Shared(ABC):
     own: Tensor
     """This rank's tensor, contiguous."""
     places = False
-    """Whether ``pull_into`` is offered: parts can go where they are wanted, at no further cost."""
+    """Whether ``fill`` and ``pull_into`` are offered: parts come from where they are, and go where they are wanted."""
+
+    def fill(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """In place of writing ``own``: copy ``pieces``, (part of it, what it is to be), at no cost to computations.
+        What they are copied from must stay until the block ends. Only where there are ``places``, and as rows at one
+        distance (``peer_memory.rows_of``)."""
+        raise NotImplementedError
 
     @abstractmethod
     def publish(self, outgoing: Sequence[Part | None]) -> None:

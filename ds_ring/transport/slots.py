@@ -10,8 +10,8 @@ Round n of a slot, on every rank (C: the queue of computations, P: the queue for
 
 1. acquire: C waits for READ + p >= m, for every peer p that was to read in the last published round m < n.
    Only then may the slot be written.
-2. write, on C.
-3. publish: C raises WRITTEN + me to n at every reader.
+2. write, on C; or ``fill``: from what C has made, on a queue of its own that goes behind C.
+3. publish: C, or that queue, raises WRITTEN + me to n at every reader.
 4. pull from p: P goes behind C (the target's memory is free), waits for WRITTEN + p >= n, copies, and raises READ + me
    to n at p. What uses the copy, on C, goes behind P.
 5. release: the slot may be acquired again. This rank's own reading of it is on C, as is the writing of a later round.
@@ -37,7 +37,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ds_ring.transport.peer_memory import Device, PeerMemory
+from ds_ring.transport.peer_memory import Device, PeerMemory, Queue
 from ds_ring.transport.shared import Pending
 
 MIN_SLOTS = 2
@@ -98,8 +98,17 @@ class Slots:
                 self.nbytes -= slot.memory.nbytes
                 self._free[number] = self._new(needed)
 
-    def publish(self, slot: Slot, readers: Sequence[int]) -> None:
-        queue = self._device.computations()
+    def fill(self, slot: Slot, pieces: Iterator[tuple[Tensor, Tensor]]) -> Queue:
+        """Copy ``pieces`` (part of this rank's tensor, what computations have made) by this rank's own engine."""
+        queue = self._device.pulls(self._rank)
+        queue.after(self._device.computations())
+        for target, source in pieces:
+            queue.copy_rows(target, source)
+        return queue
+
+    def publish(self, slot: Slot, readers: Sequence[int], queue: Queue | None = None) -> None:
+        """``queue``: what wrote the slot; None: computations."""
+        queue = queue or self._device.computations()
         slot.readers, slot.published = list(readers), slot.round
         for reader in readers:
             queue.raise_flag(slot.memory, reader, self._rank, slot.round)
