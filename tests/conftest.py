@@ -1,8 +1,27 @@
 """Without a GPU, Triton's kernels are interpreted. Triton reads the switch when it is first imported: set it before."""
 
 import os
+import time
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def late_writer(monkeypatch):
+    """Rank 0 takes its time between having a slot and writing into it."""
+    from peer_threads import LATE_S
+
+    from ds_ring.transport.slots import Slots
+
+    acquire = Slots.acquire
+
+    def late(self, needed):
+        slot = acquire(self, needed)
+        time.sleep(2 * LATE_S if self._rank == 0 else 0.0)
+        return slot
+
+    monkeypatch.setattr(Slots, "acquire", late)

@@ -7,6 +7,7 @@ written too early gives a late reader the round after.
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -170,6 +171,22 @@ class ThreadDevice:
 
 def no_delay(rank: int, peer: int) -> float:
     return 0.0
+
+
+LATE_S = 0.02
+
+
+def one_is_late(rank: int, peer: int) -> float:
+    return LATE_S if rank == 1 else 0.0
+
+
+def all_are_late(rank: int, peer: int) -> float:
+    return LATE_S
+
+
+def random_delay(seed: int):
+    dice = random.Random(seed)
+    return lambda rank, peer: dice.choice((0.0, 0.0, 0.002, 0.006))
 
 
 def copy_engine_mesh(delay: Delay = no_delay) -> Callable[[ThreadedWorld, Topology, int], Mesh]:

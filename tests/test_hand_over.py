@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mocked_world import relative_error, serve
-from peer_threads import copy_engine_mesh
-from test_copy_engine import random_delay
+from peer_threads import copy_engine_mesh, random_delay
 from tiny_models import build, gpt_neox, logits, tokens
 
 from ds_ring.engines.base import Engine

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 from mocked_world import relative_error, serve
-from peer_threads import AtOnce, Later, copy_engine_mesh
-from test_copy_engine import LATE_S, WRONG, all_are_late
+from peer_threads import LATE_S, AtOnce, Later, all_are_late, copy_engine_mesh
 from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, logits, phi3, tokens
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -30,6 +29,7 @@ from ds_ring.kernels import rowwise
 from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.slots import Slot, Slots
 
+WRONG = 1e-2
 LENGTH = 61
 FUSED = partial(gpt_neox, heads=4, num_hidden_layers=2)
 APART = partial(llama_gqa, hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
