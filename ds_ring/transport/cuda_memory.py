@@ -60,10 +60,10 @@ class CudaQueue:
         assert rows is not None
         assert target.is_contiguous()
         assert target.shape == source.shape
-        count, width, distance = (n * source.element_size() for n in rows)
+        height, width, distance = rows[0], rows[1] * source.element_size(), rows[2] * source.element_size()
         copy = _Copy2D(
-            srcMemoryType=_ON_DEVICE, srcDevice=source.data_ptr(), srcPitch=distance, dstMemoryType=_ON_DEVICE,
-            dstDevice=target.data_ptr(), dstPitch=width, WidthInBytes=width, Height=count // source.element_size(),
+            srcMemoryType=_ON_DEVICE, srcDevice=source.data_ptr(), srcPitch=max(distance, width),
+            dstMemoryType=_ON_DEVICE, dstDevice=target.data_ptr(), dstPitch=width, WidthInBytes=width, Height=height,
         )  # fmt: skip
         _checked("cuMemcpy2DAsync_v2", ctypes.byref(copy), ctypes.c_void_p(self.stream.cuda_stream))
 

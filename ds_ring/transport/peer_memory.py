@@ -45,7 +45,8 @@ def rows_of(tensor: Tensor) -> tuple[int, int, int] | None:
     count, distance = 1, sizes[-1][1] if sizes else width
     while sizes and sizes[-1][1] == count * distance:
         count *= sizes.pop()[0]
-    return None if sizes else (count, width, distance)
+    apart = count == 1 or distance >= width  # not so where a tensor was expanded
+    return (count, width, distance) if apart and not sizes else None
 
 
 class PeerMemory(Protocol):
