@@ -63,15 +63,6 @@ def zigzag_share(case, rank):
     return 4 * case.batch * case.heads * case.head_dim * sum(position + 1 for position in positions)
 
 
-def test_segments_hold_every_visible_key_once():
-    case = zigzag_rank(8, 1, 2, 83, 4)
-    inputs = make_inputs(case, CPU)
-    ordered = sorted(inputs.segments, key=lambda segment: segment.start)
-    assert len(ordered) == 4  # own runs, and what lies before and between them
-    assert torch.equal(torch.cat([segment.k_BSKD for segment in ordered], dim=1), inputs.k)
-    assert torch.equal(torch.cat([segment.v_BSKD for segment in ordered], dim=1), inputs.v)
-
-
 def test_default_cases_differ_by_name_and_cover_every_kind():
     found = default_cases()
     assert len({case.label for case in found}) == len(found)

@@ -34,8 +34,9 @@ class Round:
             for source, block in travelling.blocks(): ...        pass_kv, or
             segments = travelling.all_segments(...)              one of the two that gather
 
-    Where the transport can put parts where they are wanted, what is gathered lies in the sequence's order: few
-    segments, whatever the number of ranks. A kernel works in blocks of keys, and every segment ends in a part of one.
+    Where the transport can put parts where they are wanted, what is gathered lies in the sequence's order, this rank's
+    own among it: one segment, whatever the number of ranks. A kernel works in blocks of keys, and every segment ends in
+    a part of one.
 
     Ranks of a ring hold rounds of equal shapes in the same order.
 
@@ -114,14 +115,10 @@ class Round:
         between = [(start, stop) for start, stop in zip(edges[0::2], edges[1::2], strict=False) if start < stop]
         return [Segment(start, *self._whole_2BSKD[:, :, start:stop]) for start, stop in between]
 
-    def all_segments(self, in_order: bool) -> list[Segment]:
-        """And its own. ``in_order``: those are copied among the others where these lie so, and there is one segment."""
-        own = self._segments(self.transport.rank, *self.own)
-        if not in_order or self._whole_2BSKD is None:
-            return own + self.foreign_segments()
-        for segment in own:
-            for whole, part in zip(self._whole_2BSKD, (segment.k_BSKD, segment.v_BSKD), strict=True):
-                whole[:, segment.start : segment.stop].copy_(part)
+    def all_segments(self) -> list[Segment]:
+        """And its own."""
+        if self._whole_2BSKD is None:
+            return self._segments(self.transport.rank, *self.own) + self.foreign_segments()
         for pending in self._pendings:
             pending.wait()
         return [Segment(0, *self._whole_2BSKD)]
@@ -141,7 +138,8 @@ class Round:
         return found
 
     def _pull_in_order(self) -> Tensor:
-        """[2, B, S, K, D] of all positions that this rank sees, its own left blank."""
+        """[2, B, S, K, D] of all positions that this rank sees; its own are left blank where they are attended to by
+        themselves."""
         rank, size, end = self.transport.rank, self.transport.size, self._own_runs[-1].stop
         _, batch, _, *rest = self.own_2BLKD.shape
         whole_2BSKD = self.own_2BLKD.new_empty((2, batch, end, *rest))
@@ -152,6 +150,15 @@ class Round:
                 seen = [run for run in self.layout.slice_runs(source) if run.start < end]
                 targets = [whole_2BSKD[:, :, run.start : run.stop] for run in seen]
                 self._pendings.append(self._shared.pull_into(incoming, targets, dim=2))
+        if self.variant == "gather_kv":
+            own = self._segments(rank, *self.own)
+            pieces = [
+                (whole_BSKD[b, segment.start : segment.stop], part_BSKD[b])
+                for segment in own
+                for whole_BSKD, part_BSKD in zip(whole_2BSKD, (segment.k_BSKD, segment.v_BSKD), strict=True)
+                for b in range(batch)
+            ]
+            self._pendings.append(self._shared.copy(pieces))
         return whole_2BSKD
 
     def _pull_next(self) -> None:

@@ -9,7 +9,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ds_ring.attention.runs import Segment
 from ds_ring.layout import Run, SequenceLayout
 
 Kind = Literal["self", "zigzag half block", "carry", "zigzag rank", "decode", "back-ends"]
@@ -49,7 +48,7 @@ class Case:
 
     @property
     def rank(self) -> int:
-        """A middle rank: all do equal work, but the first has the most segments and the last the fewest."""
+        """A middle rank; all do equal work."""
         return self.ranks // 2
 
     @property
@@ -112,18 +111,16 @@ def select(cases: Sequence[Case], only: Sequence[str] = (), kinds: Sequence[str]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random tensors of a case: q [B, L, H, D]; k and v [B, S, K, D], in the sequence's order.
+    """Random tensors of a case: q [B, L, H, D]; k and v [B, S, K, D], in the sequence's order, as the copy engine
+    leaves them on a zigzag rank.
 
-    ``segments`` are k and v as a zigzag rank has them after the copy engine: others' keys in one tensor in the
-    sequence's order, its own elsewhere; ``state`` is what earlier blocks of a ring left, out [B, L, H, D] and
-    lse [B, H, L], both fp32.
+    ``state`` is what earlier blocks of a ring left, out [B, L, H, D] and lse [B, H, L], both fp32.
     """
 
     case: Case
     q: Tensor
     k: Tensor
     v: Tensor
-    segments: tuple[Segment, ...] = ()
     state: tuple[Tensor, Tensor] | None = None
 
 
@@ -135,16 +132,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     shape_k = case.batch, case.seq_k, case.kv_heads, case.head_dim
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for shape in (shape_q, shape_k, shape_k))
     if case.kind != "carry":
-        return Inputs(case, q, k, v, _segments(case, k, v) if case.ranks > 1 else ())
+        return Inputs(case, q, k, v)
     out = torch.randn(shape_q, device=device)
     # About the lse of as many other random keys, so that both sides of the merge weigh.
     lse = torch.randn(case.batch, case.heads, case.seq_q, device=device) + torch.tensor(float(case.seq_k)).log().item()
     return Inputs(case, q, k, v, state=(out, lse))
-
-
-def _segments(case: Case, k: Tensor, v: Tensor) -> tuple[Segment, ...]:
-    own = [(run.start, run.stop) for run in case.runs]
-    edges = [0, *(edge for run in own for edge in run)]
-    others = [(start, stop) for start, stop in zip(edges[0::2], edges[1::2], strict=False) if start < stop]
-    found = [Segment(start, k[:, start:stop], v[:, start:stop]) for start, stop in others]
-    return (*found, *(Segment(start, k[:, start:stop].clone(), v[:, start:stop].clone()) for start, stop in own))

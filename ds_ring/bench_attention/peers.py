@@ -19,7 +19,7 @@ from ds_ring.attention.choice import choose
 from ds_ring.attention.local import accumulate_, attend
 from ds_ring.attention.merge import merge_
 from ds_ring.attention.positions import attend_positions, uses_kernel
-from ds_ring.attention.runs import attend_runs
+from ds_ring.attention.runs import Segment, attend_runs
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 from ds_ring.bench_attention import flex
 from ds_ring.bench_attention.cases import Case, Inputs
@@ -141,13 +141,12 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Resu
 
 
 def _ds_ring(inputs: Inputs) -> Prepared:
-    """What an engine would run: ``local.attend``, or ``runs.attend_runs`` with the segments as they arrive."""
+    """What an engine would run: ``local.attend``, or for a ring's rank ``runs.attend_runs``."""
     case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
     spec = AttentionSpec(case.scale)
     if case.ranks > 1:
-        segments = inputs.segments
-        detail = f"{_backends(inputs)}, {len(segments)} segments"
-        return Prepared(lambda: (attend_runs(q, case.runs, segments, spec), None), detail)
+        keys = [Segment(0, k, v)]
+        return Prepared(lambda: (attend_runs(q, case.runs, keys, spec), None), _backends(inputs))
     offset = case.runs[0].start
     return Prepared(lambda: attend(q, k, v, spec=spec, causal=case.causal, q_offset=offset), _backends(inputs))
 

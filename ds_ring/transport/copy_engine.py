@@ -125,7 +125,8 @@ class CopyEngineTransport(Transport):
 
 
 class PulledShared(Shared):
-    """A shared tensor in a slot; while its transport is muted, ordinary memory that nobody reads."""
+    """A shared tensor in a slot; while its transport is muted, ordinary memory that only its owner reads, in place of
+    the peers'."""
 
     places = True
 
@@ -158,9 +159,11 @@ class PulledShared(Shared):
         return replay
 
     def fill(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-        if self._slot is not None:
-            self._filled_by = self._transport.slots.fill(self._slot, iter(pieces))
-            self._filled = self._filled_by.mark()
+        self._filled_by = self._transport.slots.copy_here(pieces)
+        self._filled = self._filled_by.mark()
+
+    def copy(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Pending:
+        return self._transport.slots.copy_here(pieces).mark()
 
     def publish(self, outgoing: Sequence[Part | None]) -> None:
         self._outgoing += outgoing
@@ -186,14 +189,13 @@ class PulledShared(Shared):
         return (Done() if incoming is None else self._take_into(incoming, [part], 0)), part
 
     def _take_into(self, incoming: Part, targets: Sequence[Tensor], dim: int) -> Pending:
-        if self._slot is None:
-            for target in targets:
-                target.normal_()  # arithmetic on garbage or zeros takes another time than on numbers
-            return Done()
         peer, index = incoming
-        source = self._slot.view(peer, *self._like[:2])[index]
+        source = (self.own if self._slot is None else self._slot.view(peer, *self._like[:2]))[index]
         pieces = source.split([target.shape[dim] for target in targets], dim)
         pairs = chain.from_iterable(map(contiguous_pieces, targets, pieces))
+        if self._slot is None:
+            # Numbers of its own: on garbage or zeros arithmetic takes another time, and a kernel would take its own.
+            return self.copy(list(pairs))
         return self._transport.slots.pull(self._slot, peer, pairs)
 
     def close(self) -> None:

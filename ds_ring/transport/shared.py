@@ -37,12 +37,16 @@ class Shared(ABC):
     own: Tensor
     """This rank's tensor, contiguous."""
     places = False
-    """Whether ``fill`` and ``pull_into`` are offered: parts come from where they are, and go where they are wanted."""
+    """Whether ``fill``, ``copy`` and ``pull_into`` are offered: parts come from where they are and go where they are
+    wanted, at no cost to computations."""
 
     def fill(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """In place of writing ``own``: copy ``pieces``, (part of it, what it is to be), at no cost to computations.
-        What they are copied from must stay until the block ends. Only where there are ``places``, and as rows at one
-        distance (``peer_memory.rows_of``)."""
+        """In place of writing ``own``: copy ``pieces``, (part of it, what it is to be), from rows at one distance
+        (``peer_memory.rows_of``). What they are copied from must stay until the block ends."""
+        raise NotImplementedError
+
+    def copy(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Pending:
+        """Copy ``pieces``, (target, what computations have made), of this rank's own memory; otherwise as ``fill``."""
         raise NotImplementedError
 
     @abstractmethod

@@ -10,7 +10,7 @@ Round n of a slot, on every rank (C: the queue of computations, P: the queue for
 
 1. acquire: C waits for READ + p >= m, for every peer p that was to read in the last published round m < n.
    Only then may the slot be written.
-2. write, on C; or ``fill``: from what C has made, on a queue of its own that goes behind C.
+2. write, on C; or, from what C has made, on this rank's own copying queue, which goes behind C (``copy_here``).
 3. publish: C, or that queue, raises WRITTEN + me to n at every reader.
 4. pull from p: P goes behind C (the target's memory is free), waits for WRITTEN + p >= n, copies, and raises READ + me
    to n at p. What uses the copy, on C, goes behind P.
@@ -98,8 +98,8 @@ class Slots:
                 self.nbytes -= slot.memory.nbytes
                 self._free[number] = self._new(needed)
 
-    def fill(self, slot: Slot, pieces: Iterator[tuple[Tensor, Tensor]]) -> Queue:
-        """Copy ``pieces`` (part of this rank's tensor, what computations have made) by this rank's own engine."""
+    def copy_here(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Queue:
+        """Copy ``pieces`` (target, what computations have made) of this rank's memory; where that is done."""
         queue = self._device.pulls(self._rank)
         queue.after(self._device.computations())
         for target, source in pieces:
