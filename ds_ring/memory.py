@@ -7,7 +7,8 @@ share. Rotary tables take 2 T head_dim throughout. A fused layer (``hf/fused/``)
 - while it projects: its input and that input's norm, 2 T d; queries T q; own K and V T kv, twice where slots of peer
   memory take turns; of the projections a block, n (q + kv). In one block, others' K and V are on their way already;
 - while it attends: input and norm 2 T d; queries and result 2 T q; own K and V; what is visible of others'. An fp32
-  running result takes 4 bytes an element more, but for a ring of two whose kernel takes both ranks' at once;
+  running result takes 4 bytes an element more, but for a ring of two whose kernel takes both ranks' at once, which it
+  does where that result would exceed ``gather_limit_mib``;
 - behind it: input and the attention's result, 2 T d; of the MLP a block, n (2 d + m), or 3 m where gated. In several
   blocks the layer's result is written over its input. Slots of peer memory stay.
 
@@ -69,7 +70,7 @@ def _arriving(config: RunConfig, shape: ModelShape, own: float, out: float, item
     ring = config.topology.ring
     if own * ring * itemsize <= config.parallel.gather_limit_mib << 20:
         return own * (ring - 1), 0.0
-    in_one_call = ring <= 2 and shape.head_dim == HEAD_DIM
+    in_one_call = ring <= 2 and shape.head_dim == HEAD_DIM and out * 4 > config.parallel.gather_limit_mib << 20
     return own * min(ring - 1, 2), 0.0 if in_one_call or ring == 1 else out * 4 / itemsize
 
 

@@ -176,6 +176,16 @@ class TestAuto:
         assert problem.error(result.out_BLHD) < EXACT
         assert taken == [variant] * 4
 
+    @pytest.mark.parametrize(("spare", "gathers"), [(0, 0), (-1, 2)])
+    def test_a_ring_of_two_waits_for_its_peer_only_to_save_a_large_result(self, taken, spare, gathers, monkeypatch):
+        """K and V of both exceed the limit either way."""
+        monkeypatch.setattr(ring, "takes_segments", lambda *_: True)
+        problem = Problem(64, heads=4, kv_heads=4)
+        result_bytes = 32 * 4 * 4 * 4  # a rank's tokens, heads, head_dim, fp32
+        result = run_attention(problem, SequenceLayout(64, 2), gather_limit_bytes=result_bytes + spare)
+        assert problem.error(result.out_BLHD) < EXACT
+        assert (taken.count("pass_kv"), taken.count("gather_kv")) == (2, gathers)
+
     def test_one_ring_rank_needs_neither(self, taken):
         problem = Problem(64, heads=4, kv_heads=2)
         assert error(problem, SequenceLayout(64, 1, 4)) < EXACT

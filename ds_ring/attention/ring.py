@@ -19,6 +19,8 @@ from ds_ring.config import RingVariant
 from ds_ring.layout import Block, SequenceLayout
 from ds_ring.transport.base import Transport
 
+FP32_BYTES = 4
+
 
 def ring_attention(
     q_BLHD: Tensor,
@@ -70,10 +72,12 @@ def attend_round(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H
 def pass_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
     """Block by block into one running result, fp32: the next block travels while the present one is computed.
 
-    Where one peer's block is all there is, and a kernel takes it beside the own one, the fp32 result is saved.
+    Where one peer's block is all there is, and a kernel takes it beside the own one, a large fp32 result is saved, at
+    the price of waiting for that block.
     """
     layout, rank = travelling.layout, travelling.transport.rank
-    if travelling.may_gather and takes_segments(q_BLHD, layout.slice_runs(rank)[-1].stop, spec):
+    large = q_BLHD.numel() * FP32_BYTES > travelling.limit_bytes
+    if large and travelling.may_gather and takes_segments(q_BLHD, layout.slice_runs(rank)[-1].stop, spec):
         return gather_kv(q_BLHD, travelling, spec, sinks_H)
     out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own, layout, spec, rank)
     for source, block_2BSKD in travelling.blocks():

@@ -45,6 +45,7 @@ class Round:
         own: the same for its own attention to read.
         takes: whether they may stay where they were made.
         variant: how the peers' are attended to; it follows from the layout and the transport.
+        limit_bytes: what is held of all K/V, and of a running result, at most.
         may_gather: ``pass_kv`` was not asked for but taken to save memory, and with one peer holds no less than
             gathering would: all that is seen, at once.
     """
@@ -65,6 +66,7 @@ class Round:
         self._shared = transport.share((2, *shape_BLKD), like)
         self.own_2BLKD = self._shared.own
         self.variant = _variant(variant, self.own_2BLKD.nbytes, transport, gather_limit_bytes)
+        self.limit_bytes = gather_limit_bytes
         self.may_gather = self.variant == "pass_kv" != variant and transport.size == 2
         self.own: tuple[Tensor, Tensor] = (self.own_2BLKD[0], self.own_2BLKD[1])
         self.takes = self._shared.places
