@@ -12,9 +12,10 @@ from typing import Any
 
 from rich.table import Table
 
-from ds_ring.compare import Outcome, Plan
+from ds_ring.compare import Plan
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
+from ds_ring.launches import Outcome
 from ds_ring.report import markdown_table, name_of, origin, plain_table
 
 FIXED = ("batch_size", "micro_batch_size", "micro_batch_sizes", "dp_size", "max_length", "sweep")

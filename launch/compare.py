@@ -24,14 +24,14 @@ from ds_ring import cli
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    from ds_ring import compare, latency, plots, progress, report, results, verdict
+    from ds_ring import compare, latency, launches, plots, progress, report, results, verdict
 
     overrides = cli.overrides(args)
     files = args.layouts or ([args.config] if args.config else compare.default_layouts())
     plan = latency.plan(files, args.latency, overrides) if args.latency else compare.Plan.make(files, overrides)
     output, console, provenance = Path(args.output), progress.make_console(), results.provenance()
 
-    def keep(found: compare.Outcome) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def keep(found: launches.Outcome) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         failed = found.without_row
         cli.require([] if found.rows else list(map(said, failed)), "no layout ran: {}; see the logs by the output")
         rows = verdict.judge(found.rows, args.baseline, found.unchecked)

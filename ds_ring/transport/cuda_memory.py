@@ -61,8 +61,11 @@ class CudaQueue:
         assert target.is_contiguous()
         assert target.shape == source.shape
         height, width, distance = rows[0], rows[1] * source.element_size(), rows[2] * source.element_size()
+        if height == 1:  # which may be longer than a distance between rows can be
+            self.copy(target, source)
+            return
         copy = _Copy2D(
-            srcMemoryType=_ON_DEVICE, srcDevice=source.data_ptr(), srcPitch=max(distance, width),
+            srcMemoryType=_ON_DEVICE, srcDevice=source.data_ptr(), srcPitch=distance,
             dstMemoryType=_ON_DEVICE, dstDevice=target.data_ptr(), dstPitch=width, WidthInBytes=width, Height=height,
         )  # fmt: skip
         _checked("cuMemcpy2DAsync_v2", ctypes.byref(copy), ctypes.c_void_p(self.stream.cuda_stream))
