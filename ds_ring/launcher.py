@@ -22,6 +22,8 @@ FAILED = "failed on rank "
 OUT_OF_MEMORY = "out of memory on "
 """How a script begins the line that says so. The line counts, not the exit code: when a rank is out of memory its peers
 fail in ways of their own, and which of them the launcher hears of first is chance."""
+GRACE_S = 10.0
+"""What a process that is late has left to end by itself."""
 
 
 def gpu_count() -> int:
@@ -108,7 +110,7 @@ def run(
 @contextlib.contextmanager
 def _ended(process: subprocess.Popen[str], limit_s: float) -> Iterator[threading.Event]:
     """Ends the process and all that it started, behind the block or when that takes longer than ``limit_s``; the event
-    tells the latter."""
+    tells the latter. A process that is late is asked first, and may write down what it has."""
     late = threading.Event()
 
     def end() -> None:
@@ -117,14 +119,16 @@ def _ended(process: subprocess.Popen[str], limit_s: float) -> Iterator[threading
 
     def end_late() -> None:
         late.set()
-        end()
+        process.terminate()
+        last_word.start()
 
-    timer = threading.Timer(limit_s, end_late)
+    timer, last_word = threading.Timer(limit_s, end_late), threading.Timer(GRACE_S, end)
     timer.start()
     try:
         yield late
     finally:
         timer.cancel()
+        last_word.cancel()
         end()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 from test_launch import ROOT, last_line, run, save
@@ -9,7 +10,7 @@ from transformers import GPTNeoXConfig
 
 from ds_ring import cli, launcher, longest
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError, DsRingError, OutOfMemory
+from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory
 from ds_ring.longest import Trial, search
 
 
@@ -133,6 +134,25 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with pytest.raises(DsRingError, match=r"did not end in 1 s"):
         launcher.run(["sleep", "60"], 1, log=tmp_path / "log", report=print, limit_s=1.0)
+
+
+@pytest.mark.parametrize(("heeds", "last_words"), [(True, "interrupted"), (False, "")])
+def test_who_is_late_may_write_down_what_it_has(heeds, last_words, tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_S", 1.0)
+    script = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler if {heeds} else signal.SIG_IGN)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path({str(tmp_path / "said")!r}).write_text("interrupted")
+"""
+    begun = time.monotonic()
+    with pytest.raises(LaunchError, match="did not end in 2 s"):
+        launcher.run([sys.executable, "-c", script], 1, log=tmp_path / "log", report=print, limit_s=2.0)
+    assert time.monotonic() - begun < 10
+    said = tmp_path / "said"
+    assert (said.read_text() if said.exists() else "") == last_words
 
 
 @pytest.mark.parametrize(
