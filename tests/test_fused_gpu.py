@@ -91,6 +91,21 @@ def test_rotary(dtype, heads, width, rotary):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotary", [512, 128, 6])
+def test_rotary_in_place_is_rotary_and_touches_nothing_else(dtype, rotary):
+    fused = random(2, 301, 5, 3 * 512, dtype=dtype).transpose(1, 2)
+    angle = random(1, 301, rotary // 2, dtype=torch.float32, seed=1)
+    cos, sin = (torch.cat((f(angle), f(angle)), -1).to(dtype) for f in (torch.cos, torch.sin))
+    before = fused.clone()
+    want = rowwise.rotated(fused[..., 512:1024], cos, sin)
+    rowwise.turn_(fused[..., 512:1024], (cos, sin))
+    torch.testing.assert_close(fused[..., 512 : 512 + rotary], want[..., :rotary])
+    turned = slice(512, 512 + rotary)
+    before[..., turned] = fused[..., turned]
+    assert torch.equal(fused, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 777])
 def test_gelu_inside_a_product(dtype, bias, rows):
