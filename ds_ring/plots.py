@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import matplotlib
@@ -56,7 +57,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     for axis in axes[0]:
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(caption(rows), fontsize=9)
+    figure.suptitle("\n".join(wrap(caption(rows), 85 * panels)), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -162,7 +162,7 @@ def comparison(document: dict[str, Any]) -> list[str]:
     """Lines of Markdown: the paper's table and, of several lengths or micro-batches, TPS by them."""
     rows, sweep = document["rows"], document.get("sweep", [])
     lines = markdown_table(*table(rows, document.get("failed", [])))
-    if sweep:
+    if len({row["length"] for row in sweep}) > 1:
         lines += ["", "TPS by length:", "", *_tps_by("length", sweep)]
     if sizes := document.get("micro_batches"):
         own = [row for row in sizes if row["length"] == rows[0]["length"]]

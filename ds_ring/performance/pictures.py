@@ -55,9 +55,9 @@ def _forward(axis: Axes, section: Section, rows: Rows) -> Inches:
         axis.barh([forward_name(r) for r in traced], widths, left=left, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axis.set_xlabel("ms of a pass")
-    axis.set_ylim(-0.6, len(traced))
-    axis.legend(loc="upper left", ncols=len(TRACE_PARTS), fontsize=7, frameon=False)
-    return 9, 1.5 + 0.5 * len(traced)
+    axis.set_ylim(-0.6, len(traced) - 0.4)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=7, frameon=False)
+    return 9, 1.7 + 0.5 * len(traced)
 
 
 def _attention(axis: Axes, section: Section, rows: Rows) -> Inches:
