@@ -193,7 +193,7 @@ def _row(
         "ring_impl": config.parallel.ring_impl,
         "ring_variant": config.parallel.ring_variant,
         "transport": engine.mesh.transport_names,
-        "interleaved": getattr(engine, "interleaves", False),
+        "interleaved": engine.interleaves,
         "batch": work.batch,
         "micro_batch": config.workload.micro_batch_size,
         "warmup_batch": warmup_rows(config),

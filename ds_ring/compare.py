@@ -110,7 +110,7 @@ def run_all(
     Args:
         logs: a folder for every run's log, its configuration as it was run, and each layout's own result.
         advance: called for the reference of each length and after each layout.
-        keep: is given what there is when this is interrupted.
+        keep: is given what there is when this is interrupted, if it is anything.
 
     Raises:
         ConfigError: a run refused. DsRingError: there is no reference to compare with.
@@ -129,7 +129,8 @@ def run_all(
         except KeyboardInterrupt:
             for job in waiting:
                 found.rows.extend(rows_of(job, logs))
-            keep(found)
+            if found.rows:
+                keep(found)
             raise
     return found
 

@@ -8,7 +8,7 @@ import resource
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,27 +79,27 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
                 return flops, f"datasheet {name} {flops / 1e12:.0f} TFLOP/s"
     n = 4096 if device.type == "cuda" else 768
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        synchronize(device)
-        started = time.perf_counter()
-        torch.mm(a, b)
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best, f"best of 5 products of {n} x {n} {dtype} matrices on every rank at once"
+    rate = 2 * n**3 / _fastest_s(device, lambda: torch.mm(a, b))
+    return rate, f"best of 5 products of {n} x {n} {dtype} matrices on every rank at once"
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes/s, those read and those written, of the fastest of five copies of a large tensor."""
     tensor = torch.zeros(1 << 30 if device.type == "cuda" else 1 << 24, dtype=torch.uint8, device=device)
-    out, best = torch.empty_like(tensor), float("inf")
+    out = torch.empty_like(tensor)
+    return 2 * tensor.nbytes / _fastest_s(device, lambda: out.copy_(tensor))
+
+
+def _fastest_s(device: torch.device, call: Callable[[], object]) -> float:
+    """Seconds of the fastest of five calls."""
+    best = float("inf")
     for _ in range(5):
         synchronize(device)
         started = time.perf_counter()
-        out.copy_(tensor)
+        call()
         synchronize(device)
         best = min(best, time.perf_counter() - started)
-    return 2 * tensor.nbytes / best
+    return best
 
 
 def peak_memory_gib(device: torch.device) -> float:

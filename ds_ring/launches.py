@@ -81,23 +81,19 @@ def run_first(
     behind_them = waiting[len(together) :]
     error = _launch(together, references[: len(first.run.workload.lengths)], logs, report)
     for number, job in enumerate(together):
-        rows = rows_of(job, logs)
-        ended_here = error is not None and (job is together[-1] or not _ran(job, rows))
-        if ended_here and job is not first and not _ran(job, rows):
+        rows, behind_it = rows_of(job, logs), together[number + 1 :] + behind_them
+        ran = set(cases(job.run)) <= set(map(case_of, rows))
+        if error is not None and not ran and job is not first:
             report(f"{job.name}: once more, first of a run; {error}")
-            return together[number:] + behind_them
+            return [job, *behind_it]
         found.rows.extend(rows)
-        left = _blame(job, rows, error, found, report) if error is not None and ended_here else None
-        if left is not None:
-            return [left, *together[number + 1 :], *behind_them]
+        if error is not None and (not ran or job is together[-1]):
+            left = _blame(job, rows, error, found, report)
+            if left is None:
+                advance()
+            return behind_it if left is None else [left, *behind_it]
         advance()
-        if ended_here:
-            return together[number + 1 :] + behind_them
     return behind_them
-
-
-def _ran(job: Job, rows: list[dict[str, Any]]) -> bool:
-    return set(cases(job.run)) <= set(map(case_of, rows))
 
 
 def _blame(job: Job, rows: list[dict[str, Any]], error: DsRingError, found: Outcome, report: Report) -> Job | None:

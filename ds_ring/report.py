@@ -38,8 +38,13 @@ def _cells(row: dict[str, Any], swept: bool) -> list[str]:
         f"{100 * row['mfu']:.1f} %",
         f"{row['bytes_sent_per_rank'] / 2**20:,.1f} MiB",
         _shown(row),
-        "-" if row.get("max_rel_error") is None else f"{row['max_rel_error']:.1e}",
+        given(row, "max_rel_error", ".1e"),
     ]
+
+
+def given(row: dict[str, Any], name: str, style: str) -> str:
+    """A figure, or a dash where the row has none."""
+    return "-" if row.get(name) is None else format(row[name], style)
 
 
 def _shown(row: dict[str, Any]) -> str:
@@ -72,16 +77,12 @@ def products_table(rows: list[dict[str, Any]]) -> Table:
     cells = [
         [
             row["case"], f"{row['rows']:,}", row["impl"], f"{row['ms']:.3f}", f"{row['tflops']:.1f}",
-            _change(row.get("over_pytorch")), _number(row["sm_clock_mhz"]), _number(row["power_w"]),
+            _change(row.get("over_pytorch")), given(row, "sm_clock_mhz", ".0f"), given(row, "power_w", ".0f"),
             row["configuration"],
         ]
         for row in rows
     ]  # fmt: skip
     return plain_table("A layer's matrix products; MHz, W: while each ran alone", heads, cells)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
 
 
 ATTENTION_COLUMNS = ("case, implementation", "ms", "TFLOP/s", "share", "GB/s", "error", "lse error", "MHz", "W", "note")
@@ -126,20 +127,16 @@ def _is_right(row: dict[str, Any]) -> bool:
 def attention_cells(r: dict[str, Any]) -> list[str]:
     if "error" in r:
         return [*("-" for _ in ATTENTION_COLUMNS[2:]), r["error"]]
-
-    def given(name: str, style: str) -> str:
-        return "-" if r.get(name) is None else format(r[name], style)
-
     costs = [f"{word} {r[name]:+.3f} ms" for word, name in STATE_COSTS if name in r]
     return [
         f"{r['ms']:.3f}",
         f"{r['tflops']:.1f}",
         f"{r['share']:.2f}",
-        given("gbps", ",.0f"),
+        given(r, "gbps", ",.0f"),
         f"{r['rel_error']:.1e}",
-        given("lse_error", ".1e"),
-        given("sm_clock_mhz", ".0f"),
-        given("power_w", ".0f"),
+        given(r, "lse_error", ".1e"),
+        given(r, "sm_clock_mhz", ".0f"),
+        given(r, "power_w", ".0f"),
         "; ".join([*costs, r["detail"]]),
     ]
 

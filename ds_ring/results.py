@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +45,17 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, document: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
+def collect(document: dict[str, Any], rows: Iterable[dict[str, Any]], output: str | Path | None) -> dict[str, Any]:
+    """``document`` with ``rows``, written to ``output`` after every row: a longer one may not fit, or the run be cut
+    short, and what there is stays."""
+    document = {**document, "rows": (found := list[dict[str, Any]]())}
+    for row in rows:
+        found.append(row)
+        if output is not None:
+            write_json(output, document)
+    return document
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -22,30 +22,28 @@ from ds_ring.errors import ConfigError
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     first = measure(cli.run_config(args), args.references, args.output, args.trace)
+    from ds_ring.hardware import release_memory
+
     for config, output in args.then:
+        release_memory()
         measure(RunConfig.load(config), args.references, output, None)
     return first
 
 
 def measure(config: RunConfig, references: list[str], output: str | None, trace: str | None) -> dict[str, Any]:
-    from ds_ring import bench, hardware, results, runtime
+    from ds_ring import bench, results, runtime
 
     config = runtime.resolve(config)
     bench.check(config)
-    hardware.release_memory()
     cli.say(f"{config.label}: load {config.ring.model}")
     engine = runtime.from_pretrained(config=config)
     lengths = config.workload.lengths
     if len(references) > len(lengths):
         raise ConfigError(f"{len(references)} references for {len(lengths)} lengths; give at most one a length")
     by_length = dict(zip(lengths, references, strict=False))
-    rows: list[dict[str, Any]] = []
-    document = {**results.provenance(), "config": config.document(), "rows": rows}
-    for row in bench.measure(engine, by_length, cli.say, Path(trace) if trace else None):
-        rows.append(row)
-        if output and cli.is_first_rank():  # after every row: a longer one may not fit
-            results.write_json(output, document)
-    return document
+    rows = bench.measure(engine, by_length, cli.say, Path(trace) if trace else None)
+    document = {**results.provenance(), "config": config.document()}
+    return results.collect(document, rows, output if cli.is_first_rank() else None)
 
 
 if __name__ == "__main__":

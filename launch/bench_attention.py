@@ -35,15 +35,12 @@ def work(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ConfigError("no CUDA GPU; this benchmark needs one")
     device = torch.device("cuda")
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    document = {**results.provenance(), "device": hardware.device_name(device), "rows": rows}
-    for row in run(selected, device, args.seconds, cli.say, names=args.impl):
-        rows.append(row)
-        if args.output:  # after every row: a run that is cut short leaves what it has
-            results.write_json(args.output, document)
-    if not rows:
+    rows = run(selected, device, args.seconds, cli.say, names=args.impl)
+    document = {**results.provenance(), "device": hardware.device_name(device)}
+    document = results.collect(document, rows, args.output)
+    if not document["rows"]:
         raise ConfigError(f"no implementation is called {' or '.join(args.impl)}")
-    make_console().print(report.attention_table(rows))
+    make_console().print(report.attention_table(document["rows"]))
     return document
 
 

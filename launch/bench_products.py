@@ -30,14 +30,11 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError("no CUDA GPU; this benchmark needs one")
     device = torch.device("cuda")
     torch.manual_seed(0)
-    found: list[dict[str, Any]] = []
-    document = {**results.provenance(), "device": hardware.device_name(device), "dtype": args.dtype, "rows": found}
-    for rows in args.rows:
-        for row in bench_products.run(cases, rows, torch_dtype(args.dtype), device, args.seconds, cli.say):
-            found.append(row)
-            if args.output:  # after every row: a run that is cut short leaves what it has
-                results.write_json(args.output, document)
-    make_console().print(report.products_table(found))
+    dtype = torch_dtype(args.dtype)
+    rows = (row for m in args.rows for row in bench_products.run(cases, m, dtype, device, args.seconds, cli.say))
+    document = {**results.provenance(), "device": hardware.device_name(device), "dtype": args.dtype}
+    document = results.collect(document, rows, args.output)
+    make_console().print(report.products_table(document["rows"]))
     return document
 
 

@@ -248,6 +248,14 @@ def test_an_interruption_loses_no_row(two_layouts, gpus, monkeypatch):
     ]  # fmt: skip
 
 
+def test_an_interruption_before_the_first_row_keeps_nothing(two_layouts):
+    plan, outcomes, logs = two_layouts
+    outcomes["ring4"], kept = [KeyboardInterrupt()], []
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_all(plan, logs, lambda: None, lambda text: None, kept.append)
+    assert kept == []
+
+
 def test_what_did_not_fit_is_what_has_no_row(two_layouts):
     plan, outcomes, logs = two_layouts
     outcomes["ring4"] = [row("ring4", 1.0, length=500), OutOfMemory("out of memory on rank 1")]

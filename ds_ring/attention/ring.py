@@ -19,8 +19,6 @@ from ds_ring.config import RingVariant
 from ds_ring.layout import Block, SequenceLayout
 from ds_ring.transport.base import Transport
 
-FP32_BYTES = 4
-
 
 def ring_attention(
     q_BLHD: Tensor,
@@ -76,7 +74,7 @@ def pass_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Ten
     the price of waiting for that block.
     """
     layout, rank = travelling.layout, travelling.transport.rank
-    large = q_BLHD.numel() * FP32_BYTES > travelling.limit_bytes
+    large = q_BLHD.numel() * torch.float32.itemsize > travelling.limit_bytes
     if large and travelling.may_gather and takes_segments(q_BLHD, layout.slice_runs(rank)[-1].stop, spec):
         return gather_kv(q_BLHD, travelling, spec, sinks_H)
     out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own, layout, spec, rank)

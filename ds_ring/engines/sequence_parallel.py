@@ -67,7 +67,7 @@ class SequenceParallelEngine(Engine):
 
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         jobs = [partial(self._forward, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
-        if len(jobs) > 1 and self.interleaves and not any(m.in_order for m in micro_batches):
+        if self._in_flight(micro_batches):
             return run_interleaved(jobs, self._on_hand_over, self.device)
         return [job() for job in jobs]
 

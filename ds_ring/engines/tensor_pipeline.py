@@ -19,8 +19,8 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import NO_POSITIONS, ONE_TOKEN, Engine, Shard
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
-from ds_ring.engines.hand_over import hand_over
 from ds_ring.engines.interleave import run_interleaved
+from ds_ring.engines.stage_link import stage_link
 from ds_ring.engines.transfer import to_device
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.fused.product import HAND_OVER
@@ -75,7 +75,7 @@ class TensorPipelineEngine(Engine):
                 setattr(module, HAND_OVER, hand_over)
 
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        if len(micro_batches) > 1 and self.interleaves and not any(m.in_order for m in micro_batches):
+        if self._in_flight(micro_batches):
             jobs = [partial(self._pass, [m], [k], want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
             return [shard for (shard,) in run_interleaved(jobs, self._on_hand_over, self.device)]
         return self._pass(micro_batches, keep, want_hidden)
@@ -121,7 +121,7 @@ class TensorPipelineEngine(Engine):
         ``stage`` is given a micro-batch's number and its hidden states (None: its tokens), and returns what goes on.
         """
         shapes = [(len(m.rows), m.length, self.shape.hidden_size) for m in micro_batches]
-        stages = hand_over(self.mesh["pp"], shapes, torch_dtype(self.config.dtype), self.device)
+        stages = stage_link(self.mesh["pp"], shapes, torch_dtype(self.config.dtype), self.device)
         arriving = stages.expect(shapes[0])
         for number in range(len(micro_batches)):
             hidden_in, pending = arriving

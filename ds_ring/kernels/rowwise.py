@@ -172,7 +172,7 @@ def turn_(x_BHLD: Tensor, turn: Turn) -> Tensor:
 
         rowwise_kernel.turn(x_BHLD, *turn)
     else:
-        _rotate_plain(x_BHLD, *turn, x_BHLD.transpose(1, 2))
+        x_BHLD[..., : turn[0].shape[-1]] = _turned(x_BHLD, *turn)
     return x_BHLD
 
 
@@ -217,15 +217,16 @@ def _add_norm_plain(
 
 
 def _rotate_plain(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor, out_BLHD: Tensor) -> None:
-    rotary = cos_BLR.shape[-1]
+    rotary, out_BHLD = cos_BLR.shape[-1], out_BLHD.transpose(1, 2)
+    out_BHLD[..., :rotary] = _turned(x_BHLD, cos_BLR, sin_BLR)
+    out_BHLD[..., rotary:] = x_BHLD[..., rotary:]
+
+
+def _turned(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
+    """[B, H, L, R], the columns that turn."""
+    half = cos_BLR.shape[-1] // 2
+    low, high = x_BHLD[..., :half], x_BHLD[..., half : 2 * half]
     cos, sin = cos_BLR[:, None], sin_BLR[:, None]
-    low, high = x_BHLD[..., : rotary // 2], x_BHLD[..., rotary // 2 : rotary]
-    out = out_BLHD.transpose(1, 2)
-    # Both before either is written: the two may be one tensor.
-    turned = (
-        low * cos[..., : rotary // 2] - high * sin[..., : rotary // 2],
-        high * cos[..., rotary // 2 :] + low * sin[..., rotary // 2 :],
+    return torch.cat(
+        (low * cos[..., :half] - high * sin[..., :half], high * cos[..., half:] + low * sin[..., half:]), dim=-1
     )
-    out[..., : rotary // 2], out[..., rotary // 2 : rotary] = turned
-    if out_BLHD.data_ptr() != x_BHLD.data_ptr():
-        out[..., rotary:] = x_BHLD[..., rotary:]

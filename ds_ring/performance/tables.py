@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_ring import latency
 from ds_ring.performance.manifest import Kind
-from ds_ring.report import COMPARISON_LEGEND, attention_cells, best_peer, comparison, markdown_table
+from ds_ring.report import COMPARISON_LEGEND, attention_cells, best_peer, comparison, given, markdown_table
 
 Document = dict[str, Any]
 Rows = list[dict[str, Any]]
@@ -96,8 +96,7 @@ def generation(documents: Sequence[Document], rows: Rows) -> list[str]:
         [
             r["layout"], r["config"]["ds_ring"]["parallel"]["decode"], str(r["gpus"]), str(r["batch"]),
             f"{r['prompt_tokens']:,}", f"{r['ttft_ms']:,.0f}", f"{r['prefill_tokens_per_second']:,.0f}",
-            f"{r['new_tokens']:,}", "-" if r["decode_tpot_ms"] is None else f"{r['decode_tpot_ms']:.2f}",
-            "-" if r.get("decode_over_floor") is None else f"{r['decode_over_floor']:.2f}",
+            f"{r['new_tokens']:,}", given(r, "decode_tpot_ms", ".2f"), given(r, "decode_over_floor", ".2f"),
             f"{r['cache_gib_per_rank']:.1f}",
         ]
         for r in rows

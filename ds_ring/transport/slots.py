@@ -77,9 +77,7 @@ class Slots:
         else:
             self.count += 1
             slot = self._new(needed)
-        if slot.memory.nbytes < needed:
-            self.nbytes -= slot.memory.nbytes
-            slot = self._new(needed)
+        slot = self._at_least(slot, needed)
         slot.round += 1
         queue = self._device.computations()
         for reader in slot.readers:
@@ -93,10 +91,7 @@ class Slots:
         while self.count < MIN_SLOTS:
             self.count += 1
             self._free.append(self._new(needed))
-        for number, slot in enumerate(self._free):
-            if slot.memory.nbytes < needed:
-                self.nbytes -= slot.memory.nbytes
-                self._free[number] = self._new(needed)
+        self._free = [self._at_least(slot, needed) for slot in self._free]
 
     def copy_here(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Queue:
         """Copy ``pieces`` (target, what computations have made) of this rank's memory; where that is done."""
@@ -125,6 +120,12 @@ class Slots:
 
     def release(self, slot: Slot) -> None:
         self._free.append(slot)
+
+    def _at_least(self, slot: Slot, needed: int) -> Slot:
+        if slot.memory.nbytes >= needed:
+            return slot
+        self.nbytes -= slot.memory.nbytes
+        return self._new(needed)
 
     def _new(self, needed: int) -> Slot:
         slot = Slot(self._device.allocate(needed, 2 * self._size))

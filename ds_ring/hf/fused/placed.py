@@ -123,28 +123,23 @@ class _Run:
                 return False
             like = k_BKlD.new_empty(0)  # an open place holds on to it
             self._place = opened.enter_context(self._context.place(*self._size, kv_heads, head_dim, like))
-        if product is None and self._stay(k_BKlD, v, block, turn):
-            self._place.take_kv(k_BKlD.transpose(1, 2), v.transpose(1, 2))
-            self._waiting.append((block, kept))
-            return True
-        _write(k_BKlD, self._place.k, block, turn)
-        if product is None:
-            _write(v, self._place.v, block)
+        if product is None and self._may_stay(k_BKlD, v, block):
+            k_turned = k_BKlD if turn is None else rowwise.turn_(k_BKlD, turn)
+            self._place.take_kv(k_turned.transpose(1, 2), v.transpose(1, 2))
         else:
-            _project(product, v, self._place.v, block, head_dim)
+            _write(k_BKlD, self._place.k, block, turn)
+            if product is None:
+                _write(v, self._place.v, block)
+            else:
+                _project(product, v, self._place.v, block, head_dim)
         self._waiting.append((block, kept))
         return True
 
-    def _stay(self, k_BKlD: Tensor, v_BKlD: Tensor, block: At, turn: Turn | None) -> bool:
-        """Whether keys and values, parts of a fused projection, may stay in it; then keys have turned there."""
+    def _may_stay(self, k_BKlD: Tensor, v_BKlD: Tensor, block: At) -> bool:
+        """Whether keys and values, parts of a fused projection, may stay in it, and keys turn there."""
         assert self._place is not None
-        if block is not WHOLE or not self._place.takes_kv or not self._parts.k_alone:
-            return False
-        if any(rows_of(x.transpose(1, 2)) is None for x in (k_BKlD, v_BKlD)):
-            return False
-        if turn is not None:
-            rowwise.turn_(k_BKlD, turn)
-        return True
+        free = block is WHOLE and self._place.takes_kv and self._parts.k_alone
+        return free and all(rows_of(x.transpose(1, 2)) is not None for x in (k_BKlD, v_BKlD))
 
     def _queries(self) -> None:
         parts, (block, kept) = self._parts, self._waiting.popleft()

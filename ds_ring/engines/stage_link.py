@@ -16,7 +16,7 @@ from ds_ring.transport.shared import Part, Shared
 Shape = tuple[int, int, int]
 
 
-class HandOver(ABC):
+class StageLink(ABC):
     """One pass of this stage. For every micro-batch, in the same order on all stages: ``expect``, at most one ahead,
     and ``hand_on``."""
 
@@ -38,7 +38,7 @@ class HandOver(ABC):
         """All micro-batches are through."""
 
 
-class ByMessages(HandOver):
+class MessageLink(StageLink):
     def __init__(self, stages: Transport, shapes: Sequence[Shape], like: Tensor) -> None:
         super().__init__(stages, shapes, like)
         self._sent: list[Pending] = []
@@ -62,7 +62,7 @@ class ByMessages(HandOver):
             pending.wait()
 
 
-class ByPulling(HandOver):
+class PullLink(StageLink):
     """Through memory that the stage behind reads. A message's kernels would wait on SMs, from when it is expected to
     when it has come, and the products beside them take a wave more.
 
@@ -93,9 +93,9 @@ class ByPulling(HandOver):
             shared.publish([None if self._behind is None else _whole(self._behind)])
 
 
-def hand_over(stages: Transport, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> HandOver:
+def stage_link(stages: Transport, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> StageLink:
     """For one pass over micro-batches of these shapes, on all stages alike."""
-    kind = ByPulling if stages.overlaps else ByMessages
+    kind = PullLink if stages.overlaps else MessageLink
     return kind(stages, shapes, torch.empty(0, dtype=dtype, device=device))
 
 

@@ -9,7 +9,7 @@ from peer_threads import copy_engine_mesh, random_delay
 from tiny_models import build, gpt_neox, logits, tokens
 
 from ds_ring.engines.base import Engine
-from ds_ring.engines.hand_over import ByMessages, ByPulling, hand_over
+from ds_ring.engines.stage_link import MessageLink, PullLink, stage_link
 
 LENGTH = 33
 MASK = torch.ones(5, LENGTH, dtype=torch.long)
@@ -69,8 +69,8 @@ def test_a_generation_over_stages_that_read_each_others_memory():
 def test_which_way_is_taken():
     def work(engine: Engine) -> type:
         assert relative_error(engine(ids).logits, logits(model, ids)) < 1e-5
-        return type(hand_over(engine.mesh["pp"], [(1, 1, 1)], torch.float32, engine.device))
+        return type(stage_link(engine.mesh["pp"], [(1, 1, 1)], torch.float32, engine.device))
 
     model, ids = build(gpt_neox(layers=2)), tokens(2, LENGTH)
-    assert serve(model, work, wire="copy_engine", pp_size=2, batch_size=2) == [ByPulling, ByPulling]
-    assert serve(model, work, pp_size=2, batch_size=2) == [ByMessages, ByMessages]
+    assert serve(model, work, wire="copy_engine", pp_size=2, batch_size=2) == [PullLink, PullLink]
+    assert serve(model, work, pp_size=2, batch_size=2) == [MessageLink, MessageLink]
