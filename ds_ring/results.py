@@ -64,7 +64,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit that ran; ``DS_RING_REVISION`` names it where the files were copied without their history."""
+    """The commit that ran; ``DS_RING_REVISION`` names it where files were copied without their history, or ahead of it."""
+    if named := os.environ.get("DS_RING_REVISION"):
+        return named
     root = Path(__file__).parent.parent
     try:
         found = subprocess.run(
@@ -75,7 +77,7 @@ def _git_revision() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("DS_RING_REVISION")
+        return None
     return found.stdout.strip()
 
 
