@@ -64,7 +64,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit that ran; ``DS_RING_REVISION`` names it where files were copied without their history, or ahead of it."""
+    """The commit that ran; ``DS_RING_REVISION`` names it where files were copied without or ahead of their history."""
     if named := os.environ.get("DS_RING_REVISION"):
         return named
     root = Path(__file__).parent.parent

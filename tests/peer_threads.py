@@ -113,15 +113,6 @@ class Later(AtOnce):
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         assert target.is_contiguous()
-        assert source.is_contiguous()
-
-        def work() -> None:
-            time.sleep(self._device.delay(self._device.rank, self._peer))
-            target.copy_(source)
-
-        self._work.put(work)
-
-    def copy_rows(self, target: Tensor, source: Tensor) -> None:
         assert rows_of(source) is not None
 
         def work() -> None:

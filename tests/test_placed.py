@@ -104,12 +104,14 @@ def test_the_shared_tensor_is_what_was_written(config, value, query, wire, seen)
         engine(tokens(1, LENGTH))
         return seen[threading.get_ident()]
 
-    stays = wire == "copy_engine" and config is FUSED
     for events in serve(model, work, ring_degree=2, wire=wire):
-        if stays:
-            # Nothing is written: a copy engine takes k and v out of the projection that they are parts of.
-            layer = ["open", "turn in place", "start", "turn in place"]
+        if config is FUSED:
+            # Peers take k and v out of the projection that they are parts of.
+            layer = ["open", "project", "turn in place", "start", "turn in place"]
             assert [event[0] for event in events] == layer * model.config.num_hidden_layers
+            for opened, project in zip(events[0::5], events[1::5], strict=True):
+                k_at, v_at = opened[1] - project[1], opened[2] - project[1]
+                assert 2 * k_at == v_at > 0
             continue
         layers = [events[i : i + 5] for i in range(0, len(events), 5)]
         assert len(layers) == model.config.num_hidden_layers

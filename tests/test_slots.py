@@ -10,7 +10,8 @@ from peer_threads import AtOnce, Later, all_are_late, no_delay, one_is_late, pul
 from ds_ring.errors import TransportError
 from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.peer_memory import rows_of
-from ds_ring.transport.slots import contiguous_pieces
+from ds_ring.transport.shared import Within
+from ds_ring.transport.slots import FARTHEST, pieces
 
 
 def everyone(reader: int, owner: int) -> bool:
@@ -222,16 +223,32 @@ class TestSlots:
         pulling(2, work)
 
 
-@pytest.mark.parametrize(("shape", "rows", "count"), [((2, 3, 5, 4), 5, 1), ((2, 3, 5, 4), 2, 6), ((1, 1, 5, 4), 2, 1)])
-def test_copies_are_whole_memory_and_as_few_as_can_be(shape, rows, count):
-    part = torch.randn(shape)[:, :, :rows]
-    target = torch.empty(part.shape)
-    pieces = list(contiguous_pieces(target, part))
-    assert all(t.is_contiguous() and s.is_contiguous() for t, s in pieces)
-    for t, s in pieces:
+PARTS = {
+    "whole": (torch.randn(2, 3, 5, 4), 1),
+    "rows of all": (torch.randn(2, 3, 5, 4)[:, :, :2], 1),
+    "k and v in a projection": (torch.randn(2, 5, 3, 3, 4)[..., 1:, :].movedim(3, 0), 2),
+    "some rows of both": (torch.randn(2, 5, 3, 3, 4)[:, :2, :, 1:].movedim(3, 0), 4),
+}
+
+
+@pytest.mark.parametrize(("part", "count"), PARTS.values(), ids=PARTS.keys())
+@pytest.mark.parametrize("apart", [False, True], ids=["target whole", "target apart"])
+def test_copies_are_rows_into_whole_memory_and_as_few_as_can_be(part, count, apart):
+    outer, rows, inner = part.shape[:2], part.shape[2], part.shape[3:]
+    target = torch.empty(*outer, rows + 4 * apart, *inner)[:, :, :rows]
+    found = list(pieces(target, part))
+    assert all(t.is_contiguous() and rows_of(s) is not None for t, s in found)
+    for t, s in found:
         t.copy_(s)
     assert torch.equal(target, part)
-    assert len(pieces) == count
+    assert len(found) == (part.shape[0] * part.shape[1] if apart else count)
+
+
+def test_rows_that_are_too_far_apart_for_one_copy_are_copied_one_by_one():
+    far = torch.empty(1, dtype=torch.int8, device="meta").as_strided((3, 8), (FARTHEST + 1, 1))
+    near = far.as_strided((3, 8), (FARTHEST, 1))
+    target = torch.empty(3, 8, dtype=torch.int8, device="meta")
+    assert [len(list(pieces(target, source))) for source in (near, far)] == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -265,19 +282,17 @@ def test_tensors_that_are_rows_at_one_distance(tensor, rows):
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("one_queue", [False, True])
-def test_tensors_filled_by_the_engine_are_exact_under_random_delays(size, one_queue):
-    """From parts of a larger tensor, by turns with tensors that are written."""
+def test_parts_of_a_larger_tensor_are_exact_under_random_delays(size, one_queue):
+    """By turns with whole ones."""
 
     def work(transport: CopyEngineTransport) -> float:
         worst, others = 0.0, [(transport.rank - hop) % size for hop in range(1, size)]
         for number in range(16):
-            shape = (3, 5 + number % 4, 8)
-            with transport.share(shape, torch.empty(0)) as shared:
-                if number % 3:
-                    apart = torch.full((3, shape[1], 24), torch.nan)[..., 8:16]
-                    shared.fill([(shared.own, apart.fill_(100.0 * number + transport.rank))])
-                else:
-                    shared.own.fill_(100.0 * number + transport.rank)
+            shape = (3, rows := 5 + number % 4, 8)
+            within = Within((3, rows, 24), (24 * rows, 24, 1), 8) if number % 3 else None
+            with transport.share(shape, torch.empty(0), within) as shared:
+                shared.memory.fill_(torch.nan)
+                shared.own.fill_(100.0 * number + transport.rank)
                 shared.publish([(peer, (slice(None),)) for peer in others])
                 for peer, (pending, part) in [(p, shared.pull((p, (slice(None),)))) for p in others]:
                     pending.wait()

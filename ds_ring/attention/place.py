@@ -18,6 +18,7 @@ from ds_ring.attention.ulysses import HeadPart, Trade
 from ds_ring.config import RingVariant
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.base import Transport
+from ds_ring.transport.shared import Within
 
 ALL = slice(None)
 
@@ -29,8 +30,10 @@ class Place(ABC):
     v: list[HeadPart]
     kv_BlKD: tuple[Tensor, Tensor] | None = None
     """Keys and values whole, where they lie together."""
-    takes_q = takes_kv = False
-    """Whether queries, and keys and values, may stay in the memory they were made in."""
+    memory: Tensor | None = None
+    """What ``k`` and ``v`` are a part of, where they were to lie within something larger."""
+    takes_q = False
+    """Whether queries may stay in the memory they were made in."""
 
     @property
     @abstractmethod
@@ -38,10 +41,6 @@ class Place(ABC):
 
     def take_q(self, q_BlHD: Tensor) -> None:
         """In place of writing to ``q``; only where that is so."""
-        raise NotImplementedError
-
-    def take_kv(self, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
-        """In place of writing to ``k`` and ``v``; only where that is so."""
         raise NotImplementedError
 
     @abstractmethod
@@ -61,8 +60,7 @@ class RingPlace(Place):
     def __init__(self, travelling: Round, num_heads: int) -> None:
         self._travelling, self._num_heads = travelling, num_heads
         k_BlKD, v_BlKD = travelling.own_2BLKD
-        self.kv_BlKD = k_BlKD, v_BlKD
-        self.takes_kv = travelling.takes
+        self.kv_BlKD, self.memory = (k_BlKD, v_BlKD), travelling.memory
         self.k, self.v = [(ALL, k_BlKD)], [(ALL, v_BlKD)]
         self._q_BlHD: Tensor | None = None
 
@@ -75,10 +73,6 @@ class RingPlace(Place):
 
     def take_q(self, q_BlHD: Tensor) -> None:
         self._q_BlHD = q_BlHD
-
-    def take_kv(self, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
-        self._travelling.take(k_BlKD, v_BlKD)
-        self.kv_BlKD = k_BlKD, v_BlKD
 
     def start(self) -> None:
         self._travelling.start()
@@ -118,8 +112,10 @@ def place(
     ulysses: Transport,
     variant: RingVariant = "auto",
     gather_limit_bytes: int = 2 << 30,
+    within: Within | None = None,
 ) -> Iterator[Place]:
-    """The place of a layer whose queries on this rank are [B, l, H, D], tokens in the order of ``layout.positions``.
+    """The place of a layer whose queries on this rank are [B, l, H, D], tokens in the order of ``layout.positions``;
+    ``within``: where keys and values, [2, B, l, K, D], are to lie in its ``memory``, which no Ulysses place has.
 
     All ranks that share the sequence open it together. Behind the block the memory is somebody else's.
     """
@@ -129,9 +125,10 @@ def place(
         "layout": layout, "transport": ring, "variant": variant, "gather_limit_bytes": gather_limit_bytes,
     }  # fmt: skip
     if ulysses.size > 1:
+        assert within is None
         yield UlyssesPlace(Trade(q_shape, num_kv_heads, like, ulysses), ulysses, partial(ring_attention, **along))
         return
-    with Round((batch, local, num_kv_heads, head_dim), like, **along) as travelling:
+    with Round((batch, local, num_kv_heads, head_dim), like, within=within, **along) as travelling:
         yield RingPlace(travelling, num_heads)
 
 

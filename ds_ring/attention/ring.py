@@ -60,7 +60,7 @@ def ring_attention(
 def attend_round(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None = None) -> Tensor:
     """As ``ring_attention``, of keys and values that are on their way already: ``travelling`` has been started."""
     if travelling.transport.size == 1:
-        return sinks.apply_(*attend(q_BLHD, *travelling.own, spec=spec), sinks_H)
+        return sinks.apply_(*attend(q_BLHD, *travelling.own_2BLKD, spec=spec), sinks_H)
     assert q_BLHD.shape[1] == travelling.layout.slice_length
     travelling.transport.turn()
     run = {"pass_kv": pass_kv, "gather_kv": gather_kv, "local_first": local_first}[travelling.variant]
@@ -77,11 +77,10 @@ def pass_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Ten
     large = q_BLHD.numel() * torch.float32.itemsize > travelling.limit_bytes
     if large and travelling.may_gather and takes_segments(q_BLHD, layout.slice_runs(rank)[-1].stop, spec):
         return gather_kv(q_BLHD, travelling, spec, sinks_H)
-    out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own, layout, spec, rank)
+    out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own_2BLKD, layout, spec, rank)
     for source, block_2BSKD in travelling.blocks():
-        k_BSKD, v_BSKD = block_2BSKD
-        _accumulate(out_BLHD, lse_BHL, q_BLHD, (k_BSKD, v_BSKD), _blocks(layout, spec, rank, source), spec)
-        del block_2BSKD, k_BSKD, v_BSKD  # a third one would be held while the next is asked for
+        _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, source), spec)
+        del block_2BSKD  # a third one would be held while the next is asked for
     return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
 
 
@@ -94,24 +93,24 @@ def gather_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: T
 def local_first(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
     """The own block, which needs nobody, while all visible K/V arrive; then those, continuing its result."""
     layout, rank = travelling.layout, travelling.transport.rank
-    out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own, layout, spec, rank)
+    out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own_2BLKD, layout, spec, rank)
     accumulate_runs_(out_BLHD, lse_BHL, q_BLHD, layout.slice_runs(rank), travelling.foreign_segments(), spec)
     return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
 
 
 def _own_block(
-    q_BLHD: Tensor, kv_BLKD: tuple[Tensor, Tensor], layout: SequenceLayout, spec: AttentionSpec, rank: int
+    q_BLHD: Tensor, kv_2BLKD: Tensor, layout: SequenceLayout, spec: AttentionSpec, rank: int
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of the rank's queries against its own keys, fp32."""
     first, *rest = _blocks(layout, spec, rank, rank)
     whole = slice(0, q_BLHD.shape[1])
     if first.q_rows == first.k_rows == whole:
-        out_BLHD, lse_BHL = attend(q_BLHD, *kv_BLKD, spec=spec, out_dtype=torch.float32)
+        out_BLHD, lse_BHL = attend(q_BLHD, *kv_2BLKD, spec=spec, out_dtype=torch.float32)
     else:
         out_BLHD = torch.zeros_like(q_BLHD, dtype=torch.float32)
         lse_BHL = out_BLHD.new_full((q_BLHD.shape[0], q_BLHD.shape[2], q_BLHD.shape[1]), -torch.inf)
         rest = [first, *rest]
-    _accumulate(out_BLHD, lse_BHL, q_BLHD, kv_BLKD, rest, spec)
+    _accumulate(out_BLHD, lse_BHL, q_BLHD, kv_2BLKD, rest, spec)
     return out_BLHD, lse_BHL
 
 
@@ -122,11 +121,10 @@ def _blocks(layout: SequenceLayout, spec: AttentionSpec, q_rank: int, k_rank: in
 
 
 def _accumulate(
-    out_BLHD: Tensor, lse_BHL: Tensor, q_BLHD: Tensor, kv_BSKD: tuple[Tensor, Tensor], blocks: list[Block],
-    spec: AttentionSpec,
+    out_BLHD: Tensor, lse_BHL: Tensor, q_BLHD: Tensor, kv_2BSKD: Tensor, blocks: list[Block], spec: AttentionSpec,
 ) -> None:  # fmt: skip
     for block in blocks:
-        k_BSKD, v_BSKD = (t[:, block.k_rows] for t in kv_BSKD)
+        k_BSKD, v_BSKD = (t[:, block.k_rows] for t in kv_2BSKD)
         accumulate_(
             out_BLHD[:, block.q_rows], lse_BHL[:, :, block.q_rows], q_BLHD[:, block.q_rows], k_BSKD, v_BSKD,
             spec=spec, causal=block.causal, q_offset=block.q_offset, k_offset=block.k_offset,

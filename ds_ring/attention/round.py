@@ -20,7 +20,7 @@ from ds_ring.attention.runs import Segment
 from ds_ring.config import RingVariant
 from ds_ring.layout import Run, SequenceLayout
 from ds_ring.transport.base import Transport
-from ds_ring.transport.shared import Part, Pending
+from ds_ring.transport.shared import Part, Pending, Within
 
 Variant = Literal["pass_kv", "gather_kv", "local_first"]
 
@@ -29,21 +29,20 @@ class Round:
     """A context manager; the order of use is
 
         with Round(shape, like, ...) as travelling:
-            ...                                  write travelling.own_2BLKD, or say where they lie: travelling.take
+            ...                                  write travelling.own_2BLKD, or the memory that it is a part of
             travelling.start()                   from here on it must stay as it is; transfers begin
             for source, block in travelling.blocks(): ...        pass_kv, or
             segments = travelling.all_segments(...)              one of the two that gather
 
-    Where the transport can put parts where they are wanted, what is gathered lies in the sequence's order, this rank's
-    own among it: one segment, whatever the number of ranks. A kernel works in blocks of keys, and every segment ends in
-    a part of one.
+    Where the transport can put parts where they are wanted, what is gathered lies in the sequence's order, with room
+    for this rank's own: few segments, whatever the number of ranks. A kernel works in blocks of keys, and every segment
+    ends in a part of one. The own stay where they were made: copies within a GPU are kernels, which cost more.
 
     Ranks of a ring hold rounds of equal shapes in the same order.
 
     Attributes:
-        own_2BLKD: this rank's keys and values, for the peers to take.
-        own: the same for its own attention to read.
-        takes: whether they may stay where they were made.
+        own_2BLKD: this rank's keys and values.
+        memory: what they are a part of, or they themselves.
         variant: how the peers' are attended to; it follows from the layout and the transport.
         limit_bytes: what is held of all K/V, and of a running result, at most.
         may_gather: ``pass_kv`` was not asked for but taken to save memory, and with one peer holds no less than
@@ -59,17 +58,17 @@ class Round:
         transport: Transport,
         variant: RingVariant = "auto",
         gather_limit_bytes: int = 2 << 30,
+        within: Within | None = None,
     ) -> None:
+        """``within``: where keys and values, [2, *shape_BLKD], lie in ``memory``."""
         assert transport.size == layout.ring_degree
         assert shape_BLKD[1] == layout.slice_length
         self.layout, self.transport = layout, transport
-        self._shared = transport.share((2, *shape_BLKD), like)
-        self.own_2BLKD = self._shared.own
+        self._shared = transport.share((2, *shape_BLKD), like, within)
+        self.own_2BLKD, self.memory = self._shared.own, self._shared.memory
         self.variant = _variant(variant, self.own_2BLKD.nbytes, transport, gather_limit_bytes)
         self.limit_bytes = gather_limit_bytes
         self.may_gather = self.variant == "pass_kv" != variant and transport.size == 2
-        self.own: tuple[Tensor, Tensor] = (self.own_2BLKD[0], self.own_2BLKD[1])
-        self.takes = self._shared.places
         self._hops = iter(range(1, transport.size))
         self._whole_2BSKD: Tensor | None = None
         self._pendings: list[Pending] = []
@@ -79,18 +78,12 @@ class Round:
         self.own_2BLKD[0].copy_(k_BLKD)
         self.own_2BLKD[1].copy_(v_BLKD)
 
-    def take(self, k_BLKD: Tensor, v_BLKD: Tensor) -> None:
-        """In place of writing: they are copied to where peers take them while this rank computes, and attended to where
-        they lie. Only where this ``takes``, and as rows at one distance."""
-        self._shared.fill(list(zip(self.own, (k_BLKD, v_BLKD), strict=True)))
-        self.own = k_BLKD, v_BLKD
-
     def start(self) -> None:
         """Publish, and begin to take what this variant holds at a time: one block ahead, or all."""
         rank, size = self.transport.rank, self.transport.size
         targets = [(rank + hop) % size for hop in range(1, size)]
         self._shared.publish([self._visible(target, rank, target) for target in targets])
-        if self.variant != "pass_kv" and self._shared.places:
+        if self.variant != "pass_kv" and self._shared.puts:
             self._whole_2BSKD = self._pull_in_order()
             return
         for _ in range(1 if self.variant == "pass_kv" else size - 1):
@@ -119,29 +112,26 @@ class Round:
 
     def all_segments(self) -> list[Segment]:
         """And its own."""
-        if self._whole_2BSKD is None:
-            return self._segments(self.transport.rank, *self.own) + self.foreign_segments()
-        for pending in self._pendings:
-            pending.wait()
-        return [Segment(0, *self._whole_2BSKD)]
+        return self._segments(self.transport.rank, *self.own_2BLKD) + self.foreign_segments()
 
     @property
     def _own_runs(self) -> tuple[Run, ...]:
         return self.layout.slice_runs(self.transport.rank)
 
     def _segments(self, source: int, k_BSKD: Tensor, v_BSKD: Tensor) -> list[Segment]:
-        """The runs of a slice, as far as they are there: what is visible is a prefix, in whole runs."""
-        found, taken = [], 0
+        """The runs of a slice, as far as they are there: what is visible is a prefix, in whole runs. Neighbours are one
+        segment."""
+        found: list[tuple[int, slice]] = []
+        stop = taken = 0
         for run in self.layout.slice_runs(source):
             if taken < k_BSKD.shape[1]:
-                rows = slice(taken, taken + run.length)
-                found.append(Segment(run.start, k_BSKD[:, rows], v_BSKD[:, rows]))
-                taken += run.length
-        return found
+                start, rows = found.pop() if run.start == stop and found else (run.start, slice(taken, taken))
+                taken, stop = taken + run.length, run.stop
+                found.append((start, slice(rows.start, taken)))
+        return [Segment(start, k_BSKD[:, rows], v_BSKD[:, rows]) for start, rows in found]
 
     def _pull_in_order(self) -> Tensor:
-        """[2, B, S, K, D] of all positions that this rank sees; its own are left blank where they are attended to by
-        themselves."""
+        """[2, B, S, K, D] of all positions that this rank sees; its own are left blank."""
         rank, size, end = self.transport.rank, self.transport.size, self._own_runs[-1].stop
         _, batch, _, *rest = self.own_2BLKD.shape
         whole_2BSKD = self.own_2BLKD.new_empty((2, batch, end, *rest))
@@ -152,15 +142,6 @@ class Round:
                 seen = [run for run in self.layout.slice_runs(source) if run.start < end]
                 targets = [whole_2BSKD[:, :, run.start : run.stop] for run in seen]
                 self._pendings.append(self._shared.pull_into(incoming, targets, dim=2))
-        if self.variant == "gather_kv":
-            own = self._segments(rank, *self.own)
-            pieces = [
-                (whole_BSKD[b, segment.start : segment.stop], part_BSKD[b])
-                for segment in own
-                for whole_BSKD, part_BSKD in zip(whole_2BSKD, (segment.k_BSKD, segment.v_BSKD), strict=True)
-                for b in range(batch)
-            ]
-            self._pendings.append(self._shared.copy(pieces))
         return whole_2BSKD
 
     def _pull_next(self) -> None:

@@ -19,6 +19,7 @@ from ds_ring.config import ParallelConfig
 from ds_ring.errors import DsRingError, UnsupportedModelError
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
+from ds_ring.transport.shared import Within
 
 ATTRIBUTE = "_ds_ring_context"
 BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
@@ -79,14 +80,22 @@ class AttentionContext:
         shared = self.mesh["ring"].size * self.mesh["ulysses"].size > 1
         return shared or 0 < self.block_rows < batch * length
 
+    @property
+    def places_within(self) -> bool:
+        """Whether a place's keys and values may lie within something larger."""
+        return self.mesh["ulysses"].size == 1
+
     @contextmanager
-    def place(self, batch: int, length: int, num_kv_heads: int, head_dim: int, like: Tensor) -> Iterator[Place]:
+    def place(
+        self, batch: int, length: int, num_kv_heads: int, head_dim: int, like: Tensor, within: Within | None = None
+    ) -> Iterator[Place]:
         """The place of the layer that is about to attend; only where there ``has_place``."""
         assert self.present.layout is not None
         q_shape = batch, length, self.num_heads // self.mesh.topology.tp, head_dim
         with place(
             q_shape, num_kv_heads, like,
-            layout=self.present.layout, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], **self._ring_options,
+            layout=self.present.layout, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], within=within,
+            **self._ring_options,
         ) as opened:  # fmt: skip
             yield opened
 

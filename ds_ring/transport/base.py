@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.errors import TransportError
-from ds_ring.transport.shared import Pending, SentShared, Shared
+from ds_ring.transport.shared import Pending, SentShared, Shared, Within
 
 __all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport", "blank", "void"]
 
@@ -91,9 +91,10 @@ class Transport(ABC):
     def reserve(self, shapes: Sequence[Sequence[int]], like: Tensor) -> None:  # noqa: B027
         """Tensors of these shapes will be shared, one opened before another is published. Collective."""
 
-    def share(self, shape: Sequence[int], like: Tensor) -> Shared:
+    def share(self, shape: Sequence[int], like: Tensor, within: Within | None = None) -> Shared:
         """A tensor of ``like``'s dtype and device for peers to take parts of; see ``Shared``."""
-        return SentShared(like.new_empty(tuple(shape)), self.exchange)
+        memory = like.new_empty(within.shape if within else tuple(shape))
+        return SentShared(memory, within.part(memory, shape) if within else memory, self.exchange)
 
     def send_buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Where best to write what ``all_to_all`` will send: at once, and once."""

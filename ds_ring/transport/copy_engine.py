@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ds_ring.errors import TransportError
 from ds_ring.transport.base import Done, Message, T, Transport
-from ds_ring.transport.peer_memory import Device, Queue
-from ds_ring.transport.shared import Part, Pending, Shared
-from ds_ring.transport.slots import MIN_SLOTS, Slot, Slots, contiguous_pieces, nbytes
+from ds_ring.transport.peer_memory import Device
+from ds_ring.transport.shared import Part, Pending, Shared, Within
+from ds_ring.transport.slots import MIN_SLOTS, Slot, Slots, nbytes, pieces
 
 
 class CopyEngineTransport(Transport):
@@ -44,12 +44,10 @@ class CopyEngineTransport(Transport):
         """
         whole, peers = (slice(None),), [(self.rank + hop) % self.size for hop in range(1, self.size)]
         for number in range(2 * MIN_SLOTS):
-            with PulledShared(self, (512, 2), torch.float32, device) as shared:
-                if number % 2:
-                    shared.own.fill_(100.0 * self.rank + number)
-                else:
-                    apart = torch.full((512, 6), torch.nan, device=device)[:, 2:4].fill_(100.0 * self.rank + number)
-                    shared.fill([(shared.own, apart)])
+            within = Within((512, 6), (6, 1), 2) if number % 2 else None
+            with PulledShared(self, (512, 2), torch.float32, device, within) as shared:
+                shared.memory.fill_(torch.nan)
+                shared.own.fill_(100.0 * self.rank + number)
                 shared.give([(peer, whole) for peer in peers])
                 for peer, (pending, part) in [(peer, shared.take((peer, whole))) for peer in peers]:
                     pending.wait()
@@ -60,8 +58,8 @@ class CopyEngineTransport(Transport):
         if not self.muted:
             self.slots.reserve(max(nbytes(tuple(shape), like.dtype) for shape in shapes))
 
-    def share(self, shape: Sequence[int], like: Tensor) -> Shared:
-        shared = PulledShared(self, tuple(shape), like.dtype, like.device)
+    def share(self, shape: Sequence[int], like: Tensor, within: Within | None = None) -> Shared:
+        shared = PulledShared(self, tuple(shape), like.dtype, like.device, within)
         self.traffic.add("exchange", 0, shared.again())
         return shared
 
@@ -116,7 +114,7 @@ class CopyEngineTransport(Transport):
         pendings = []
         for peer in peers:
             source = slot.view(peer, tuple(send.shape), send.dtype)[self.rank]
-            pendings.append(self.slots.pull(slot, peer, contiguous_pieces(targets[peer], source)))
+            pendings.append(self.slots.pull(slot, peer, pieces(targets[peer], source)))
         targets[self.rank].copy_(send[self.rank])
         self.turn()
         for pending in pendings:
@@ -125,23 +123,27 @@ class CopyEngineTransport(Transport):
 
 
 class PulledShared(Shared):
-    """A shared tensor in a slot; while its transport is muted, ordinary memory that only its owner reads, in place of
-    the peers'."""
-
-    places = True
+    """A shared tensor in a slot; while its transport is muted, ordinary memory, and this rank's own parts stand for its
+    peers'."""
 
     def __init__(
-        self, transport: CopyEngineTransport, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        transport: CopyEngineTransport,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        within: Within | None = None,
     ) -> None:
-        self._transport, self._like = transport, (shape, dtype, device)
+        self._transport, self._like = transport, (shape, dtype, device, within)
         self._slot: Slot | None = None
+        whole = within.shape if within else shape
         if transport.muted:
-            self.own = torch.empty(shape, dtype=dtype, device=device)
+            self.memory = torch.empty(whole, dtype=dtype, device=device)
         else:
-            self._slot = transport.slots.acquire(nbytes(shape, dtype))
-            self.own = self._slot.view(transport.rank, shape, dtype)
-        self._filled_by: Queue | None = None
-        self._filled: Pending = Done()
+            self._slot = transport.slots.acquire(nbytes(whole, dtype))
+            self.memory = self._slot.view(transport.rank, whole, dtype)
+        self.own = self._part(self.memory)
+        self.puts = self._slot is not None
         self._outgoing: list[Part | None] = []
         self._incoming: list[Part | None] = []
 
@@ -157,13 +159,6 @@ class PulledShared(Shared):
                     pending.wait()
 
         return replay
-
-    def fill(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self._filled_by = self._transport.slots.copy_here(pieces)
-        self._filled = self._filled_by.mark()
-
-    def copy(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Pending:
-        return self._transport.slots.copy_here(pieces).mark()
 
     def publish(self, outgoing: Sequence[Part | None]) -> None:
         self._outgoing += outgoing
@@ -181,26 +176,28 @@ class PulledShared(Shared):
 
     def give(self, outgoing: Sequence[Part | None]) -> None:
         if self._slot is not None:
-            readers = [part[0] for part in outgoing if part]
-            self._transport.slots.publish(self._slot, readers, self._filled_by)
+            self._transport.slots.publish(self._slot, [part[0] for part in outgoing if part])
 
     def take(self, incoming: Part | None) -> tuple[Pending, Tensor]:
+        if incoming is not None and self._slot is None:
+            # Numbers of its own: on garbage or zeros arithmetic takes another time, and a copy would take its own.
+            return Done(), self.own[incoming[1]]
         part = self.blank_part(incoming)
         return (Done() if incoming is None else self._take_into(incoming, [part], 0)), part
 
     def _take_into(self, incoming: Part, targets: Sequence[Tensor], dim: int) -> Pending:
-        peer, index = incoming
-        source = (self.own if self._slot is None else self._slot.view(peer, *self._like[:2]))[index]
-        pieces = source.split([target.shape[dim] for target in targets], dim)
-        pairs = chain.from_iterable(map(contiguous_pieces, targets, pieces))
-        if self._slot is None:
-            # Numbers of its own: on garbage or zeros arithmetic takes another time, and a kernel would take its own.
-            return self.copy(list(pairs))
+        assert self._slot is not None
+        (peer, index), (shape, dtype, _, within) = incoming, self._like
+        source = self._part(self._slot.view(peer, within.shape if within else shape, dtype))[index]
+        parts = source.split([target.shape[dim] for target in targets], dim)
+        pairs = chain.from_iterable(map(pieces, targets, parts))
         return self._transport.slots.pull(self._slot, peer, pairs)
 
+    def _part(self, memory: Tensor) -> Tensor:
+        shape, _, _, within = self._like
+        return within.part(memory, shape) if within else memory
+
     def close(self) -> None:
-        # What filled the slot may be given away behind this.
-        self._filled.wait()
         if self._slot is not None:
             self._transport.slots.release(self._slot)
         self._slot = None

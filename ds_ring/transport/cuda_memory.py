@@ -52,17 +52,14 @@ class CudaQueue:
         self.stream.wait_stream(other.stream)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self.stream):
-            target.copy_(source, non_blocking=True)
-
-    def copy_rows(self, target: Tensor, source: Tensor) -> None:
         rows = rows_of(source)
         assert rows is not None
         assert target.is_contiguous()
         assert target.shape == source.shape
         height, width, distance = rows[0], rows[1] * source.element_size(), rows[2] * source.element_size()
         if height == 1:  # which may be longer than a distance between rows can be
-            self.copy(target, source)
+            with torch.cuda.stream(self.stream):
+                target.copy_(source, non_blocking=True)
             return
         copy = _Copy2D(
             srcMemoryType=_ON_DEVICE, srcDevice=source.data_ptr(), srcPitch=distance,

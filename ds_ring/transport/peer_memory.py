@@ -20,10 +20,7 @@ class Queue(Protocol):
         """Nothing appended from now on starts before all that ``other`` holds now is done."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """``target`` and ``source``: contiguous, of one shape and dtype."""
-
-    def copy_rows(self, target: Tensor, source: Tensor) -> None:
-        """As ``copy`` of a ``source`` that is rows at one distance (``rows_of``) into a contiguous ``target``."""
+        """``source``: rows at one distance (``rows_of``); ``target``: contiguous, of the same shape and dtype."""
 
     def raise_flag(self, memory: PeerMemory, rank: int, flag: int, value: int) -> None:
         """Set a flag of ``rank``'s memory, visibly after everything appended before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -12,6 +13,19 @@ from torch import Tensor
 Index = tuple[slice | int, ...]
 Part = tuple[int, Index]
 """(peer, index): ``tensor[index]`` of a shared tensor, for a peer or from it."""
+
+
+@dataclass(frozen=True)
+class Within:
+    """Where a tensor lies that is a part of a larger one: of a whole of ``shape``, contiguous, ``offset`` elements from
+    its start, at ``strides``."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+
+    def part(self, whole: Tensor, shape: Sequence[int]) -> Tensor:
+        return whole.as_strided(tuple(shape), self.strides, whole.storage_offset() + self.offset)
 
 
 class Pending(Protocol):
@@ -35,19 +49,11 @@ class Shared(ABC):
     """
 
     own: Tensor
-    """This rank's tensor, contiguous."""
-    places = False
-    """Whether ``fill``, ``copy`` and ``pull_into`` are offered: parts come from where they are and go where they are
-    wanted, at no cost to computations."""
-
-    def fill(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """In place of writing ``own``: copy ``pieces``, (part of it, what it is to be), from rows at one distance
-        (``peer_memory.rows_of``). What they are copied from must stay until the block ends."""
-        raise NotImplementedError
-
-    def copy(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Pending:
-        """Copy ``pieces``, (target, what computations have made), of this rank's own memory; otherwise as ``fill``."""
-        raise NotImplementedError
+    """This rank's tensor: all of ``memory``, or a part of it."""
+    memory: Tensor
+    """Contiguous."""
+    puts = False
+    """Whether ``pull_into`` is offered."""
 
     @abstractmethod
     def publish(self, outgoing: Sequence[Part | None]) -> None:
@@ -86,21 +92,26 @@ class SentShared(Shared):
     """Parts travel as messages: what every transport can do."""
 
     def __init__(
-        self, own: Tensor, exchange: Callable[[Sequence[tuple[int, Tensor]], Sequence[tuple[int, Tensor]]], Pending]
+        self,
+        memory: Tensor,
+        own: Tensor,
+        exchange: Callable[[Sequence[tuple[int, Tensor]], Sequence[tuple[int, Tensor]]], Pending],
     ) -> None:
-        self.own, self._exchange = own, exchange
+        self.memory, self.own, self._exchange = memory, own, exchange
+        self._sent = own
         self._outgoing: list[Part | None] = []
 
     def publish(self, outgoing: Sequence[Part | None]) -> None:
         self._outgoing = list(outgoing)
+        self._sent = self.own.contiguous()
 
     def pull(self, incoming: Part | None) -> tuple[Pending, Tensor]:
         outgoing = self._outgoing.pop(0)
         # A part of a batched tensor is strided; messages must be whole memory.
-        sends = [(outgoing[0], self.own[outgoing[1]].contiguous())] if outgoing else []
+        sends = [(outgoing[0], self._sent[outgoing[1]].contiguous())] if outgoing else []
         part = self.blank_part(incoming)
         receives = [(incoming[0], part)] if incoming else []
         return self._exchange(sends, receives), part
 
     def close(self) -> None:
-        self._outgoing = []
+        self._outgoing, self._sent = [], self.own

@@ -10,8 +10,8 @@ Round n of a slot, on every rank (C: the queue of computations, P: the queue for
 
 1. acquire: C waits for READ + p >= m, for every peer p that was to read in the last published round m < n.
    Only then may the slot be written.
-2. write, on C; or, from what C has made, on this rank's own copying queue, which goes behind C (``copy_here``).
-3. publish: C, or that queue, raises WRITTEN + me to n at every reader.
+2. write, on C.
+3. publish: C raises WRITTEN + me to n at every reader.
 4. pull from p: P goes behind C (the target's memory is free), waits for WRITTEN + p >= n, copies, and raises READ + me
    to n at p. What uses the copy, on C, goes behind P.
 5. release: the slot may be acquired again. This rank's own reading of it is on C, as is the writing of a later round.
@@ -37,11 +37,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ds_ring.transport.peer_memory import Device, PeerMemory, Queue
+from ds_ring.transport.peer_memory import Device, PeerMemory, rows_of
 from ds_ring.transport.shared import Pending
 
 MIN_SLOTS = 2
 LARGE = 4 << 30
+FARTHEST = 1 << 30
+"""Bytes from one row of a copy to the next; CUDA's limit is one less than twice that."""
 
 
 class Slot:
@@ -93,17 +95,8 @@ class Slots:
             self._free.append(self._new(needed))
         self._free = [self._at_least(slot, needed) for slot in self._free]
 
-    def copy_here(self, pieces: Sequence[tuple[Tensor, Tensor]]) -> Queue:
-        """Copy ``pieces`` (target, what computations have made) of this rank's memory; where that is done."""
-        queue = self._device.pulls(self._rank)
-        queue.after(self._device.computations())
-        for target, source in pieces:
-            queue.copy_rows(target, source)
-        return queue
-
-    def publish(self, slot: Slot, readers: Sequence[int], queue: Queue | None = None) -> None:
-        """``queue``: what wrote the slot; None: computations."""
-        queue = queue or self._device.computations()
+    def publish(self, slot: Slot, readers: Sequence[int]) -> None:
+        queue = self._device.computations()
         slot.readers, slot.published = list(readers), slot.round
         for reader in readers:
             queue.raise_flag(slot.memory, reader, self._rank, slot.round)
@@ -133,13 +126,18 @@ class Slots:
         return slot
 
 
-def contiguous_pieces(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The fewest pairs of parts of equal tensors that are whole memory on both sides: what an engine copies."""
-    if target.is_contiguous() and source.is_contiguous():
+def pieces(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The fewest pairs of parts of equal tensors that an engine copies: rows at one distance into whole memory."""
+    if target.is_contiguous() and _near(source):
         yield target, source
     else:
         for t, s in zip(target, source, strict=True):
-            yield from contiguous_pieces(t, s)
+            yield from pieces(t, s)
+
+
+def _near(source: Tensor) -> bool:
+    rows = rows_of(source)
+    return rows is not None and (rows[0] == 1 or rows[2] * source.element_size() <= FARTHEST)
 
 
 def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -1,8 +1,8 @@
 """An attention module's forward that writes keys, values and queries where they belong, keys and values first.
 
-Where peers read this layer's keys and values, they are rotated and projected into the memory that peers read, and set
-out while queries are still being made. Where there are more rows than run at a time, projections and rotation go block
-by block into the same place, on one rank too. Anywhere else the module runs as it is.
+Where peers read this layer's keys and values, they are rotated and projected into the memory that peers read, a fused
+projection as a whole, and set out while queries are still being made. Where there are more rows than run at a time,
+projections and rotation go block by block into the same place, on one rank too. Anywhere else the module runs as it is.
 """
 
 # Shapes: B batch, l tokens, H query heads, K key/value heads, D head_dim.
@@ -31,8 +31,12 @@ from ds_ring.hf.fused.trace import Untraceable, is_constant
 from ds_ring.kernels import rowwise
 from ds_ring.kernels.rowwise import Turn
 from ds_ring.transport.peer_memory import rows_of
+from ds_ring.transport.shared import Within
 
 log = logging.getLogger("ds_ring")
+
+NARROWEST_BYTES = 1
+"""Of the rows that peers take out of a projection; narrower ones are copied to where they lie together."""
 
 
 class PlacedForward:
@@ -113,6 +117,8 @@ class _Run:
     def _keys_values(self, block: At, opened: ExitStack) -> bool:
         """A block of them where they belong; False, and nothing done, where they do not."""
         parts = self._parts
+        if block is WHOLE and self._projected(opened):
+            return True
         k_BKlD, v, *more = parts.keys_values(*self._given(block))
         turn, kept = (_turn(more[:2]), more[2:]) if parts.k_turns else (None, more)
         _, kv_heads, _, head_dim = k_BKlD.shape
@@ -123,23 +129,36 @@ class _Run:
                 return False
             like = k_BKlD.new_empty(0)  # an open place holds on to it
             self._place = opened.enter_context(self._context.place(*self._size, kv_heads, head_dim, like))
-        if product is None and self._may_stay(k_BKlD, v, block):
-            k_turned = k_BKlD if turn is None else rowwise.turn_(k_BKlD, turn)
-            self._place.take_kv(k_turned.transpose(1, 2), v.transpose(1, 2))
+        _write(k_BKlD, self._place.k, block, turn)
+        if product is None:
+            _write(v, self._place.v, block)
         else:
-            _write(k_BKlD, self._place.k, block, turn)
-            if product is None:
-                _write(v, self._place.v, block)
-            else:
-                _project(product, v, self._place.v, block, head_dim)
+            _project(product, v, self._place.v, block, head_dim)
         self._waiting.append((block, kept))
         return True
 
-    def _may_stay(self, k_BKlD: Tensor, v_BKlD: Tensor, block: At) -> bool:
-        """Whether keys and values, parts of a fused projection, may stay in it, and keys turn there."""
-        assert self._place is not None
-        free = block is WHOLE and self._place.takes_kv and self._parts.k_alone
-        return free and all(rows_of(x.transpose(1, 2)) is not None for x in (k_BKlD, v_BKlD))
+    def _projected(self, opened: ExitStack) -> bool:
+        """All of them, and queries, by one product into memory that peers read, where keys turn; False, and nothing
+        done, where that cannot be."""
+        projection = self._parts.projection
+        if projection is None or not self._context.places_within:
+            return False
+        x = projection.given(*self._inputs)
+        shape = (*self._size, projection.product.weight_NW.shape[1])
+        k_BKlD, v_BKlD, *more = projection.parts(*self._inputs, x.new_empty(shape, device="meta"))
+        within, turn = _within(shape, k_BKlD, v_BKlD), _turn(more[:2]) if self._parts.k_turns else None
+        if within is None or (self._parts.k_turns and turn is None):
+            return False
+        _, kv_heads, _, head_dim = k_BKlD.shape
+        like = x.new_empty(0)  # an open place holds on to it
+        self._place = opened.enter_context(self._context.place(*self._size, kv_heads, head_dim, like, within))
+        assert self._place.memory is not None
+        projection.product.into(x, self._place.memory)
+        k_BKlD, _, *more = projection.parts(*self._inputs, self._place.memory)
+        if turn is not None:
+            rowwise.turn_(k_BKlD, turn)
+        self._waiting.append((WHOLE, more[2:] if turn is not None else more))
+        return True
 
     def _queries(self) -> None:
         parts, (block, kept) = self._parts, self._waiting.popleft()
@@ -155,6 +174,17 @@ class _Run:
             self._place.take_q((q_BHlD if how is None else rowwise.turn_(q_BHlD, how)).transpose(1, 2))
         else:
             _write(q_BHlD, self._place.q, block, how)
+
+
+def _within(shape: tuple[int, ...], k_BKlD: Tensor, v_BKlD: Tensor) -> Within | None:
+    """Where keys and values, as one tensor [2, B, l, K, D], lie in a whole of ``shape``; None where they are not alike,
+    or in rows that are not wide enough for a copy engine."""
+    k_BlKD, v_BlKD = k_BKlD.transpose(1, 2), v_BKlD.transpose(1, 2)
+    apart, rows = v_BlKD.storage_offset() - k_BlKD.storage_offset(), rows_of(k_BlKD)
+    alike = (k_BlKD.shape, k_BlKD.stride()) == (v_BlKD.shape, v_BlKD.stride())
+    if not alike or apart <= 0 or rows is None or rows[1] * k_BlKD.element_size() < NARROWEST_BYTES:
+        return None
+    return Within(shape, (int(apart), *k_BlKD.stride()), int(k_BlKD.storage_offset()))
 
 
 def _write(x_BHlD: Tensor, parts: list[HeadPart], at: At, turn: Turn | None = None) -> None:

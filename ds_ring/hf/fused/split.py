@@ -32,6 +32,16 @@ INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 
 
 @dataclass(frozen=True)
+class Projection:
+    """A product in three steps. ``given``: (*inputs) -> what is multiplied. ``parts``: (*inputs, the product) -> as
+    ``Split.keys_values``, without an operation on k and v."""
+
+    product: Product
+    given: nn.Module
+    parts: nn.Module
+
+
+@dataclass(frozen=True)
 class Split:
     """The three graphs. ``inputs`` are the tensors that the forward is given, tuples flattened, in order.
 
@@ -41,6 +51,7 @@ class Split:
         after: (out [B, l, H, D], *inputs) -> result [B, l, d].
         k_turns, q_turns: whether the rotation is left to whoever writes them where they belong.
         q_alone, k_alone: whether nothing else reads the memory in which they lie before they turn.
+        projection: the one product that k and v, before they turn, are parts of, and that nothing else reads.
         fused: queries come out of what keys and values come out of, which is held until they are made.
         token_wise: all three treat every token alike, so that they may run in blocks of rows.
         value_product: the projection that v is, heads apart; ``keys_values`` then gives its input in place of v.
@@ -57,6 +68,7 @@ class Split:
     fused: bool
     token_wise: bool
     value_product: Product | None
+    projection: Projection | None
     options: dict[str, Any]
     given_options: dict[str, int]
 
@@ -169,11 +181,12 @@ def _cut(
         after=subgraph(graph, [recorded.out, *inputs], [result], modules, single=True),
         k_turns=bool(k_turn),
         q_turns=bool(q_turn),
-        q_alone=_alone(q, modules),
-        k_alone=_alone(k, modules),
+        q_alone=_maker(q, modules) is not None,
+        k_alone=_maker(k, modules) is not None,
         fused=any(node.target != "size" for node in kept),
         token_wise=all(keeps_tokens_apart(n, modules, [rowwise.rotated]) for n in before | both | behind),
         value_product=value_product if product is not None else None,
+        projection=_projection(recorded.graph, inputs, [*first, *kept], modules),
         options=options,
         given_options=given,
     )
@@ -189,23 +202,39 @@ def _before_turning(node: fx.Node) -> list[fx.Node]:
     return [a for a in node.args if isinstance(a, fx.Node)] if last else [node]
 
 
-def _alone(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether ``node`` is memory that a submodule has just made, or a part of it, and only its one user reads it."""
+def _projection(
+    graph: fx.Graph, inputs: list[fx.Node], gives: list[fx.Node], modules: dict[str, nn.Module]
+) -> Projection | None:
+    """``gives``: k, v and what goes with them."""
+    makers = [_maker(node, modules) for node in gives[:2]]
+    made = makers[0]
+    if made is None or made is not makers[1]:
+        return None
+    product, x = Product.of(modules[str(made.target)]), made.args[0]
+    if product is None or product.split == "in" or not isinstance(x, fx.Node):
+        return None
+    given = subgraph(graph, inputs, [x], modules, single=True)
+    return Projection(product, given, subgraph(graph, [*inputs, made], gives, modules))
+
+
+def _maker(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The submodule's call of which ``node`` is the result, or a part of it, where only its one user reads that; None
+    where it is anything else."""
     while True:
         readers = [user for user in node.users if user.target != "size"]
         if node.target in _PARTS:
             # Parts are disjoint; what is made of the others is their own affair.
             if len({user.args[1] for user in readers if user.target is operator.getitem}) != len(readers):
-                return False
+                return None
         elif len(readers) != 1:
-            return False
+            return None
         if node.op == "call_module":
             module = modules[str(node.target)]
-            return Product.of(module) is not None or Norm.of(module) is not None
+            return node if Product.of(module) is not None or Norm.of(module) is not None else None
         if node.target not in (*_PARTS, *_VIEWS, operator.getitem) or not isinstance(node.args[0], fx.Node):
-            return False
+            return None
         if node.target is operator.getitem and node.args[0].target not in _PARTS:
-            return False
+            return None
         node = node.args[0]
 
 
