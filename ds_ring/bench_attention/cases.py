@@ -59,6 +59,15 @@ class Case:
         return (Run(self.seq_k - self.seq_q, self.seq_q),)
 
     @property
+    def edges(self) -> list[int]:
+        """Of the segments that a rank has keys in: its own stay where they were made, apart from those before, between
+        and behind them."""
+        changes: set[int] = set()
+        for run in self.runs if self.ranks > 1 else ():
+            changes ^= {run.start, run.stop}  # where one run begins at another's end nothing changes
+        return sorted({0, self.seq_k, *changes})
+
+    @property
     def flops(self) -> float:
         """4 a pair of query and visible key, a head and a dimension."""
         pairs = self.seq_q * self.seq_k
@@ -111,8 +120,7 @@ def select(cases: Sequence[Case], only: Sequence[str] = (), kinds: Sequence[str]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random tensors of a case: q [B, L, H, D]; k and v [B, S, K, D], in the sequence's order, as the copy engine
-    leaves them on a zigzag rank.
+    """Random tensors of a case: q [B, L, H, D]; k and v [B, S, K, D], in the sequence's order.
 
     ``state`` is what earlier blocks of a ring left, out [B, L, H, D] and lse [B, H, L], both fp32.
     """

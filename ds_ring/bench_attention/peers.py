@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -145,8 +146,9 @@ def _ds_ring(inputs: Inputs) -> Prepared:
     case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
     spec = AttentionSpec(case.scale)
     if case.ranks > 1:
-        keys = [Segment(0, k, v)]
-        return Prepared(lambda: (attend_runs(q, case.runs, keys, spec), None), _backends(inputs))
+        keys = [Segment(a, k[:, a:b], v[:, a:b]) for a, b in pairwise(case.edges)]
+        detail = f"{_backends(inputs)}, {len(keys)} segments"
+        return Prepared(lambda: (attend_runs(q, case.runs, keys, spec), None), detail)
     offset = case.runs[0].start
     return Prepared(lambda: attend(q, k, v, spec=spec, causal=case.causal, q_offset=offset), _backends(inputs))
 

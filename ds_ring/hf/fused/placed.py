@@ -35,9 +35,6 @@ from ds_ring.transport.shared import Within
 
 log = logging.getLogger("ds_ring")
 
-NARROWEST_BYTES = 1
-"""Of the rows that peers take out of a projection; narrower ones are copied to where they lie together."""
-
 
 class PlacedForward:
     """Called as the bound forward of one module."""
@@ -177,12 +174,11 @@ class _Run:
 
 
 def _within(shape: tuple[int, ...], k_BKlD: Tensor, v_BKlD: Tensor) -> Within | None:
-    """Where keys and values, as one tensor [2, B, l, K, D], lie in a whole of ``shape``; None where they are not alike,
-    or in rows that are not wide enough for a copy engine."""
+    """Where keys and values, as one tensor [2, B, l, K, D], lie in a whole of ``shape``; None where they are not alike, or
+    not rows at one distance."""
     k_BlKD, v_BlKD = k_BKlD.transpose(1, 2), v_BKlD.transpose(1, 2)
-    apart, rows = v_BlKD.storage_offset() - k_BlKD.storage_offset(), rows_of(k_BlKD)
-    alike = (k_BlKD.shape, k_BlKD.stride()) == (v_BlKD.shape, v_BlKD.stride())
-    if not alike or apart <= 0 or rows is None or rows[1] * k_BlKD.element_size() < NARROWEST_BYTES:
+    apart, alike = v_BlKD.storage_offset() - k_BlKD.storage_offset(), k_BlKD.shape == v_BlKD.shape
+    if not alike or k_BlKD.stride() != v_BlKD.stride() or apart <= 0 or rows_of(k_BlKD) is None:
         return None
     return Within(shape, (int(apart), *k_BlKD.stride()), int(k_BlKD.storage_offset()))
 
