@@ -154,6 +154,8 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     report(f"{label}: {work.repeats} timed passes{sustained}")
     with watched_gpu(engine.device) as gpu:
         timing = time_passes(engine, step, work.repeats, work.sustain_s)
+    if "energy_j" in gpu:  # of a pass, as all else in a row
+        gpu["energy_j"] /= len(timing.samples_s)
     if work.speed_only:
         return _Findings(bytes_sent * scale, timing, None, None, gpu)
     report(f"{label}: without communication")

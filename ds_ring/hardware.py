@@ -146,7 +146,8 @@ def held_memory_gib(device: torch.device) -> float:
 
 @contextmanager
 def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[str, float]]:
-    """Samples the GPU's clock and power while the block runs; the dict is filled at its end (empty on a CPU)."""
+    """Samples the GPU while the block runs. The dict is filled at its end: ``sm_clock_mhz``, ``power_w`` and
+    ``temperature_c``, medians, and ``energy_j``, all of the block's; it stays empty on a CPU."""
     found: dict[str, float] = {}
     if device.type != "cuda":
         yield found
@@ -157,22 +158,39 @@ def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[st
     handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     clocks: list[float] = []
     watts: list[float] = []
+    degrees: list[float] = []
     stop = threading.Event()
 
     def sample() -> None:
         while not stop.wait(period_s):
             clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
             watts.append(_power_w(handle))
+            degrees.append(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
+    before = _energy_j(handle)
     try:
         yield found
     finally:
+        after = _energy_j(handle)
         stop.set()
         thread.join()
         if clocks:
             found |= {"sm_clock_mhz": statistics.median(clocks), "power_w": statistics.median(watts)}
+            found |= {"temperature_c": statistics.median(degrees)}
+        if before is not None and after is not None:
+            found["energy_j"] = after - before
+
+
+def _energy_j(handle: Any) -> float | None:
+    """Used since the driver was loaded; None where the GPU does not count it."""
+    import pynvml
+
+    try:
+        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+    except pynvml.NVMLError:
+        return None
 
 
 def _power_w(handle: Any) -> float:

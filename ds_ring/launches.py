@@ -9,7 +9,7 @@ implementations, which change what they find in a process.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """A layout, or what is left of it at its so-manieth launch."""
+    """A layout, or what is left of it at its so-manieth launch; ``suffix`` tells several of one layout apart."""
 
     file: Path
     run: RunConfig
     launch: int = 1
+    suffix: str = ""
 
     @property
     def name(self) -> str:
-        return self.file.stem if self.launch == 1 else f"{self.file.stem}.{self.launch}"
+        return self.file.stem + self.suffix + (f".{self.launch}" if self.launch > 1 else "")
 
     def output(self, logs: Path) -> Path:
         return logs / f"{self.name}.json"
@@ -69,7 +70,8 @@ class Job:
     def shares_a_launch(self, other: Job) -> bool:
         ours = self.run.parallel.implementation == other.run.parallel.implementation == "ds_ring"
         alike = self.run.topology.world_size == other.run.topology.world_size
-        return ours and alike and self.run.ring.workload == other.run.ring.workload and launcher.gpu_count() > 0
+        same = self.run.workload.lengths == other.run.workload.lengths
+        return ours and alike and same and launcher.gpu_count() > 0
 
 
 def run_first(
@@ -113,7 +115,7 @@ def _blame(job: Job, rows: list[dict[str, Any]], error: DsRingError, found: Outc
         for size, length, mode in missing
         if (size, length, mode) not in again
     )
-    return None if left is None else Job(job.file, left, job.launch + 1)
+    return None if left is None else replace(job, run=left, launch=job.launch + 1)
 
 
 def _launch(jobs: list[Job], references: list[str], logs: Path, report: Report) -> DsRingError | None:

@@ -33,11 +33,14 @@ def behind(run: RunConfig, unfit: Case) -> RunConfig | None:
 
 
 def best(rows: list[Row]) -> list[Row]:
-    """The fastest of the rows that differ in their micro-batches alone; ``micro_batches`` lists all sizes timed."""
+    """The fastest of the rows that differ in their micro-batches alone, or the one that was timed on the way back as
+    well (``way_back.py``); ``micro_batches`` lists all sizes timed."""
     alike: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
         alike.setdefault((row["layout"], row["length"], row["mode"]), []).append(row)
-    return [
-        {**max(group, key=lambda row: row["tps"]), "micro_batches": sorted(row["micro_batch"] for row in group)}
-        for group in alike.values()
-    ]
+    found = []
+    for group in alike.values():
+        standing = [row for row in group if "ways_ms" in row] or group
+        fastest = max(standing, key=lambda row: float(row["tps"]))
+        found.append({**fastest, "micro_batches": sorted(row["micro_batch"] for row in group)})
+    return found

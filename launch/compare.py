@@ -6,8 +6,9 @@
 
 Runs each layout in turn under the deepspeed launcher and checks it against the unsharded model. Without --layouts,
 those of ds_configs/ that fit the hardware. Overrides apply to every layout. The layouts of ds_configs/peers2/ are other
-implementations. With --micro-batch-sizes: each layout with each size, and the fastest stands for it. With --latency:
-how long one sequence takes in each, and in one GPU alone.
+implementations. With --micro-batch-sizes: each layout with each size, and the fastest stands for it. With
+--there-and-back: once more afterwards, last to first, and the means of both count, so that GPUs that get warm favour no
+layout. With --latency: how long one sequence takes in each, and in one GPU alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     overrides = cli.overrides(args)
     files = args.layouts or ([args.config] if args.config else compare.default_layouts())
     plan = latency.plan(files, args.latency, overrides) if args.latency else compare.Plan.make(files, overrides)
+    plan = replace(plan, there_and_back=args.there_and_back)
     output, console, provenance = Path(args.output), progress.make_console(), results.provenance()
 
     def keep(found: launches.Outcome) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -65,6 +68,8 @@ if __name__ == "__main__":
     parser.set_defaults(output="results/compare.json")
     parser.add_argument("--layouts", nargs="+", metavar="FILE", help="configurations to compare")
     parser.add_argument("--baseline", metavar="NAME", help="what gains refer to [fastest tensor/pipeline layout]")
+    both = "time each layout once more afterwards, last to first, at its fastest size of micro-batches"
+    parser.add_argument("--there-and-back", action="store_true", help=both)
     latencies = "time one sequence of each of these lengths instead; what does not fit is a cell of the table"
     parser.add_argument("--latency", nargs="+", type=int, metavar="L", help=latencies)
     cli.main(work, parser)

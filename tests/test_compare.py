@@ -233,6 +233,54 @@ def test_a_launch_that_fails_at_its_end_is_a_failure_and_loses_no_row(two_layout
     assert [(failure["layout"], failure["reason"]) for failure in found.failures] == [("tp2_pp2", "hung up")]
 
 
+def timed(name, step_ms, *, size=1, length=1000, clock=1300.0):
+    made = row(name, 4e6 / step_ms, length=length) | {"micro_batch": size, "sm_clock_mhz": clock}
+    made |= {"step_samples_ms": f"{step_ms - 1:.2f} {step_ms + 1:.2f}", "step_spread": 0.0}
+    return made | {"tps_per_gpu": made["tps"] / 4, "token_latency_us": 1e6 / made["tps"]}
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_the_way_back_runs_what_counts_last_to_first_and_the_means_stand(two_layouts, gpus, monkeypatch):
+    plan, outcomes, logs = two_layouts
+    monkeypatch.setattr(compare.launcher, "gpu_count", lambda: gpus)
+    outcomes["ring4"] = [timed("ring4", 100.0, size=1), timed("ring4", 99.0, size=2)]
+    outcomes["tp2_pp2"] = [timed("tp2_pp2", 120.0, size=1), timed("tp2_pp2", 130.0, size=2)]
+    outcomes["ring4.back2"] = [timed("ring4", 109.0, size=2, clock=1200.0)]
+    outcomes["tp2_pp2.back1"] = [timed("tp2_pp2", 122.0, size=1)]
+    runs = [(file, RunConfig.load(run, micro_batch_sizes=(1, 2), sweep=())) for file, run in plan.runs]
+    plan, advanced = compare.Plan(runs, there_and_back=True), []
+    found = compare.run_all(plan, logs, lambda: advanced.append(1), lambda text: None)
+    back = ["tp2_pp2.back1", "ring4.back2"]
+    there = ["ring4", "tp2_pp2"]
+    assert outcomes["launches"] == ([there, back] if gpus else [[name] for name in (*there, *back)])
+    assert len(advanced) == plan.steps
+    config = RunConfig.load(logs / "ring4.back2.config.json").workload
+    assert (config.micro_batches, config.lengths, config.speed_only) == ([2], [1000], True)
+    assert [(r["layout"], r["micro_batch"], round(r["step_ms"], 6)) for r in found.rows] == [
+        ("ring4", 1, 100.0), ("ring4", 2, 104.0), ("tp2_pp2", 1, 121.0), ("tp2_pp2", 2, 130.0)
+    ]  # fmt: skip
+    ring = found.rows[1]
+    assert (ring["ways_ms"], ring["step_samples_ms"]) == ("99.00 109.00", "98.00 100.00 108.00 110.00")
+    assert ring["sm_clock_mhz"] == 1250.0
+    assert ring["step_spread"] == pytest.approx(12 / 104)
+    assert ring["tps"] == pytest.approx(4e6 / 104.0) == pytest.approx(4 * ring["tps_per_gpu"])
+    assert ring["tpot_ms"] == pytest.approx(4e3 / ring["tps"])
+    # Another size may look faster now that its own mean is not known.
+    assert [r["micro_batch"] for r in verdict.document(plan, verdict.judge(found.rows))["rows"]] == [2, 1]
+
+
+def test_what_fails_on_the_way_back_keeps_its_figure_and_is_a_failure(two_layouts):
+    plan, outcomes, logs = two_layouts
+    outcomes |= {name: [timed(name, 100.0, length=500), timed(name, 200.0)] for name in ("ring4", "tp2_pp2")}
+    outcomes["ring4.back1"] = [timed("ring4", 102.0, length=500), DsRingError("hung up")]
+    outcomes["tp2_pp2.back1"] = outcomes["tp2_pp2"]
+    found = run_all(compare.Plan(plan.runs, there_and_back=True), logs)
+    assert [(r["layout"], round(r["step_ms"], 6), "ways_ms" in r) for r in found.rows] == [
+        ("ring4", 101.0, True), ("ring4", 200.0, False), ("tp2_pp2", 100.0, True), ("tp2_pp2", 200.0, True)
+    ]  # fmt: skip
+    assert [what["reason"] for what in found.failures] == ["on the way back: hung up"]
+
+
 @pytest.mark.parametrize("gpus", [0, 4])
 def test_an_interruption_loses_no_row(two_layouts, gpus, monkeypatch):
     plan, outcomes, logs = two_layouts

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mocked_world import relative_error, serve
 from tiny_models import build, gpt_neox, llama_gqa, logits, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_ring.engines.base import Engine
 from ds_ring.engines.interleave import run_interleaved
@@ -38,6 +39,34 @@ def run(steps: list[int], fail: dict[int, int] | None = None, lanes: int = 2) ->
     finally:
         assert hand_over[0] is None
     return found, events
+
+
+class Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_job: dict[float, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.add.Tensor:
+            self.by_job[args[1]] = self.by_job.get(args[1], 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_on_sees_what_every_lane_does():
+    """As the account of DeepSpeed's all-reduces does, of a pass in several lanes."""
+    hand_over: list[Any] = [None]
+
+    def job(number: int) -> float:
+        total = torch.zeros(())
+        for _ in range(3):
+            total = total + number
+            hand_over[0]()
+        return float(total)
+
+    with Counter() as counter:
+        results = run_interleaved([lambda n=n: job(n) for n in range(5)], lambda call: hand_over.insert(0, call), CPU)
+    assert results == [0.0, 3.0, 6.0, 9.0, 12.0]
+    assert counter.by_job == dict.fromkeys(range(5), 3)
 
 
 class TestBaton:

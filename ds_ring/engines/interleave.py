@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 T = TypeVar("T")
 
@@ -96,13 +98,17 @@ def run_interleaved(
         finally:
             baton.leave(failed)
 
+    modes = _get_current_dispatch_mode_stack()
+
     def other_lane(number: int) -> None:
-        if stream is None:
+        # What looks on, and which device and stream are current, is a thread's own affair.
+        with ExitStack() as alike:
+            for mode in modes:
+                alike.enter_context(mode)
+            if stream is not None:
+                alike.enter_context(torch.cuda.device(device))
+                alike.enter_context(torch.cuda.stream(stream))
             lane(number)
-        else:
-            # Which device and stream are current is a thread's own affair.
-            with torch.cuda.device(device), torch.cuda.stream(stream):
-                lane(number)
 
     threads = [threading.Thread(target=other_lane, args=(number,), daemon=True) for number in range(1, lanes)]
     on_hand_over(baton.hand_over)

@@ -62,6 +62,19 @@ def forward_name(row: dict[str, Any]) -> str:
     return f"{layers}, B = {row['batch']}, L = {row['length']:,}, {row['mode'].replace('_', ' ')}"
 
 
+def products(documents: Sequence[Document], rows: Rows) -> list[str]:
+    heads = ["product", "rows", "implementation", "ms", "TFLOP/s", "over PyTorch", "MHz", "W", "algorithm"]
+    cells = [
+        [
+            r["case"], f"{r['rows']:,}", r["impl"], f"{r['ms']:.3f}", f"{r['tflops']:.0f}",
+            f"{100 * (r['over_pytorch'] - 1):+.1f} %" if "over_pytorch" in r else "-", *_clock_and_power(r),
+            r["configuration"] or "-",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return markdown_table(*_without_empty_columns(heads, cells))
+
+
 def attention(documents: Sequence[Document], rows: Rows) -> list[str]:
     heads = ["case", "implementation", "ms", "TFLOP/s", "share", "GB/s", "error", "lse error", "MHz", "W", "note"]
     cells = []
@@ -146,7 +159,7 @@ def best_per_gpu(rows: Rows) -> dict[str, dict[int, float]]:
 
 
 TABLES: dict[Kind, Callable[[Sequence[Document], Rows], list[str]]] = {
-    "forward": forward, "attention": attention, "generation": generation, "comparison": compared,
+    "forward": forward, "products": products, "attention": attention, "generation": generation, "comparison": compared,
     "latency": one_sequence, "longest": longest, "scaling": scaling,
 }  # fmt: skip
 

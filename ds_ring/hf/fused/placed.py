@@ -174,8 +174,8 @@ class _Run:
 
 
 def _within(shape: tuple[int, ...], k_BKlD: Tensor, v_BKlD: Tensor) -> Within | None:
-    """Where keys and values, as one tensor [2, B, l, K, D], lie in a whole of ``shape``; None where they are not alike, or
-    not rows at one distance."""
+    """Where keys and values, as one tensor [2, B, l, K, D], lie in a whole of ``shape``; None where they are not alike,
+    or not rows at one distance."""
     k_BlKD, v_BlKD = k_BKlD.transpose(1, 2), v_BKlD.transpose(1, 2)
     apart, alike = v_BlKD.storage_offset() - k_BlKD.storage_offset(), k_BlKD.shape == v_BlKD.shape
     if not alike or k_BlKD.stride() != v_BlKD.stride() or apart <= 0 or rows_of(k_BlKD) is None:
