@@ -154,14 +154,13 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     report(f"{label}: {work.repeats} timed passes{sustained}")
     with watched_gpu(engine.device) as gpu:
         timing = time_passes(engine, step, work.repeats, work.sustain_s)
-    if "energy_j" in gpu:  # of a pass, as all else in a row
-        gpu["energy_j"] /= len(timing.samples_s)
     if work.speed_only:
-        return _Findings(bytes_sent * scale, timing, None, None, gpu)
+        return _Findings(bytes_sent * scale, timing, None, None, _of_a_pass(gpu, timing))
     report(f"{label}: without communication")
     engine.mute(True)
     step(first_rows)
-    muted = time_passes(engine, step, work.repeats)
+    with watched_gpu(engine.device) as muted_gpu:
+        muted = time_passes(engine, step, work.repeats)
     engine.mute(False)
     report(f"{label}: communication alone")
 
@@ -171,7 +170,13 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
 
     replay()
     alone = time_passes(engine, replay, work.repeats)
-    return _Findings(bytes_sent * scale, timing, muted, Timing([scale * s for s in alone.samples_s]), gpu)
+    figures = _of_a_pass(gpu, timing) | {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, muted).items()}
+    return _Findings(bytes_sent * scale, timing, muted, Timing([scale * s for s in alone.samples_s]), figures)
+
+
+def _of_a_pass(gpu: dict[str, float], timing: Timing) -> dict[str, float]:
+    """What ``watched_gpu`` found, its energy that of one of the passes."""
+    return gpu | ({"energy_j": gpu["energy_j"] / len(timing.samples_s)} if "energy_j" in gpu else {})
 
 
 def _row(

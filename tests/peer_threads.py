@@ -112,8 +112,10 @@ class Later(AtOnce):
         assert type(other) is AtOnce, "what computations have appended has happened"
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        assert target.is_contiguous()
-        assert rows_of(source) is not None
+        to, of = rows_of(target), rows_of(source)
+        assert to is not None
+        assert of is not None
+        assert to[0] == 1 or of[0] == 1 or to[:2] == of[:2]
 
         def work() -> None:
             time.sleep(self._device.delay(self._device.rank, self._peer))

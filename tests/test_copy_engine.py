@@ -47,6 +47,19 @@ class TestTransport:
 
         pulling(3, work, random_delay(5))
 
+    @pytest.mark.parametrize("muted", [False, True])
+    def test_heads_of_an_all_to_all_are_joined_in_the_order_of_ranks(self, muted):
+        def work(transport):
+            transport.muted, shape = muted, (3, 2, 5, 2, 4)
+            send = torch.randn(shape, generator=torch.Generator().manual_seed(transport.rank))
+            parts = transport.all_to_all(send)
+            sent = transport.traffic.bytes_sent
+            joined = transport.all_to_all_joined(transport.send_buffer(shape, send).copy_(send))
+            assert transport.traffic.bytes_sent == 2 * sent > 0
+            assert torch.equal(joined, torch.cat(list(parts), 2))
+
+        pulling(3, work, random_delay(5))
+
     def test_messages_and_agreement_go_by_the_group_that_controls_it(self):
         def work(transport):
             received = torch.empty(3)

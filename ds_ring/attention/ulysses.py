@@ -67,8 +67,7 @@ class Trade:
         batch, length, share, head_dim = out_BLhD.shape
         send = transport.send_buffer((degree, batch, length // degree, share, head_dim), out_BLhD)
         send.copy_(out_BLhD.view(batch, degree, length // degree, share, head_dim).transpose(0, 1))
-        received_UBlhD = transport.all_to_all(send)
-        return received_UBlhD.permute(1, 2, 0, 3, 4).reshape(batch, length // degree, degree * share, head_dim)
+        return transport.all_to_all_joined(send)
 
 
 def _neighbours(heads: Sequence[int]) -> Iterator[tuple[int, slice]]:

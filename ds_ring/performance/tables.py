@@ -58,7 +58,9 @@ def forward(documents: Sequence[Document], rows: Rows) -> list[str]:
 
 def forward_name(row: dict[str, Any]) -> str:
     layers = "transformers' own layers" if row.get("fusion") == "none" else "layers fused"
-    layers = layers if row["layout"] == "single" else f"{row['layout']}, {layers}"
+    if row["layout"] != "single":
+        flight = " (two micro-batches in flight)" if row.get("interleaved") else ""
+        layers = f"{row['layout']}{flight}, {layers}"
     return f"{layers}, B = {row['batch']}, L = {row['length']:,}, {row['mode'].replace('_', ' ')}"
 
 

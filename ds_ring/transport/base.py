@@ -132,6 +132,12 @@ class Transport(ABC):
         size, batch, rows, *rest = send.shape
         return self.all_to_all(send).transpose(0, 1).reshape(batch, size * rows, *rest)
 
+    def all_to_all_joined(self, send: Tensor) -> Tensor:
+        """As ``all_to_all``, of ``[size, B, l, h, D]``; the result is ``[B, l, size h, D]``, rank j's at head j h."""
+        received = self.all_to_all(send)
+        _, batch, rows, share, width = received.shape
+        return received.permute(1, 2, 0, 3, 4).reshape(batch, rows, self.size * share, width)
+
     def _account_all_to_all(self, send: Tensor) -> None:
         assert send.shape[0] == self.size
         assert send.is_contiguous()

@@ -52,18 +52,21 @@ class CudaQueue:
         self.stream.wait_stream(other.stream)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        rows = rows_of(source)
-        assert rows is not None
-        assert target.is_contiguous()
         assert target.shape == source.shape
-        height, width, distance = rows[0], rows[1] * source.element_size(), rows[2] * source.element_size()
+        to, of = rows_of(target), rows_of(source)
+        assert to is not None
+        assert of is not None
+        height, width, _ = max(to, of)  # what is contiguous is one row
         if height == 1:  # which may be longer than a distance between rows can be
             with torch.cuda.stream(self.stream):
                 target.copy_(source, non_blocking=True)
             return
+        size = source.element_size()
+        to_distance, of_distance = (distance if n > 1 else width for n, _, distance in (to, of))
         copy = _Copy2D(
-            srcMemoryType=_ON_DEVICE, srcDevice=source.data_ptr(), srcPitch=distance,
-            dstMemoryType=_ON_DEVICE, dstDevice=target.data_ptr(), dstPitch=width, WidthInBytes=width, Height=height,
+            srcMemoryType=_ON_DEVICE, srcDevice=source.data_ptr(), srcPitch=of_distance * size,
+            dstMemoryType=_ON_DEVICE, dstDevice=target.data_ptr(), dstPitch=to_distance * size,
+            WidthInBytes=width * size, Height=height,
         )  # fmt: skip
         _checked("cuMemcpy2DAsync_v2", ctypes.byref(copy), ctypes.c_void_p(self.stream.cuda_stream))
 

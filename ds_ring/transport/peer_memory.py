@@ -20,7 +20,8 @@ class Queue(Protocol):
         """Nothing appended from now on starts before all that ``other`` holds now is done."""
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """``source``: rows at one distance (``rows_of``); ``target``: contiguous, of the same shape and dtype."""
+        """Of one shape and dtype; ``source`` and ``target`` are rows at one distance each (``rows_of``), and if neither
+        is contiguous, of one width."""
 
     def raise_flag(self, memory: PeerMemory, rank: int, flag: int, value: int) -> None:
         """Set a flag of ``rank``'s memory, visibly after everything appended before."""

@@ -127,17 +127,20 @@ class Slots:
 
 
 def pieces(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The fewest pairs of parts of equal tensors that an engine copies: rows at one distance into whole memory."""
-    if target.is_contiguous() and _near(source):
+    """The fewest pairs of parts of equal tensors that an engine copies: rows at one distance, or whole memory, on
+    either side."""
+    widths = [_width(target), _width(source)]
+    if 0 not in widths and len({*widths, target.numel()}) <= 2:
         yield target, source
     else:
         for t, s in zip(target, source, strict=True):
             yield from pieces(t, s)
 
 
-def _near(source: Tensor) -> bool:
-    rows = rows_of(source)
-    return rows is not None and (rows[0] == 1 or rows[2] * source.element_size() <= FARTHEST)
+def _width(tensor: Tensor) -> int:
+    """Elements of each row of a tensor that is rows at one distance, not too far apart; of no other: 0."""
+    rows = rows_of(tensor)
+    return rows[1] if rows and (rows[0] == 1 or rows[2] * tensor.element_size() <= FARTHEST) else 0
 
 
 def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
