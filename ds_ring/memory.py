@@ -13,10 +13,10 @@ share. Rotary tables take 2 T head_dim throughout. A fused layer (``hf/fused/``)
   blocks the layer's result is written over its input. Slots of peer memory stay.
 
 In one block there is the embedding as well, T d, which transformers' decoders hold to the end; in several, layers
-write over it. Queries then stay in the projection they were made in, of which K and V may be parts: T kv more while it
-attends. Alone and in one block, a module runs as it is, and all of its projections live as long as its attention, with
-copies of queries and keys where those do not turn in place. Ulysses holds what is sent and what is received,
-2 T (q + kv), in place of queries, K and V.
+write over it. A ring's queries, K and V are then parts of a projection that lies where peers read it, T (q + kv) in
+each of the slots that take turns; a model with three projections holds less. Alone and in one block, a module runs as
+it is, and all of its projections live as long as its attention, with copies of queries and keys where those do not turn
+in place. Ulysses holds what is sent and what is received, 2 T (q + kv), in place of queries, K and V.
 
 One sequence of 1,000,000 tokens of the paper's model on a ring of two: T = 500,000, q = d = 8192, kv = 16,384,
 m = 32,768; T d in fp16 is 8.2 GB. In that unit, beside 0.1 for rotary tables:
@@ -46,15 +46,16 @@ def peak_bytes(config: RunConfig, shape: ModelShape, linear_parameters: int, mic
     rows, d = micro * layout.local_length, shape.hidden_size
     block = min(rows, config.workload.block_rows or rows)
     q, kv = (n * shape.head_dim / t.tp for n in (shape.num_heads, 2 * shape.num_kv_heads))
-    slots = 0.0
+    slots, projected = 0.0, t.ring > 1 and t.ulysses == 1 and block == rows
     if t.ring > 1:
-        slots = rows * kv * (1 if rows * kv * itemsize >= LARGE else MIN_SLOTS)
+        shared = rows * (q + kv if projected else kv)
+        slots = shared * (1 if shared * itemsize >= LARGE else MIN_SLOTS)
     foreign, running = _arriving(config, shape, rows * kv, rows * q, itemsize)
     own, held = slots or rows * kv, rows * (2 * d + 2 * shape.head_dim)
     if block == rows:
         held += rows * d
-    projecting = held + rows * q + own + (foreign if block == rows else 0) + block * (q + kv)
-    attending = held + rows * (2 * q + (kv if block == rows else 0)) + own + foreign + running
+    projecting = held + own + (foreign if block == rows else 0) + (0 if projected else rows * q + block * (q + kv))
+    attending = held + rows * (q if projected else 2 * q) + own + foreign + running
     if t.sp == 1 and block == rows:
         attending = held + rows * ((q + kv) + (q + kv / 2) + q)
     if t.ulysses > 1:
