@@ -14,7 +14,7 @@ import pytest
 import torch
 from mocked_world import relative_error, serve
 from peer_threads import LATE_S, AtOnce, Later, all_are_late, copy_engine_mesh
-from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, logits, phi3, tokens
+from tiny_models import ARCHITECTURES, build, gpt2, gpt_neox, llama_gqa, logits, phi3, tokens
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
@@ -52,7 +52,7 @@ def results(engine: Engine) -> tuple[Tensor, dict[str, int]]:
 
 @pytest.mark.parametrize("wire", ["threads", "copy_engine"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("config", [FUSED, APART, phi3], ids=["fused", "apart", "phi3"])
+@pytest.mark.parametrize("config", [FUSED, APART, phi3, gpt2], ids=["fused", "apart", "phi3", "gpt2"])
 def test_the_same_numbers_and_bytes_as_with_copies(config, layout, wire, monkeypatch):
     """Two micro-batches, in flight together where the copy engine serves."""
     model, options = build(config()), {"wire": wire, "micro_batch_size": 2, **layout}
@@ -134,8 +134,8 @@ def test_a_query_projection_of_its_own_runs_when_keys_are_under_way(seen):
         assert events == ["start", "q_proj"] * 3
 
 
-def test_heads_for_other_ranks_go_straight_into_the_send_buffer(seen):
-    """Each rank's share of k, v and q, for each of two ranks: no pass but those."""
+def test_heads_for_other_ranks_are_taken_out_of_the_projection(seen):
+    """One product and the rotation in place: no pass but those."""
 
     def work(engine: Engine) -> list[str]:
         engine(tokens(1, LENGTH))
@@ -143,7 +143,18 @@ def test_heads_for_other_ranks_go_straight_into_the_send_buffer(seen):
 
     for events in serve(build(FUSED()), work, ulysses_degree=2, wire="copy_engine"):
         # One buffer for q, k and v, one for the result. (Recognising the rotary function called ours.)
-        assert events[-16:] == ["send_buffer", *["turn"] * 2, *["copy"] * 2, *["turn"] * 2, "send_buffer"] * 2
+        assert events[-10:] == ["send_buffer", "project", *["turn in place"] * 2, "send_buffer"] * 2
+
+
+def test_heads_for_other_ranks_of_what_is_no_whole_projection_go_straight_into_the_send_buffer(seen):
+    """Each rank's share of k, v and q, for each of two ranks: no pass but those."""
+
+    def work(engine: Engine) -> list[str]:
+        engine(tokens(1, LENGTH))
+        return [event[0] for event in seen[threading.get_ident()]]
+
+    for events in serve(build(phi3()), work, ulysses_degree=2, wire="copy_engine"):
+        assert events[-8:] == ["send_buffer", *["turn"] * 2, *["copy"] * 2, *["turn"] * 2, "send_buffer"]
 
 
 @pytest.mark.parametrize("layout", [{"ring_degree": 3}, {"ring_degree": 2, "ulysses_degree": 2}], ids=str)

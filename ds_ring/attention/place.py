@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ds_ring.attention.lying import Lying
 from ds_ring.attention.ring import attend_round, ring_attention
 from ds_ring.attention.round import Round
 from ds_ring.attention.spec import AttentionSpec
-from ds_ring.attention.ulysses import HeadPart, Trade
+from ds_ring.attention.ulysses import HeadPart, ProjectionTrade, Trade, shares_of
 from ds_ring.config import RingVariant
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.base import Transport
-from ds_ring.transport.shared import Within
 
 ALL = slice(None)
 
@@ -31,7 +31,7 @@ class Place(ABC):
     kv_BlKD: tuple[Tensor, Tensor] | None = None
     """Keys and values whole, where they lie together."""
     memory: Tensor | None = None
-    """What ``k`` and ``v`` are a part of, where they were to lie within something larger."""
+    """What is to be written as a whole, where ``place`` was told how k and v lie in it."""
     takes_q = False
     """Whether queries may stay in the memory they were made in."""
 
@@ -101,6 +101,37 @@ class UlyssesPlace(Place):
         return self._trade.attend(partial(self._ring, spec=spec, sinks_H=own_sinks(sinks_H, self._ulysses)))
 
 
+class ProjectedUlyssesPlace(Place):
+    """The projection itself is what peers take their heads of."""
+
+    takes_q = True
+
+    def __init__(self, trade: ProjectionTrade, ulysses: Transport, ring: Callable[..., Tensor]) -> None:
+        self._trade, self._ulysses, self._ring = trade, ulysses, ring
+        self.memory, self.k, self.v = trade.memory, [], []
+
+    @property
+    def q(self) -> list[HeadPart]:
+        raise NotImplementedError
+
+    def take_q(self, q_BlHD: Tensor) -> None:
+        """It lies there."""
+
+    def start(self) -> None:
+        """Queries go the same way: nothing can leave before they are there."""
+
+    def attend(self, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+        self.memory = None
+        return self._trade.attend(partial(self._ring, spec=spec, sinks_H=own_sinks(sinks_H, self._ulysses)))
+
+
+def takes(lying: Lying, num_heads: int, num_kv_heads: int, ulysses: Transport) -> bool:
+    """Whether a place may have what lies so as its ``memory``. (Nobody else may read queries there then.)"""
+    if ulysses.size == 1:
+        return lying.keys_values is not None
+    return shares_of(lying, num_heads, num_kv_heads, ulysses) is not None
+
+
 @contextmanager
 def place(
     q_shape: Sequence[int],
@@ -112,10 +143,10 @@ def place(
     ulysses: Transport,
     variant: RingVariant = "auto",
     gather_limit_bytes: int = 2 << 30,
-    within: Within | None = None,
+    lying: Lying | None = None,
 ) -> Iterator[Place]:
     """The place of a layer whose queries on this rank are [B, l, H, D], tokens in the order of ``layout.positions``;
-    ``within``: where keys and values, [2, B, l, K, D], are to lie in its ``memory``, which no Ulysses place has.
+    ``lying``: how they will lie in its ``memory``, which it ``takes``.
 
     All ranks that share the sequence open it together. Behind the block the memory is somebody else's.
     """
@@ -125,9 +156,13 @@ def place(
         "layout": layout, "transport": ring, "variant": variant, "gather_limit_bytes": gather_limit_bytes,
     }  # fmt: skip
     if ulysses.size > 1:
-        assert within is None
-        yield UlyssesPlace(Trade(q_shape, num_kv_heads, like, ulysses), ulysses, partial(ring_attention, **along))
+        inner = partial(ring_attention, **along)
+        if lying is not None:
+            yield ProjectedUlyssesPlace(ProjectionTrade(lying, num_heads, num_kv_heads, like, ulysses), ulysses, inner)
+            return
+        yield UlyssesPlace(Trade(q_shape, num_kv_heads, like, ulysses), ulysses, inner)
         return
+    within = lying.keys_values if lying else None
     with Round((batch, local, num_kv_heads, head_dim), like, within=within, **along) as travelling:
         yield RingPlace(travelling, num_heads)
 

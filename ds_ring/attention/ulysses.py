@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from ds_ring.attention.lying import Lying, Share
 from ds_ring.transport.base import Transport
 
 Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,15 +60,48 @@ class Trade:
 
     def attend(self, inner: Inner) -> Tensor:
         """``inner`` on whole slices and a share of the heads; out [B, l, H, D] for this rank's tokens."""
-        transport, degree = self._transport, self._transport.size
+        transport = self._transport
         q, k, v = transport.all_to_all_side_by_side(self._send).split(self._sizes, dim=2)
         # Where it is not a transport's own, the send buffer's memory is free from here on.
         del self._send, self.q, self.k, self.v
-        out_BLhD = inner(q, k, v)
-        batch, length, share, head_dim = out_BLhD.shape
-        send = transport.send_buffer((degree, batch, length // degree, share, head_dim), out_BLhD)
-        send.copy_(out_BLhD.view(batch, degree, length // degree, share, head_dim).transpose(0, 1))
-        return transport.all_to_all_joined(send)
+        return give_back(inner(q, k, v), transport)
+
+
+class ProjectionTrade:
+    """The same of a projection as it lies: peers take the columns of their heads out of ``memory``, [B, l, W].
+
+    ``memory`` is to be written, and queries and keys turned in it, before ``attend``.
+    """
+
+    def __init__(self, lying: Lying, num_heads: int, num_kv_heads: int, like: Tensor, transport: Transport) -> None:
+        shares = shares_of(lying, num_heads, num_kv_heads, transport)
+        assert shares is not None
+        self._shares, self._transport = shares, transport
+        self.memory = transport.send_buffer(lying.shape, like)
+
+    def attend(self, inner: Inner) -> Tensor:
+        """As ``Trade.attend``."""
+        blocks = self._transport.all_to_all_columns(self.memory, [share.columns for share in self._shares])
+        del self.memory
+        q, k, v = self._shares[self._transport.rank].views(blocks)
+        return give_back(inner(q, k, v), self._transport)
+
+
+def shares_of(lying: Lying, num_heads: int, num_kv_heads: int, transport: Transport) -> list[Share] | None:
+    """Each rank's columns; None where it has to be ``Trade``."""
+    degree, share = transport.size, num_heads // transport.size
+    if not transport.trades_columns:
+        return None
+    q_heads = [range(u * share, (u + 1) * share) for u in range(degree)]
+    return lying.shares([(q, kv_heads_of(u, num_heads, num_kv_heads, degree)) for u, q in enumerate(q_heads)])
+
+
+def give_back(out_BLhD: Tensor, transport: Transport) -> Tensor:
+    """[B, l, H, D] of this rank's tokens, of all ranks' [B, L, h, D]."""
+    batch, length, share, head_dim = out_BLhD.shape
+    send = transport.send_buffer((transport.size, batch, length // transport.size, share, head_dim), out_BLhD)
+    send.copy_(out_BLhD.view(batch, transport.size, length // transport.size, share, head_dim).transpose(0, 1))
+    return transport.all_to_all_joined(send)
 
 
 def _neighbours(heads: Sequence[int]) -> Iterator[tuple[int, slice]]:

@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
-from ds_ring.attention.place import Place, place
+from ds_ring.attention.lying import Lying
+from ds_ring.attention.place import Place, place, takes
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.attention.step import Step
 from ds_ring.config import ParallelConfig
 from ds_ring.errors import DsRingError, UnsupportedModelError
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
-from ds_ring.transport.shared import Within
 
 ATTRIBUTE = "_ds_ring_context"
 BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
@@ -80,21 +80,24 @@ class AttentionContext:
         shared = self.mesh["ring"].size * self.mesh["ulysses"].size > 1
         return shared or 0 < self.block_rows < batch * length
 
+    def takes(self, lying: Lying) -> bool:
+        """Whether the place of this layer may be a projection as it lies."""
+        return takes(lying, self._own_heads, lying.k_BlKD.shape[2], self.mesh["ulysses"])
+
     @property
-    def places_within(self) -> bool:
-        """Whether a place's keys and values may lie within something larger."""
-        return self.mesh["ulysses"].size == 1
+    def _own_heads(self) -> int:
+        return self.num_heads // self.mesh.topology.tp
 
     @contextmanager
     def place(
-        self, batch: int, length: int, num_kv_heads: int, head_dim: int, like: Tensor, within: Within | None = None
+        self, batch: int, length: int, num_kv_heads: int, head_dim: int, like: Tensor, lying: Lying | None = None
     ) -> Iterator[Place]:
         """The place of the layer that is about to attend; only where there ``has_place``."""
         assert self.present.layout is not None
-        q_shape = batch, length, self.num_heads // self.mesh.topology.tp, head_dim
+        q_shape = batch, length, self._own_heads, head_dim
         with place(
             q_shape, num_kv_heads, like,
-            layout=self.present.layout, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], within=within,
+            layout=self.present.layout, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], lying=lying,
             **self._ring_options,
         ) as opened:  # fmt: skip
             yield opened

@@ -72,6 +72,8 @@ class Transport(ABC):
     name = "messages"
     overlaps = False
     """Whether transfers cost the kernels beside them (almost) nothing."""
+    trades_columns = False
+    """Whether ``all_to_all_columns`` is offered."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -137,6 +139,11 @@ class Transport(ABC):
         received = self.all_to_all(send)
         _, batch, rows, share, width = received.shape
         return received.permute(1, 2, 0, 3, 4).reshape(batch, rows, self.size * share, width)
+
+    def all_to_all_columns(self, memory_BlW: Tensor, columns: Sequence[Sequence[slice]]) -> list[Tensor]:
+        """Of a send buffer [B, l, W], the columns ``columns[i]`` go to rank i. For each of this rank's own, in order,
+        what all ranks have there: [B, size l, *], rank j's at row j l."""
+        raise NotImplementedError
 
     def _account_all_to_all(self, send: Tensor) -> None:
         assert send.shape[0] == self.size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.errors import TransportError
-from ds_ring.transport.base import Done, Message, T, Transport
+from ds_ring.transport.base import Done, Message, T, Transport, void
 from ds_ring.transport.peer_memory import Device
 from ds_ring.transport.shared import Part, Pending, Shared, Within
 from ds_ring.transport.slots import MIN_SLOTS, Slot, Slots, nbytes, pieces
@@ -24,13 +24,14 @@ class CopyEngineTransport(Transport):
     """Shared tensors and all-to-alls by copy engine; messages of other kinds, and agreement, by ``control``."""
 
     name = "copy engine"
-    overlaps = True
+    overlaps = trades_columns = True
 
     def __init__(self, control: Transport, device: Device) -> None:
         super().__init__(control.rank, control.size)
         self._control = control
         self.slots = Slots(device, self.rank, self.size)
         self._lent: dict[int, Slot] = {}
+        self._stand_in: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def shared_bytes(self) -> int:
@@ -96,7 +97,7 @@ class CopyEngineTransport(Transport):
         self._account_all_to_all(send)
         size, batch, rows, *rest = send.shape
         received = send.new_empty((batch, size, rows, *rest))
-        self._swap(send, received.unbind(1))
+        self._swap(send, self._for_us, [[part] for part in received.unbind(1)])
         return received.flatten(1, 2)
 
     def all_to_all_joined(self, send: Tensor) -> Tensor:
@@ -105,16 +106,52 @@ class CopyEngineTransport(Transport):
         self._account_all_to_all(send)
         size, batch, rows, *rest = send.shape
         received = send.new_empty((batch, rows, size, *rest))
-        self._swap(send, received.unbind(2))
+        self._swap(send, self._for_us, [[part] for part in received.unbind(2)])
         return received.flatten(2, 3)
+
+    def _for_us(self, send: Tensor) -> list[Tensor]:
+        return [send[self.rank]]
 
     def _all_to_all(self, send: Tensor) -> Tensor:
         received = torch.empty_like(send)
-        self._swap(send, received.unbind(0))
+        self._swap(send, self._for_us, [[part] for part in received.unbind(0)])
         return received
 
-    def _swap(self, send: Tensor, targets: Sequence[Tensor]) -> None:
-        """Rank j's part for us into ``targets[j]``. Where ``send`` is a send buffer it is not copied first."""
+    def all_to_all_columns(self, memory_BlW: Tensor, columns: Sequence[Sequence[slice]]) -> list[Tensor]:
+        shape, like = tuple(memory_BlW.shape), memory_BlW.new_empty(0)
+        own, widths = columns[self.rank], [sum(c.stop - c.start for c in those) for those in columns]
+        sent = memory_BlW[..., 0].nbytes * (sum(widths) - widths[self.rank])
+        self.traffic.add("all_to_all", sent, lambda: void(self._take_columns(self.send_buffer(shape, like), own)))
+        if self.muted:
+            return [self._without_peers(number, memory_BlW[..., those]) for number, those in enumerate(own)]
+        self._stand_in.clear()
+        return self._take_columns(memory_BlW, own)
+
+    def _without_peers(self, number: int, part_BlW: Tensor) -> Tensor:
+        """This rank's own part among numbers that stand for its peers', its own of an earlier call: copying them
+        would cost what is left out."""
+        batch, rows, width = part_BlW.shape
+        key = number, part_BlW.shape, part_BlW.dtype
+        if key not in self._stand_in:
+            self._stand_in[key] = part_BlW.unsqueeze(1).repeat(1, self.size, 1, 1)
+        self._stand_in[key][:, self.rank] = part_BlW
+        return self._stand_in[key].view(batch, self.size * rows, width)
+
+    def _take_columns(self, memory_BlW: Tensor, own: Sequence[slice]) -> list[Tensor]:
+        batch, rows, _ = memory_BlW.shape
+        received = [memory_BlW.new_empty((batch, self.size, rows, those.stop - those.start)) for those in own]
+        self._swap(
+            memory_BlW,
+            lambda memory: [memory[..., those] for those in own],
+            [[block[:, peer] for block in received] for peer in range(self.size)],
+        )
+        return [block.flatten(1, 2) for block in received]
+
+    def _swap(
+        self, send: Tensor, wanted: Callable[[Tensor], Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]
+    ) -> None:
+        """What is ``wanted`` of rank j's ``send`` into ``targets[j]``. Where ours is a send buffer it is not copied
+        first."""
         slot = self._lent.pop(send.data_ptr(), None)
         if slot is None:
             slot = self.slots.acquire(send.nbytes)
@@ -123,9 +160,11 @@ class CopyEngineTransport(Transport):
         self.slots.publish(slot, peers)
         pendings = []
         for peer in peers:
-            source = slot.view(peer, tuple(send.shape), send.dtype)[self.rank]
-            pendings.append(self.slots.pull(slot, peer, pieces(targets[peer], source)))
-        targets[self.rank].copy_(send[self.rank])
+            sources = wanted(slot.view(peer, tuple(send.shape), send.dtype))
+            pairs = chain.from_iterable(map(pieces, targets[peer], sources))
+            pendings.append(self.slots.pull(slot, peer, pairs))
+        for target, source in zip(targets[self.rank], wanted(send), strict=True):
+            target.copy_(source)
         self.turn()
         for pending in pendings:
             pending.wait()

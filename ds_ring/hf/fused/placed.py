@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_ring.attention.lying import Lying
 from ds_ring.attention.place import ALL, Place
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.attention.ulysses import HeadPart
@@ -26,12 +27,10 @@ from ds_ring.hf.attention import asked
 from ds_ring.hf.context import AttentionContext, context_of
 from ds_ring.hf.fused.product import Product
 from ds_ring.hf.fused.rows import WHOLE, At, blocks, cut, in_blocks
-from ds_ring.hf.fused.split import Split, split
+from ds_ring.hf.fused.split import Projection, Split, split
 from ds_ring.hf.fused.trace import Untraceable, is_constant
 from ds_ring.kernels import rowwise
 from ds_ring.kernels.rowwise import Turn
-from ds_ring.transport.peer_memory import rows_of
-from ds_ring.transport.shared import Within
 
 log = logging.getLogger("ds_ring")
 
@@ -135,20 +134,19 @@ class _Run:
         return True
 
     def _projected(self, opened: ExitStack) -> bool:
-        """All of them, and queries, by one product into memory that peers read, where keys turn; False, and nothing
-        done, where that cannot be."""
+        """Keys, values and what else the same product makes, into memory that peers read, where keys turn; False, and
+        nothing done, where that cannot be."""
         projection = self._parts.projection
-        if projection is None or not self._context.places_within:
+        if projection is None:
             return False
         x = projection.given(*self._inputs)
         shape = (*self._size, projection.product.weight_NW.shape[1])
-        k_BKlD, v_BKlD, *more = projection.parts(*self._inputs, x.new_empty(shape, device="meta"))
-        within, turn = _within(shape, k_BKlD, v_BKlD), _turn(more[:2]) if self._parts.k_turns else None
-        if within is None or (self._parts.k_turns and turn is None):
+        lying, turn = self._lying(projection, x.new_empty(shape, device="meta"))
+        if not self._context.takes(lying) or (self._parts.k_turns and turn is None):
             return False
-        _, kv_heads, _, head_dim = k_BKlD.shape
+        kv_heads, head_dim = lying.k_BlKD.shape[2:]
         like = x.new_empty(0)  # an open place holds on to it
-        self._place = opened.enter_context(self._context.place(*self._size, kv_heads, head_dim, like, within))
+        self._place = opened.enter_context(self._context.place(*self._size, kv_heads, head_dim, like, lying))
         assert self._place.memory is not None
         projection.product.into(x, self._place.memory)
         k_BKlD, _, *more = projection.parts(*self._inputs, self._place.memory)
@@ -156,6 +154,15 @@ class _Run:
             rowwise.turn_(k_BKlD, turn)
         self._waiting.append((WHOLE, more[2:] if turn is not None else more))
         return True
+
+    def _lying(self, projection: Projection, whole: Tensor) -> tuple[Lying, Turn | None]:
+        """How the parts of ``whole`` lie in it, by an operation on none of its numbers; how keys turn."""
+        parts = self._parts
+        k_BKlD, v_BKlD, *more = projection.parts(*self._inputs, whole)
+        turn, kept = (_turn(more[:2]), more[2:]) if parts.k_turns else (None, more)
+        q_BHlD = parts.queries(*self._given(WHOLE), *kept)[0] if projection.holds_q else None
+        views = (k_BKlD.transpose(1, 2), v_BKlD.transpose(1, 2), None if q_BHlD is None else q_BHlD.transpose(1, 2))
+        return Lying((whole.shape[0], whole.shape[1], whole.shape[2]), *views), turn
 
     def _queries(self) -> None:
         parts, (block, kept) = self._parts, self._waiting.popleft()
@@ -171,16 +178,6 @@ class _Run:
             self._place.take_q((q_BHlD if how is None else rowwise.turn_(q_BHlD, how)).transpose(1, 2))
         else:
             _write(q_BHlD, self._place.q, block, how)
-
-
-def _within(shape: tuple[int, ...], k_BKlD: Tensor, v_BKlD: Tensor) -> Within | None:
-    """Where keys and values, as one tensor [2, B, l, K, D], lie in a whole of ``shape``; None where they are not alike,
-    or not rows at one distance."""
-    k_BlKD, v_BlKD = k_BKlD.transpose(1, 2), v_BKlD.transpose(1, 2)
-    apart, alike = v_BlKD.storage_offset() - k_BlKD.storage_offset(), k_BlKD.shape == v_BlKD.shape
-    if not alike or k_BlKD.stride() != v_BlKD.stride() or apart <= 0 or rows_of(k_BlKD) is None:
-        return None
-    return Within(shape, (int(apart), *k_BlKD.stride()), int(k_BlKD.storage_offset()))
 
 
 def _write(x_BHlD: Tensor, parts: list[HeadPart], at: At, turn: Turn | None = None) -> None:

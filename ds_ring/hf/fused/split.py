@@ -34,11 +34,12 @@ INTERFACES = "ALL_ATTENTION_FUNCTIONS"
 @dataclass(frozen=True)
 class Projection:
     """A product in three steps. ``given``: (*inputs) -> what is multiplied. ``parts``: (*inputs, the product) -> as
-    ``Split.keys_values``, without an operation on k and v."""
+    ``Split.keys_values``, without an operation on k and v; ``holds_q``: nor is there one on q, a part of it as well."""
 
     product: Product
     given: nn.Module
     parts: nn.Module
+    holds_q: bool
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _cut(
         fused=any(node.target != "size" for node in kept),
         token_wise=all(keeps_tokens_apart(n, modules, [rowwise.rotated]) for n in before | both | behind),
         value_product=value_product if product is not None else None,
-        projection=_projection(recorded.graph, inputs, [*first, *kept], modules),
+        projection=_projection(recorded.graph, inputs, [*first, *kept], q, modules),
         options=options,
         given_options=given,
     )
@@ -203,7 +204,7 @@ def _before_turning(node: fx.Node) -> list[fx.Node]:
 
 
 def _projection(
-    graph: fx.Graph, inputs: list[fx.Node], gives: list[fx.Node], modules: dict[str, nn.Module]
+    graph: fx.Graph, inputs: list[fx.Node], gives: list[fx.Node], q: fx.Node, modules: dict[str, nn.Module]
 ) -> Projection | None:
     """``gives``: k, v and what goes with them."""
     makers = [_maker(node, modules) for node in gives[:2]]
@@ -214,7 +215,7 @@ def _projection(
     if product is None or product.split == "in" or not isinstance(x, fx.Node):
         return None
     given = subgraph(graph, inputs, [x], modules, single=True)
-    return Projection(product, given, subgraph(graph, [*inputs, made], gives, modules))
+    return Projection(product, given, subgraph(graph, [*inputs, made], gives, modules), _maker(q, modules) is made)
 
 
 def _maker(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
