@@ -83,50 +83,32 @@ class RingPlace(Place):
 
 
 class UlyssesPlace(Place):
-    """All three in the all-to-all's send buffer. With a ring behind it, K and V are copied once more on arrival."""
+    """All three where the all-to-all sends them from: heads for each rank apart, or the projection as it is. With a ring
+    behind it, K and V are copied once more on arrival."""
 
-    def __init__(self, trade: Trade, ulysses: Transport, ring: Callable[..., Tensor]) -> None:
+    def __init__(self, trade: Trade | ProjectionTrade, ulysses: Transport, ring: Callable[..., Tensor]) -> None:
         self._trade, self._ulysses, self._ring = trade, ulysses, ring
-        self.k, self.v = trade.k, trade.v
+        self.k, self.v, self.memory = trade.k, trade.v, trade.memory
+        self.takes_q = trade.memory is not None
 
     @property
     def q(self) -> list[HeadPart]:
         return self._trade.q
 
-    def start(self) -> None:
-        """Queries go the same way: nothing can leave before they are there."""
-
-    def attend(self, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
-        del self.k, self.v
-        return self._trade.attend(partial(self._ring, spec=spec, sinks_H=own_sinks(sinks_H, self._ulysses)))
-
-
-class ProjectedUlyssesPlace(Place):
-    """The projection itself is what peers take their heads of."""
-
-    takes_q = True
-
-    def __init__(self, trade: ProjectionTrade, ulysses: Transport, ring: Callable[..., Tensor]) -> None:
-        self._trade, self._ulysses, self._ring = trade, ulysses, ring
-        self.memory, self.k, self.v = trade.memory, [], []
-
-    @property
-    def q(self) -> list[HeadPart]:
-        raise NotImplementedError
-
     def take_q(self, q_BlHD: Tensor) -> None:
         """It lies there."""
+        assert self.takes_q
 
     def start(self) -> None:
         """Queries go the same way: nothing can leave before they are there."""
 
     def attend(self, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
-        self.memory = None
+        del self.k, self.v, self.memory
         return self._trade.attend(partial(self._ring, spec=spec, sinks_H=own_sinks(sinks_H, self._ulysses)))
 
 
 def takes(lying: Lying, num_heads: int, num_kv_heads: int, ulysses: Transport) -> bool:
-    """Whether a place may have what lies so as its ``memory``. (Nobody else may read queries there then.)"""
+    """Whether a place may have what lies so as its ``memory``."""
     if ulysses.size == 1:
         return lying.keys_values is not None
     return shares_of(lying, num_heads, num_kv_heads, ulysses) is not None
@@ -156,11 +138,12 @@ def place(
         "layout": layout, "transport": ring, "variant": variant, "gather_limit_bytes": gather_limit_bytes,
     }  # fmt: skip
     if ulysses.size > 1:
-        inner = partial(ring_attention, **along)
-        if lying is not None:
-            yield ProjectedUlyssesPlace(ProjectionTrade(lying, num_heads, num_kv_heads, like, ulysses), ulysses, inner)
-            return
-        yield UlyssesPlace(Trade(q_shape, num_kv_heads, like, ulysses), ulysses, inner)
+        trade: Trade | ProjectionTrade = (
+            Trade(q_shape, num_kv_heads, like, ulysses)
+            if lying is None
+            else ProjectionTrade(lying, num_heads, num_kv_heads, like, ulysses)
+        )
+        yield UlyssesPlace(trade, ulysses, partial(ring_attention, **along))
         return
     within = lying.keys_values if lying else None
     with Round((batch, local, num_kv_heads, head_dim), like, within=within, **along) as travelling:

@@ -42,6 +42,8 @@ class Trade:
         q, k, v: which heads are to be written where, before ``attend``. A head may be wanted in several places.
     """
 
+    memory: Tensor | None = None
+
     def __init__(self, q_shape: Sequence[int], num_kv_heads: int, like: Tensor, transport: Transport) -> None:
         batch, local, heads, head_dim = q_shape
         degree = transport.size
@@ -77,12 +79,16 @@ class ProjectionTrade:
         shares = shares_of(lying, num_heads, num_kv_heads, transport)
         assert shares is not None
         self._shares, self._transport = shares, transport
-        self.memory = transport.send_buffer(lying.shape, like)
+        self.memory: Tensor | None = transport.send_buffer(lying.shape, like)
+        self.q: list[HeadPart] = []
+        self.k: list[HeadPart] = []
+        self.v: list[HeadPart] = []
 
     def attend(self, inner: Inner) -> Tensor:
         """As ``Trade.attend``."""
+        assert self.memory is not None
         blocks = self._transport.all_to_all_columns(self.memory, [share.columns for share in self._shares])
-        del self.memory
+        self.memory = None
         q, k, v = self._shares[self._transport.rank].views(blocks)
         return give_back(inner(q, k, v), self._transport)
 
