@@ -159,7 +159,7 @@ def _check_peer(config: RunConfig, shape: ModelShape) -> None:
     variants = {"auto", "pass_kv"} if whose == "yunchang" else {"auto", "gather_kv", "pass_kv"}
     settings = {
         "workload.mode": (config.workload.mode, {"full"}),
-        "parallel.decode": (p.decode, {"whole"}),
+        "parallel.decode": (p.decode, {"auto", "whole"}),
         "parallel.ring_variant": (p.ring_variant, variants),
         "transport": (config.ring.transport, {"auto", "process_group"}),
         "interleave": (config.ring.interleave, {"auto", "off"}),

@@ -69,10 +69,11 @@ class ParallelConfig(_Section):
         description="K/V block by block, or all visible K/V first, or those behind the own block; pass_q: queries "
         "travel to cached K/V",
     )
-    decode: Literal["whole", "sliced"] = Field(
-        "whole",
+    decode: Literal["auto", "whole", "sliced"] = Field(
+        "auto",
         description="whole: ranks that share a sequence all compute each new token; sliced: each reads its share of "
-        "the layers' weights, as tensor parallel",
+        "the layers' weights, as tensor parallel; auto: sliced where the model allows it and that saves more than its "
+        "collectives cost",
     )
     gather_limit_mib: int = Field(
         2048, ge=0, description="auto takes gather_kv while the gathered K/V of one layer stay below this"

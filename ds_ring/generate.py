@@ -124,6 +124,7 @@ def run(
     decode_s = (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None
     return {
         "layout": topology.label(),
+        "decode": "sliced" if engine.decodes_sliced else "whole",
         "gpus": topology.world_size,
         "device": device_name(engine.device),
         "dtype": engine.config.dtype,

@@ -54,7 +54,7 @@ class TestLoading:
                 "parallel": {
                     "auto": False, "dp_size": 1, "pp_size": 1, "ring_degree": 1, "ulysses_degree": 1,
                     "implementation": "ds_ring", "ring_impl": "zigzag", "ring_variant": "auto",
-                    "decode": "whole", "gather_limit_mib": 2048,
+                    "decode": "auto", "gather_limit_mib": 2048,
                 },
                 "workload": {
                     "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1,

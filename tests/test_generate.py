@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ from generated import (
 from mocked_world import serve
 from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, mistral
 
+from ds_ring.engines import decode_slices
 from ds_ring.errors import DsRingError
+from ds_ring.hardware import CARDS
 
 
 def layout_of(name: str) -> dict[str, int]:
@@ -66,6 +69,28 @@ def test_decoding_with_slices_of_the_weights(name, layout):
         return engine.generate(ids, **options, **GREEDY)
 
     assert_same(on_all_ranks_alike(serve(model, work, decode="sliced", batch_size=2, **layout)), want)
+
+
+def test_auto_slices_where_that_pays_and_can_be(monkeypatch, caplog):
+    """By what a card reads and a collective takes; on CPUs a tiny model is not worth it."""
+
+    def sliced(name: str, **options: Any) -> list[bool]:
+        return serve(build(ARCHITECTURES[name]()), lambda engine: engine.decodes_sliced, ring_degree=2, **options)
+
+    assert sliced("llama_gqa") == [False, False]
+    monkeypatch.setattr(decode_slices, "card_of", lambda device: replace(CARDS["H100"], collective_s=0.0))
+    assert sliced("pythia") == [True, True]
+    assert sliced("pythia", decode="whole") == [False, False]
+    with caplog.at_level("INFO", "ds_ring"):
+        assert sliced("gpt2") == [False, False]
+    assert "every rank decodes with whole weights: GPT2LMHeadModel" in caplog.text
+
+
+def test_slices_pay_where_the_bytes_saved_outweigh_the_collectives():
+    card = replace(CARDS["H100"], memory_bytes=1e12, collective_s=1e-5)
+    assert decode_slices.pays(4_000_000_000, 32, 2, card)  # 2 ms against 0.96
+    assert not decode_slices.pays(1_000_000_000, 32, 2, card)  # 0.5
+    assert decode_slices.pays(1_400_000_000, 32, 4, card)  # 1.05
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_what_they_can_do_passes(options):
         (RING | {"ring_variant": "pass_q"}, "has no parallel.ring_variant=pass_q; try auto, gather_kv or pass_kv"),
         (RING | {"interleave": "on"}, "has no interleave=on; try auto or off"),
         (RING | {"decode_graph": "on"}, "has no decode_graph=on; try auto or off"),
-        (ULYSSES | {"decode": "sliced"}, "has no parallel.decode=sliced; try whole"),
+        (ULYSSES | {"decode": "sliced"}, "has no parallel.decode=sliced; try auto or whole"),
         (ULYSSES | {"ulysses_degree": 7}, "num_kv_heads=4 and ulysses_degree=7 must divide one another"),
         (
             {"implementation": "yunchang"},

@@ -142,7 +142,7 @@ def test_generation(root):
     record = {
         "layout": "ring2", "gpus": 2, "device": "a GPU", "ttft_ms": 1234.5, "prefill_tokens_per_second": 81004.0,
         "decode_tpot_ms": 9.876, "decode_over_floor": 1.234, "cache_gib_per_rank": 6.1,
-        "config": {"ds_ring": {"parallel": {"decode": "sliced"}}},
+        "decode": "sliced", "config": {"ds_ring": {"parallel": {"decode": "auto"}}},
         "completions": [{"prompt_tokens": 100000, "token_ids": [1, 2, 3], "text": ""}],
     }  # fmt: skip
     text, _ = root([section("generation", "said")], said=record)

@@ -83,7 +83,7 @@ class RingPlace(Place):
 
 
 class UlyssesPlace(Place):
-    """All three where the all-to-all sends them from: heads for each rank apart, or the projection as it is. With a ring
+    """All three where the all-to-all sends them from: heads for each rank apart, or a projection as it is. With a ring
     behind it, K and V are copied once more on arrival."""
 
     def __init__(self, trade: Trade | ProjectionTrade, ulysses: Transport, ring: Callable[..., Tensor]) -> None:

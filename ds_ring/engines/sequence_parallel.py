@@ -19,11 +19,12 @@ from ds_ring.checks import ModelShape
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import ONE_TOKEN, Engine, Shard
 from ds_ring.engines.batch import Batch
+from ds_ring.engines.decode_slices import decode_slices
 from ds_ring.engines.deepspeed import serve
 from ds_ring.engines.interleave import run_interleaved
 from ds_ring.engines.transfer import to_device
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
-from ds_ring.hf.sliced import Slice, in_slices, slices_of
+from ds_ring.hf.sliced import in_slices
 from ds_ring.layout import SequenceLayout
 from ds_ring.topology import Axis
 from ds_ring.transport.mesh import Mesh
@@ -41,10 +42,7 @@ class SequenceParallelEngine(Engine):
     ) -> None:
         super().__init__(model, config, mesh, shape, device)
         self._deepspeed = serve(model, config)
-        sp = mesh["sp"]
-        self._slices: dict[str, Slice] | None = None
-        if config.parallel.decode == "sliced" and sp.size > 1:
-            self._slices = slices_of(self.model, sp.rank, sp.size, sp)
+        self._slices = decode_slices(self.model, config, shape, mesh["sp"], device)
         self._fuse(in_place=True)
 
     def layout(self, length: int) -> SequenceLayout:

@@ -109,7 +109,8 @@ def generation(documents: Sequence[Document], rows: Rows) -> list[str]:
     ]  # fmt: skip
     cells = [
         [
-            r["layout"], r["config"]["ds_ring"]["parallel"]["decode"], str(r["gpus"]), str(r["batch"]),
+            r["layout"], r.get("decode") or r["config"]["ds_ring"]["parallel"]["decode"], str(r["gpus"]),
+            str(r["batch"]),
             f"{r['prompt_tokens']:,}", f"{r['ttft_ms']:,.0f}", f"{r['prefill_tokens_per_second']:,.0f}",
             f"{r['new_tokens']:,}", given(r, "decode_tpot_ms", ".2f"), given(r, "decode_over_floor", ".2f"),
             f"{r['cache_gib_per_rank']:.1f}",
