@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
+from ds_ring.attention import ring
 from ds_ring.attention.round import Round
 from ds_ring.engines.base import Engine
 from ds_ring.errors import NumericsError
@@ -61,6 +62,36 @@ def test_the_same_numbers_and_bytes_as_with_copies(config, layout, wire, monkeyp
     for (got, sent), (want, want_sent) in zip(in_place, serve(model, results, **options), strict=True):
         assert torch.equal(got, want)
         assert sent == want_sent
+
+
+@pytest.mark.parametrize("muted", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_segments_apart_hold_what_one_segment_holds(ranks, muted, monkeypatch):
+    """For kernels that take several, own keys stay where they were made; for others they are copied among the rest."""
+
+    def work(engine: Engine) -> tuple[Tensor, dict[str, int], set[int]]:
+        engine.mute(muted)
+        engine.mesh.traffic.bytes_by_op.clear()
+        shards = engine.prefill(engine.prepare(tokens(3, LENGTH), None, None)[0], "all")
+        found = torch.cat([shard.logits_BkV for shard in shards])
+        return found, dict(engine.mesh.traffic.bytes_by_op), {len(segments) for segments in attended}
+
+    attended: list[Any] = []
+    attend = ring.attend_runs
+    monkeypatch.setattr(
+        ring, "attend_runs", lambda q, runs, keys, *rest: attended.append(keys) or attend(q, runs, keys, *rest)
+    )
+    options = {"wire": "copy_engine", "ring_degree": ranks, "ring_variant": "gather_kv"}
+    joined = serve(build(FUSED()), work, **options)
+    assert all(counts == {1} for *_, counts in joined)
+    attended.clear()
+    monkeypatch.setattr(ring, "takes_segments", lambda *_: True)
+    for (got, sent, counts), (want, want_sent, _) in zip(serve(build(FUSED()), work, **options), joined, strict=True):
+        assert sent == want_sent
+        assert min(counts) > 1
+        assert got.isfinite().all()
+        if not muted:  # other numbers stand for the peers' in every layer
+            assert torch.equal(got, want)
 
 
 @pytest.fixture

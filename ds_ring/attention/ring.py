@@ -87,7 +87,8 @@ def pass_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Ten
 def gather_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
     """All visible K/V first, then one call for all runs of queries: no merge."""
     runs = travelling.layout.slice_runs(travelling.transport.rank)
-    return attend_runs(q_BLHD, runs, travelling.all_segments(), spec, sinks_H)
+    joined = not takes_segments(q_BLHD, runs[-1].stop, spec)
+    return attend_runs(q_BLHD, runs, travelling.all_segments(joined), spec, sinks_H)
 
 
 def local_first(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:

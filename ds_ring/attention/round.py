@@ -36,7 +36,8 @@ class Round:
 
     Where the transport can put parts where they are wanted, what is gathered lies in the sequence's order, with room
     for this rank's own: few segments, whatever the number of ranks. A kernel works in blocks of keys, and every segment
-    ends in a part of one. The own stay where they were made: copies within a GPU are kernels, which cost more.
+    ends in a part of one. The own stay where they were made unless a kernel takes one segment only: copies within a GPU
+    are kernels, and cost more than a part of a block.
 
     Ranks of a ring hold rounds of equal shapes in the same order.
 
@@ -110,9 +111,15 @@ class Round:
         between = [(start, stop) for start, stop in zip(edges[0::2], edges[1::2], strict=False) if start < stop]
         return [Segment(start, *self._whole_2BSKD[:, :, start:stop]) for start, stop in between]
 
-    def all_segments(self) -> list[Segment]:
-        """And its own."""
-        return self._segments(self.transport.rank, *self.own_2BLKD) + self.foreign_segments()
+    def all_segments(self, joined: bool = False) -> list[Segment]:
+        """And its own; ``joined``: in one where the transport puts parts in order, its own copied among them."""
+        own, foreign = self._segments(self.transport.rank, *self.own_2BLKD), self.foreign_segments()
+        if not joined or self._whole_2BSKD is None:
+            return own + foreign
+        for segment in own:
+            for whole_BSKD, part_BSKD in zip(self._whole_2BSKD, (segment.k_BSKD, segment.v_BSKD), strict=True):
+                whole_BSKD[:, segment.start : segment.stop] = part_BSKD
+        return [Segment(0, *self._whole_2BSKD)]
 
     @property
     def _own_runs(self) -> tuple[Run, ...]:
@@ -134,7 +141,7 @@ class Round:
         """[2, B, S, K, D] of all positions that this rank sees; its own are left blank."""
         rank, size, end = self.transport.rank, self.transport.size, self._own_runs[-1].stop
         _, batch, _, *rest = self.own_2BLKD.shape
-        whole_2BSKD = self.own_2BLKD.new_empty((2, batch, end, *rest))
+        whole_2BSKD = self._shared.room((2, batch, end, *rest))
         for hop in range(1, size):
             source = (rank - hop) % size
             incoming = self._visible(rank, source, source)

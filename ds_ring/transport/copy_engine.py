@@ -31,7 +31,7 @@ class CopyEngineTransport(Transport):
         self._control = control
         self.slots = Slots(device, self.rank, self.size)
         self._lent: dict[int, Slot] = {}
-        self._stand_in: dict[tuple[object, ...], Tensor] = {}
+        self._stand_ins: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def shared_bytes(self) -> int:
@@ -62,6 +62,8 @@ class CopyEngineTransport(Transport):
 
     def share(self, shape: Sequence[int], like: Tensor, within: Within | None = None) -> Shared:
         shared = PulledShared(self, tuple(shape), like.dtype, like.device, within)
+        if not self.muted:
+            self._stand_ins.clear()
         self.traffic.add("exchange", 0, shared.again())
         return shared
 
@@ -122,20 +124,17 @@ class CopyEngineTransport(Transport):
         own, widths = columns[self.rank], [sum(c.stop - c.start for c in those) for those in columns]
         sent = memory_BlW[..., 0].nbytes * (sum(widths) - widths[self.rank])
         self.traffic.add("all_to_all", sent, lambda: void(self._take_columns(self.send_buffer(shape, like), own)))
-        if self.muted:
-            return [self._without_peers(number, memory_BlW[..., those]) for number, those in enumerate(own)]
-        self._stand_in.clear()
-        return self._take_columns(memory_BlW, own)
-
-    def _without_peers(self, number: int, part_BlW: Tensor) -> Tensor:
-        """This rank's own part among numbers that stand for its peers', its own of an earlier call: copying them
-        would cost what is left out."""
-        batch, rows, width = part_BlW.shape
-        key = number, part_BlW.shape, part_BlW.dtype
-        if key not in self._stand_in:
-            self._stand_in[key] = part_BlW.unsqueeze(1).repeat(1, self.size, 1, 1)
-        self._stand_in[key][:, self.rank] = part_BlW
-        return self._stand_in[key].view(batch, self.size * rows, width)
+        if not self.muted:
+            self._stand_ins.clear()
+            return self._take_columns(memory_BlW, own)
+        batch, rows, _ = memory_BlW.shape
+        blocks = []
+        for number, those in enumerate(own):
+            part = memory_BlW[..., those]
+            block = self.stand_in((batch, self.size, rows, part.shape[2]), part, number)
+            block[:, self.rank] = part
+            blocks.append(block.flatten(1, 2))
+        return blocks
 
     def _take_columns(self, memory_BlW: Tensor, own: Sequence[slice]) -> list[Tensor]:
         batch, rows, _ = memory_BlW.shape
@@ -146,6 +145,16 @@ class CopyEngineTransport(Transport):
             [[block[:, peer] for block in received] for peer in range(self.size)],
         )
         return [block.flatten(1, 2) for block in received]
+
+    def stand_in(self, shape: Sequence[int], own: Tensor, number: int = 0) -> Tensor:
+        """While muted, for what peers would bring: numbers of this rank's ``own``, of an earlier call. On garbage or
+        zeros arithmetic takes another time, and a copy would take its own."""
+        key = number, tuple(shape), own.dtype
+        if key not in self._stand_ins:
+            size = torch.Size(shape).numel()
+            times = -(-size // own.numel())
+            self._stand_ins[key] = own.reshape(-1).repeat(times)[:size].view(tuple(shape))
+        return self._stand_ins[key]
 
     def _swap(
         self, send: Tensor, wanted: Callable[[Tensor], Sequence[Tensor]], targets: Sequence[Sequence[Tensor]]
@@ -175,6 +184,8 @@ class PulledShared(Shared):
     """A shared tensor in a slot; while its transport is muted, ordinary memory, and this rank's own parts stand for its
     peers'."""
 
+    puts = True
+
     def __init__(
         self,
         transport: CopyEngineTransport,
@@ -192,7 +203,6 @@ class PulledShared(Shared):
             self._slot = transport.slots.acquire(nbytes(whole, dtype))
             self.memory = self._slot.view(transport.rank, whole, dtype)
         self.own = self._part(self.memory)
-        self.puts = self._slot is not None
         self._outgoing: list[Part | None] = []
         self._incoming: list[Part | None] = []
 
@@ -219,6 +229,11 @@ class PulledShared(Shared):
         self._incoming.append(incoming)
         return self.take(incoming)
 
+    def room(self, shape: Sequence[int]) -> Tensor:
+        if self._slot is None:
+            return self._transport.stand_in(shape, self.own)
+        return self.own.new_empty(tuple(shape))
+
     def pull_into(self, incoming: Part, targets: Sequence[Tensor], dim: int) -> Pending:
         self._incoming.append(incoming)
         return self._take_into(incoming, targets, dim)
@@ -229,13 +244,13 @@ class PulledShared(Shared):
 
     def take(self, incoming: Part | None) -> tuple[Pending, Tensor]:
         if incoming is not None and self._slot is None:
-            # Numbers of its own: on garbage or zeros arithmetic takes another time, and a copy would take its own.
             return Done(), self.own[incoming[1]]
         part = self.blank_part(incoming)
         return (Done() if incoming is None else self._take_into(incoming, [part], 0)), part
 
     def _take_into(self, incoming: Part, targets: Sequence[Tensor], dim: int) -> Pending:
-        assert self._slot is not None
+        if self._slot is None:
+            return Done()
         (peer, index), (shape, dtype, _, within) = incoming, self._like
         source = self._part(self._slot.view(peer, within.shape if within else shape, dtype))[index]
         parts = source.split([target.shape[dim] for target in targets], dim)

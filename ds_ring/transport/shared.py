@@ -53,7 +53,7 @@ class Shared(ABC):
     memory: Tensor
     """Contiguous."""
     puts = False
-    """Whether ``pull_into`` is offered."""
+    """Whether ``room`` and ``pull_into`` are offered."""
 
     @abstractmethod
     def publish(self, outgoing: Sequence[Part | None]) -> None:
@@ -67,8 +67,12 @@ class Shared(ABC):
         an order that entries meet.
         """
 
+    def room(self, shape: Sequence[int]) -> Tensor:
+        """Memory for what ``pull_into`` is to take."""
+        raise NotImplementedError
+
     def pull_into(self, incoming: Part, targets: Sequence[Tensor], dim: int) -> Pending:
-        """As ``pull``, but into ``targets``, which are the part's pieces along ``dim``, first to last."""
+        """As ``pull``, but into ``targets``: parts of a ``room``, pieces of what comes along ``dim``, first to last."""
         raise NotImplementedError
 
     @abstractmethod
