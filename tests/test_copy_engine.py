@@ -34,29 +34,21 @@ class TestTransport:
             assert sent == 5 * (size - 1) * 2 * 4
 
     @pytest.mark.parametrize("muted", [False, True])
-    @pytest.mark.parametrize("shape", [(3, 2, 5, 4), (3, 1, 5, 4), (3, 2, 1)])
-    def test_parts_of_an_all_to_all_side_by_side_are_those_one_above_the_other(self, shape, muted):
+    @pytest.mark.parametrize(
+        ("shape", "along"), [((3, 2, 5, 4), 1), ((3, 1, 5, 4), 1), ((3, 2, 1), 1), ((3, 2, 5, 2, 4), 2)]
+    )
+    def test_parts_of_an_all_to_all_are_joined_in_the_order_of_ranks(self, shape, along, muted):
+        """Tokens side by side, or heads."""
+
         def work(transport):
             transport.muted = muted
-            send = torch.randn(shape, generator=torch.Generator().manual_seed(transport.rank))
-            above = transport.all_to_all(send)
-            sent = transport.traffic.bytes_sent
-            beside = transport.all_to_all_side_by_side(transport.send_buffer(shape, send).copy_(send))
-            assert transport.traffic.bytes_sent == 2 * sent > 0
-            assert torch.equal(beside, torch.cat(list(above), 1))
-
-        pulling(3, work, random_delay(5))
-
-    @pytest.mark.parametrize("muted", [False, True])
-    def test_heads_of_an_all_to_all_are_joined_in_the_order_of_ranks(self, muted):
-        def work(transport):
-            transport.muted, shape = muted, (3, 2, 5, 2, 4)
+            joins = {1: transport.all_to_all_side_by_side, 2: transport.all_to_all_joined}
             send = torch.randn(shape, generator=torch.Generator().manual_seed(transport.rank))
             parts = transport.all_to_all(send)
             sent = transport.traffic.bytes_sent
-            joined = transport.all_to_all_joined(transport.send_buffer(shape, send).copy_(send))
+            joined = joins[along](transport.send_buffer(shape, send).copy_(send))
             assert transport.traffic.bytes_sent == 2 * sent > 0
-            assert torch.equal(joined, torch.cat(list(parts), 2))
+            assert torch.equal(joined, torch.cat(list(parts), along))
 
         pulling(3, work, random_delay(5))
 

@@ -94,22 +94,18 @@ class CopyEngineTransport(Transport):
         return self._control._broadcast(tensor, source)
 
     def all_to_all_side_by_side(self, send: Tensor) -> Tensor:
-        if self.muted:
-            return super().all_to_all_side_by_side(send)
-        self._account_all_to_all(send)
-        size, batch, rows, *rest = send.shape
-        received = send.new_empty((batch, size, rows, *rest))
-        self._swap(send, self._for_us, [[part] for part in received.unbind(1)])
-        return received.flatten(1, 2)
+        return super().all_to_all_side_by_side(send) if self.muted else self._all_to_all_along(1, send)
 
     def all_to_all_joined(self, send: Tensor) -> Tensor:
-        if self.muted:
-            return super().all_to_all_joined(send)
+        return super().all_to_all_joined(send) if self.muted else self._all_to_all_along(2, send)
+
+    def _all_to_all_along(self, dim: int, send: Tensor) -> Tensor:
+        """Ranks' parts one behind the other along a dimension of theirs."""
         self._account_all_to_all(send)
-        size, batch, rows, *rest = send.shape
-        received = send.new_empty((batch, rows, size, *rest))
-        self._swap(send, self._for_us, [[part] for part in received.unbind(2)])
-        return received.flatten(2, 3)
+        size, *shape = send.shape
+        received = send.new_empty((*shape[:dim], size, *shape[dim:]))
+        self._swap(send, self._for_us, [[part] for part in received.unbind(dim)])
+        return received.flatten(dim, dim + 1)
 
     def _for_us(self, send: Tensor) -> list[Tensor]:
         return [send[self.rank]]
