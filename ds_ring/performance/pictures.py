@@ -49,12 +49,15 @@ def draw(section: Section, documents: dict[str, Document], rows: Rows, folder: P
 
 def _forward(axis: Axes, section: Section, rows: Rows) -> Inches:
     traced = [r for r in rows if r.get("trace_window_ms")]
+    names = [forward_name(r).split(", ") for r in traced]
+    shared = set(names[0]).intersection(*names) if len(names) > 1 else set()
+    labels = [", ".join(part for part in name if part not in shared) for name in names]
     left = [0.0] * len(traced)
     for part, label in TRACE_PARTS.items():
         widths = [r.get(f"trace_{part}_ms", 0.0) for r in traced]
-        axis.barh([forward_name(r) for r in traced], widths, left=left, label=label)
+        axis.barh(labels, widths, left=left, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axis.set_xlabel("ms of a pass")
+    axis.set_xlabel(", ".join(["ms of a pass", *(part for part in names[0] if part in shared)]))
     axis.set_ylim(-0.6, len(traced) - 0.4)
     axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=7, frameon=False)
     return 9, 1.7 + 0.5 * len(traced)
