@@ -62,21 +62,22 @@ class ThreadedWorld:
 
     def run(self, work: Callable[[int], T]) -> list[T]:
         """``work(rank)`` on every rank at once; results in rank order, or the first error of any rank."""
+        errors: list[BaseException] = []
 
         def one(rank: int) -> T:
             try:
                 with torch.inference_mode():
                     return work(rank)
-            except BaseException:
+            except BaseException as error:
                 with self._lock:
+                    errors.append(error)
                     for group in self._groups.values():
                         group.barrier.abort()
                 raise
 
         with ThreadPoolExecutor(self.size) as pool:
             futures = [pool.submit(one, rank) for rank in range(self.size)]
-        errors = [e for f in futures if (e := f.exception()) is not None]
-        # Ranks that failed for want of a peer come second: the peer's own error is the cause.
+        # As they failed; who failed for want of a peer comes second: the cause is the peer's own error.
         errors.sort(key=lambda e: isinstance(e, TransportError))
         if errors:
             raise errors[0]
