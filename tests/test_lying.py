@@ -45,7 +45,7 @@ def test_a_ranks_columns_are_its_heads(made, degree, blocks):
     share = heads // degree
     wanted = [(range(u * share, (u + 1) * share), kv_heads_of(u, heads, kv_heads, degree)) for u in range(degree)]
     shares = lying(whole, qkv).shares(wanted)
-    for (q_heads, of), found in zip(wanted, shares, strict=True):
+    for (q_heads, of), found in zip(wanted, shares.by_rank, strict=True):
         assert len(found.columns) == blocks
         received = [whole[..., columns].contiguous() for columns in found.columns]
         assert sum(block.shape[2] for block in received) == (len(q_heads) + 2 * len(of)) * D

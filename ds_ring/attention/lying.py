@@ -36,14 +36,14 @@ class Lying:
             return None
         return Within(self.shape, (int(apart), *k_BlKD.stride()), int(k_BlKD.storage_offset()))
 
-    def shares(self, heads: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Share] | None:
+    def shares(self, heads: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Shares | None:
         """What each rank wants, of whose query heads and key/value heads ``heads`` lists the numbers; None where that
         is not whole columns."""
         if self.q_BlHD is None:
             return None
         views = (self.q_BlHD, self.k_BlKD, self.v_BlKD)
         found = [share for q, kv in heads if (share := self._share(views, (q, kv, kv))) is not None]
-        return found if len(found) == len(heads) else None
+        return Shares(self.shape, found) if len(found) == len(heads) else None
 
     def _share(self, views: tuple[Tensor, ...], heads: tuple[Sequence[int], ...]) -> Share | None:
         _, length, width = self.shape
@@ -65,6 +65,14 @@ class Lying:
             return None
         columns = tuple(slice(part.first, stop) for part, stop in zip(parts, stops, strict=True))
         return Share(columns, tuple(Part(n, 0, p.heads, p.distance) for n, p in enumerate(parts)), head_dim)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What every rank wants of a whole of ``shape``, [B, l, W]."""
+
+    shape: tuple[int, int, int]
+    by_rank: list[Share]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_ring.attention.lying import Lying
+from ds_ring.attention.lying import Lying, Shares
 from ds_ring.attention.ring import attend_round, ring_attention
 from ds_ring.attention.round import Round
 from ds_ring.attention.spec import AttentionSpec
@@ -19,6 +19,7 @@ from ds_ring.attention.ulysses import HeadPart, ProjectionTrade, Trade, shares_o
 from ds_ring.config import RingVariant
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.base import Transport
+from ds_ring.transport.shared import Within
 
 ALL = slice(None)
 
@@ -107,11 +108,13 @@ class UlyssesPlace(Place):
         return self._trade.attend(partial(self._ring, spec=spec, sinks_H=own_sinks(sinks_H, self._ulysses)))
 
 
-def takes(lying: Lying, num_heads: int, num_kv_heads: int, ulysses: Transport) -> bool:
-    """Whether a place may have what lies so as its ``memory``."""
-    if ulysses.size == 1:
-        return lying.keys_values is not None
-    return shares_of(lying, num_heads, num_kv_heads, ulysses) is not None
+Taken = Within | Shares
+"""What a ring's peers, or Ulysses', take out of a projection as it lies."""
+
+
+def taken(lying: Lying, num_heads: int, num_kv_heads: int, ulysses: Transport) -> Taken | None:
+    """None where no place may have what lies so as its ``memory``."""
+    return lying.keys_values if ulysses.size == 1 else shares_of(lying, num_heads, num_kv_heads, ulysses)
 
 
 @contextmanager
@@ -125,10 +128,10 @@ def place(
     ulysses: Transport,
     variant: RingVariant = "auto",
     gather_limit_bytes: int = 2 << 30,
-    lying: Lying | None = None,
+    projected: Taken | None = None,
 ) -> Iterator[Place]:
     """The place of a layer whose queries on this rank are [B, l, H, D], tokens in the order of ``layout.positions``;
-    ``lying``: how they will lie in its ``memory``, which it ``takes``.
+    ``projected``: what is ``taken`` of the projection that will be its ``memory``.
 
     All ranks that share the sequence open it together. Behind the block the memory is somebody else's.
     """
@@ -138,14 +141,14 @@ def place(
         "layout": layout, "transport": ring, "variant": variant, "gather_limit_bytes": gather_limit_bytes,
     }  # fmt: skip
     if ulysses.size > 1:
-        trade: Trade | ProjectionTrade = (
-            Trade(q_shape, num_kv_heads, like, ulysses)
-            if lying is None
-            else ProjectionTrade(lying, num_heads, num_kv_heads, like, ulysses)
-        )
+        trade: Trade | ProjectionTrade
+        if isinstance(projected, Shares):
+            trade = ProjectionTrade(projected, like, ulysses)
+        else:
+            trade = Trade(q_shape, num_kv_heads, like, ulysses)
         yield UlyssesPlace(trade, ulysses, partial(ring_attention, **along))
         return
-    within = lying.keys_values if lying else None
+    within = projected if isinstance(projected, Within) else None
     with Round((batch, local, num_kv_heads, head_dim), like, within=within, **along) as travelling:
         yield RingPlace(travelling, num_heads)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
-from ds_ring.attention.lying import Lying, Share
+from ds_ring.attention.lying import Lying, Shares
 from ds_ring.transport.base import Transport
 
 Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -75,11 +75,9 @@ class ProjectionTrade:
     ``memory`` is to be written, and queries and keys turned in it, before ``attend``.
     """
 
-    def __init__(self, lying: Lying, num_heads: int, num_kv_heads: int, like: Tensor, transport: Transport) -> None:
-        shares = shares_of(lying, num_heads, num_kv_heads, transport)
-        assert shares is not None
-        self._shares, self._transport = shares, transport
-        self.memory: Tensor | None = transport.send_buffer(lying.shape, like)
+    def __init__(self, shares: Shares, like: Tensor, transport: Transport) -> None:
+        self._shares, self._transport = shares.by_rank, transport
+        self.memory: Tensor | None = transport.send_buffer(shares.shape, like)
         self.q: list[HeadPart] = []
         self.k: list[HeadPart] = []
         self.v: list[HeadPart] = []
@@ -93,7 +91,7 @@ class ProjectionTrade:
         return give_back(inner(q, k, v), self._transport)
 
 
-def shares_of(lying: Lying, num_heads: int, num_kv_heads: int, transport: Transport) -> list[Share] | None:
+def shares_of(lying: Lying, num_heads: int, num_kv_heads: int, transport: Transport) -> Shares | None:
     """Each rank's columns; None where it has to be ``Trade``."""
     degree, share = transport.size, num_heads // transport.size
     if not transport.trades_columns:

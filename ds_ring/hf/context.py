@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
 from ds_ring.attention.lying import Lying
-from ds_ring.attention.place import Place, place, takes
+from ds_ring.attention.place import Place, Taken, place, taken
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.attention.step import Step
 from ds_ring.config import ParallelConfig
@@ -80,9 +80,9 @@ class AttentionContext:
         shared = self.mesh["ring"].size * self.mesh["ulysses"].size > 1
         return shared or 0 < self.block_rows < batch * length
 
-    def takes(self, lying: Lying) -> bool:
-        """Whether the place of this layer may be a projection as it lies."""
-        return takes(lying, self._own_heads, lying.k_BlKD.shape[2], self.mesh["ulysses"])
+    def taken(self, lying: Lying) -> Taken | None:
+        """What peers take of a projection as it lies; None where the place of this layer may not be it."""
+        return taken(lying, self._own_heads, lying.k_BlKD.shape[2], self.mesh["ulysses"])
 
     @property
     def _own_heads(self) -> int:
@@ -90,14 +90,14 @@ class AttentionContext:
 
     @contextmanager
     def place(
-        self, batch: int, length: int, num_kv_heads: int, head_dim: int, like: Tensor, lying: Lying | None = None
+        self, batch: int, length: int, num_kv_heads: int, head_dim: int, like: Tensor, projected: Taken | None = None
     ) -> Iterator[Place]:
         """The place of the layer that is about to attend; only where there ``has_place``."""
         assert self.present.layout is not None
         q_shape = batch, length, self._own_heads, head_dim
         with place(
             q_shape, num_kv_heads, like,
-            layout=self.present.layout, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], lying=lying,
+            layout=self.present.layout, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], projected=projected,
             **self._ring_options,
         ) as opened:  # fmt: skip
             yield opened

@@ -116,7 +116,7 @@ class _Run:
         if block is WHOLE and self._projected(opened):
             return True
         k_BKlD, v, *more = parts.keys_values(*self._given(block))
-        turn, kept = (_turn(more[:2]), more[2:]) if parts.k_turns else (None, more)
+        turn, kept = self._turn_of_keys(more)
         _, kv_heads, _, head_dim = k_BKlD.shape
         product = parts.value_product
         if self._place is None:
@@ -142,27 +142,31 @@ class _Run:
         x = projection.given(*self._inputs)
         shape = (*self._size, projection.product.weight_NW.shape[1])
         lying, turn = self._lying(projection, x.new_empty(shape, device="meta"))
-        if not self._context.takes(lying) or (self._parts.k_turns and turn is None):
+        projected = self._context.taken(lying)
+        if projected is None or (self._parts.k_turns and turn is None):
             return False
         kv_heads, head_dim = lying.k_BlKD.shape[2:]
         like = x.new_empty(0)  # an open place holds on to it
-        self._place = opened.enter_context(self._context.place(*self._size, kv_heads, head_dim, like, lying))
+        self._place = opened.enter_context(self._context.place(*self._size, kv_heads, head_dim, like, projected))
         assert self._place.memory is not None
         projection.product.into(x, self._place.memory)
         k_BKlD, _, *more = projection.parts(*self._inputs, self._place.memory)
         if turn is not None:
             rowwise.turn_(k_BKlD, turn)
-        self._waiting.append((WHOLE, more[2:] if turn is not None else more))
+        self._waiting.append((WHOLE, self._turn_of_keys(more)[1]))
         return True
 
     def _lying(self, projection: Projection, whole: Tensor) -> tuple[Lying, Turn | None]:
         """How the parts of ``whole`` lie in it, by an operation on none of its numbers; how keys turn."""
-        parts = self._parts
         k_BKlD, v_BKlD, *more = projection.parts(*self._inputs, whole)
-        turn, kept = (_turn(more[:2]), more[2:]) if parts.k_turns else (None, more)
-        q_BHlD = parts.queries(*self._given(WHOLE), *kept)[0] if projection.holds_q else None
+        turn, kept = self._turn_of_keys(more)
+        q_BHlD = self._parts.queries(*self._given(WHOLE), *kept)[0] if projection.holds_q else None
         views = (k_BKlD.transpose(1, 2), v_BKlD.transpose(1, 2), None if q_BHlD is None else q_BHlD.transpose(1, 2))
         return Lying((whole.shape[0], whole.shape[1], whole.shape[2]), *views), turn
+
+    def _turn_of_keys(self, more: list[Any]) -> tuple[Turn | None, list[Any]]:
+        """How keys still turn, and what queries need, of what comes with keys and values."""
+        return (_turn(more[:2]), more[2:]) if self._parts.k_turns else (None, more)
 
     def _queries(self) -> None:
         parts, (block, kept) = self._parts, self._waiting.popleft()
