@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from test_compare import row as compared
+from compared_rows import row as compared
 from test_latency import row as timed
 
 from ds_ring import cli, compare, latency
