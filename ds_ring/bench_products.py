@@ -57,10 +57,10 @@ def run(
     """A row of PyTorch's call and of each finalist, case by case. ``seconds``: how long each is sustained."""
     for case in chosen:
         say(f"{case.name}: {rows} x {case.columns_in} x {case.columns_out}")
-        x_MN, weight_WN, bias_W, residual_MW = _tensors(case, rows, dtype, device)
+        x_MN, weight_WN, bias_W, residual_MW = tensors(case, rows, dtype, device)
         out_MW = torch.empty_like(residual_MW)
         added_MW = residual_MW if case.added else None
-        plain = _as_pytorch(case, x_MN, weight_WN, bias_W, residual_MW)
+        plain = as_pytorch(case, x_MN, weight_WN, bias_W, residual_MW)
         want_MW = plain().clone()
         found = cublaslt.candidates(x_MN, weight_WN, out_MW, bias_W=bias_W, added_MW=added_MW, gelu=case.gelu)
         watch, quick = stopwatch(device), []
@@ -83,7 +83,7 @@ def run(
             }
 
 
-def _tensors(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tensors(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def random(*size: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(size, device=device)).to(dtype)
 
@@ -91,7 +91,7 @@ def _tensors(case: Case, rows: int, dtype: torch.dtype, device: torch.device) ->
     return random(rows, case.columns_in), weight_WN, random(case.columns_out), random(rows, case.columns_out)
 
 
-def _as_pytorch(case: Case, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Callable[[], Tensor]:
+def as_pytorch(case: Case, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Callable[[], Tensor]:
     """What the fused layers call; a residual's bias has been added before, as they do it."""
     if case.gelu:
         return lambda: torch._addmm_activation(bias, x, weight.t(), use_gelu=True)

@@ -127,7 +127,7 @@ def limit_memory(device: torch.device, gib: float) -> None:
     that is no tensor, what exceeds what the process holds now by more than that. Linux only."""
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device.index)
         return
     pages = int(Path("/proc/self/statm").read_text().split()[5])
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -151,8 +151,9 @@ def held_memory_gib(device: torch.device) -> float:
 
 @contextmanager
 def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[str, float]]:
-    """Samples the GPU while the block runs. The dict is filled at its end: ``sm_clock_mhz``, ``power_w`` and
-    ``temperature_c``, medians, and ``energy_j``, all of the block's; it stays empty on a CPU."""
+    """Samples the GPU while the block runs, which begins when the GPU has done what it was given before. The dict is
+    filled at the end: ``sm_clock_mhz``, ``power_w`` and ``temperature_c``, medians, and ``energy_j``, all of the
+    block's; it stays empty on a CPU."""
     found: dict[str, float] = {}
     if device.type != "cuda":
         yield found
@@ -173,6 +174,7 @@ def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[st
             degrees.append(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
 
     thread = threading.Thread(target=sample, daemon=True)
+    torch.cuda.synchronize(device)
     thread.start()
     before = _energy_j(handle)
     try:

@@ -85,6 +85,21 @@ def products_table(rows: list[dict[str, Any]]) -> Table:
     return plain_table("A layer's matrix products; MHz, W: while each ran alone", heads, cells)
 
 
+def transfers_table(rows: list[dict[str, Any]]) -> Table:
+    """Rows of ``bench_transfers.run``."""
+    heads = ["", "pulled meanwhile", "MiB a layer", "transfer (ms)", "layer (ms)", "MHz", "W", "deg C", "J a layer"]
+    cells = [
+        [
+            f"warming, second {row['second']}" if "second" in row else row["phase"], row["traffic"],
+            f"{row['nbytes'] / 2**20:,.1f}", f"{row['transfer_ms']:.2f}", f"{row['layer_ms']:.3f}",
+            given(row, "sm_clock_mhz", ".0f"), given(row, "power_w", ".0f"), given(row, "temperature_c", ".0f"),
+            given(row, "energy_j", ".2f"),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return plain_table("A layer's matrix products on every GPU while it pulls from the next", heads, cells)
+
+
 ATTENTION_COLUMNS = ("case, implementation", "ms", "TFLOP/s", "share", "GB/s", "error", "lse error", "MHz", "W", "note")
 STATE_COSTS = (("carrying costs", "carry_cost_ms"), ("merging costs", "merge_cost_ms"))
 WRONG = 1e-2

@@ -46,7 +46,7 @@ def test_tokens_of_a_gpu_are_those_of_a_cpu():
     command = ["deepspeed", "--quiet", "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", "1"]
     done = subprocess.run(
         [*command, *SCRIPT[1:], "--types", *types], cwd=ROOT, capture_output=True, text=True, timeout=540,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert [row["outcome"] for row in last_line(done)["rows"]] == ["works"] * len(types)

@@ -194,7 +194,8 @@ def test_attention_over_many_layers_of_changing_lengths(topology):
 
 
 def _python(*command: object) -> str:
-    environment = {**os.environ, SHARE_GPU: "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, SHARE_GPU: "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S
     )

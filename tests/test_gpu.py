@@ -160,4 +160,4 @@ def test_a_limited_gpu_is_out_of_memory_in_words_that_count():
         assert is_out_of_memory(refused.value)
         assert memory_gib(device, 1.0) == 1.0
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,48 @@
+"""Time a layer's matrix products while GPUs pull from each other: what transfers cost at the power limit.
+
+python launch/bench_transfers.py --model ds_configs/models/paper.json --output results/transfers_gpu2.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ds_ring import cli
+from ds_ring.config import DType
+from ds_ring.errors import ConfigError
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from ds_ring import bench_transfers, hardware, report, results
+    from ds_ring.hf.attention import torch_dtype
+    from ds_ring.hf.shape import model_shape, read_config
+    from ds_ring.progress import make_console
+
+    shape = model_shape(read_config(args.model))
+    if (count := torch.cuda.device_count()) < 2:
+        raise ConfigError(f"{count} CUDA GPUs; this benchmark needs two that reach each other's memory")
+    devices = [torch.device("cuda", index) for index in range(count)]
+    torch.manual_seed(0)
+    rows = bench_transfers.run(shape, args.rows, torch_dtype(args.dtype), devices, args.seconds, args.warm_s, cli.say)
+    general = {"device": hardware.device_name(devices[0]), "gpus": count, "dtype": args.dtype, "tokens": args.rows}
+    document = results.collect({**results.provenance(), **general}, rows, args.output)
+    make_console().print(report.transfers_table(document["rows"]))
+    return document
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint directory, or a file of ds_configs/models/")
+    parser.add_argument("--rows", type=int, default=10000, metavar="M", help="tokens at a time on each GPU [10000]")
+    parser.add_argument("--dtype", choices=[name for name in get_args(DType) if name != "fp32"], default="fp16")
+    parser.add_argument("--seconds", type=float, default=6.0, help="how long each traffic is sustained [6]")
+    parser.add_argument("--warm-s", type=float, default=20.0, help="how long products run alone before [20]")
+    parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
+    cli.main(work, parser)
