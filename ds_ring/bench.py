@@ -27,12 +27,13 @@ from ds_ring.checks import check_workload
 from ds_ring.config import Mode, RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import Batch, pack
-from ds_ring.hardware import device_name, peak_flops, watched_gpu
+from ds_ring.hardware import device_name, peak_flops
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.flops import layer_parameters
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.metrics import Work
 from ds_ring.passes import Timing, count_bytes, time_passes
+from ds_ring.sensors import watched_gpu
 from ds_ring.text import rows_of, token_stream
 from ds_ring.trace import trace_step
 from ds_ring.transport.base import void

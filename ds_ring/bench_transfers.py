@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ds_ring.bench_products import Case, as_pytorch, cases, tensors
 from ds_ring.checks import ModelShape
-from ds_ring.hardware import synchronize, watched_gpu
+from ds_ring.hardware import synchronize
+from ds_ring.sensors import watched_gpu
 from ds_ring.transport.cuda_memory import CudaQueue
 
 IN_FLIGHT = 2
@@ -30,11 +31,12 @@ IN_FLIGHT = 2
 @dataclass(frozen=True)
 class Traffic:
     """What a GPU pulls for each layer: rows of ``row_nbytes``, one beside the other's end, as keys and values lie in a
-    fused projection."""
+    fused projection. ``every`` so many layers it pulls so many times as much, one after the other."""
 
     name: str
     nbytes: int
     row_nbytes: int
+    every: int = 1
 
     def part(self, memory: Tensor) -> Tensor:
         """The rows within a buffer of at least ``2 * nbytes``."""
@@ -51,6 +53,8 @@ def traffics(token_nbytes: int, rows: int) -> list[Traffic]:
         Traffic("keys and values", once, token_nbytes),
         Traffic("4 times keys and values", 4 * once, token_nbytes),
         Traffic("an eighth of keys and values, in rows of 32 bytes", once // 8, 32),
+        Traffic("keys and values of 4 layers, every 4 layers", once, token_nbytes, every=4),
+        Traffic("keys and values of 16 layers, every 16 layers", once, token_nbytes, every=16),
     ]
 
 
@@ -68,6 +72,7 @@ class _Gpu:
             self.memory = torch.zeros(room, dtype=torch.uint8, device=device)
             self._inbox = torch.zeros(room, dtype=torch.uint8, device=device)
             self._queue = CudaQueue(torch.cuda.Stream(device, priority=-1))
+        self._layers = 0
 
     def layer(self, traffic: Traffic, peer: _Gpu) -> tuple[torch.cuda.Event, ...]:
         """Queue the products of a layer and, beside them, a pull from ``peer``. Events: of the products' end, of the
@@ -76,8 +81,10 @@ class _Gpu:
             begun, pulled, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             self._queue.stream.wait_stream(torch.cuda.current_stream())
             begun.record(self._queue.stream)
-            if traffic.nbytes:
-                self._queue.copy(traffic.part(self._inbox), traffic.part(peer.memory))
+            self._layers += 1
+            if traffic.nbytes and self._layers % traffic.every == 0:
+                for _ in range(traffic.every):
+                    self._queue.copy(traffic.part(self._inbox), traffic.part(peer.memory))
             pulled.record(self._queue.stream)
             for product in self._products:
                 product()
@@ -140,5 +147,5 @@ def _sustained(gpus: Sequence[_Gpu], traffic: Traffic, seconds: float) -> dict[s
         figures["energy_j"] /= layers
     return {
         "traffic": traffic.name, "nbytes": traffic.nbytes, "layers": layers, "layer_ms": 1e3 * taken / layers,
-        "transfer_ms": statistics.median(pulls) if traffic.nbytes else 0.0, **figures,
+        "transfer_ms": statistics.mean(pulls) if traffic.nbytes else 0.0, **figures,
     }  # fmt: skip

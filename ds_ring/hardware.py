@@ -1,18 +1,14 @@
-"""What the ranks run on: names, peaks, memory, and the clock and power at which a figure was taken."""
+"""What the ranks run on: names, peaks and memory."""
 
 from __future__ import annotations
 
 import gc
 import platform
 import resource
-import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -147,67 +143,3 @@ def held_memory_gib(device: torch.device) -> float:
         return torch.cuda.memory_allocated(device) / 2**30
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**30
-
-
-@contextmanager
-def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[str, float]]:
-    """Samples the GPU while the block runs, which begins when the GPU has done what it was given before. The dict is
-    filled at the end: ``sm_clock_mhz``, ``power_w`` and ``temperature_c``, medians, and ``energy_j``, all of the
-    block's; it stays empty on a CPU."""
-    found: dict[str, float] = {}
-    if device.type != "cuda":
-        yield found
-        return
-    import pynvml
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    clocks: list[float] = []
-    watts: list[float] = []
-    degrees: list[float] = []
-    stop = threading.Event()
-
-    def sample() -> None:
-        while not stop.wait(period_s):
-            clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
-            watts.append(_power_w(handle))
-            degrees.append(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
-
-    thread = threading.Thread(target=sample, daemon=True)
-    torch.cuda.synchronize(device)
-    thread.start()
-    before = _energy_j(handle)
-    try:
-        yield found
-    finally:
-        after = _energy_j(handle)
-        stop.set()
-        thread.join()
-        if clocks:
-            found |= {"sm_clock_mhz": statistics.median(clocks), "power_w": statistics.median(watts)}
-            found |= {"temperature_c": statistics.median(degrees)}
-        if before is not None and after is not None:
-            found["energy_j"] = after - before
-
-
-def _energy_j(handle: Any) -> float | None:
-    """Used since the driver was loaded; None where the GPU does not count it."""
-    import pynvml
-
-    try:
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
-    except pynvml.NVMLError:
-        return None
-
-
-def _power_w(handle: Any) -> float:
-    """The power now, where the driver tells it: the plain query is an average over the last second."""
-    import pynvml
-
-    try:
-        (field,) = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_POWER_INSTANT])
-        if field.nvmlReturn == pynvml.NVML_SUCCESS and field.value.uiVal:
-            return float(field.value.uiVal) / 1e3
-    except pynvml.NVMLError:
-        pass
-    return float(pynvml.nvmlDeviceGetPowerUsage(handle)) / 1e3

@@ -87,17 +87,32 @@ def products_table(rows: list[dict[str, Any]]) -> Table:
 
 def transfers_table(rows: list[dict[str, Any]]) -> Table:
     """Rows of ``bench_transfers.run``."""
-    heads = ["", "pulled meanwhile", "MiB a layer", "transfer (ms)", "layer (ms)", "MHz", "W", "deg C", "J a layer"]
+    heads = [
+        "",
+        "pulled meanwhile",
+        "MiB a layer",
+        "transfer (ms)",
+        "layer (ms)",
+        "MHz",
+        "W",
+        "deg C",
+        "J a layer",
+        "awake",
+    ]
     cells = [
         [
             f"warming, second {row['second']}" if "second" in row else row["phase"], row["traffic"],
             f"{row['nbytes'] / 2**20:,.1f}", f"{row['transfer_ms']:.2f}", f"{row['layer_ms']:.3f}",
             given(row, "sm_clock_mhz", ".0f"), given(row, "power_w", ".0f"), given(row, "temperature_c", ".0f"),
-            given(row, "energy_j", ".2f"),
+            given(row, "energy_j", ".2f"), given(row, "link_awake", ".0%"),
         ]
         for row in rows
     ]  # fmt: skip
-    return plain_table("A layer's matrix products on every GPU while it pulls from the next", heads, cells)
+    return plain_table(
+        "A layer's matrix products on every GPU while it pulls from the next; awake: share of time, its first link",
+        heads,
+        cells,
+    )
 
 
 ATTENTION_COLUMNS = ("case, implementation", "ms", "TFLOP/s", "share", "GB/s", "error", "lse error", "MHz", "W", "note")

@@ -18,7 +18,7 @@ from ds_ring.passes import Timing
 
 _FALL_WITH_TIME = ("tps", "tps_per_gpu", "mfu")
 _RISE_WITH_TIME = ("tpot_ms", "token_latency_us")
-_MEANS = ("sm_clock_mhz", "power_w", "temperature_c", "energy_j")
+_MEANS = ("sm_clock_mhz", "power_w", "temperature_c", "energy_j", "link_awake")
 
 
 def jobs(runs: Sequence[tuple[Path, RunConfig]], rows: Sequence[Row]) -> list[Job]:

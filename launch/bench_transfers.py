@@ -20,7 +20,7 @@ from ds_ring.errors import ConfigError
 def work(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from ds_ring import bench_transfers, hardware, report, results
+    from ds_ring import bench_transfers, hardware, report, results, sensors
     from ds_ring.hf.attention import torch_dtype
     from ds_ring.hf.shape import model_shape, read_config
     from ds_ring.progress import make_console
@@ -31,7 +31,10 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     devices = [torch.device("cuda", index) for index in range(count)]
     torch.manual_seed(0)
     rows = bench_transfers.run(shape, args.rows, torch_dtype(args.dtype), devices, args.seconds, args.warm_s, cli.say)
-    general = {"device": hardware.device_name(devices[0]), "gpus": count, "dtype": args.dtype, "tokens": args.rows}
+    general = {
+        "device": hardware.device_name(devices[0]), "gpus": count, "dtype": args.dtype, "tokens": args.rows,
+        "link_sleeps_after_ms": sensors.link_sleeps_after_ms(devices[0]),
+    }  # fmt: skip
     document = results.collect({**results.provenance(), **general}, rows, args.output)
     make_console().print(report.transfers_table(document["rows"]))
     return document

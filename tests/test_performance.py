@@ -102,6 +102,24 @@ def test_a_forward_and_where_it_goes(root):
     }  # fmt: skip
 
 
+def test_transfers_there_and_back(root):
+    def row(phase, traffic, nbytes, ms, **more):
+        return {
+            "phase": phase, "traffic": traffic, "nbytes": nbytes, "layer_ms": ms, "transfer_ms": nbytes / 2**21,
+            "sm_clock_mhz": 1300, "power_w": 700, "link_awake": 0.0,
+        } | more  # fmt: skip
+
+    rows = [
+        row("warming", "nothing", 0, 99.0, second=1), row("there", "nothing", 0, 19.0),
+        row("there", "a lot", 2**21, 20.0), row("back", "a lot", 2**21, 22.0, link_awake=1.0),
+        row("back", "nothing", 0, 21.0),
+    ]  # fmt: skip
+    text, _ = root([section("transfers", "one")], one={"rows": rows, "link_sleeps_after_ms": 0.5})
+    assert "| nothing | 0 | 0.00 | 20.00 | +0.0 % | 1300 | 700 | 0% |" in text
+    assert "| a lot | 2 | 1.00 | 21.00 | +5.0 % | 1300 | 700 | 50% |" in text
+    assert "A link goes to sleep after 0.5 ms without traffic." in text
+
+
 def attention_row(impl, share, **more):
     return {
         "case": "a case", "impl": impl, "ms": 1.0 / share, "tflops": 600 * share, "share": share, "rel_error": 3e-4,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ds_ring.hardware import watched_gpu
+from ds_ring.sensors import watched_gpu
 
 Call = Callable[[], object]
 

@@ -9,7 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ds_ring.errors import ConfigError
 
-Kind = Literal["forward", "products", "attention", "generation", "comparison", "latency", "longest", "scaling"]
+Kind = Literal[
+    "forward", "products", "transfers", "attention", "generation", "comparison", "latency", "longest", "scaling"
+]
 Selector = dict[str, str | int | bool]
 """Fields of a row and their values; a row is meant when it has them all."""
 

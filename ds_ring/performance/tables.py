@@ -4,6 +4,7 @@ shares within one file are computed; across files only where a section is about 
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,34 @@ def products(documents: Sequence[Document], rows: Rows) -> list[str]:
         for r in rows
     ]  # fmt: skip
     return markdown_table(*_without_empty_columns(heads, cells))
+
+
+def transfers(documents: Sequence[Document], rows: Rows) -> list[str]:
+    """Means of the way there and back; what GPUs did while they became warm is left out."""
+    measured = [r for r in rows if r["phase"] != "warming"]
+    heads = ["pulled meanwhile", "MiB a layer", "transfer (ms)", "layer (ms)", "", "MHz", "W", "deg C", "link awake"]
+    cells, alone = [], None
+    for traffic in dict.fromkeys(r["traffic"] for r in measured):
+        r = _means([r for r in measured if r["traffic"] == traffic])
+        alone = alone or r["layer_ms"]
+        cells.append(
+            [
+                traffic, f"{r['nbytes'] / 2**20:,.0f}", given(r, "transfer_ms", ".2f"), f"{r['layer_ms']:.2f}",
+                f"{100 * (r['layer_ms'] / alone - 1):+.1f} %", *_clock_and_power(r), given(r, "temperature_c", ".0f"),
+                given(r, "link_awake", ".0%"),
+            ]
+        )  # fmt: skip
+    lines = markdown_table(*_without_empty_columns(heads, cells))
+    times = [f"{ms:g} ms" for d in documents if (ms := d.get("link_sleeps_after_ms")) is not None]
+    return [*lines, "", f"A link goes to sleep after {', '.join(times)} without traffic."] if times else lines
+
+
+def _means(rows: Rows) -> dict[str, Any]:
+    return {
+        name: statistics.mean(r[name] for r in rows)
+        for name, value in rows[0].items()
+        if isinstance(value, int | float) and all(name in r for r in rows)
+    }
 
 
 def attention(documents: Sequence[Document], rows: Rows) -> list[str]:
@@ -162,8 +191,8 @@ def best_per_gpu(rows: Rows) -> dict[str, dict[int, float]]:
 
 
 TABLES: dict[Kind, Callable[[Sequence[Document], Rows], list[str]]] = {
-    "forward": forward, "products": products, "attention": attention, "generation": generation, "comparison": compared,
-    "latency": one_sequence, "longest": longest, "scaling": scaling,
+    "forward": forward, "products": products, "transfers": transfers, "attention": attention, "generation": generation,
+    "comparison": compared, "latency": one_sequence, "longest": longest, "scaling": scaling,
 }  # fmt: skip
 
 
