@@ -158,6 +158,12 @@ def held_gib(engine: Engine) -> float:
     return max(engine.mesh["world"].all_gather_objects(held_memory_gib(engine.device)))
 
 
+def growth(held_gib_after_pass: dict[str, float]) -> float:
+    """What was held after the last pass, over that after the tenth; of ten or fewer, after the first."""
+    last = max(map(int, held_gib_after_pass))
+    return held_gib_after_pass[str(last)] / held_gib_after_pass["10" if last > 10 else "1"]
+
+
 class Clock(BaseStreamer):
     """Hears of every step on rank 0, and passes it on; elsewhere it stays at nan."""
 

@@ -36,7 +36,8 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         if number in looked_at:
             held[str(number)] = generate.held_gib(engine)
-    return {**results.provenance(), "config": config.document(), "held_gib_after_pass": held, **found}
+    memory = {"passes": args.passes, "held_gib_after_pass": held, "held_growth": generate.growth(held)}
+    return {**results.provenance(), "config": config.document(), **memory, **found}
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ def test_one_prompt_streams_without_a_launcher(llama):
     found = last_line(done)
     assert list(found["held_gib_after_pass"]) == ["1", "2"]
     assert all(0.01 < gib < 100 for gib in found["held_gib_after_pass"].values())
+    assert found["held_growth"] == found["held_gib_after_pass"]["2"] / found["held_gib_after_pass"]["1"]
     (completion,) = found["completions"]
     assert completion["text"]
     assert completion["text"] in done.stderr

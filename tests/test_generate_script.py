@@ -9,7 +9,7 @@ from tiny_models import build, llama_gqa
 from ds_ring.checkpoints import byte_tokenizer
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
-from ds_ring.generate import Sampling, check, left_padded, passes_to_look_at, read_prompts, run
+from ds_ring.generate import Sampling, check, growth, left_padded, passes_to_look_at, read_prompts, run
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,12 @@ def test_memory_is_recorded_after_few_of_many_passes():
     assert passes_to_look_at(1) == {1}
     assert passes_to_look_at(1000) == {1, 10, 100, 1000}
     assert passes_to_look_at(2500) == {1, 10, 100, 1000, 2500}
+
+
+def test_growth_leaves_out_what_first_passes_cost():
+    assert growth({"1": 2.0}) == 1
+    assert growth({"1": 2.0, "7": 3.0}) == 1.5
+    assert growth({"1": 2.0, "10": 4.0, "100": 4.0, "250": 5.0}) == 1.25
 
 
 def test_rows_are_padded_at_their_beginnings():
