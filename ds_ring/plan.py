@@ -32,10 +32,11 @@ from ds_ring.memory import peak_bytes
 from ds_ring.metrics import Work
 from ds_ring.volume import bytes_sent_per_rank
 
-EXPOSED = {"sp": 0.3, "tp": 1.3, "pp": 0.2}
+EXPOSED = {"sp": 0.6, "tp": 1.3, "pp": 0.2}
 """Seconds that show for a second that the bytes take at the link's rate, inside a host: K/V or heads by copy engine
-with two micro-batches in flight (0.26 ring, 0.47 Ulysses), AutoTP's all-reduces, hidden states. From
-``benchmarks/results/gpu2.json``; ``pp`` is an estimate, as a bubble is measured together with it."""
+with two micro-batches in flight (ring 0.4 to 0.8, Ulysses 0.5: ``gpu2.json`` and the traces in benchmarks/results/;
+of that next to nothing is waiting, it is power), AutoTP's all-reduces one after the other (``trace_tp2.json``; 0.8 with
+two micro-batches in flight), hidden states. ``pp`` is an estimate, as a bubble is measured together with it."""
 EXPOSED_BETWEEN_HOSTS = EXPOSED | {"sp": 1.8}
 """The same by process groups: ``sp`` is near what ring showed in ``benchmarks/results/gpu2_h200_first.json``."""
 ATTENTION_SHARE = {"head_dim 512": 0.87, "up to 256": 0.85, "other": 0.45}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ds_ring import hardware
+from ds_ring import sensors
 from ds_ring.attention.local import attend
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.bench_attention import cases, flex, peers, timing
@@ -146,7 +146,7 @@ def test_power_is_that_of_the_moment_where_the_driver_tells_it(monkeypatch, stat
         nvmlDeviceGetPowerUsage=lambda handle: 500_000,
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert hardware._power_w(None) == (650.0 if status == 0 else 500.0)
+    assert sensors._power_w(None) == (650.0 if status == 0 else 500.0)
 
 
 @pytest.mark.usefixtures("uncompiled")
