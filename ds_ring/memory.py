@@ -16,7 +16,14 @@ In one block there is the embedding as well, T d, which transformers' decoders h
 write over it. A ring's queries, K and V are then parts of a projection that lies where peers read it, T (q + kv) in
 each of the slots that take turns; a model with three projections holds less. Alone and in one block, a module runs as
 it is, and all of its projections live as long as its attention, with copies of queries and keys where those do not turn
-in place. Ulysses holds what is sent and what is received, 2 T (q + kv), in place of queries, K and V.
+in place. Ulysses holds what is received, T (q + kv), in place of queries, K and V, and slots for what is sent: a
+projection, T (q + kv), and a result, T q. Tensor parallelism holds a sum, T d, and all of the embedding, but a part of
+the head; a pipeline's stage has one of the two, hidden states in slots and those that came, 3 T d.
+
+Where two micro-batches are in flight, one waits while the other goes through a layer. It holds what arrives for it, or
+its part of the MLP's intermediate where tensor parallelism sums up, and 5 T d: input, norm and embedding, and two that
+records show, whoever shares (``tests/test_memory.py`` holds all records against this). Both slots of Ulysses then hold
+projections.
 
 One sequence of 1,000,000 tokens of the paper's model on a ring of two: T = 500,000, q = d = 8192, kv = 16,384,
 m = 32,768; T d in fp16 is 8.2 GB. In that unit, beside 0.1 for rotary tables:
@@ -24,9 +31,9 @@ m = 32,768; T d in fp16 is 8.2 GB. In that unit, beside 0.1 for rotary tables:
 | | projecting | attending | behind it |
 | --- | --- | --- | --- |
 | in blocks of 65,536 | 2 + 1 + 2 (one slot: ``slots.LARGE``) + 0.4 | 2 + 2 + 2 + 2 = 8 | 2 + 0.8 + 2 |
-| at once | 1 + 2 + 1 + 2 + 2 + 3 = 11 | 11 | 1 + 1 + 2 + 4 + 2 |
+| at once | 1 + 2 + 1 + 2 + 2 + 3 = 11 | 11 | 1 + 2 + 1 + 4 + 1 + 3 = 12 |
 
-With 6.4 GB of weights 73.0 GB = 68.0 GiB; at once 97.6 GB = 90.9 GiB. (``tests/test_rows.py`` holds the sums against
+With 6.4 GB of weights 73.0 GB = 68.0 GiB; at once 105.8 GB = 98.5 GiB. (``tests/test_rows.py`` holds the sums against
 tensors that are alive.)
 """
 
@@ -52,18 +59,36 @@ def peak_bytes(config: RunConfig, shape: ModelShape, linear_parameters: int, mic
         slots = shared * (1 if shared * itemsize >= LARGE else MIN_SLOTS)
     foreign, running = _arriving(config, shape, rows * kv, rows * q, itemsize)
     own, held = slots or rows * kv, rows * (2 * d + 2 * shape.head_dim)
-    if block == rows:
-        held += rows * d
+    embedding = rows * d if block == rows else 0
+    held += embedding
+    in_flight = _in_flight(config, micro)
     projecting = held + own + (foreign if block == rows else 0) + (0 if projected else rows * q + block * (q + kv))
     attending = held + rows * (q if projected else 2 * q) + own + foreign + running
     if t.sp == 1 and block == rows:
         attending = held + rows * ((q + kv) + (q + kv / 2) + q)
     if t.ulysses > 1:
-        attending = held + rows * (2 * (q + kv) + q) + slots + foreign + running
-    behind = rows * 2 * (d + shape.head_dim) + block * (2 * d + _wide(shape, linear_parameters) / t.tp) + slots
-    embeddings = 2 * shape.vocab_size * d
-    weights = (linear_parameters / t.pp + embeddings) / t.tp
-    return (weights + max(projecting, attending, behind)) * itemsize
+        slots += rows * (2 * (q + kv) if in_flight else q + kv + q)
+        foreign += rows * (q + kv)
+        attending = held + rows * q + slots + foreign + running
+    wide = _wide(shape, linear_parameters) / t.tp
+    behind = rows * 2 * (d + shape.head_dim) + embedding + block * (2 * d + wide) + slots
+    waiting = rows * (5 * d + 2 * shape.head_dim) + (block * wide if t.tp > 1 else foreign) if in_flight else 0
+    summed_or_sent = rows * d * (MIN_SLOTS + 1 if t.pp > 1 else 1 if t.tp > 1 else 0)
+    layer = max(projecting, attending, behind)
+    return (_weights(config, shape, linear_parameters) + layer + waiting + summed_or_sent) * itemsize
+
+
+def _weights(config: RunConfig, shape: ModelShape, linear_parameters: int) -> float:
+    """Parameters of the fullest rank: the embedding is whole wherever it is, the head is tensor parallel."""
+    t, table = config.topology, shape.vocab_size * shape.hidden_size
+    return linear_parameters / (t.pp * t.tp) + (table if t.pp > 1 else table + table / t.tp)
+
+
+def _in_flight(config: RunConfig, micro: int) -> bool:
+    """Whether two micro-batches are: ``auto`` is taken to find the copy engine, as on GPUs of one host."""
+    t, wanted = config.topology, config.ring.interleave
+    by_copy_engine = wanted == "auto" and t.sp > 1 and config.ring.transport != "process_group"
+    return t.pp == 1 and config.workload.batch_size > micro * t.dp and (wanted == "on" or by_copy_engine)
 
 
 def _arriving(config: RunConfig, shape: ModelShape, own: float, out: float, itemsize: int) -> tuple[float, float]:
