@@ -34,15 +34,19 @@ class Plan:
         """Refuse, before anything runs, layouts that cannot work or do not compare.
 
         Raises:
-            ConfigError: a broken rule (``check_run``), or layouts that differ in model, dtype or workload.
+            ConfigError: a broken rule (``check_run``), layouts that differ in model, dtype or workload, or that go by
+                one name.
         """
         if not runs:
             raise ConfigError("no layouts to compare")
-        first = runs[0][1]
+        first, named = runs[0][1], dict[str, Path]()
         for file, run in runs:
             for name in ("model", "workload"):
                 if getattr(run.ring, name) != getattr(first.ring, name) or run.dtype != first.dtype:
                     raise ConfigError(f"{file} differs from {runs[0][0]} in {name} or dtype: they would not compare")
+            if other := named.get(run.label):
+                raise ConfigError(f"{other} and {file} are both {run.label}: rows of them could not be told apart")
+            named[run.label] = file
             if run.parallel.auto:
                 raise ConfigError(
                     f"{file} says parallel=auto; what is compared needs degrees (launch/plan.py has them)"

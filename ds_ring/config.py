@@ -248,11 +248,12 @@ class RunConfig(_Section):
 
     @property
     def label(self) -> str:
-        """The name of this layout in tables and file names; another implementation's says whose it is, and over which
-        ranks where that is a choice."""
-        topology, whose = self.topology, self.parallel.implementation
+        """The name of this layout in tables and file names: its degrees, and how a ring goes about it where that is not
+        left to it. Another implementation's says whose it is, and over which ranks where that is a choice."""
+        topology, whose, p = self.topology, self.parallel.implementation, self.parallel
         if whose == "ds_ring":
-            return topology.label()
+            chosen = [name for name in (p.ring_impl, p.ring_variant) if name not in ("zigzag", "auto")]
+            return "_".join([topology.label(), *(chosen if topology.ring > 1 else [])])
         replicas = f"dp{topology.dp}_" if topology.dp > 1 else ""
         shared = str(topology.sp) if len(PEER_DEGREES[whose]) == 1 else f"_{replace(topology, dp=1).label()}"
         return f"{replicas}{whose}{shared}"

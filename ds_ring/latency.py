@@ -39,8 +39,7 @@ def plan(files: Sequence[str], lengths: Sequence[int], overrides: dict[str, Any]
     loaded = [(Path(file), RunConfig.load(file, **overrides, **workload, dp_size=1)) for file in files]
     runs: dict[str, tuple[Path, RunConfig]] = {}
     for file, run in [(loaded[0][0], RunConfig.load(loaded[0][1], **ONE_RANK)), *loaded] if loaded else []:
-        label = run.label
-        runs.setdefault(label, (file.with_stem(label), run))
+        runs.setdefault(run.label, (file.with_stem(run.label), run))
     return Plan.checked(list(runs.values()))
 
 

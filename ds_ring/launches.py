@@ -62,7 +62,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return self.file.stem + self.suffix + (f".{self.launch}" if self.launch > 1 else "")
+        return self.run.label + self.suffix + (f".{self.launch}" if self.launch > 1 else "")
 
     def output(self, logs: Path) -> Path:
         return logs / f"{self.name}.json"

@@ -139,7 +139,8 @@ def resolve(run: RunConfig, config: PretrainedConfig, ranks: int, card: Card) ->
 def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
     t = best.config.topology
     if t.tp * t.pp > 1:
-        why = "the weights do not fit on one rank, so layers are shared"
+        whole = any(p.fits for p in others if p.config.topology.tp * p.config.topology.pp == 1)
+        why = "layers are shared, " + ("which is faster here" if whole else "as the weights do not fit on one rank")
     elif t.sp == 1:
         why = f"{batch} sequences keep {ranks} ranks busy, and replicas need no communication"
     else:

@@ -17,7 +17,8 @@ from ds_ring.micro_batches import Row, best
 from ds_ring.passes import Timing
 
 _FALL_WITH_TIME = ("tps", "tps_per_gpu", "mfu")
-_RISE_WITH_TIME = ("tpot_ms", "token_latency_us")
+_RISE_WITH_TIME = ("tpot_ms", "token_latency_us", "comm_exposed_ms")
+"""What shows was measured on the way there, as a part of the step: that part is kept."""
 _MEANS = ("sm_clock_mhz", "power_w", "temperature_c", "energy_j", "link_awake")
 
 
@@ -57,6 +58,6 @@ def _mean(there: Row, back: Row) -> Row:
         "step_samples_ms": samples,
         "step_spread": Timing(list(map(float, samples.split()))).spread,
         **{name: there[name] / longer for name in _FALL_WITH_TIME},
-        **{name: there[name] * longer for name in _RISE_WITH_TIME},
+        **{name: there[name] * longer for name in _RISE_WITH_TIME if there[name] is not None},
         **{name: (there[name] + back[name]) / 2 for name in _MEANS if name in there and name in back},
     }

@@ -94,7 +94,15 @@ def test_layouts_with_different_workloads_are_refused(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps({"dtype": "fp32", "ds_ring": section}))
     with pytest.raises(ConfigError, match=r"b\.json differs from .*a\.json in workload or dtype"):
         compare.Plan.make(files, {})
-    assert len(compare.Plan.make(files, {"batch_size": 4}).runs) == 2
+    with pytest.raises(ConfigError, match=r"a\.json and .*b\.json are both ring2: rows of them could not be told"):
+        compare.Plan.make(files, {"batch_size": 4})
+
+
+def test_ways_of_one_ring_have_names_of_their_own():
+    variants = [RunConfig.load({}, ring_degree=2, ring_variant=name) for name in ("auto", "pass_kv", "gather_kv")]
+    assert [run.label for run in variants] == ["ring2", "ring2_pass_kv", "ring2_gather_kv"]
+    assert RunConfig.load({}, ring_degree=2, ring_impl="contiguous").label == "ring2_contiguous"
+    assert RunConfig.load({}, dp_size=2, ring_variant="pass_kv").label == "dp2"
 
 
 def test_the_report_shows_every_layout_and_the_command(rows):
