@@ -19,7 +19,7 @@ from ds_ring.launches import Job, Outcome, Report, rows_of, run_first
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run: layouts by file, all with the same model and workload."""
+    """What will be run: layouts by file, with the same model and workload, micro-batches of their own size."""
 
     runs: list[tuple[Path, RunConfig]]
     there_and_back: bool = False
@@ -41,8 +41,11 @@ class Plan:
             raise ConfigError("no layouts to compare")
         first, named = runs[0][1], dict[str, Path]()
         for file, run in runs:
-            for name in ("model", "workload"):
-                if getattr(run.ring, name) != getattr(first.ring, name) or run.dtype != first.dtype:
+            sized = run.ring.workload.model_copy(update={"micro_batch_size": first.workload.micro_batch_size})
+            for name, own, others in (
+                ("model", run.ring.model, first.ring.model), ("workload", sized, first.ring.workload),
+            ):  # fmt: skip
+                if own != others or run.dtype != first.dtype:
                     raise ConfigError(f"{file} differs from {runs[0][0]} in {name} or dtype: they would not compare")
             if other := named.get(run.label):
                 raise ConfigError(f"{other} and {file} are both {run.label}: rows of them could not be told apart")

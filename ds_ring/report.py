@@ -19,7 +19,7 @@ def name_of(row: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]], failed: Sequence[dict[str, Any]] = ()) -> tuple[list[str], list[list[str]]]:
     """(heads, cells) of the paper's table; ``failed``: layouts without a row, and why."""
-    swept = any("micro_batches" in row for row in rows)
+    swept = any("micro_batches" in row for row in rows) or len({row["micro_batch"] for row in rows}) > 1
     heads = ["layout", "micro-batch", *COLUMNS[1:]] if swept else list(COLUMNS)
     cells = [_cells(row, swept) for row in rows]
     missing = [[f["layout"], f"failed: {f['reason']}", *("" for _ in heads[2:])] for f in failed]
@@ -27,7 +27,8 @@ def table(rows: list[dict[str, Any]], failed: Sequence[dict[str, Any]] = ()) -> 
 
 
 def _cells(row: dict[str, Any], swept: bool) -> list[str]:
-    sizes = [f"{row['micro_batch']} of {', '.join(map(str, row['micro_batches']))}"] if swept else []
+    tried = f" of {', '.join(map(str, row['micro_batches']))}" if "micro_batches" in row else ""
+    sizes = [f"{row['micro_batch']}{tried}"] if swept else []
     return [
         name_of(row),
         *sizes,

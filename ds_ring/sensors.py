@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-_LINK_THRESHOLD_UNITS, _50_US = 224, 1
-"""Of nvml.h; older bindings do not name them."""
+_SM_CLOCK, _OF_THE_GPU = 1, 0
+_LINK_STATE, _LINK_THRESHOLD, _POWER_NOW, _LINK_THRESHOLD_UNITS, _50_US = 167, 168, 186, 224, 1
+"""Of nvml.h; older bindings do not name all of them."""
 
 
 @contextmanager
@@ -21,26 +22,18 @@ def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[st
     and ``link_awake``, the share of samples in which its first NVLink was; it stays empty on a CPU, and lacks what the
     driver does not tell."""
     found: dict[str, float] = {}
-    if device.type != "cuda":
+    handle = _handle(device) if device.type == "cuda" else None
+    if handle is None:
         yield found
         return
-    import pynvml
-
-    handle = _handle(device)
-    clocks: list[float] = []
-    watts: list[float] = []
-    degrees: list[float] = []
-    awake: list[bool] = []
+    samples: dict[str, list[float]] = {name: [] for name in _SENSORS}
     stop = threading.Event()
 
     def sample() -> None:
         while not stop.wait(period_s):
-            clocks.append(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
-            watts.append(_power_w(handle))
-            degrees.append(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
-            state = _field(handle, pynvml.NVML_FI_DEV_NVLINK_GET_POWER_STATE)
-            if state is not None:
-                awake.append(state == pynvml.NVML_NVLINK_POWER_STATE_HIGH_SPEED)
+            for name, sensor in _SENSORS.items():
+                if (value := sensor(handle)) is not None:
+                    samples[name].append(value)
 
     thread = threading.Thread(target=sample, daemon=True)
     torch.cuda.synchronize(device)
@@ -52,56 +45,68 @@ def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[st
         after = _energy_j(handle)
         stop.set()
         thread.join()
-        if clocks:
-            found |= {"sm_clock_mhz": statistics.median(clocks), "power_w": statistics.median(watts)}
-            found |= {"temperature_c": statistics.median(degrees)}
-        if awake:
-            found["link_awake"] = statistics.mean(awake)
+        for name, values in samples.items():
+            if values:
+                found[name] = statistics.mean(values) if name == "link_awake" else statistics.median(values)
         if before is not None and after is not None:
             found["energy_j"] = after - before
 
 
 def link_sleeps_after_ms(device: torch.device) -> float | None:
     """How long an NVLink is idle before it goes to sleep; None where the driver does not tell."""
-    import pynvml
-
     handle = _handle(device)
-    threshold = _field(handle, pynvml.NVML_FI_DEV_NVLINK_GET_POWER_THRESHOLD)
+    threshold = _field(handle, _LINK_THRESHOLD)
     unit = 0.05 if _field(handle, _LINK_THRESHOLD_UNITS) == _50_US else 0.1
     return None if threshold is None else threshold * unit
 
 
 def _handle(device: torch.device) -> Any:
-    import pynvml
-
-    pynvml.nvmlInit()
-    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-
-
-def _energy_j(handle: Any) -> float | None:
-    """Used since the driver was loaded; None where the GPU does not count it."""
+    """None where there is no driver to ask, or it does not know the device."""
     import pynvml
 
     try:
-        return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     except pynvml.NVMLError:
         return None
 
 
-def _power_w(handle: Any) -> float:
-    """The power now, where the driver tells it: the plain query is an average over the last second."""
+def _asked(name: str, *arguments: Any) -> Any:
+    """What NVML answers; None where it does not."""
     import pynvml
 
-    now = _field(handle, pynvml.NVML_FI_DEV_POWER_INSTANT)
-    return float(now or pynvml.nvmlDeviceGetPowerUsage(handle)) / 1e3
+    try:
+        return getattr(pynvml, name)(*arguments)
+    except pynvml.NVMLError:
+        return None
 
 
 def _field(handle: Any, number: int) -> int | None:
-    """A whole number that the driver has under ``number``, of the first link where each has one; None: it has none."""
-    import pynvml
+    """A whole number that the driver has under ``number``, of the first link where each has one."""
+    fields = _asked("nvmlDeviceGetFieldValues", handle, [(number, 0)])
+    return int(fields[0].value.uiVal) if fields and fields[0].nvmlReturn == 0 else None
 
-    try:
-        (field,) = pynvml.nvmlDeviceGetFieldValues(handle, [(number, 0)])
-    except pynvml.NVMLError:
-        return None
-    return int(field.value.uiVal) if field.nvmlReturn == pynvml.NVML_SUCCESS else None
+
+def _energy_j(handle: Any) -> float | None:
+    """Used since the driver was loaded."""
+    millijoules = _asked("nvmlDeviceGetTotalEnergyConsumption", handle)
+    return None if millijoules is None else millijoules / 1e3
+
+
+def _power_w(handle: Any) -> float | None:
+    """The power now, where the driver tells it: the plain query is an average over the last second."""
+    milliwatts = _field(handle, _POWER_NOW) or _asked("nvmlDeviceGetPowerUsage", handle)
+    return None if milliwatts is None else milliwatts / 1e3
+
+
+def _link_awake(handle: Any) -> float | None:
+    state = _field(handle, _LINK_STATE)
+    return None if state is None else float(state == 0)
+
+
+_SENSORS: dict[str, Callable[[Any], float | None]] = {
+    "sm_clock_mhz": lambda handle: _asked("nvmlDeviceGetClockInfo", handle, _SM_CLOCK),
+    "power_w": _power_w,
+    "temperature_c": lambda handle: _asked("nvmlDeviceGetTemperature", handle, _OF_THE_GPU),
+    "link_awake": _link_awake,
+}

@@ -1,6 +1,6 @@
 """Time a layer's matrix products while GPUs pull from each other: what transfers cost at the power limit.
 
-python launch/bench_transfers.py --model ds_configs/models/paper.json --output results/transfers_gpu2.json
+python launch/bench_transfers.py --gpus 2 --model ds_configs/models/paper.json --output results/transfers_gpu2.json
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.progress import make_console
 
     shape = model_shape(read_config(args.model))
-    if (count := torch.cuda.device_count()) < 2:
-        raise ConfigError(f"{count} CUDA GPUs; this benchmark needs two that reach each other's memory")
-    devices = [torch.device("cuda", index) for index in range(count)]
+    if args.gpus < 2:
+        raise ConfigError(f"gpus={args.gpus}: it takes two to pull from one another")
+    if (count := torch.cuda.device_count()) < args.gpus:
+        raise ConfigError(f"{count} CUDA GPUs, {args.gpus} are wanted; they must reach each other's memory")
+    devices = [torch.device("cuda", index) for index in range(args.gpus)]
     torch.manual_seed(0)
     rows = bench_transfers.run(shape, args.rows, torch_dtype(args.dtype), devices, args.seconds, args.warm_s, cli.say)
     general = {
-        "device": hardware.device_name(devices[0]), "gpus": count, "dtype": args.dtype, "tokens": args.rows,
+        "device": hardware.device_name(devices[0]), "gpus": args.gpus, "dtype": args.dtype, "tokens": args.rows,
         "link_sleeps_after_ms": sensors.link_sleeps_after_ms(devices[0]),
     }  # fmt: skip
     document = results.collect({**results.provenance(), **general}, rows, args.output)
@@ -43,6 +45,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint directory, or a file of ds_configs/models/")
+    parser.add_argument("--gpus", type=int, default=2, metavar="N", help="of one host, each pulls from the next [2]")
     parser.add_argument("--rows", type=int, default=10000, metavar="M", help="tokens at a time on each GPU [10000]")
     parser.add_argument("--dtype", choices=[name for name in get_args(DType) if name != "fp32"], default="fp16")
     parser.add_argument("--seconds", type=float, default=6.0, help="how long each traffic is sustained [6]")

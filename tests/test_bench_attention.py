@@ -3,7 +3,6 @@
 import io
 import itertools
 import statistics
-import sys
 import types
 from functools import partial
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from ds_ring import sensors
 from ds_ring.attention.local import attend
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.bench_attention import cases, flex, peers, timing
@@ -133,20 +131,6 @@ def test_sensors_are_the_median_over_a_calls_own_blocks():
     timed = timing.Timed(lambda: None, 1, gpu=[{"power_w": 1.0}, {}, {"power_w": 3.0}, {"power_w": 8.0}])
     assert timed.sensor("power_w") == 3.0
     assert timed.sensor("sm_clock_mhz") is None
-
-
-@pytest.mark.parametrize("status", [0, 3])
-def test_power_is_that_of_the_moment_where_the_driver_tells_it(monkeypatch, status):
-    field = types.SimpleNamespace(nvmlReturn=status, value=types.SimpleNamespace(uiVal=650_000))
-    fake = types.SimpleNamespace(
-        NVML_FI_DEV_POWER_INSTANT=186,
-        NVML_SUCCESS=0,
-        NVMLError=RuntimeError,
-        nvmlDeviceGetFieldValues=lambda handle, fields: [field],
-        nvmlDeviceGetPowerUsage=lambda handle: 500_000,
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert sensors._power_w(None) == (650.0 if status == 0 else 500.0)
 
 
 @pytest.mark.usefixtures("uncompiled")

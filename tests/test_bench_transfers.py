@@ -47,7 +47,7 @@ def test_without_two_gpus_it_is_refused_in_a_line():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip().splitlines()[-1] == (
-        f"error: {torch.cuda.device_count()} CUDA GPUs; this benchmark needs two that reach each other's memory"
+        f"error: {torch.cuda.device_count()} CUDA GPUs, 2 are wanted; they must reach each other's memory"
     )
 
 

@@ -1,6 +1,7 @@
 """Planning a comparison, judging its rows, and writing them down."""
 
 import json
+from pathlib import Path
 
 import pytest
 from compared_rows import row
@@ -96,6 +97,18 @@ def test_layouts_with_different_workloads_are_refused(tmp_path):
         compare.Plan.make(files, {})
     with pytest.raises(ConfigError, match=r"a\.json and .*b\.json are both ring2: rows of them could not be told"):
         compare.Plan.make(files, {"batch_size": 4})
+
+
+def test_micro_batches_may_differ(tmp_path):
+    files = []
+    for size, degrees in ((1, {"dp_size": 2}), (2, {"ring_degree": 2})):
+        files.append(str(tmp_path / f"{size}.json"))
+        section = {"model": "checkpoints/small", "parallel": degrees, "workload": {"micro_batch_size": size}}
+        Path(files[-1]).write_text(json.dumps({"dtype": "fp32", "ds_ring": section}))
+    assert [run.workload.micro_batch_size for _, run in compare.Plan.make(files, {"batch_size": 4}).runs] == [1, 2]
+    heads, cells = report.table([row("dp2", 900), row("ring2", 1000) | {"micro_batch": 2}])
+    assert heads[1] == "micro-batch"
+    assert [c[1] for c in cells] == ["1", "2"]
 
 
 def test_ways_of_one_ring_have_names_of_their_own():

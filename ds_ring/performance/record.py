@@ -17,8 +17,8 @@ from ds_ring.performance.page import MANIFEST, RESULTS
 
 
 def gpus_of(command: str) -> int:
-    """How many a command runs on, by its launcher's option or its configurations' folder."""
-    found = re.search(r"--num_gpus (\d+)|ds_configs/gpu(\d+)/", command)
+    """How many a command runs on, by an option or its configurations' folder."""
+    found = re.search(r"--(?:num_)?gpus (\d+)|ds_configs/gpu(\d+)/", command)
     return int(found.group(1) or found.group(2)) if found else 1
 
 
