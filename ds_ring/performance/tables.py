@@ -47,12 +47,17 @@ def forward(documents: Sequence[Document], rows: Rows) -> list[str]:
     traced = [r for r in rows if r.get("trace_window_ms")]
     if traced:
         shares = [
-            [forward_name(r), f"{r['trace_window_ms']:,.1f}", *(_share(r, part) for part in (*TRACE_PARTS, EXPOSED))]
+            [
+                forward_name(r),
+                f"{r['trace_window_ms']:,.1f}",
+                *(_share(r, part) for part in (*TRACE_PARTS, EXPOSED)),
+                given(r, f"trace_{EXPOSED}_ms_per_layer", ".2f"),
+            ]
             for r in traced
         ]
         lines += ["", "Where a pass goes, by its trace:", ""]
         lines += markdown_table(
-            *_without_empty_columns(["", "pass (ms)", *TRACE_PARTS.values(), "transfers shown"], shares)
+            *_without_empty_columns(["", "pass (ms)", *TRACE_PARTS.values(), "transfers shown", "a layer (ms)"], shares)
         )
     return lines
 
