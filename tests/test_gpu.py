@@ -143,9 +143,18 @@ def test_the_kernel_runs_in_a_cuda_graph_and_under_compile():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     torch.library.opcheck(torch.ops.ds_ring.attention512, (q, [k], [v], [0], [0, 300, 0], True, 0.04))
 
+    def layer(q, k, v):
+        out, lse = whole_call(2 * q, [(k, v, 0)], [(0, 300, 0)], True)
+        attention512.accumulate_(out, lse, *arguments(q, [(k, v, 300)], [(0, 300, 300)], True))
+        return out + 1, lse
 
-def test_scores_over_the_fp16_range_stay_finite():
-    q = torch.full((1, 64, 2, 128), 60.0, device="cuda", dtype=torch.float16)
+    for got, want in zip(torch.compile(layer, fullgraph=True)(q, k, v), layer(q, k, v), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("head_dim", [128, 512])
+def test_scores_over_the_fp16_range_stay_finite(head_dim):
+    q = torch.full((1, 64, 2, head_dim), 60.0, device="cuda", dtype=torch.float16)
     out, lse = attend(q, q, q, spec=AttentionSpec(1.0))
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
