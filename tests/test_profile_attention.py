@@ -1,0 +1,75 @@
+"""Counters of attention512: the profiler's words as rows, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ds_ring.bench_attention import profile
+from ds_ring.bench_attention.cases import Case
+from ds_ring.errors import ConfigError
+from ds_ring.launcher import ROOT
+
+PRINTED = """==PROF== Connected to process 1
+a line of the program's own, "quoted"
+==PROF== Disconnected
+"ID","Kernel Name","gpu__time_duration.sum","sm__cycles_active.avg","device__attribute_name"
+"","","ms","cycle",""
+"0","attention512","1.25","1,234,567","H100"
+"1","attention512","2.5","7","H100"
+"""
+CASES = [Case(512, True, 1, 16, 16, length, length) for length in (100, 200)]
+
+
+def test_what_the_profiler_prints_becomes_numbers_by_metric():
+    first, second = profile.table(PRINTED)
+    assert first == {"gpu__time_duration.sum": 1.25, "sm__cycles_active.avg": 1234567.0}
+    assert second["gpu__time_duration.sum"] == 2.5
+    assert list(profile.table("==ERROR== nothing")) == []
+
+
+def profiled(monkeypatch, printed: str, code: int = 0) -> list[dict]:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, code, printed, "==ERROR== no permission")
+
+    monkeypatch.setattr(profile.shutil, "which", lambda _: "/bin/ncu")
+    monkeypatch.setattr(profile.subprocess, "run", run)
+    rows = profile.run(CASES, "script.py", ["--calls"], lambda _: None)
+    assert commands[0][-3:] == [sys.executable, "script.py", "--calls"]
+    assert commands[0][commands[0].index("--clock-control") + 1] == "none"
+    return rows
+
+
+def test_a_row_of_each_case(monkeypatch):
+    rows = profiled(monkeypatch, PRINTED)
+    assert [row["case"] for row in rows] == [case.label for case in CASES]
+    assert rows[1]["metrics"]["sm__cycles_active.avg"] == 7
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "count"), [(PRINTED, 1, 2), (PRINTED.rsplit("\n", 2)[0], 0, 1), ("", 0, 0)]
+)
+def test_a_profile_that_failed_is_told(monkeypatch, printed, code, count):
+    with pytest.raises(ConfigError, match=rf"{count} launches of 2 were profiled: .*no permission"):
+        profiled(monkeypatch, printed, code)
+
+
+def test_without_the_profiler_it_is_refused(monkeypatch):
+    monkeypatch.setattr(profile.shutil, "which", lambda _: None)
+    with pytest.raises(ConfigError, match=r"ncu \(Nsight Compute\) is not on the PATH"):
+        profile.run(CASES, "script.py", [], lambda _: None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("options", "told"), [([], "no CUDA GPU"), (["--only", "d128"], "no case of head_dim 512")])
+def test_what_cannot_be_profiled_is_refused_in_a_line(options, told):
+    command = [sys.executable, "launch/profile_attention.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {told}")
