@@ -19,7 +19,7 @@ from ds_ring.config import RunConfig
 from ds_ring.errors import InputError, UserError
 from ds_ring.transport.base import Transport
 
-LENGTH, NEW_TOKENS, SEED = 75, 64, 0
+LENGTH, SEED = 75, 0
 TOLERANCE = 1e-4
 """On the worst token's relative error, fp32; a token at a wrong place gives errors near 1."""
 TIE = 1e-3
@@ -41,26 +41,26 @@ LATENT_ATTENTION = {
     "num_key_value_heads": 6, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
 }  # fmt: skip
 """Set where keys and values come from one compressed vector: other sizes and no groups."""
-OUTCOMES = {
-    "works": "the same logits and tokens as the unsharded model",
-    "refused": "named in an error before anything is computed wrongly",
-    "differs": "wrong: a fault of ours",
-    "failed": "an error that is not a refusal",
-    "not tried": "transformers itself makes no small model of it this way",
-}
 
 
-def check(config: RunConfig, names: list[str], say: Callable[[str], None]) -> dict[str, Any]:
-    """``{"layout", "rows": [{model_type, class, outcome, detail, max_rel_error, same_tokens}]}`` for every name."""
+def check(config: RunConfig, names: list[str], new_tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """``{"layout", "rows": [{model_type, class, outcome, detail, max_rel_error, same_tokens}]}`` for every name.
+
+    Raises:
+        InputError: an unknown name, or more tokens than the small models have positions for.
+    """
+    room = SIZES["max_position_embeddings"] - LENGTH
+    if not 0 < new_tokens <= room:
+        raise InputError(f"new_tokens={new_tokens} must be from 1 to {room}")
     known = architectures()
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"transformers has no causal LM of type {', '.join(unknown)}")
     everyone = runtime.connect(config)["world"]
     rows = []
     for name in names or known:
-        rows.append(_row(name, config, everyone))
+        rows.append(_row(name, config, new_tokens, everyone))
         say(f"{name}: {rows[-1]['outcome']} {rows[-1]['detail']}")
-    return {"layout": config.topology.label(), "length": LENGTH, "new_tokens": NEW_TOKENS, "rows": rows}
+    return {"layout": config.topology.label(), "length": LENGTH, "new_tokens": new_tokens, "rows": rows}
 
 
 def architectures() -> list[str]:
@@ -119,7 +119,7 @@ def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _row(model_type: str, config: RunConfig, everyone: Transport) -> dict[str, Any]:
+def _row(model_type: str, config: RunConfig, new_tokens: int, everyone: Transport) -> dict[str, Any]:
     row: dict[str, Any] = {"model_type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
     with _shared_folder(everyone) as folder:
         try:
@@ -132,22 +132,22 @@ def _row(model_type: str, config: RunConfig, everyone: Transport) -> dict[str, A
         problem = everyone.all_gather_objects(problem)[0]
         if problem is None:
             try:
-                want, tokens, margins = _unsharded(folder)
+                want, tokens, margins = _unsharded(folder, new_tokens)
             except Exception as error:
                 problem = _first_line(error)
         if problem is not None:
             return {**row, "outcome": "not tried", "detail": problem}
         try:
-            got, new = _sharded(folder, config)
+            got, new = _sharded(folder, config, new_tokens)
         except UserError as error:
             return {**row, "outcome": "refused", "detail": str(error)}
         except Exception as error:
             return {**row, "outcome": "failed", "detail": _first_line(error)}
-        uncached = tokens if torch.equal(new, tokens) else _unsharded(folder, use_cache=False)[1]
+        uncached = tokens if torch.equal(new, tokens) else _unsharded(folder, new_tokens, use_cache=False)[1]
     difference = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
     same = int((new == tokens).long().cumprod(1).sum()) - LENGTH
     detail = ""
-    if same < NEW_TOKENS:
+    if same < new_tokens:
         detail = f"token {same + 1} differs, where the best two logits are {margins[same]:.1e} apart"
         if torch.equal(new, uncached):
             detail += "; all equal transformers' own without its cache"
@@ -162,11 +162,11 @@ def _prompt() -> Tensor:
     return torch.randint(3, SIZES["vocab_size"], (1, LENGTH), generator=torch.Generator().manual_seed(SEED))
 
 
-def _options() -> dict[str, Any]:
-    return {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+def _options(new_tokens: int) -> dict[str, Any]:
+    return {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-def _unsharded(folder: Path, use_cache: bool = True) -> tuple[Tensor, Tensor, list[float]]:
+def _unsharded(folder: Path, new_tokens: int, use_cache: bool = True) -> tuple[Tensor, Tensor, list[float]]:
     """(logits, greedy tokens, by how much each of these was the best), on the CPU."""
     # Eager: older releases drop soft-capping under SDPA without a word.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -175,17 +175,17 @@ def _unsharded(folder: Path, use_cache: bool = True) -> tuple[Tensor, Tensor, li
         logits = model(ids, use_cache=False).logits
         found = model.generate(
             ids, attention_mask=torch.ones_like(ids), use_cache=use_cache, return_dict_in_generate=True,
-            output_logits=True, **_options(),
+            output_logits=True, **_options(new_tokens),
         )  # fmt: skip
     best_two = torch.cat(found.logits).topk(2).values
     return logits, found.sequences, (best_two[:, 0] - best_two[:, 1]).tolist()
 
 
-def _sharded(folder: Path, config: RunConfig) -> tuple[Tensor, Tensor]:
+def _sharded(folder: Path, config: RunConfig, new_tokens: int) -> tuple[Tensor, Tensor]:
     engine, ids = runtime.from_pretrained(folder, config=config), _prompt()
     logits = engine(ids).logits
     assert logits is not None
-    tokens = engine.generate(ids, torch.ones_like(ids), **_options())
+    tokens = engine.generate(ids, torch.ones_like(ids), **_options(new_tokens))
     assert isinstance(tokens, Tensor)
     return logits.cpu(), tokens.cpu()
 
@@ -200,26 +200,3 @@ def _shared_folder(everyone: Transport) -> Iterator[Path]:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
-
-
-def markdown(document: dict[str, Any]) -> str:
-    rows = document["rows"]
-    lines = [
-        f"# transformers' causal LMs on {document['layout']}",
-        "",
-        f"Each in small with random weights, fp32: logits of {document['length']} tokens and {document['new_tokens']} "
-        f"greedy tokens behind them, against the unsharded model.",
-    ]
-    for outcome, meaning in OUTCOMES.items():
-        found = [row for row in rows if row["outcome"] == outcome]
-        if not found:
-            continue
-        lines += ["", f"## {outcome}: {len(found)}", "", f"{meaning[0].upper()}{meaning[1:]}.", ""]
-        lines += ["| type | class | max error |" if outcome in ("works", "differs") else "| type | class | why |"]
-        lines += ["| --- | --- | --- |"]
-        for row in found:
-            detail = row["detail"].replace("|", "\\|")
-            last = f"{row['max_rel_error']:.1e} {detail}".strip() if "max_rel_error" in row else detail
-            lines.append(f"| {row['model_type']} | {row['class']} | {last} |")
-    versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
-    return "\n".join([*lines, "", f"`{document['command']}` at {document['git']}, {document['date']}; {versions}", ""])

@@ -1,8 +1,9 @@
 """Which of transformers' causal LMs work in a layout: each in small with random weights, sharded against unsharded.
 
-    deepspeed --num_gpus 4 launch/check_models.py --ulysses-degree 2 --ring-degree 2 --markdown models.md
+    deepspeed --num_gpus 4 launch/check_models.py --ulysses-degree 2 --ring-degree 2 --output results/models_hybrid.json
+    python launch/check_models.py --table results/models_*.json --markdown models.md
 
-Logits and 64 greedy tokens are compared; those that cannot work are listed with the error they give.
+Logits and greedy tokens are compared; those that cannot work are listed with the error they give.
 """
 
 from __future__ import annotations
@@ -15,23 +16,34 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring import cli
+from ds_ring.errors import InputError
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
+    from ds_ring import models_page, results
+
+    if args.table:
+        if missing := [file for file in args.table if not Path(file).is_file()]:
+            raise InputError(f"no such file: {', '.join(missing)}")
+        documents = [results.read_json(file) for file in args.table]
+        results.write_atomically(args.markdown, models_page.text(documents))
+        return {"page": args.markdown, "layouts": [document["layout"] for document in documents]}
     from ds_ring.config import RunConfig
 
     config = RunConfig.load(args.config, **{**cli.overrides(args), "dtype": "fp32"})
-    from ds_ring import check_models, results
+    from ds_ring import check_models
 
-    found = check_models.check(config, args.types, cli.say)
-    document = {**results.provenance(), "config": config.document(), **found}
-    if args.markdown and cli.is_first_rank():
-        results.write_atomically(args.markdown, check_models.markdown(document))
-    return document
+    found = check_models.check(config, args.types, args.new_tokens, cli.say)
+    return {**results.provenance(), "config": config.document(), **found}
 
 
 if __name__ == "__main__":
     parser = cli.run_parser(__doc__)
     parser.add_argument("--types", nargs="+", default=[], metavar="TYPE", help="model types [all of transformers']")
-    parser.add_argument("--markdown", metavar="FILE.md", help="where to write the table")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="greedy tokens to compare [64]")
+    table = "check nothing: make a table of these results, one layout each"
+    parser.add_argument("--table", nargs="+", default=[], metavar="FILE.json", help=table)
+    parser.add_argument(
+        "--markdown", default="models.md", metavar="FILE.md", help="where to write the table [models.md]"
+    )
     cli.main(work, parser)

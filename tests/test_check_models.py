@@ -8,7 +8,9 @@ import pytest
 import torch
 from test_launch import ROOT, last_line, run
 
+from ds_ring import models_page
 from ds_ring.check_models import SIZES, architectures, tiny_config
+from ds_ring.errors import InputError
 from ds_ring.launcher import free_port
 
 SCRIPT = [sys.executable, "launch/check_models.py"]
@@ -16,11 +18,13 @@ SCRIPT = [sys.executable, "launch/check_models.py"]
 
 @pytest.mark.launch
 def test_outcomes_and_their_table(tmp_path):
-    table = tmp_path / "models.md"
-    done = run([*SCRIPT, "--types", "gemma2", "bloom", "xlnet", "--markdown", str(table)])
+    table, output = tmp_path / "models.md", tmp_path / "models.json"
+    types = ["gemma2", "bloom", "xlnet"]
+    done = run([*SCRIPT, "--types", *types, "--new-tokens", "32", "--output", str(output)])
     rows = {row["model_type"]: row for row in last_line(done)["rows"]}
+    run([*SCRIPT, "--table", str(output), "--markdown", str(table)])
     assert rows["gemma2"]["outcome"] == "works"
-    assert rows["gemma2"]["same_tokens"] == 64
+    assert rows["gemma2"]["same_tokens"] == 32
     assert 0 < rows["gemma2"]["max_rel_error"] < 1e-5
     assert rows["bloom"]["outcome"] == "refused"
     assert "does not go through transformers' attention interface" in rows["bloom"]["detail"]
@@ -29,6 +33,38 @@ def test_outcomes_and_their_table(tmp_path):
     assert "## works: 1" in text
     assert "| gemma2 | Gemma2ForCausalLM |" in text
     assert "| bloom | BloomForCausalLM | BloomForCausalLM does not go" in text
+
+
+def document(layout, **outcomes):
+    errors = {"works": {"max_rel_error": 1e-6}, "differs": {"max_rel_error": 0.5}}
+    rows = [
+        {"model_type": name, "class": name.upper(), "outcome": outcome, "detail": detail, **errors.get(outcome, {})}
+        for name, (outcome, detail) in outcomes.items()
+    ]
+    general = {
+        "length": 75,
+        "new_tokens": 64,
+        "versions": {"torch": "1"},
+        "command": "check",
+        "git": "abc",
+        "date": "2001",
+    }
+    return {"layout": layout, "rows": rows, **general}
+
+
+def test_a_table_of_several_layouts():
+    ring = document("ring2", a=("works", ""), b=("works", ""), c=("refused", "no | way"), d=("works", ""))
+    shared = document(
+        "tp2_pp2", a=("works", "a tie"), b=("refused", "it is fused"), c=("refused", "no"), d=("differs", "token 3")
+    )
+    lines = models_page.text([ring, shared]).splitlines()
+    assert "## works: 1" in lines
+    assert "| a | A | 1.0e-06 tp2_pp2: a tie |" in lines
+    assert "| b | B | ring2. tp2_pp2: it is fused |" in lines
+    assert "| c | C | no \\| way |" in lines
+    assert "| d | D | 5.0e-01 tp2_pp2: token 3 |" in lines
+    with pytest.raises(InputError, match="tp2_pp2 and ring2 differ in new_tokens"):
+        models_page.text([ring, shared | {"new_tokens": 1}])
 
 
 def test_small_configs_keep_one_layer_of_each_kind():
