@@ -58,6 +58,8 @@ def check_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     _check_model(shape)
     _check_heads(config, shape)
     _check_tensor_pipeline(config, shape)
+    if config.ring.in_flight > 2 and config.ring.interleave == "off":
+        raise ConfigError(f"in_flight={config.ring.in_flight} beside interleave=off: leave out one of both")
     if config.parallel.implementation != "ds_ring":
         _check_peer(config, shape)
 
@@ -168,6 +170,8 @@ def _check_peer(config: RunConfig, shape: ModelShape) -> None:
     for name, (value, possible) in settings.items():
         if value not in possible:
             raise ConfigError(f"implementation={whose} has no {name}={value}; {suggest(sorted(possible), '')}")
+    if config.ring.in_flight > 2:
+        raise ConfigError(f"implementation={whose} has no in_flight={config.ring.in_flight}; leave it out")
     kv_heads, ulysses = shape.num_kv_heads, p.ulysses_degree
     if whose == "deepspeed_ulysses" and kv_heads % ulysses and ulysses % kv_heads:
         raise ConfigError(

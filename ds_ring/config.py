@@ -156,6 +156,12 @@ class RingConfig(_Section):
         description="two micro-batches in flight, one's transfers under the other's layers; auto: for sequences shared "
         "by copy engine; on: also beside NCCL's kernels, and for tp_size without pp_size",
     )
+    in_flight: int = Field(
+        2,
+        ge=2,
+        description="micro-batches in flight, of sequences shared by interleaving; more than two go through each layer "
+        "together, so that transfers come close together and links may sleep in between",
+    )
     timeout_s: int = Field(
         1800,
         ge=0,

@@ -20,10 +20,10 @@ in place. Ulysses holds what is received, T (q + kv), in place of queries, K and
 projection, T (q + kv), and a result, T q. Tensor parallelism holds a sum, T d, and all of the embedding, but a part of
 the head; a pipeline's stage has one of the two, hidden states in slots and those that came, 3 T d.
 
-Where two micro-batches are in flight, one waits while the other goes through a layer. It holds what arrives for it, or
-its part of the MLP's intermediate where tensor parallelism sums up, and 5 T d: input, norm and embedding, and two that
-records show, whoever shares (``tests/test_memory.py`` holds all records against this). Both slots of Ulysses then hold
-projections.
+Where several micro-batches are in flight, the others wait while one goes through a layer. Each holds what arrives for
+it, or its part of the MLP's intermediate where tensor parallelism sums up, and 5 T d: input, norm, embedding, and two
+that records show, whoever shares (``tests/test_memory.py`` holds all records of two in flight against this). Each has a
+slot of its own; those of Ulysses then all hold projections.
 
 One sequence of 1,000,000 tokens of the paper's model on a ring of two: T = 500,000, q = d = 8192, kv = 16,384,
 m = 32,768; T d in fp16 is 8.2 GB. In that unit, beside 0.1 for rotary tables:
@@ -53,26 +53,25 @@ def peak_bytes(config: RunConfig, shape: ModelShape, linear_parameters: int, mic
     rows, d = micro * layout.local_length, shape.hidden_size
     block = min(rows, config.workload.block_rows or rows)
     q, kv = (n * shape.head_dim / t.tp for n in (shape.num_heads, 2 * shape.num_kv_heads))
-    slots, projected = 0.0, t.ring > 1 and t.ulysses == 1 and block == rows
+    slots, projected, lanes = 0.0, t.ring > 1 and t.ulysses == 1 and block == rows, _in_flight(config, micro)
     if t.ring > 1:
         shared = rows * (q + kv if projected else kv)
-        slots = shared * (1 if shared * itemsize >= LARGE else MIN_SLOTS)
+        slots = shared * max(lanes, 1 if shared * itemsize >= LARGE else MIN_SLOTS)
     foreign, running = _arriving(config, shape, rows * kv, rows * q, itemsize)
     own, held = slots or rows * kv, rows * (2 * d + 2 * shape.head_dim)
     embedding = rows * d if block == rows else 0
     held += embedding
-    in_flight = _in_flight(config, micro)
     projecting = held + own + (foreign if block == rows else 0) + (0 if projected else rows * q + block * (q + kv))
     attending = held + rows * (q if projected else 2 * q) + own + foreign + running
     if t.sp == 1 and block == rows:
         attending = held + rows * ((q + kv) + (q + kv / 2) + q)
     if t.ulysses > 1:
-        slots += rows * (2 * (q + kv) if in_flight else q + kv + q)
+        slots += rows * (lanes * (q + kv) if lanes > 1 else q + kv + q)
         foreign += rows * (q + kv)
         attending = held + rows * q + slots + foreign + running
     wide = _wide(shape, linear_parameters) / t.tp
     behind = rows * 2 * (d + shape.head_dim) + embedding + block * (2 * d + wide) + slots
-    waiting = rows * (5 * d + 2 * shape.head_dim) + (block * wide if t.tp > 1 else foreign) if in_flight else 0
+    waiting = (lanes - 1) * (rows * (5 * d + 2 * shape.head_dim) + (block * wide if t.tp > 1 else foreign))
     summed_or_sent = rows * d * (MIN_SLOTS + 1 if t.pp > 1 else 1 if t.tp > 1 else 0)
     layer = max(projecting, attending, behind)
     return (_weights(config, shape, linear_parameters) + layer + waiting + summed_or_sent) * itemsize
@@ -84,11 +83,13 @@ def _weights(config: RunConfig, shape: ModelShape, linear_parameters: int) -> fl
     return linear_parameters / (t.pp * t.tp) + (table if t.pp > 1 else table + table / t.tp)
 
 
-def _in_flight(config: RunConfig, micro: int) -> bool:
-    """Whether two micro-batches are: ``auto`` is taken to find the copy engine, as on GPUs of one host."""
-    t, wanted = config.topology, config.ring.interleave
-    by_copy_engine = wanted == "auto" and t.sp > 1 and config.ring.transport != "process_group"
-    return t.pp == 1 and config.workload.batch_size > micro * t.dp and (wanted == "on" or by_copy_engine)
+def _in_flight(config: RunConfig, micro: int) -> int:
+    """How many micro-batches are: ``auto`` is taken to find the copy engine, as on GPUs of one host."""
+    t, ring = config.topology, config.ring
+    by_copy_engine = ring.interleave == "auto" and t.sp > 1 and ring.transport != "process_group"
+    if t.pp > 1 or t.sp * t.tp == 1 or not (ring.interleave == "on" or by_copy_engine):
+        return 1
+    return min(ring.in_flight if t.sp > 1 else 2, -(-config.workload.batch_size // (micro * t.dp)))
 
 
 def _arriving(config: RunConfig, shape: ModelShape, own: float, out: float, itemsize: int) -> tuple[float, float]:

@@ -64,6 +64,7 @@ class TestLoading:
                 },
                 "transport": "auto",
                 "interleave": "auto",
+                "in_flight": 2,
                 "timeout_s": 1800,
                 "decode_graph": "auto",
                 "fusion": "auto",
@@ -219,7 +220,7 @@ class TestRefusedFiles:
     ("document", "text"),
     [
         ({"ds_ring": {"paralel": {}}},
-         "ds_ring.paralel is not a known key; known here: decode_graph, fusion, interleave, model, parallel, "
+         "ds_ring.paralel is not a known key; known here: decode_graph, fusion, in_flight, interleave, model, parallel, "
          "timeout_s, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
          "ds_ring.workload.length is not a known key; known here: batch_size, block_rows, max_length, "
@@ -249,7 +250,7 @@ class TestRefusedFiles:
          "ds_ring.transport='mpi': Input should be 'auto', 'process_group' or 'copy_engine'"),
         ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},
          "ds_ring.workload.repeats=0: Input should be greater than or equal to 1; "
-         "ds_ring.modle is not a known key; known here: decode_graph, fusion, interleave, model, parallel, "
+         "ds_ring.modle is not a known key; known here: decode_graph, fusion, in_flight, interleave, model, parallel, "
          "timeout_s, transport, workload"),
         ({"ds_ring": 3}, "ds_ring must be a JSON object, not 3"),
         ({"ds_ring": None}, "ds_ring must be a JSON object, not None"),

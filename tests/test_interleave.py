@@ -1,4 +1,4 @@
-"""Two micro-batches in flight: the same numbers, in an order that never varies."""
+"""Several micro-batches in flight: the same numbers, in an order that never varies."""
 
 import threading
 from types import SimpleNamespace
@@ -10,6 +10,8 @@ from mocked_world import relative_error, serve
 from tiny_models import build, gpt_neox, llama_gqa, logits, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_ring.attention import ring
+from ds_ring.attention.round import Round
 from ds_ring.engines.base import Engine
 from ds_ring.engines.interleave import run_interleaved
 from ds_ring.hf.fused import product
@@ -110,8 +112,8 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("wire", ["threads", "copy_engine"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_micro_batches_of_unequal_lengths_give_what_they_give_in_turn(layout, wire, micro_batch_size):
+@pytest.mark.parametrize(("micro_batch_size", "in_flight"), [(1, 2), (2, 2), (1, 3)])
+def test_micro_batches_of_unequal_lengths_give_what_they_give_in_turn(layout, wire, micro_batch_size, in_flight):
     model, ids, mask = build(llama_gqa()), tokens(5, 61), torch.ones(5, 61, dtype=torch.long)
     for row, length in enumerate((61, 40, 7, 1, 33)):
         mask[row, length:] = 0
@@ -124,7 +126,7 @@ def test_micro_batches_of_unequal_lengths_give_what_they_give_in_turn(layout, wi
 
     # One variant both ways: auto would take the one that suits each.
     options = {"micro_batch_size": micro_batch_size, "wire": wire, "ring_variant": "gather_kv"} | layout
-    together = serve(model, work, interleave="on", **options)
+    together = serve(model, work, interleave="on", in_flight=in_flight, **options)
     in_turn = serve(model, work, interleave="off", **options)
     for (got, scores, sent), (want, want_scores, want_sent) in zip(together, in_turn, strict=True):
         assert torch.equal(got, want)
@@ -132,9 +134,9 @@ def test_micro_batches_of_unequal_lengths_give_what_they_give_in_turn(layout, wi
         assert sent == want_sent
 
 
-def order_of_layers(**options) -> list[tuple[int, int]]:
-    """(length, layer) as the first rank runs them, for two rows of lengths 9 and 8 in micro-batches of one."""
-    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+def order_of_layers(rows: int = 2, **options) -> list[tuple[int, int]]:
+    """(lane, layer) as the first rank begins them, for rows in micro-batches of one."""
+    ids, mask = tokens(rows, 9), torch.ones(rows, 9, dtype=torch.long)
     mask[1, 8] = 0
 
     def work(engine: Engine) -> list[tuple[int, int]]:
@@ -163,6 +165,34 @@ def test_layers_of_two_micro_batches_alternate_where_that_hides_transfers(wire, 
     alternating = [(0, 0), (1, 0), (0, 1), (1, 1)]
     in_turn = [(0, 0), (0, 1), (0, 0), (0, 1)]
     assert order_of_layers(wire=wire, interleave=interleave) == (alternating if overlaps else in_turn)
+
+
+def test_more_than_two_micro_batches_in_flight_go_through_each_layer_together():
+    by_layer = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
+    assert order_of_layers(rows=3, wire="copy_engine", in_flight=4) == by_layer
+    assert order_of_layers(rows=3, wire="copy_engine", in_flight=3) == by_layer
+
+
+def test_transfers_of_all_micro_batches_in_flight_begin_before_the_first_attends(monkeypatch):
+    events: list[tuple[int, str]] = []
+    start, gather_kv = Round.start, ring.gather_kv
+
+    def starts(self: Round) -> None:
+        events.append((self.transport.rank, "start"))
+        start(self)
+
+    def attends(q_BLHD: torch.Tensor, travelling: Round, *rest: Any) -> torch.Tensor:
+        events.append((travelling.transport.rank, "attend"))
+        return gather_kv(q_BLHD, travelling, *rest)
+
+    monkeypatch.setattr(Round, "start", starts)
+    monkeypatch.setattr(ring, "gather_kv", attends)
+    model, ids = build(gpt_neox(heads=4, layers=2)), tokens(3, 20)
+    options = {"ring_degree": 2, "ring_variant": "gather_kv", "in_flight": 3}
+    found = serve(model, lambda engine: engine(ids).logits, wire="copy_engine", **options)
+    assert all(relative_error(got, logits(model, ids)) < 1e-5 for got in found)
+    for rank in range(2):
+        assert [event for at, event in events if at == rank] == 2 * (3 * ["start"] + 3 * ["attend"])
 
 
 @pytest.mark.parametrize("options", [{"ring_degree": 2}, {"ring_degree": 2, "ulysses_degree": 2}], ids=str)

@@ -37,9 +37,11 @@ def test_it_is_within_a_tenth_of_every_record(row):
 
 
 def test_a_second_micro_batch_in_flight_is_counted_where_there_is_one():
-    def gib(batch: int, **options: str) -> float:
+    def gib(batch: int, **options: Any) -> float:
         run = RunConfig.load({"dtype": "fp16"}, batch_size=batch, max_length=10_000, ring_degree=2, **options)
         return peak_bytes(run, model_shape(PAPER), linear_parameters(PAPER), 1) / 2**30
 
     assert gib(2) > gib(1) + 0.4
     assert gib(2, interleave="off") == gib(2, transport="process_group") == gib(1)
+    assert gib(3) == gib(2, in_flight=8) == gib(2)
+    assert gib(8, in_flight=8) - gib(8) > 5 * (gib(2) - gib(1))

@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ds_ring.attention.step import Step
@@ -43,6 +44,7 @@ class SequenceParallelEngine(Engine):
         super().__init__(model, config, mesh, shape, device)
         self._deepspeed = serve(model, config)
         self._slices = decode_slices(self.model, config, shape, mesh["sp"], device)
+        self._before_layers: list[RemovableHandle] = []
         self._fuse(in_place=True)
 
     def layout(self, length: int) -> SequenceLayout:
@@ -65,9 +67,9 @@ class SequenceParallelEngine(Engine):
 
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         jobs = [partial(self._forward, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
-        if self._in_flight(micro_batches):
-            return run_interleaved(jobs, self._on_hand_over, self.device)
-        return [job() for job in jobs]
+        if not self._in_flight(micro_batches):
+            return [job() for job in jobs]
+        return run_interleaved(jobs, self._on_hand_over, self.device, self.config.ring.in_flight)
 
     @property
     def interleaves(self) -> bool:
@@ -76,8 +78,16 @@ class SequenceParallelEngine(Engine):
         return self.mesh.topology.sp > 1 and (self.mesh.overlaps if wanted == "auto" else wanted == "on")
 
     def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
+        """Two lanes alternate: one's transfers under the other's layer. More hand over before a layer as well, so that
+        all have projected, and begun their transfers, before the first attends, and none transfers from there on."""
         for axis in SHARING_AXES:
             self.mesh[axis].meanwhile = hand_over
+        for hook in self._before_layers:
+            hook.remove()
+        self._before_layers.clear()
+        if hand_over is not None and self.config.ring.in_flight > 2:
+            turn = partial(_before_layer, hand_over)
+            self._before_layers += [layer.register_forward_pre_hook(turn) for layer in self.anatomy.layers[1:]]
 
     def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
         return [self._forward_last(m) for m in micro_batches]
@@ -135,6 +145,10 @@ class SequenceParallelEngine(Engine):
             out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
         # Every rank computed them; whether to the last bit is up to its libraries, and tokens must not differ.
         return self.mesh["sp"].broadcast(out.logits[:, -1], 0)
+
+
+def _before_layer(hand_over: Callable[[], None], module: torch.nn.Module, inputs: object) -> None:
+    hand_over()
 
 
 @lru_cache(maxsize=64)
