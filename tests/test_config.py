@@ -220,8 +220,8 @@ class TestRefusedFiles:
     ("document", "text"),
     [
         ({"ds_ring": {"paralel": {}}},
-         "ds_ring.paralel is not a known key; known here: decode_graph, fusion, in_flight, interleave, model, parallel, "
-         "timeout_s, transport, workload"),
+         "ds_ring.paralel is not a known key; known here: decode_graph, fusion, in_flight, interleave, model, "
+         "parallel, timeout_s, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
          "ds_ring.workload.length is not a known key; known here: batch_size, block_rows, max_length, "
          "micro_batch_size, micro_batch_sizes, mode, prefill_chunk, repeats, speed_only, sustain_s, sweep, text, "
@@ -250,8 +250,8 @@ class TestRefusedFiles:
          "ds_ring.transport='mpi': Input should be 'auto', 'process_group' or 'copy_engine'"),
         ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},
          "ds_ring.workload.repeats=0: Input should be greater than or equal to 1; "
-         "ds_ring.modle is not a known key; known here: decode_graph, fusion, in_flight, interleave, model, parallel, "
-         "timeout_s, transport, workload"),
+         "ds_ring.modle is not a known key; known here: decode_graph, fusion, in_flight, interleave, model, "
+         "parallel, timeout_s, transport, workload"),
         ({"ds_ring": 3}, "ds_ring must be a JSON object, not 3"),
         ({"ds_ring": None}, "ds_ring must be a JSON object, not None"),
         ({"tensor_parallel": 2}, "tensor_parallel must be a JSON object, not 2"),
