@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, get_args, get_origin
 
 from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
-from ds_ring.errors import DsRingError, UserError, is_out_of_memory
+from ds_ring.errors import DsRingError, TransportError, UserError, is_out_of_memory
 from ds_ring.launcher import FAILED, OUT_OF_MEMORY
 from ds_ring.results import write_json
 from ds_ring.watch import end_with_launcher
@@ -86,6 +86,8 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     except DsRingError as error:
+        if isinstance(error, TransportError):
+            time.sleep(2)  # where it repeats what a peer failed of, that rank is to say it
         _say_failed(str(error))
         code = 1
     except Exception as error:

@@ -42,7 +42,12 @@ class LaunchError(DsRingError):
 
 
 class TransportError(DsRingError, RuntimeError):
-    """Ranks disagree on what to move, or a peer did not answer."""
+    """Ranks disagree on what to move, a peer did not answer, or it failed at what ranks do together."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return str(error) or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:

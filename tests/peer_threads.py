@@ -32,11 +32,11 @@ Delay = Callable[[int, int], float]
 
 
 class _Shared:
-    """What all ranks hold of one allocation."""
+    """What all ranks hold of one allocation: ``data`` in rank order."""
 
-    def __init__(self, size: int, nbytes: int, flags: int) -> None:
-        self.data = [torch.full((nbytes,), 0xFF, dtype=torch.uint8) for _ in range(size)]
-        self.flags = [[0] * flags for _ in range(size)]
+    def __init__(self, data: list[Tensor], flags: int) -> None:
+        self.data = data
+        self.flags = [[0] * flags for _ in data]
         self.risen = threading.Condition()
 
 
@@ -149,11 +149,16 @@ class ThreadDevice:
     def allocate(self, nbytes: int, flags: int) -> ThreadMemory:
         for queue in self._pulls:
             queue.mark().wait()
-        shared = _Shared(self._control.size, nbytes, flags) if self.rank == 0 else None
-        found = self._control.all_gather_objects((nbytes, shared))
-        assert all(other == nbytes for other, _ in found), "ranks allocate alike"
+        with self._control.together():
+            own = self.own_bytes(nbytes)
+        data = self._control.all_gather_objects(own)
+        assert all(other.numel() == nbytes for other in data), "ranks allocate alike"
+        shared = self._control.all_gather_objects(_Shared(data, flags))[0]
         self.allocated.append(nbytes)
-        return ThreadMemory(found[0][1], self.rank)
+        return ThreadMemory(shared, self.rank)
+
+    def own_bytes(self, nbytes: int) -> Tensor:
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
     def computations(self) -> AtOnce:
         return self._compute

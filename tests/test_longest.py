@@ -105,25 +105,39 @@ def test_launched_trials_find_what_a_limited_memory_holds(tmp_path):
 
 
 SCRIPT = """
-import argparse, os, sys
+import argparse, os, sys, time
 from ds_ring import cli, runtime
 from ds_ring.config import RunConfig
 
 def work(args):
     mesh = runtime.connect(RunConfig.load({"dtype": "fp32"}, ring_degree=2))
-    if mesh.rank == 1:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    mesh["world"].barrier()
+%s
 
 parser = argparse.ArgumentParser()
 cli.main(work, parser)
 """
 
 
+ALONE = """
+    if mesh.rank == 1:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    mesh["world"].barrier()
+"""
+KNOWN_TO_PEERS = """
+    try:
+        with mesh["world"].together():
+            if mesh.rank == 1:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    finally:
+        time.sleep(1.2 * mesh.rank)
+"""
+
+
 @pytest.mark.launch
-def test_one_rank_out_of_memory_ends_them_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", [ALONE, KNOWN_TO_PEERS], ids=["alone", "known to peers"])
+def test_one_rank_out_of_memory_ends_them_all(failing, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "script.py").write_text(SCRIPT % failing)
     with pytest.raises(
         OutOfMemory, match=r"^out of memory on rank 1: CUDA out of memory\. Tried to allocate 2\.00 GiB$"
     ):

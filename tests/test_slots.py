@@ -1,11 +1,13 @@
 """The copy engine's protocol over threads: exact under any delay, wrong as soon as one of its waits is left out."""
 
 import random
+import re
 
 import peer_threads
 import pytest
 import torch
-from peer_threads import AtOnce, Later, all_are_late, no_delay, one_is_late, pulling, random_delay
+from mocked_world import outcome
+from peer_threads import AtOnce, Later, ThreadDevice, all_are_late, no_delay, one_is_late, pulling, random_delay
 
 from ds_ring.errors import TransportError
 from ds_ring.transport.copy_engine import CopyEngineTransport
@@ -168,12 +170,6 @@ class TestMistakesShow:
 
         assert pulling(2, work) == [False, False]
 
-    def test_memory_that_is_not_the_peers_fails_the_self_test(self, monkeypatch):
-        assert pulling(3, lambda t: (t.self_test(torch.device("cpu")), t.traffic.bytes_sent)) == [(None, 0)] * 3
-        monkeypatch.setattr(Later, "copy", lambda *_: None)
-        with pytest.raises(TransportError, match=r"rank \d does not read what rank \d wrote into its memory"):
-            pulling(3, lambda t: t.self_test(torch.device("cpu")))
-
     def test_a_pull_of_what_was_not_published_is_named(self, monkeypatch):
         monkeypatch.setattr(peer_threads, "TIMEOUT_S", 0.5)
 
@@ -185,6 +181,75 @@ class TestMistakesShow:
 
         with pytest.raises(Exception, match="rank 0: flag 1 stays at 0, short of 1"):
             pulling(2, work)
+
+
+class TestSelfTest:
+    @staticmethod
+    def errors(size, monkeypatch):
+        """What the self-test raises on every rank; all must be able to agree on something behind it."""
+        monkeypatch.setattr(peer_threads, "TIMEOUT_S", 1.0)
+
+        def work(transport):
+            error = outcome(lambda: transport.self_test(torch.device("cpu")))
+            assert transport.all_gather_objects("behind it") == ["behind it"] * size
+            return error
+
+        return pulling(size, work)
+
+    def test_memory_that_is_not_the_peers_fails_the_self_test(self, monkeypatch):
+        assert pulling(3, lambda t: (t.self_test(torch.device("cpu")), t.traffic.bytes_sent)) == [(None, 0)] * 3
+        monkeypatch.setattr(Later, "copy", lambda *_: None)
+        with pytest.raises(TransportError, match=r"rank \d does not read what rank \d wrote into its memory"):
+            pulling(3, lambda t: t.self_test(torch.device("cpu")))
+
+    @pytest.mark.parametrize("size", [2, 3])
+    @pytest.mark.parametrize("alone", [0, 1])
+    def test_wrong_numbers_on_one_rank_alone_fail_the_self_test_on_all(self, alone, size, monkeypatch):
+        """Late in the test, when peers have waited for that rank's flags all along, and want more of them."""
+        copy, copies = Later.copy, []
+
+        def wrong(self, target, source):
+            copies.extend([0] if self._device.rank == alone else [])
+            if self._device.rank != alone or len(copies) < 2:
+                copy(self, target, source)
+
+        monkeypatch.setattr(Later, "copy", wrong)
+        errors = self.errors(size, monkeypatch)
+        assert {type(error) for error in errors} == {TransportError}
+        (text,) = {str(error) for error in errors}
+        assert re.fullmatch(rf"rank {alone} does not read what rank \d wrote into its memory", text)
+
+    @pytest.mark.parametrize(
+        ("queue", "operation"),
+        [(AtOnce, "raise_flag"), (Later, "wait_flag"), (Later, "copy"), (Later, "raise_flag")],
+        ids=lambda what: getattr(what, "__name__", what),
+    )
+    @pytest.mark.parametrize("kind", [OSError, AttributeError, RuntimeError])
+    def test_an_operation_that_one_rank_lacks_fails_the_self_test_on_all(self, queue, operation, kind, monkeypatch):
+        works, error = getattr(queue, operation), kind(f"no {operation}")
+
+        def lacking(self, *what):
+            if self._device.rank == 1:
+                raise error
+            works(self, *what)
+
+        monkeypatch.setattr(queue, operation, lacking)
+        errors = self.errors(3, monkeypatch)
+        assert errors[1] is error
+        assert [str(errors[rank]) for rank in (0, 2)] == [f"rank 1: {error}"] * 2
+
+    def test_memory_that_one_rank_does_not_get_fails_the_self_test_on_all(self, monkeypatch):
+        error, make = ImportError("no symmetric memory"), ThreadDevice.own_bytes
+
+        def lacking(self, nbytes):
+            if self.rank == 1:
+                raise error
+            return make(self, nbytes)
+
+        monkeypatch.setattr(ThreadDevice, "own_bytes", lacking)
+        errors = self.errors(3, monkeypatch)
+        assert errors[1] is error
+        assert [str(errors[rank]) for rank in (0, 2)] == [f"rank 1: {error}"] * 2
 
 
 class TestSlots:

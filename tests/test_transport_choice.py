@@ -1,6 +1,8 @@
 """Where the copy engine is taken, from where ranks are; no GPU is needed to decide."""
 
 import os
+import threading
+from functools import partial
 
 import pytest
 import torch
@@ -105,22 +107,45 @@ class _Broken(SoloTransport):
         self._control.barrier()
 
 
+class _BrokenGroup(_Broken):
+    """Ranks of a group meet in the self-test, which fails on both ranks of one group."""
+
+    def __init__(self, meetings, error, control, device):
+        super().__init__(control, device)
+        self._meeting, self._error = meetings[control._ranks], error if control._ranks == (1, 3) else None
+
+    def self_test(self, device):
+        self._meeting.wait(2.0)
+        if self._error is not None:
+            raise self._error
+
+
 class TestACopyEngineThatFailsItsSelfTest:
-    def meshes(self, monkeypatch, **options):
-        monkeypatch.setattr("ds_ring.transport.mesh._pulling", _Broken)
-        topology, pulled = Topology(ring=2), frozenset({"ring"})
-        return ProcessGroupWorld(2).run(lambda _: Mesh.from_process_groups(topology, pulled, **options))
+    TEXT = "ring: rank 1: cuStreamWaitValue32_v2 failed with CUDA error 801"
+
+    def meshes(self, monkeypatch, broken=_Broken, ulysses=1, **options):
+        monkeypatch.setattr("ds_ring.transport.mesh._pulling", broken)
+        topology, pulled = Topology(ring=2, ulysses=ulysses), frozenset({"ring", "ulysses"})
+        world = ProcessGroupWorld(topology.world_size)
+        return world.run(lambda _: Mesh.from_process_groups(topology, pulled, **options))
 
     def test_process_groups_take_over_on_every_rank_with_one_warning(self, monkeypatch, caplog):
         for mesh in self.meshes(monkeypatch):
             assert type(mesh["ring"]) is ProcessGroupTransport
             assert mesh.traffic is mesh["ring"].traffic
         assert [record.message for record in caplog.records if record.name == "ds_ring"] == [
-            "K/V, heads and hidden states go by process groups, not by copy engine: ring: "
-            "cuStreamWaitValue32_v2 failed with CUDA error 801"
+            f"K/V, heads and hidden states go by process groups, not by copy engine: {self.TEXT}"
         ]
 
+    @pytest.mark.parametrize("kind", [RuntimeError, OSError, ImportError, AttributeError])
+    def test_groups_in_which_it_works_do_not_test_the_next_axis_alone(self, kind, monkeypatch, caplog):
+        meetings = {ranks: threading.Barrier(2) for ranks in [(0, 1), (2, 3), (0, 2), (1, 3)]}
+        broken = partial(_BrokenGroup, meetings, kind("no copy engine"))
+        for mesh in self.meshes(monkeypatch, broken, ulysses=2):
+            assert {type(mesh[axis]) for axis in ("ring", "ulysses")} == {ProcessGroupTransport}
+        (said,) = [record.message for record in caplog.records if record.name == "ds_ring"]
+        assert said.endswith("by copy engine: ring: rank 1: no copy engine")
+
     def test_one_that_was_asked_for_by_name_is_an_error_everywhere(self, monkeypatch):
-        text = "transport=copy_engine does not work here: ring: cuStreamWaitValue32_v2 failed with CUDA error 801"
-        with pytest.raises(TransportError, match=f"^{text}$"):
+        with pytest.raises(TransportError, match=f"^transport=copy_engine does not work here: {self.TEXT}$"):
             self.meshes(monkeypatch, insist=True)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from mocked_world import outcome
 from torch import Tensor
 
 from ds_ring.errors import DsRingError, TransportError, UserError
@@ -216,6 +217,23 @@ class TestAgreement:
             return error_of(lambda: transport.agree(tokens="abc" if transport.rank < 2 else "xyz"))
 
         assert in_group(4, work) == ["ranks disagree on tokens: rank 0 has abc, rank 2 has xyz"] * 4
+
+    def test_what_is_done_together_fails_on_every_rank_or_on_none(self):
+        def work(transport, fails):
+            with transport.together():
+                if transport.rank in fails:
+                    raise fails[transport.rank]
+
+        def errors(fails):
+            return in_group(3, lambda transport: outcome(lambda: work(transport, fails)))
+
+        assert errors({}) == [None] * 3
+        own, other = OSError("no libcuda"), TransportError("rank 2 does not read")
+        found = errors({1: own, 2: other})
+        assert found[1:] == [own, other]
+        assert (type(found[0]), str(found[0])) == (TransportError, "rank 1: no libcuda")
+        assert [str(error) for error in errors({2: other})] == ["rank 2 does not read"] * 3
+        assert str(errors({2: AssertionError()})[0]) == "rank 2: AssertionError"
 
 
 class TestWorld:

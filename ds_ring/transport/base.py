@@ -10,14 +10,15 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ds_ring.errors import TransportError
+from ds_ring.errors import TransportError, reason_of
 from ds_ring.transport.shared import Pending, SentShared, Shared, Within
 
 __all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport", "blank", "void"]
@@ -88,7 +89,8 @@ class Transport(ABC):
         return 0
 
     def self_test(self, device: torch.device) -> None:  # noqa: B027
-        """Collective. Raise TransportError where what this transport relies on does not hold on ``device``."""
+        """Collective. Raise an error where what this transport relies on does not hold on ``device``; where one rank of
+        the group raises, all do."""
 
     def reserve(self, shapes: Sequence[Sequence[int]], like: Tensor) -> None:  # noqa: B027
         """Tensors of these shapes will be shared, one opened before another is published. Collective."""
@@ -194,6 +196,24 @@ class Transport(ABC):
                     raise TransportError(
                         f"ranks disagree on {name}: rank 0 has {first.get(name)}, rank {rank} has {other.get(name)}"
                     )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Collective: no rank goes on before all are through with the block, and where it fails on one it fails on all.
+
+        A rank that failed raises its own error, the others a TransportError that repeats the first such rank's. Inside
+        nobody may wait for what a peer that fails leaves undone.
+        """
+        try:
+            yield
+        except Exception as error:
+            named = isinstance(error, TransportError)
+            self.all_gather_objects(reason_of(error) if named else f"rank {self.rank}: {reason_of(error)}")
+            raise
+        reasons: list[str | None] = self.all_gather_objects(None)
+        reason = next((text for text in reasons if text), None)
+        if reason is not None:
+            raise TransportError(reason)
 
     @abstractmethod
     def all_gather_objects(self, value: T) -> list[T]:

@@ -41,20 +41,40 @@ class CopyEngineTransport(Transport):
         """A few rounds of numbers that are known, on all ranks together, before anything that counts.
 
         Raises:
-            TransportError: something else was read than what a peer wrote.
+            TransportError: on every rank, if one read something else than what a peer wrote, or failed in another way,
+                which it raises itself as it is.
         """
-        whole, peers = (slice(None),), [(self.rank + hop) % self.size for hop in range(1, self.size)]
-        for number in range(2 * MIN_SLOTS):
-            within = Within((512, 6), (6, 1), 2) if number % 2 else None
-            with PulledShared(self, (512, 2), torch.float32, device, within) as shared:
-                shared.memory.fill_(torch.nan)
-                shared.own.fill_(100.0 * self.rank + number)
-                shared.give([(peer, whole) for peer in peers])
-                parts = shared.own.new_full((512, self.size, 4), torch.nan)[..., 1:3].unbind(1)
-                for peer, pending in [(p, shared._take_into((p, whole), [parts[p]], 0)) for p in peers]:
-                    pending.wait()
-                    if not bool((parts[peer] == 100.0 * peer + number).all()):
-                        raise TransportError(f"rank {self.rank} does not read what rank {peer} wrote into its memory")
+        within = Within((512, 6), (6, 1), 2)
+        self.slots.reserve(nbytes(within.shape, torch.float32))
+        with PulledShared(self, (512, 2), torch.float32, device) as shared:
+            # Step by step: the streams of peers would wait for ever for a flag that a rank cannot raise.
+            with self.together():
+                self._write(shared, 0)
+            with self.together():
+                wrong = self._misread(shared, 0)
+        with self.together():
+            for number in range(1, 2 * MIN_SLOTS):
+                part_of = within if number % 2 else None
+                with PulledShared(self, (512, 2), torch.float32, device, part_of) as shared:
+                    self._write(shared, number)
+                    wrong += self._misread(shared, number)
+            # Not before: whatever this rank reads, peers wait for its flags.
+            if wrong:
+                raise TransportError(f"rank {self.rank} does not read what rank {wrong[0]} wrote into its memory")
+
+    def _write(self, shared: PulledShared, number: int) -> None:
+        """This rank's part of a round of the self-test, for all peers."""
+        shared.memory.fill_(torch.nan)
+        shared.own.fill_(100.0 * self.rank + number)
+        shared.give([(peer, (slice(None),)) for peer in range(self.size) if peer != self.rank])
+
+    def _misread(self, shared: PulledShared, number: int) -> list[int]:
+        """The peers of whose parts something else arrives."""
+        peers = [(self.rank + hop) % self.size for hop in range(1, self.size)]
+        parts = shared.own.new_full((512, self.size, 4), torch.nan)[..., 1:3].unbind(1)
+        for pending in [shared._take_into((peer, (slice(None),)), [parts[peer]], 0) for peer in peers]:
+            pending.wait()
+        return [peer for peer in peers if not bool((parts[peer] == 100.0 * peer + number).all())]
 
     def reserve(self, shapes: Sequence[Sequence[int]], like: Tensor) -> None:
         if not self.muted:

@@ -7,15 +7,17 @@ even where a kernel that fills the GPU would leave no room for another.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ds_ring.transport.peer_memory import PeerMemory, Queue, rows_of
 from ds_ring.transport.shared import Pending
+
+if TYPE_CHECKING:
+    from ds_ring.transport.process_group import ProcessGroupTransport
 
 _HEADER = 4096
 _FLAG_SPACING = 16
@@ -107,34 +109,41 @@ class _Mark:
 
 
 class CudaDevice:
-    """``barrier`` holds the host until all ranks of the group are there."""
+    """``control`` is by whom ranks of the group agree: its gathering of objects holds the host, where a group's own
+    barrier may hold the stream alone."""
 
-    def __init__(self, group: Any, rank: int, size: int, device: torch.device, barrier: Callable[[], None]) -> None:
-        self._group, self._rank, self._size, self._device, self._barrier = group, rank, size, device, barrier
-        self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(size)]
+    def __init__(self, control: ProcessGroupTransport, device: torch.device) -> None:
+        self._control, self._device = control, device
+        self._streams = [torch.cuda.Stream(device, priority=-1) for _ in range(control.size)]
 
     def allocate(self, nbytes: int, flags: int) -> PeerMemory:
-        from torch._C._distributed_c10d import _SymmetricMemory
-        from torch.distributed import _symmetric_memory
-
         assert 4 * _FLAG_SPACING * flags <= _HEADER
+        rank, size = self._control.rank, _HEADER + -(-nbytes // _HEADER) * _HEADER
         # Peers may still read what this memory replaces, and the flags below must be 0 before anyone raises one.
-        torch.cuda.synchronize(self._device)
-        self._barrier()
-        size = _HEADER + -(-nbytes // _HEADER) * _HEADER
+        self._meet()
         with torch.inference_mode(False):  # tensors made inside could not be written outside
-            # Not symm_mem.empty: its pool would keep what was outgrown.
-            own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, self._device)
-            own[:_HEADER].zero_()
+            # In two steps: in the second, ranks wait for each other.
+            with self._control.together():
+                from torch._C._distributed_c10d import _SymmetricMemory
+                from torch.distributed._symmetric_memory import rendezvous
+
+                # Not symm_mem.empty: its pool would keep what was outgrown.
+                own = _SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, self._device)
+                own[:_HEADER].zero_()
+                torch.cuda.synchronize(self._device)
+            with self._control.together():
+                handle = rendezvous(own, self._control.group)
+                assert handle.rank == rank
+                buffers = [
+                    own if peer == rank else handle.get_buffer(peer, (size,), torch.uint8)
+                    for peer in range(self._control.size)
+                ]
+        return CudaMemory(buffers, rank, handle)
+
+    def _meet(self) -> None:
+        """Whatever any rank had queued is done."""
+        with self._control.together():
             torch.cuda.synchronize(self._device)
-            handle = _symmetric_memory.rendezvous(own, self._group)
-            assert handle.rank == self._rank
-            buffers = [
-                own if peer == self._rank else handle.get_buffer(peer, (size,), torch.uint8)
-                for peer in range(self._size)
-            ]
-        self._barrier()
-        return CudaMemory(buffers, self._rank, handle)
 
     def computations(self) -> Queue:
         return CudaQueue(torch.cuda.current_stream(self._device))

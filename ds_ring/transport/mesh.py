@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from ds_ring.errors import TransportError
+from ds_ring.errors import TransportError, reason_of
 from ds_ring.topology import Axis, Topology
 from ds_ring.transport.base import Traffic, Transport
 from ds_ring.transport.choice import PULLED_AXES, sharing_a_gpu
@@ -112,8 +112,7 @@ class Mesh:
         for axis in get_args(Axis):
             # NCCL sets a group up at its first call, and hangs if that is a message between only some of its ranks.
             mesh[axis].barrier()
-        reasons = mesh["world"].all_gather_objects(mesh._failed_self_test(device))
-        reason = next((text for text in reasons if text), None)
+        reason = mesh._failed_self_test(device)
         if reason is None:
             return mesh
         if insist:
@@ -124,11 +123,14 @@ class Mesh:
         return cls.build(topology, rank, connect)
 
     def _failed_self_test(self, device: torch.device) -> str | None:
+        """Why the transports of an axis cannot be relied on; None on every rank, or on none."""
         for axis in PULLED_AXES:
             try:
-                self[axis].self_test(device)
-            except (RuntimeError, AssertionError) as error:  # a driver or a PyTorch that cannot, or wrong numbers
-                return f"{axis}: {str(error) or type(error).__name__}"
+                # Of all groups together: those of the next axis join ranks of this axis's different ones.
+                with self["world"].together():
+                    self[axis].self_test(device)
+            except Exception as error:  # a driver or a PyTorch that cannot, in whatever way, or wrong numbers
+                return f"{axis}: {reason_of(error)}"
         return None
 
 
@@ -136,8 +138,4 @@ def _pulling(control: ProcessGroupTransport, device: torch.device) -> Transport:
     from ds_ring.transport.copy_engine import CopyEngineTransport
     from ds_ring.transport.cuda_memory import CudaDevice
 
-    def barrier() -> None:
-        # A group's own barrier may hold the stream and not the host.
-        control.all_gather_objects(None)
-
-    return CopyEngineTransport(control, CudaDevice(control.group, control.rank, control.size, device, barrier))
+    return CopyEngineTransport(control, CudaDevice(control, device))

@@ -60,7 +60,8 @@ class Device(Protocol):
     """One rank's side of a group."""
 
     def allocate(self, nbytes: int, flags: int) -> PeerMemory:
-        """Collective, with equal arguments. Whatever any rank had queued before is done when it returns."""
+        """Collective, with equal arguments; where it fails on one rank it fails on all. Whatever any rank had queued
+        before is done when it returns."""
 
     def computations(self) -> Queue:
         """The queue in which the caller's computations run."""
