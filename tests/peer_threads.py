@@ -145,17 +145,30 @@ class ThreadDevice:
         if one_queue:
             self._pulls = self._pulls[:1] * control.size
         self.allocated: list[int] = []
+        self.held = self.peak = 0
 
     def allocate(self, nbytes: int, flags: int) -> ThreadMemory:
-        for queue in self._pulls:
-            queue.mark().wait()
+        self.meet()
         with self._control.together():
             own = self.own_bytes(nbytes)
         data = self._control.all_gather_objects(own)
         assert all(other.numel() == nbytes for other in data), "ranks allocate alike"
         shared = self._control.all_gather_objects(_Shared(data, flags))[0]
         self.allocated.append(nbytes)
+        self.held += nbytes
+        self.peak = max(self.peak, self.held)
         return ThreadMemory(shared, self.rank)
+
+    def free(self, memory: ThreadMemory) -> None:
+        """Who reads it after all finds NaN, as in new memory."""
+        self.meet()
+        self.held -= memory.nbytes
+        memory.data(self.rank).fill_(0xFF)
+
+    def meet(self) -> None:
+        for queue in self._pulls:
+            queue.mark().wait()
+        self._control.barrier()
 
     def own_bytes(self, nbytes: int) -> Tensor:
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)

@@ -3,23 +3,31 @@
 (The real one: tests/test_copy_engine_gpu.py)
 """
 
+import weakref
+
 import pytest
 import torch
 from mocked_world import outcome
 
 from ds_ring.errors import TransportError
 from ds_ring.transport.cuda_memory import CudaDevice
+from ds_ring.transport.slots import Slots
 from ds_ring.transport.threaded import ThreadedWorld
 
 SIZE, TIMEOUT_S = 3, 2.0
 
 
 class _Memory:
-    """PyTorch's symmetric memory, of ranks that are threads; a device's index is its rank."""
+    """PyTorch's symmetric memory, of ranks that are threads; a device's index is its rank.
+
+    A rank's memory is there until no rank holds it: ``peaks`` tells for every rank of how much that was so at once.
+    """
 
     def __init__(self) -> None:
         self.world = ThreadedWorld(SIZE, TIMEOUT_S)
         self.failing = ""
+        self.peaks = [0] * SIZE
+        self._held: list[weakref.WeakSet[torch.Tensor]] = [weakref.WeakSet() for _ in range(SIZE)]
 
     def _fail(self, step: str, rank: int) -> None:
         if rank == 1 and step == self.failing:
@@ -29,11 +37,17 @@ class _Memory:
         self._fail("synchronize", device.index)
 
     def empty_strided_p2p(self, size, stride, dtype, device):
-        self._fail("memory", device.index)
-        return torch.full(size, device.index + 1, dtype=dtype)
+        rank = device.index
+        self._fail("memory", rank)
+        own = torch.full(size, rank + 1, dtype=dtype)
+        self._held[rank].add(own)
+        self.peaks[rank] = max(self.peaks[rank], sum(tensor.nbytes for tensor in self._held[rank]))
+        return own
 
     def rendezvous(self, own, rank):
-        handle = _Handle(rank, self.world.transport("rendezvous", range(SIZE), rank).all_gather_objects(own))
+        group = self.world.transport("rendezvous", range(SIZE), rank)
+        handle = _Handle(rank, group.all_gather_objects(own))
+        group.all_gather_objects(None)  # the group holds what was gathered last
         self._fail("rendezvous", rank)
         return handle
 
@@ -50,6 +64,7 @@ class _Handle:
 def memory(monkeypatch):
     memory = _Memory()
     monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", memory.synchronize)
     monkeypatch.setattr("torch._C._distributed_c10d._SymmetricMemory", memory)
     monkeypatch.setattr("torch.distributed._symmetric_memory.rendezvous", memory.rendezvous)
@@ -83,3 +98,21 @@ def test_a_step_that_fails_on_one_rank_fails_on_all(memory, step):
     assert [(type(error), str(error)) for error in errors] == [
         (TransportError, f"rank 1: no {step}"), (RuntimeError, f"no {step}"), (TransportError, f"rank 1: no {step}")
     ]  # fmt: skip
+
+
+def grow(slots, needed):
+    slots.release(slots.acquire(needed))
+
+
+@pytest.mark.parametrize("grows", [grow, Slots.reserve])
+def test_slots_that_grow_are_given_back_on_all_ranks_before_anyone_allocates(memory, grows):
+    page, small, large = 4096, 4096, 5 * 4096
+
+    def work(device):
+        slots = Slots(device, device._control.rank, SIZE)
+        for needed in (small, small, large, large):
+            grows(slots, needed)
+        return slots.nbytes
+
+    assert on_ranks(memory, work) == [2 * large] * SIZE
+    assert memory.peaks == [2 * (page + large)] * SIZE

@@ -170,6 +170,14 @@ class TestMistakesShow:
 
         assert pulling(2, work) == [False, False]
 
+    def test_giving_memory_back_that_peers_still_read(self, monkeypatch):
+        def growing(transport):
+            return rounds(transport, 3, later_ranks) + rounds(transport, 2, later_ranks, shape=(9, 5))
+
+        assert pulling(3, growing, all_are_late) == [0.0] * 3
+        monkeypatch.setattr(ThreadDevice, "meet", lambda self: None)
+        assert any(max(pulling(3, growing, all_are_late)) > 0.0 for _ in range(self.TRIALS))
+
     def test_a_pull_of_what_was_not_published_is_named(self, monkeypatch):
         monkeypatch.setattr(peer_threads, "TIMEOUT_S", 0.5)
 
@@ -258,10 +266,34 @@ class TestSlots:
             worst = rounds(transport, 10)
             first = list(transport.slots._device.allocated)
             worst += rounds(transport, 6, shape=(9, 5)) + rounds(transport, 6)
-            return worst, first, transport.slots._device.allocated, transport.shared_bytes
+            device = transport.slots._device
+            assert device.peak == device.held == transport.shared_bytes, "old and new memory are not held at once"
+            return worst, first, device.allocated, transport.shared_bytes
 
         small, large = 3 * 4 * 4, 9 * 5 * 4
         assert pulling(3, work) == [(0.0, [small] * 2, [small] * 2 + [large] * 2, 2 * large)] * 3
+
+    def test_memory_for_what_is_to_come_replaces_what_there_is(self):
+        """Only what is too small; and there are two slots, none open, behind it."""
+
+        def work(transport):
+            slots, like = transport.slots, torch.empty(0)
+            transport.reserve([(2,), (1,)], like)
+            rounds(transport, 2, shape=(4, 4))
+            transport.reserve([(20,), (30,), (10,)], like)
+            transport.reserve([(30,)], like)
+            worst = rounds(transport, 5, shape=(5, 6))
+            return worst, slots._device.allocated, slots._device.peak, slots.count, transport.shared_bytes
+
+        assert pulling(3, work) == [(0.0, [8, 8, 64, 64, 120, 120], 240, 2, 240)] * 3
+
+    @pytest.mark.parametrize("sees", [everyone, later_ranks])
+    @pytest.mark.parametrize("seed", [1, 2])
+    def test_growing_at_every_round_is_exact_under_random_delays(self, sees, seed):
+        def work(transport):
+            return max(rounds(transport, 1, sees, shape=(3, width)) for width in range(1, 9))
+
+        assert pulling(3, work, random_delay(seed)) == [0.0] * 3
 
     @pytest.mark.parametrize("sees", [everyone, later_ranks])
     def test_a_large_tensor_makes_do_with_one_slot(self, sees, monkeypatch):

@@ -44,6 +44,10 @@ class CudaMemory:
     def rank(self) -> int:
         return self._rank
 
+    def drop(self) -> None:
+        """Let go of all that keeps this rank's memory, and its peers' here."""
+        self._buffers, self._keep = [], None
+
 
 class CudaQueue:
     def __init__(self, stream: torch.cuda.Stream) -> None:
@@ -119,10 +123,10 @@ class CudaDevice:
     def allocate(self, nbytes: int, flags: int) -> PeerMemory:
         assert 4 * _FLAG_SPACING * flags <= _HEADER
         rank, size = self._control.rank, _HEADER + -(-nbytes // _HEADER) * _HEADER
-        # Peers may still read what this memory replaces, and the flags below must be 0 before anyone raises one.
+        # What this rank has freed, if anything, is there again only when its peers no longer map it.
         self._meet()
         with torch.inference_mode(False):  # tensors made inside could not be written outside
-            # In two steps: in the second, ranks wait for each other.
+            # In two steps: in the second, ranks wait for each other. Flags are 0 before anyone can raise one.
             with self._control.together():
                 from torch._C._distributed_c10d import _SymmetricMemory
                 from torch.distributed._symmetric_memory import rendezvous
@@ -139,6 +143,12 @@ class CudaDevice:
                     for peer in range(self._control.size)
                 ]
         return CudaMemory(buffers, rank, handle)
+
+    def free(self, memory: PeerMemory) -> None:
+        assert isinstance(memory, CudaMemory)
+        # Peers may still read it, and this rank's streams its flags.
+        self._meet()
+        memory.drop()
 
     def _meet(self) -> None:
         """Whatever any rank had queued is done."""

@@ -61,7 +61,10 @@ class Device(Protocol):
 
     def allocate(self, nbytes: int, flags: int) -> PeerMemory:
         """Collective, with equal arguments; where it fails on one rank it fails on all. Whatever any rank had queued
-        before is done when it returns."""
+        before is done when it returns. What all ranks have freed may be used again."""
+
+    def free(self, memory: PeerMemory) -> None:
+        """Collective, of one allocation. Whatever any rank had queued before is done; from here on nobody reads it."""
 
     def computations(self) -> Queue:
         """The queue in which the caller's computations run."""

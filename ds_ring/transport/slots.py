@@ -26,8 +26,12 @@ streams in one hardware queue.
 
 At least two slots are used in turn, so that the next layer's tensor is written while peers still read this one's. A
 tensor of ``LARGE`` bytes and more makes do with any slot that is free: what a second one would hide is nothing beside
-a layer of so many tokens, and it may not fit. How many there are is no part of the argument above. A slot that is too
-small is replaced by all ranks together (shapes are equal on all); nothing is in flight then.
+a layer of so many tokens, and it may not fit. How many there are is no part of the argument above.
+
+A slot that is too small is replaced by all ranks together (shapes are equal on all), and old and new memory are never
+held at once. Ranks meet when all that they had queued is done, so that nobody reads the old any more; each gives it
+back, its own and its sight of its peers'; and they meet once more before they allocate, since memory that a peer still
+sees is not free yet.
 """
 
 from __future__ import annotations
@@ -77,9 +81,10 @@ class Slots:
         elif self._free and self.count >= MIN_SLOTS:
             slot = self._free.pop(0)
         else:
-            self.count += 1
             slot = self._new(needed)
-        slot = self._at_least(slot, needed)
+        if slot.memory.nbytes < needed:
+            self._drop(slot)
+            slot = self._new(needed)
         slot.round += 1
         queue = self._device.computations()
         for reader in slot.readers:
@@ -90,10 +95,12 @@ class Slots:
     def reserve(self, needed: int) -> None:
         """So that ``acquire`` allocates nothing for so many bytes while a round is open: ranks that allocate wait for
         all they have queued, which may be a pull that a peer publishes for only behind that. No round may be open."""
-        while self.count < MIN_SLOTS:
-            self.count += 1
+        count, small = max(self.count, MIN_SLOTS), [slot for slot in self._free if slot.memory.nbytes < needed]
+        for slot in small:
+            self._free.remove(slot)
+            self._drop(slot)
+        while self.count < count:
             self._free.append(self._new(needed))
-        self._free = [self._at_least(slot, needed) for slot in self._free]
 
     def publish(self, slot: Slot, readers: Sequence[int]) -> None:
         queue = self._device.computations()
@@ -114,16 +121,16 @@ class Slots:
     def release(self, slot: Slot) -> None:
         self._free.append(slot)
 
-    def _at_least(self, slot: Slot, needed: int) -> Slot:
-        if slot.memory.nbytes >= needed:
-            return slot
-        self.nbytes -= slot.memory.nbytes
-        return self._new(needed)
-
     def _new(self, needed: int) -> Slot:
         slot = Slot(self._device.allocate(needed, 2 * self._size))
+        self.count += 1
         self.nbytes += slot.memory.nbytes
         return slot
+
+    def _drop(self, slot: Slot) -> None:
+        self.count -= 1
+        self.nbytes -= slot.memory.nbytes
+        self._device.free(slot.memory)
 
 
 def pieces(target: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
