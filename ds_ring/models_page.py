@@ -72,6 +72,8 @@ def _last(section: str, found: Found) -> str:
     if section == "works in some layouts":
         working = [layout for layout, row in found.items() if row["outcome"] == "works"]
         return f"{', '.join(working)}. {_details(found)}"
+    if section == "failed":
+        return _details(found)
     return next(iter(found.values()))["detail"].replace("|", "\\|")
 
 

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from ds_ring.attention import sinks
 from ds_ring.attention.spec import AttentionSpec
+from ds_ring.check_models import tiny_config, tiny_model
 from ds_ring.config import ParallelConfig, RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
@@ -157,6 +158,16 @@ def test_sinks_that_are_not_one_a_head_are_refused(shape):
         pytest.raises(UnsupportedModelError, match="Linear has attention sinks of shape"),
     ):
         attention(s_aux=torch.zeros(shape))
+
+
+def test_heads_that_the_config_does_not_tell_of_are_refused_where_ranks_would_share_them():
+    """JetMoe makes as many as it has key/value heads and experts a token."""
+    model, ids = tiny_model(tiny_config("jetmoe")), tokens(1, 40)
+    options = {"max_length": 64}
+    with pytest.raises(UnsupportedModelError, match="JetMoeAttention attends with 4 heads, .*ulysses_degree=3"):
+        serve(model, lambda engine: engine(ids), ulysses_degree=3, **options)
+    for got in serve(model, lambda engine: engine(ids).logits, ring_degree=3, **options):
+        assert relative_error(got, logits(model, ids)) < TOLERANCE
 
 
 def test_dropout_is_refused():

@@ -203,6 +203,19 @@ class TestCollectives:
         assert in_group(3, work, SHORT_S) == [text, text, None]
 
     @pytest.mark.parametrize("size", [2, 3])
+    @pytest.mark.parametrize("heads", [1, 2])
+    def test_heads_are_joined_into_whole_memory(self, size, heads):
+        def work(transport):
+            send = torch.arange(size)[:, None, None, None, None].expand(size, 2, 3, heads, 4) + 10 * transport.rank
+            return transport.all_to_all_joined(send.contiguous())
+
+        for rank, joined in enumerate(in_group(size, work)):
+            assert joined.is_contiguous()
+            assert joined.shape == (2, 3, size * heads, 4)
+            want = torch.arange(size).repeat_interleave(heads) * 10 + rank
+            assert torch.equal(joined[1, 2, :, 3], want)
+
+    @pytest.mark.parametrize("size", [2, 3])
     def test_all_to_all_needs_one_part_a_rank(self, size):
         with pytest.raises(AssertionError):
             in_group(size, lambda transport: transport.all_to_all(torch.ones(size + 1)))

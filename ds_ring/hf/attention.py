@@ -109,6 +109,11 @@ def asked(
             f"{type(module).__name__} attends with {heads} heads a rank where tp_size={tp} leaves "
             f"{context.num_heads // tp} of {context.num_heads}: DeepSpeed's AutoTP does not shard it rightly"
         )
+    if heads % (ulysses := context.mesh.topology.ulysses):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends with {heads} heads, whatever its config says, and ulysses_degree={ulysses} "
+            f"does not divide them; share them by ring_degree"
+        )
     sinks_H: Tensor | None = options.get("s_aux")
     if sinks_H is not None and sinks_H.shape != (context.num_heads,):
         raise UnsupportedModelError(

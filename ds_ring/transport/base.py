@@ -138,9 +138,8 @@ class Transport(ABC):
 
     def all_to_all_joined(self, send: Tensor) -> Tensor:
         """As ``all_to_all``, of ``[size, B, l, h, D]``; the result is ``[B, l, size h, D]``, rank j's at head j h."""
-        received = self.all_to_all(send)
-        _, batch, rows, share, width = received.shape
-        return received.permute(1, 2, 0, 3, 4).reshape(batch, rows, self.size * share, width)
+        # Contiguous, as of a single head a rank a reshape would not be: models may take the result as a view.
+        return self.all_to_all(send).permute(1, 2, 0, 3, 4).contiguous().flatten(2, 3)
 
     def all_to_all_columns(self, memory_BlW: Tensor, columns: Sequence[Sequence[slice]]) -> list[Tensor]:
         """Of a send buffer [B, l, W], the columns ``columns[i]`` go to rank i. For each of this rank's own, in order,
