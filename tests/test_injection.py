@@ -164,7 +164,7 @@ def test_heads_that_the_config_does_not_tell_of_are_refused_where_ranks_would_sh
     """JetMoe makes as many as it has key/value heads and experts a token."""
     model, ids = tiny_model(tiny_config("jetmoe")), tokens(1, 40)
     options = {"max_length": 64}
-    with pytest.raises(UnsupportedModelError, match="JetMoeAttention attends with 4 heads, .*ulysses_degree=3"):
+    with pytest.raises(UnsupportedModelError, match=r"JetMoeAttention attends with 4 heads, .*ulysses_degree=3"):
         serve(model, lambda engine: engine(ids), ulysses_degree=3, **options)
     for got in serve(model, lambda engine: engine(ids).logits, ring_degree=3, **options):
         assert relative_error(got, logits(model, ids)) < TOLERANCE

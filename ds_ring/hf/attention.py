@@ -111,8 +111,8 @@ def asked(
         )
     if heads % (ulysses := context.mesh.topology.ulysses):
         raise UnsupportedModelError(
-            f"{type(module).__name__} attends with {heads} heads, whatever its config says, and ulysses_degree={ulysses} "
-            f"does not divide them; share them by ring_degree"
+            f"{type(module).__name__} attends with {heads} heads, whatever its config says, which "
+            f"ulysses_degree={ulysses} does not divide; share sequences by ring_degree"
         )
     sinks_H: Tensor | None = options.get("s_aux")
     if sinks_H is not None and sinks_H.shape != (context.num_heads,):
