@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TextStreamer
 from transformers.generation import BaseStreamer
 
@@ -91,8 +91,7 @@ def run(
     Returns:
         ``{"ttft_ms", "decode_tpot_ms", "decode_over_floor", "tokens_per_second", …, "completions": [{prompt_tokens,
         token_ids, text}]}``, in the order of ``prompts``: time to the first token; (whole time - ttft) / (steps - 1),
-        None for a single step; the same over the time that a rank's share of the weights and its cache take at the rate
-        of a copy; tokens of all rows over the whole time.
+        None for a single step; the same over ``step_floor_s``; tokens of all rows over the whole time.
     """
     topology = engine.mesh.topology
     ends = _ids(engine.model.generation_config.eos_token_id) or _ids(tokenizer.eos_token_id)
@@ -119,8 +118,7 @@ def run(
     assert isinstance(found.past_key_values, ShardedCache)
     cache_bytes = found.past_key_values.memory_bytes()
     del found
-    floor_s = (share_of_weights(engine) + cache_bytes) / copy_rate(engine.device)
-    held, floors_s = zip(*engine.mesh["world"].all_gather_objects((cache_bytes, floor_s)), strict=True)
+    held, floor_s = max(engine.mesh["world"].all_gather_objects(cache_bytes)), step_floor_s(engine, cache_bytes)
     decode_s = (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None
     return {
         "layout": topology.label(),
@@ -130,21 +128,35 @@ def run(
         "dtype": engine.config.dtype,
         "ttft_ms": 1e3 * clock.ttft_s,
         "decode_tpot_ms": None if decode_s is None else 1e3 * decode_s,
-        "decode_floor_ms": 1e3 * max(floors_s),
-        "decode_over_floor": None if decode_s is None else decode_s / max(floors_s),
+        "decode_floor_ms": 1e3 * floor_s,
+        "decode_over_floor": None if decode_s is None else decode_s / floor_s,
         "tokens_per_second": tokens / total_s,
         "prefill_tokens_per_second": prompt_tokens / clock.ttft_s,
-        "cache_gib_per_rank": max(held) / 2**30,
+        "cache_gib_per_rank": held / 2**30,
         "completions": completions,
     }
 
 
+def step_floor_s(engine: Engine, cache_bytes: int) -> float:
+    """The least time of a step, by what has to be read: a rank's share of the weights and its cache, at the rate of a
+    copy. Of the ranks that share a step's work the slowest counts; stages, of which a token passes one after the other,
+    add up; replicas do not wait for each other's layers, and the slowest counts again."""
+    topology, own = engine.mesh.topology, (share_of_weights(engine) + cache_bytes) / copy_rate(engine.device)
+    stages: dict[tuple[int, int], float] = {}
+    for rank, seconds in enumerate(engine.mesh["world"].all_gather_objects(own)):
+        at = topology.coordinates(rank)
+        stage = at["dp"], at["pp"]
+        stages[stage] = max(seconds, stages.get(stage, 0.0))
+    return max(sum(stages[replica, stage] for stage in range(topology.pp)) for replica in range(topology.dp))
+
+
 def share_of_weights(engine: Engine) -> float:
-    """Bytes of weights that a token needs, over the ranks that share them: all but an embedding, of which it takes a
-    row. Of mixtures of experts, all are counted."""
-    embedding, head = engine.model.get_input_embeddings(), engine.model.get_output_embeddings()
-    looked_up = [] if head is None or embedding is None or head.weight is embedding.weight else [embedding.weight]
-    read = sum(p.nbytes for p in engine.model.parameters() if all(p is not other for other in looked_up))
+    """Bytes of this rank's weights that a token needs, over the ranks that share a sequence: all but embeddings that
+    are not the head too, of which it takes a row. Of mixtures of experts, all are counted."""
+    head = getattr(engine.model.get_output_embeddings(), "weight", None)  # a stage before the last has none
+    tables = [module.weight for module in engine.model.modules() if isinstance(module, nn.Embedding)]
+    looked_up = {id(weight) for weight in tables if weight is not head}
+    read = sum(p.nbytes for p in engine.model.parameters() if id(p) not in looked_up)
     return read / engine.mesh["sp"].size
 
 

@@ -6,6 +6,7 @@ from mocked_world import serve
 from test_launch import save
 from tiny_models import build, llama_gqa
 
+from ds_ring import generate
 from ds_ring.checkpoints import byte_tokenizer
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
@@ -65,7 +66,11 @@ def test_rows_are_padded_at_their_beginnings():
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-@pytest.mark.parametrize("layout", [{"dp_size": 2}, {"ring_degree": 2}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [{"dp_size": 2}, {"ring_degree": 2}, {"pp_size": 2}, {"tp_size": 3}, {"tp_size": 3, "pp_size": 2}],
+    ids=str,
+)
 def test_a_completion_ends_with_the_token_that_ends_it(layout):
     model, prompts = build(llama_gqa(vocab_size=257)), [[1, 2, 3]]
     with torch.no_grad():
@@ -90,6 +95,30 @@ def test_a_completion_ends_with_the_token_that_ends_it(layout):
             assert found["tokens_per_second"] == pytest.approx(steps / total_s)
             assert found["ttft_ms"] > 0
         slots = -(-(len(prompts[0]) + 8) // layout.get("ring_degree", 1))
-        at_least = slots * 3 * 2 * 3 * 8 * 4  # layers, keys and values, their heads, their size, fp32
+        layers, heads = -(-3 // layout.get("pp_size", 1)), 3 // layout.get("tp_size", 1)
+        at_least = slots * layers * 2 * heads * 8 * 4  # keys and values, their size, fp32
         assert at_least <= found["cache_gib_per_rank"] * 2**30 < 1.2 * at_least
     assert sum("tok/s" in text for text in said) == 1
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["own_head", "tied_head"])
+def test_the_floor_of_a_step_is_what_all_stages_read_one_after_the_other(tied, monkeypatch):
+    monkeypatch.setattr(generate, "copy_rate", lambda device: 1e9)
+    model = build(llama_gqa(vocab_size=257, tie_word_embeddings=tied))
+
+    def work(engine):
+        return generate.step_floor_s(engine, 1000 * len(engine.layers)), generate.share_of_weights(engine)
+
+    ((alone_s, weights),) = serve(model, work)
+    embedding = 257 * 72 * 4
+    assert weights == sum(p.nbytes for p in model.parameters()) - (0 if tied else embedding)
+    assert alone_s == pytest.approx((weights + 3000) / 1e9)
+    for found_s, _ in serve(model, work, pp_size=2):
+        assert found_s == pytest.approx(alone_s)
+    for found_s, _ in serve(model, work, ring_degree=2):
+        assert found_s == pytest.approx((weights / 2 + 3000) / 1e9)
+    split = serve(model, work, tp_size=3, pp_size=2)
+    slowest = [max(share for _, share in split[stage : stage + 3]) for stage in (0, 3)]
+    for found_s, _ in split:
+        assert found_s == pytest.approx((sum(slowest) + 3000) / 1e9)
+        assert weights / 3 < sum(slowest) < weights  # AutoTP cuts unevenly
