@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from generated import GREEDY, assert_rows_as_alone, assert_same, by_name, llama, on_all_ranks_alike, tokens, unsharded
 from mocked_world import outcome, serve
+from tiny_models import build, llama_gqa
 from torch import Tensor
 from transformers import StoppingCriteriaList, TextStreamer
 from transformers.generation import BaseStreamer
 
+from ds_ring.checkpoints import byte_tokenizer
 from ds_ring.engines.base import Engine
 from ds_ring.errors import InputError
 
@@ -69,6 +71,18 @@ def test_processors_and_stopping_criteria_are_transformers_own():
 
     for got in serve(llama(), stopped, ring_degree=3):
         assert torch.equal(got, want.sequences[:, :25])
+
+
+def test_stop_strings_are_transformers_own():
+    model, ids, tokenizer = build(llama_gqa(vocab_size=257)), tokens(1, 20), byte_tokenizer()
+    want = unsharded(model, ids, max_new_tokens=12)
+    # The eighth new token is a character by itself, and the first of its kind.
+    stop = tokenizer.decode(want.sequences[0, 27:28])
+    options = {"max_new_tokens": 12, "stop_strings": [stop], "tokenizer": tokenizer}
+    want = unsharded(model, ids, **options)
+    assert want.sequences.shape[1] == 28
+    results = serve(model, lambda engine: engine.generate(ids, **GREEDY, **options), ring_degree=2)
+    assert_same(on_all_ranks_alike(results), want)
 
 
 def test_without_a_mask_padding_tokens_are_padding_as_in_transformers():

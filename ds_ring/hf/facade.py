@@ -38,6 +38,7 @@ class Facade(GenerationMixin):
         use_cache: bool = True,
         logits_to_keep: int = 1,
         return_dict: bool = True,
+        tokenizer: object = None,  # of stop_strings; transformers hands it on to every forward
     ) -> CausalLMOutputWithPast:
         assert past_key_values is not None
         logits_BV = self._run(input_ids, attention_mask, past_key_values)
