@@ -8,13 +8,13 @@ import pytest
 import torch
 from generated import GREEDY, llama, tokens
 from mocked_world import outcome, serve
+from test_generate_options import Heard
 from tiny_models import build, llama_gqa
 from torch import Tensor
 from transformers import DynamicCache
 
 from ds_ring.engines.base import Engine
 from ds_ring.errors import DsRingError, InputError, NumericsError, TransportError
-from ds_ring.hf.anatomy import Anatomy
 
 LIMITED = {"max_position_embeddings": 64}
 
@@ -73,19 +73,25 @@ def test_more_replicas_than_rows_are_refused():
     assert "dp_size=2" in str(error)
 
 
-@pytest.mark.parametrize("when", ["prompt", "decoding"])
-def test_nan_is_told(when):
-    def work(engine: Engine) -> Exception | None:
-        layer = Anatomy.of(engine.model).layers[1]
-
+@pytest.mark.parametrize("layout", [{"ring_degree": 2}, {"pp_size": 2}], ids=str)
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("when", "told"), [("prompt", 20), ("decoding", 21)])
+def test_nan_is_traced_before_a_token_is_told(when, told, sampled, layout):
+    def work(engine: Engine) -> tuple[Exception | None, list[int]]:
         def spoil(module: object, args: object, out: Any) -> Any:
             hidden = out if isinstance(out, Tensor) else out[0]
             if when == "prompt" or hidden.shape[1] == 1:
                 hidden.mul_(torch.nan)
 
-        layer.register_forward_hook(spoil)
-        return outcome(lambda: engine.generate(tokens(1, 20), max_new_tokens=3, **GREEDY))
+        if 1 in engine.layers:
+            engine.anatomy.layers[engine.layers.index(1)].register_forward_hook(spoil)
+        heard = Heard()
+        options = GREEDY | {"do_sample": sampled, "max_new_tokens": 5, "streamer": heard}
+        return outcome(lambda: engine.generate(tokens(1, 20), **options)), heard.tokens
 
-    for error in serve(llama(), work, ring_degree=2):
+    results = serve(llama(), work, **layout)
+    assert len(results[0][1]) == told
+    for error, _ in results:
         assert isinstance(error, NumericsError)
-        assert ("layer 1 of 3" if when == "prompt" else "generated token") in str(error)
+        ranks = "0" if "pp_size" in layout else "0, 1"
+        assert f"layer 1 of 3 gave NaN or infinity, on rank {ranks};" in str(error)

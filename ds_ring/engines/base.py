@@ -364,10 +364,14 @@ class Engine(ABC):
         results = run()
         if all(self.mesh["world"].all_gather_objects(all(map(fine, results)))):
             return results
+        raise self.traced(run)
+
+    def traced(self, run: Callable[[], object]) -> NumericsError:
+        """What to raise where ``run`` gave NaN or infinity: every rank runs it once more, to name where it began."""
         with finite.bad_layers(self.anatomy) as found:
             run()
         own = self.layers[min(found)] if found else None
-        raise NumericsError(finite.describe(self.mesh["world"].all_gather_objects(own), self.shape.num_layers))
+        return NumericsError(finite.describe(self.mesh["world"].all_gather_objects(own), self.shape.num_layers))
 
     def assemble(self, local: Tensor | None, batch: Batch, kept_k: Tensor, trailing: tuple[int, ...]) -> Tensor:
         """[B, k, *trailing] on every rank of the replica; ``local`` is None where nothing is held."""

@@ -61,6 +61,13 @@ class Decoding:
             self._replay = self._engine.capture(self._run)
         return self._run() if self._replay is None else self._replay().clone()
 
+    @torch.inference_mode()
+    def again(self) -> None:
+        """The last step once more in the slot it had, never as a graph, so that hooks of layers hear of it."""
+        self._seen_b1 -= 1
+        self._places_b1 -= 1
+        self._run()
+
     def _run(self) -> Tensor:
         engine = self._engine
         step = TokenStep(self._store, self._places_b1, self._slot_1, engine.decodes_sliced)

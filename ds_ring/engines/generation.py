@@ -38,7 +38,7 @@ def generate(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """See ``Engine.generate``."""
     run, world = _Run(engine), engine.mesh["world"]
-    facade = Facade(engine.model, engine.device, run, world)
+    facade = Facade(engine.model, engine.device, run, world, run.fine)
     request = admit(engine, facade, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
     run.new_tokens = request.new_tokens
     with _one_generator(world, engine.device, request.settings.do_sample):
@@ -47,12 +47,27 @@ def generate(
             attention_mask=request.mask_BT.long().to(engine.device),
             generation_config=generation_config,
             past_key_values=request.cache,
-            streamer=streamer if world.rank == 0 else None,
+            streamer=_Finite(streamer, run.fine) if world.rank == 0 and streamer is not None else None,
             **options,
         )
     if not bool(run.fine):
-        raise NumericsError("the model gave NaN or infinity for a generated token; check the weights, or take bf16")
+        raise run.traced()
     return result
+
+
+class _Finite(BaseStreamer):
+    """Hands on the tokens that finite logits gave."""
+
+    def __init__(self, streamer: BaseStreamer, fine: Tensor) -> None:
+        self._streamer, self._fine = streamer, fine
+
+    def put(self, value: Tensor) -> None:
+        # ``value`` came from the device, behind the logits: there is nothing left to wait for.
+        if bool(self._fine):
+            self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
 class _Run:
@@ -61,7 +76,8 @@ class _Run:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.fine = torch.ones((), dtype=torch.bool, device=engine.device)
-        """Whether all logits so far are finite; on the device, so that no step waits for it."""
+        """Whether all logits so far are finite, which all ranks find alike. It stays on the device, where it is a
+        stopping criterion: transformers waits for those once a step anyway, and no step waits twice."""
         self.new_tokens = 0
         """How many may come, for the cache to make room for."""
         self._prefilled: ShardedCache | None = None
@@ -77,7 +93,13 @@ class _Run:
             logits_bV = self._prefill(ids_BT, mask_BT, cache)
         logits_BV = gather_replicas(logits_bV, ids_BT.shape[0], self._engine.mesh["dp"])
         self.fine &= torch.isfinite(logits_BV).all()
-        return logits_BV
+        # What is drawn from NaN is an error of its own, on GPUs one that nothing can follow.
+        return logits_BV.where(self.fine, 0)
+
+    def traced(self) -> NumericsError:
+        """Where the last step's NaN or infinity came from, by taking it once more, on every rank."""
+        assert self._decoding is not None
+        return self._engine.traced(self._decoding.again)
 
     def _prefill(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: ShardedCache) -> Tensor:
         engine, past = self._engine, cache.get_seq_length()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ds_ring.hf.cache import ShardedCache
@@ -19,14 +19,20 @@ Forward = Callable[[Tensor, Tensor | None, ShardedCache], Tensor]
 
 
 class Facade(GenerationMixin):
-    """Everything in it but ``forward`` is the model's own."""
+    """Everything in it but ``forward`` is the model's own.
+
+    Args:
+        fine: a bool on the device that ``run`` clears where no token can be chosen; generation then ends.
+    """
 
     main_input_name = "input_ids"
     base_model_prefix = ""
     _is_stateful = False
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, run: Forward, everyone: Transport) -> None:
-        self._model, self._run, self._everyone = model, run, everyone
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device, run: Forward, everyone: Transport, fine: Tensor
+    ) -> None:
+        self._model, self._run, self._everyone, self._fine = model, run, everyone, fine
         self.config, self.generation_config = model.config, model.generation_config
         self.device, self.dtype = device, model.dtype
 
@@ -63,8 +69,19 @@ class Facade(GenerationMixin):
         self, generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList | None, **kwargs: Any
     ) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
+        criteria.append(_NotFine(self._fine))
         timed = generation_config.max_time is not None
         return _Agreed(criteria, self._everyone) if timed or stopping_criteria else criteria
+
+
+class _NotFine(StoppingCriteria):
+    """Ends all rows, without asking the device."""
+
+    def __init__(self, fine: Tensor) -> None:
+        self._fine = fine
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return ~self._fine.expand(len(input_ids))
 
 
 class _Agreed(StoppingCriteriaList):
