@@ -11,6 +11,7 @@ from generated import (
     GREEDY,
     PROMPT,
     assert_rows_as_alone,
+    assert_same,
     by_name,
     llama,
     on_all_ranks_alike,
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ds_ring.engines.base import Engine
+from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
 
 
@@ -150,3 +152,28 @@ def test_a_cache_is_refused_where_it_does_not_fit():
         assert "attention_mask shows columns of row 0 that were padding" in shown
         assert "read and written by the engine that made it" in crop
         assert "read and written by the engine that made it" in update
+
+
+@pytest.mark.parametrize("when", ["prompt", "decoding"])
+def test_the_cache_of_an_interrupted_turn_is_refused(when):
+    ids = tokens(1, 40)
+
+    def work(engine: Engine) -> tuple[Exception | None, GenerateDecoderOnlyOutput]:
+        cache = engine.generate(ids[:, :20], max_new_tokens=1, **GREEDY).past_key_values
+
+        def interrupt(module: object, args: object, out: Tensor) -> None:
+            if when == "prompt" or out.shape[1] == 1:
+                raise KeyboardInterrupt
+
+        handle = engine.anatomy.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(ids[:, :30], past_key_values=cache, max_new_tokens=4, **GREEDY)
+        handle.remove()
+        error = outcome(lambda: engine.generate(ids, past_key_values=cache, max_new_tokens=4, **GREEDY))
+        return error, engine.generate(ids, max_new_tokens=4, **GREEDY)
+
+    results = serve(llama(), work, ring_degree=2)
+    for error, _ in results:
+        assert isinstance(error, InputError)
+        assert "past_key_values is broken: the generate that last wrote to it was interrupted or failed" in str(error)
+    assert_same(on_all_ranks_alike([got for _, got in results]), unsharded(llama(), ids, max_new_tokens=4))

@@ -139,6 +139,11 @@ def _cache(
         return ShardedCache(engine, store, mine)
     if not isinstance(given, ShardedCache) or given.owner is not engine:
         raise InputError(f"past_key_values is a {type(given).__name__} that another model made; give this engine's own")
+    if not given.whole:
+        raise InputError(
+            "past_key_values is broken: the generate that last wrote to it was interrupted or failed; begin "
+            "without it, from the whole conversation"
+        )
     past = given.get_seq_length()
     if past and given.mask_BT.shape[0] != rows:
         raise InputError(f"past_key_values holds {given.mask_BT.shape[0]} rows, the batch {rows}")

@@ -52,6 +52,7 @@ def generate(
         )
     if not bool(run.fine):
         raise run.traced()
+    request.cache.whole = True
     return result
 
 
@@ -85,6 +86,7 @@ class _Run:
 
     @torch.inference_mode()
     def __call__(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: ShardedCache) -> Tensor:
+        cache.whole = False
         if ids_BT.shape[1] == 1 and cache is self._prefilled:
             assert self._decoding is not None
             logits_bV = self._decoding(ids_BT[cache.rows.start : cache.rows.stop])

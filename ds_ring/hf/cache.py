@@ -23,6 +23,8 @@ class ShardedCache(Cache):
         owner: the engine it belongs to.
         store: this rank's share, of this replica's ``rows``.
         first_B: the column of every row's first token, its position 0, even where a mask hides it later.
+        whole: the generation that last wrote to it has returned. Otherwise some layers may lack what others hold, and
+            the caller does not know its tokens.
     """
 
     def __init__(self, owner: object, store: KVStore, rows: range) -> None:
@@ -31,6 +33,7 @@ class ShardedCache(Cache):
         self.first_B = torch.empty(0, dtype=torch.long)
         self._masks: list[Tensor] = []
         self._columns = 0
+        self.whole = True
 
     def __repr__(self) -> str:
         return f"ShardedCache({self._columns} columns; {self.store.used} slots on the ranks of a replica)"
