@@ -61,9 +61,9 @@ def read_prompts(config: RunConfig, prompts: Sequence[str], files: Sequence[str]
         raise InputError("no prompt: give --prompt TEXT… or --prompt-file FILE…")
     tokenizer = load_tokenizer(config.checkpoint)
     rows: list[list[int]] = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
-    for number, row in enumerate(rows):
-        if not row:
-            raise InputError(f"prompt {number + 1} of {len(rows)} is empty: it has no token")
+    for number, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        if not text.strip() or not row:  # a tokenizer may begin even an empty text with a token of its own
+            raise InputError(f"prompt {number + 1} of {len(rows)} is empty")
     return tokenizer, rows
 
 

@@ -18,7 +18,10 @@ def checkpoint(tmp_path_factory):
     return save(tmp_path_factory.mktemp("llama"), llama_gqa(vocab_size=257))
 
 
-def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path):
+def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path, monkeypatch):
+    def begins_with_a_token(text, **options):
+        return {"input_ids": [1, *text.encode()]}
+
     file = tmp_path / "a.txt"
     file.write_text("from a file\n")
     config = RunConfig.load({"dtype": "fp32"}, model=str(checkpoint))
@@ -28,6 +31,9 @@ def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path):
         read_prompts(config, [], [])
     with pytest.raises(InputError, match="prompt 2 of 2 is empty"):
         read_prompts(config, ["x", ""], [])
+    monkeypatch.setattr(generate, "load_tokenizer", lambda checkpoint: begins_with_a_token)
+    with pytest.raises(InputError, match="prompt 2 of 3 is empty"):
+        read_prompts(config, ["x", "", "y"], [])
     with pytest.raises(InputError, match="cannot read"):
         read_prompts(config, [], [str(tmp_path / "none.txt")])
 
