@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from math import prod
 
 from ds_ring.config import PEER_DEGREES, RunConfig
-from ds_ring.errors import ConfigError, UnsupportedModelError
+from ds_ring.errors import ConfigError, InputError, UnsupportedModelError
 
 SHARDABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -49,6 +49,16 @@ def check_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """
     check_layout(config, shape, world_size)
     check_workload(config, shape)
+
+
+def check_positions(longest: int, new: int, shape: ModelShape) -> None:
+    """Raise InputError where the longest row's tokens and those to come are more than the model has positions for."""
+    limit = shape.max_positions
+    if limit is not None and longest + new > limit:
+        raise InputError(
+            f"{longest} tokens of input + max_new_tokens={new} exceed the model's max_position_embeddings={limit}; "
+            f"shorten either"
+        )
 
 
 def check_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:

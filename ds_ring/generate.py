@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from transformers import TextStreamer
 from transformers.generation import BaseStreamer
 
+from ds_ring.checks import check_positions
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.errors import InputError
 from ds_ring.hardware import copy_rate, device_name, held_memory_gib
 from ds_ring.hf.cache import ShardedCache
+from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.text import load_tokenizer, read_text
 
 
@@ -31,9 +33,11 @@ class Sampling:
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
+        # A checkpoint's own settings may ask for beams, which are not served.
         if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+            return {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"do_sample": True, "num_beams": 1, **chosen}
 
 
 def check(max_new_tokens: int, sampling: Sampling, passes: int = 1) -> None:
@@ -65,6 +69,11 @@ def read_prompts(config: RunConfig, prompts: Sequence[str], files: Sequence[str]
         if not text.strip() or not row:  # a tokenizer may begin even an empty text with a token of its own
             raise InputError(f"prompt {number + 1} of {len(rows)} is empty")
     return tokenizer, rows
+
+
+def check_lengths(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise InputError where the model has too few positions; before any weight is read."""
+    check_positions(max(map(len, prompts)), max_new_tokens, model_shape(read_config(config.checkpoint)))
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     sampling = generate.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     generate.check(args.max_new_tokens, sampling, args.passes)
     tokenizer, prompts = generate.read_prompts(config, args.prompt, args.prompt_file)
+    generate.check_lengths(config, prompts, args.max_new_tokens)
     config = runtime.resolve(config)
     engine = runtime.from_pretrained(config=config)
     looked_at, held = generate.passes_to_look_at(args.passes), {}

@@ -76,7 +76,8 @@ def test_one_prompt_streams_without_a_launcher(llama):
 
 
 def test_what_cannot_work_is_refused_in_one_line(llama):
-    options = ["--model", str(llama), "--dtype", "fp32", "--prompt", "x" * 250]
+    # What two ranks would hold is refused for one as well, but only where the engine is made.
+    options = ["--model", str(llama), "--dtype", "fp32", "--ring-degree", "2", "--prompt", "x" * 250]
     done = run([sys.executable, "launch/generate.py", *options], expect=2)
     assert "250 tokens of input + max_new_tokens=64 exceed the model's max_position_embeddings=256" in done.stderr
     assert "Traceback" not in done.stderr

@@ -83,7 +83,7 @@ def test_a_completion_ends_with_the_token_that_ends_it(layout):
         options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         text = model.generate(torch.tensor(prompts), **options)[0, 3:].tolist()
     end = next(t for i, t in enumerate(text) if i > 1 and t not in text[:i])
-    model.generation_config.eos_token_id = end
+    model.generation_config.update(eos_token_id=end, num_beams=2)
     said = []
 
     def work(engine):

@@ -11,6 +11,7 @@ from transformers import Cache, GenerationConfig, TextStreamer
 from transformers.generation import BaseStreamer, GenerationMode
 
 from ds_ring.attention.store import KVStore
+from ds_ring.checks import check_positions
 from ds_ring.engines.batch import pack
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
@@ -171,12 +172,7 @@ def _check_length(engine: Engine, mask_BT: Tensor, input_ids: Tensor, settings: 
         new = DEFAULT_NEW_TOKENS
     if new < 1:
         raise InputError(f"nothing to generate: {input_ids.shape[1]} tokens of input leave max_new_tokens={new}")
-    limit = engine.shape.max_positions
-    if limit is not None and longest + new > limit:
-        raise InputError(
-            f"{longest} tokens of input + max_new_tokens={new} exceed the model's max_position_embeddings={limit}; "
-            f"shorten either"
-        )
+    check_positions(longest, new, engine.shape)
     return new
 
 
