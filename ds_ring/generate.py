@@ -19,6 +19,7 @@ from ds_ring.engines.base import Engine
 from ds_ring.errors import InputError
 from ds_ring.hardware import copy_rate, device_name, held_memory_gib
 from ds_ring.hf.cache import ShardedCache
+from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.text import load_tokenizer, read_text
 
@@ -58,11 +59,13 @@ def read_prompts(config: RunConfig, prompts: Sequence[str], files: Sequence[str]
     """(tokenizer, tokens of every prompt and then of every file).
 
     Raises:
-        InputError: no prompt, an empty one, or a file that cannot be read. CheckpointError: no tokenizer.
+        InputError: no prompt, an empty one, or a file that cannot be read. CheckpointError: no checkpoint, or no
+            tokenizer in it.
     """
     texts = [*prompts, *read_text(files)]
     if not texts:
         raise InputError("no prompt: give --prompt TEXT… or --prompt-file FILE…")
+    Checkpoint.open(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint)
     rows: list[list[int]] = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     for number, (text, row) in enumerate(zip(texts, rows, strict=True)):

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.errors import InputError
+from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.progress import make_console
 from ds_ring.text import load_tokenizer, read_text
 
@@ -30,6 +31,7 @@ def read_documents(config: RunConfig) -> list[Document]:
     files = config.workload.text
     if not files:
         raise InputError("no documents: give --text FILE…")
+    Checkpoint.open(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint)
     documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in read_text(files)]
     for file, tokens in zip(files, documents, strict=True):

@@ -9,8 +9,9 @@ from tiny_models import build, llama_gqa
 from ds_ring import generate
 from ds_ring.checkpoints import byte_tokenizer
 from ds_ring.config import RunConfig
-from ds_ring.errors import InputError
+from ds_ring.errors import CheckpointError, InputError
 from ds_ring.generate import Sampling, check, growth, left_padded, passes_to_look_at, read_prompts, run
+from ds_ring.score import read_documents
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,11 @@ def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path, monk
         read_prompts(config, [], [])
     with pytest.raises(InputError, match="prompt 2 of 2 is empty"):
         read_prompts(config, ["x", ""], [])
+    nowhere = RunConfig.load(config, model=str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
+        read_prompts(nowhere, ["x"], [])
+    with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
+        read_documents(RunConfig.load(nowhere, text=(str(file),)))
     monkeypatch.setattr(generate, "load_tokenizer", lambda checkpoint: begins_with_a_token)
     with pytest.raises(InputError, match="prompt 2 of 3 is empty"):
         read_prompts(config, ["x", "", "y"], [])
