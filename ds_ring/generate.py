@@ -79,6 +79,15 @@ def check_lengths(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_t
     check_positions(max(map(len, prompts)), max_new_tokens, model_shape(read_config(config.checkpoint)))
 
 
+def sized(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> RunConfig:
+    """``config`` with the prompts' own number and length where the planner goes by those and they are not given."""
+    if not config.parallel.auto:
+        return config
+    own = {"batch_size": len(prompts), "max_length": max(map(len, prompts)) + max_new_tokens}
+    given = config.workload.model_fields_set
+    return RunConfig.load(config, **{name: value for name, value in own.items() if name not in given})
+
+
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(token ids, mask), both [B, T], of rows padded at their beginnings."""
     columns = max(map(len, rows))

@@ -5,6 +5,8 @@
 A single prompt's text appears on standard error as it is made. The last line of standard output is one JSON document:
 ttft_ms, decode_tpot_ms, tokens_per_second, cache_gib_per_rank and the completions. With --passes 1000 its
 held_gib_after_pass shows whether generations leave memory behind.
+
+With --auto the layout is planned for the prompts and their new tokens, unless --batch-size or --max-length say otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     generate.check(args.max_new_tokens, sampling, args.passes)
     tokenizer, prompts = generate.read_prompts(config, args.prompt, args.prompt_file)
     generate.check_lengths(config, prompts, args.max_new_tokens)
-    config = runtime.resolve(config)
+    config = runtime.resolve(generate.sized(config, prompts, args.max_new_tokens))
     engine = runtime.from_pretrained(config=config)
     looked_at, held = generate.passes_to_look_at(args.passes), {}
     for number in range(1, args.passes + 1):

@@ -10,7 +10,7 @@ from ds_ring import generate
 from ds_ring.checkpoints import byte_tokenizer
 from ds_ring.config import RunConfig
 from ds_ring.errors import CheckpointError, InputError
-from ds_ring.generate import Sampling, check, growth, left_padded, passes_to_look_at, read_prompts, run
+from ds_ring.generate import Sampling, check, growth, left_padded, passes_to_look_at, read_prompts, run, sized
 from ds_ring.score import read_documents
 
 
@@ -42,6 +42,16 @@ def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path, monk
         read_prompts(config, ["x", "", "y"], [])
     with pytest.raises(InputError, match="cannot read"):
         read_prompts(config, [], [str(tmp_path / "none.txt")])
+
+
+def test_a_planner_is_told_of_the_prompts_but_for_what_is_given():
+    prompts = [[1] * 90, [1] * 7, [1] * 30]
+    auto = RunConfig.load({"ds_ring": {"parallel": "auto", "workload": {"prefill_chunk": 16}}})
+    work = sized(auto, prompts, 10).workload
+    assert (work.batch_size, work.max_length, work.prefill_chunk) == (3, 100, 16)
+    work = sized(RunConfig.load({"ds_ring": {"parallel": "auto"}}, max_length=2000), prompts, 10).workload
+    assert (work.batch_size, work.max_length) == (3, 2000)
+    assert sized(RunConfig.load({}), prompts, 10).workload.batch_size == 1
 
 
 @pytest.mark.parametrize(
