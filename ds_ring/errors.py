@@ -50,6 +50,10 @@ def reason_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+class DisagreementError(UserError, TransportError):
+    """Ranks were given different things; names the first of them and a rank that has another than rank 0."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out: PyTorch's allocators, CUDA's driver, its libraries and the host's
     each have words of their own for it."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import ds_ring
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine, Shard
-from ds_ring.errors import InputError, TransportError
+from ds_ring.errors import DisagreementError, InputError, TransportError
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.shape import model_shape
 from ds_ring.runtime import build_engine
@@ -234,9 +234,9 @@ def test_other_input_on_one_rank_is_rejected_by_all(wire: Wire, alter, reason):
         return outcome(lambda: engine(alter(ids) if engine.mesh.rank == 2 else ids))
 
     errors = serve(small_model(), work, wire=wire, ring_degree=4)
-    assert {type(error) for error in errors} == {TransportError}
+    assert {type(error) for error in errors} == {DisagreementError}
     assert len({str(error) for error in errors}) == 1
-    with pytest.raises(TransportError, match=f"ranks disagree on input_ids: rank 0 has .* rank 2 has .*{reason}"):
+    with pytest.raises(DisagreementError, match=f"ranks disagree on input_ids: rank 0 has .* rank 2 has .*{reason}"):
         raise errors[0]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ds_ring.engines.base import Engine
-from ds_ring.errors import DsRingError, InputError, NumericsError, TransportError
+from ds_ring.errors import DisagreementError, DsRingError, InputError, NumericsError
 
 LIMITED = {"max_position_embeddings": 64}
 
@@ -60,7 +60,7 @@ def test_ranks_that_were_given_different_things_say_so():
         ]
 
     for ids, length, beams in serve(llama(), work, ring_degree=2):
-        assert isinstance(ids, TransportError)
+        assert isinstance(ids, DisagreementError)
         assert "input_ids" in str(ids)
         assert "generate's max_new_tokens: rank 0 has 2, rank 1 has 3" in str(length)
         assert isinstance(beams, DsRingError)

@@ -9,7 +9,7 @@ import torch
 from mocked_world import outcome
 from torch import Tensor
 
-from ds_ring.errors import DsRingError, TransportError, UserError
+from ds_ring.errors import DisagreementError, DsRingError, TransportError, UserError
 from ds_ring.layout import SequenceLayout
 from ds_ring.topology import AXES, Topology
 from ds_ring.transport.base import Done, Transport
@@ -229,7 +229,14 @@ class TestAgreement:
         def work(transport):
             return error_of(lambda: transport.agree(tokens="abc" if transport.rank < 2 else "xyz"))
 
-        assert in_group(4, work) == ["ranks disagree on tokens: rank 0 has abc, rank 2 has xyz"] * 4
+        text = "ranks disagree on tokens: rank 0 has abc, rank 2 has xyz; make it the same on all ranks"
+        assert in_group(4, work) == [text] * 4
+
+    def test_of_several_the_first_is_named_and_not_that_of_a_sets_order(self):
+        def work(transport):
+            return error_of(lambda: transport.agree(dtype="fp16", **{f"fact{i}": transport.rank for i in range(50)}))
+
+        assert all(text.startswith("ranks disagree on fact0: rank 0 has 0, rank 1 has 1") for text in in_group(2, work))
 
     def test_what_is_done_together_fails_on_every_rank_or_on_none(self):
         def work(transport, fails):
@@ -446,3 +453,4 @@ class TestMesh:
 def test_transport_errors_are_ours_and_not_the_users():
     assert issubclass(TransportError, DsRingError)
     assert not issubclass(TransportError, UserError)
+    assert issubclass(DisagreementError, UserError), "what ranks were given is for the user to put right"

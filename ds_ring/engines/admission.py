@@ -53,7 +53,7 @@ def admit(
     """Check the arguments of ``generate``, and that all ranks were given the same.
 
     Raises:
-        InputError: what cannot be served, named. TransportError: ranks were given different things.
+        InputError: what cannot be served, named. DisagreementError: ranks were given different things.
     """
     world = engine.mesh["world"]
     try:

@@ -171,7 +171,7 @@ class Engine(ABC):
             CausalLMOutput with logits [B, T or logits_to_keep, V] in the model's dtype; 0 at padding.
 
         Raises:
-            InputError: unusable tensors (see ``pack``). TransportError: ranks were given different tokens.
+            InputError: unusable tensors (see ``pack``). DisagreementError: ranks were given different tokens.
             NumericsError: a layer gave NaN or infinity.
         """
         batch, columns_BL = self.prepare(input_ids, attention_mask, position_ids)
@@ -217,7 +217,7 @@ class Engine(ABC):
             options: transformers' arguments of ``generate``.
 
         Raises:
-            InputError: unusable tokens or options, before any work. TransportError: ranks were given different ones.
+            InputError: unusable tokens or options, before any work. DisagreementError: ranks were given different ones.
             NumericsError: a layer gave NaN or infinity.
         """
         from ds_ring.engines.generation import generate
@@ -235,7 +235,7 @@ class Engine(ABC):
             On every rank, for each row an fp32 tensor of its number of tokens less one.
 
         Raises:
-            InputError, TransportError, NumericsError: as ``__call__``.
+            InputError, DisagreementError, NumericsError: as ``__call__``.
         """
         batch, _ = self.prepare(input_ids, attention_mask, None)
         micro_batches, mine = self._micro_batches(batch)

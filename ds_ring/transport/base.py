@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ds_ring.errors import TransportError, reason_of
+from ds_ring.errors import DisagreementError, TransportError, reason_of
 from ds_ring.transport.shared import Pending, SentShared, Shared, Within
 
 __all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport", "blank", "void"]
@@ -186,14 +186,16 @@ class Transport(ABC):
         return self._broadcast(tensor, source)
 
     def agree(self, **facts: object) -> None:
-        """Raise the same TransportError on every rank unless all hold the same facts; it names the fact and a rank."""
+        """Raise the same DisagreementError on every rank unless all hold the same facts; it names one and a rank."""
         everyone = self.all_gather_objects({name: str(value) for name, value in facts.items()})
         first = everyone[0]
         for rank, other in enumerate(everyone):
-            for name in first.keys() | other.keys():
+            # In an order of their own: that of a set of strings is another in every process.
+            for name in {**first, **other}:
                 if first.get(name) != other.get(name):
-                    raise TransportError(
-                        f"ranks disagree on {name}: rank 0 has {first.get(name)}, rank {rank} has {other.get(name)}"
+                    raise DisagreementError(
+                        f"ranks disagree on {name}: rank 0 has {first.get(name)}, rank {rank} has {other.get(name)}; "
+                        f"make it the same on all ranks"
                     )
 
     @contextmanager
