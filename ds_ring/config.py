@@ -266,7 +266,7 @@ class RunConfig(_Section):
 
     def facts(self) -> dict[str, Any]:
         """Every setting by its dotted path."""
-        return _flatten(self.document(), "")
+        return flatten(self.document(), "")
 
     def document(self) -> dict[str, Any]:
         """The configuration in the file's own form, every default filled in."""
@@ -274,10 +274,11 @@ class RunConfig(_Section):
         return {"dtype": self.dtype, **document, "ds_ring": self.ring.model_dump(mode="json")}
 
 
-def _flatten(value: Any, path: str) -> dict[str, Any]:
+def flatten(value: Any, path: str) -> dict[str, Any]:
+    """What is in nested dicts, by its dotted path below ``path``."""
     if not isinstance(value, dict):
         return {path: value}
-    return {k: v for name, inner in value.items() for k, v in _flatten(inner, f"{path}.{name}".lstrip(".")).items()}
+    return {k: v for name, inner in value.items() for k, v in flatten(inner, f"{path}.{name}".lstrip(".")).items()}
 
 
 def _read(path: str | Path) -> dict[str, Any]:

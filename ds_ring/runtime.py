@@ -17,6 +17,7 @@ from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
 from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
 from ds_ring.hardware import card_of
+from ds_ring.hf import identity
 from ds_ring.hf.anatomy import Anatomy, own_configs
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.hf.checkpoint import Checkpoint
@@ -47,16 +48,18 @@ def from_pretrained(
 
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError: on every rank alike, before weights load.
+        DisagreementError: on every rank alike, where their configurations, packages or checkpoints differ.
     """
     run = RunConfig.load(config, **{"model": str(path) if path else None, **overrides})
     path = run.checkpoint
-    Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path)
     run = resolve(run)
-    shape = model_shape(read_config(path))
+    config_of_model = read_config(path)
+    shape = model_shape(config_of_model)
     check_layout(run, shape, world_size())
     check_device(run, local_device().type)
     check_installed(run)
-    mesh = connect(run)
+    mesh = connect(run, {**identity.of_config(config_of_model), **identity.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
     if is_tensor_pipeline(run.topology):
         layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
@@ -80,7 +83,7 @@ def init_inference(
     check_layout(run, shape, world_size())
     check_device(run, local_device().type)
     check_installed(run)
-    mesh = connect(run)
+    mesh = connect(run, {**identity.of_config(model.config), **identity.of_parameters(model)})
     return build_engine(model, run, mesh, shape, local_device())
 
 
@@ -130,8 +133,11 @@ def is_tensor_pipeline(topology: Topology) -> bool:
     return topology.tp * topology.pp > 1
 
 
-def connect(run: RunConfig) -> Mesh:
-    """Initialise ``deepspeed.comm`` and make the groups of every axis; ranks must hold the same configuration."""
+def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
+    """Initialise ``deepspeed.comm`` and make the groups of every axis.
+
+    All ranks must hold the same configuration, and the same model as far as ``model`` says (see ``hf.identity``).
+    """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -157,7 +163,8 @@ def connect(run: RunConfig) -> Mesh:
     # Before any group is made: ranks that were told different degrees would wait for different peers.
     world = range(deepspeed.comm.get_world_size())
     everyone = ProcessGroupTransport(deepspeed.comm.get_world_group(), world, deepspeed.comm.get_rank())
-    everyone.agree(**run.facts(), **{f"the version of {name}": value for name, value in versions().items()})
+    packages = {f"the version of {name}": value for name, value in versions().items()}
+    everyone.agree(**run.facts(), **packages, **(model or {}))
     places = everyone.all_gather_objects(Place.of(device))
     if device.type == "cuda":
         _share_cores(sum(place.host == places[everyone.rank].host for place in places))

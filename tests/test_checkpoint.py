@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ds_ring.errors import CheckpointError
+from ds_ring.hf import identity
 from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -41,6 +42,30 @@ def write_index(directory: Path, weight_map: object) -> None:
 def refused(text: str):
     """Expect a CheckpointError whose text begins so."""
     return pytest.raises(CheckpointError, match=f"^{re.escape(text)}")
+
+
+class TestIdentity:
+    def test_a_copy_is_the_same_and_every_byte_of_a_small_file_counts(self, sharded):
+        before = identity.of_files(Checkpoint.open(sharded))
+        assert list(before) == [f"the checkpoint's {name}" for name in (FIRST, SECOND)]
+        save_file({"embed": EMBED}, sharded / FIRST)
+        assert identity.of_files(Checkpoint.open(sharded)) == before
+        for index in range(EMBED.numel()):
+            save_file({"embed": EMBED + (torch.arange(12).view(3, 4) == index)}, sharded / FIRST)
+            after = identity.of_files(Checkpoint.open(sharded))
+            assert [name for name in before if before[name] != after[name]] == [f"the checkpoint's {FIRST}"]
+
+    def test_of_a_large_file_the_beginning_the_end_and_some_between_are_read(self, single, monkeypatch):
+        monkeypatch.setattr(identity, "BLOCK_BYTES", 10)
+        save_file({"embed": torch.zeros(1000, dtype=torch.uint8)}, single / SINGLE)
+        content, checkpoint = (single / SINGLE).read_bytes(), Checkpoint.open(single)
+        before, seen = identity.of_files(checkpoint), []
+        for place in range(len(content)):
+            (single / SINGLE).write_bytes(content[:place] + b"\1" + content[place + 1 :])
+            if identity.of_files(checkpoint) != before:
+                seen.append(place)
+        assert len(seen) == 8 * 10
+        assert (seen[:10], seen[-1]) == ([*range(10)], len(content) - 1)
 
 
 class TestGood:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -255,6 +256,66 @@ def test_bad_configurations_are_refused_in_one_line_with_exit_code_2(options, me
     assert "Traceback" not in done.stderr
     assert "{" not in done.stdout
     assert time.monotonic() - started < 120  # not held up by a peer
+
+
+def test_ranks_with_unlike_models_or_configurations_all_refuse_with_exit_code_2(llama, tmp_path):
+    """Each rank reads the checkpoint ``llama`` of its own folder, as each host does in a launch of several."""
+    own = [tmp_path / str(rank) / "llama" for rank in (0, 1)]
+    for folder in own:
+        shutil.copytree(llama, folder)
+    script = tmp_path / "script.py"
+    script.write_text("""
+import argparse, json, os, sys, torch, ds_ring
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from ds_ring import cli
+from ds_ring.config import RunConfig
+from ds_ring.errors import DisagreementError
+
+rank = int(os.environ["RANK"])
+os.chdir(Path(sys.argv.pop()) / str(rank))
+run = RunConfig.load({"dtype": "fp32"}, ring_degree=2)
+
+def refusal(build, *args, **options):
+    try:
+        build(*args, config=run, **options)
+    except DisagreementError as error:
+        return str(error)
+
+def theta(value):
+    file = Path("llama/config.json")
+    config = json.loads(file.read_text())
+    config["rope_parameters"]["rope_theta"] = value
+    file.write_text(json.dumps(config))
+
+def work(args):
+    found = []
+    model = AutoModelForCausalLM.from_pretrained("llama", dtype=torch.float32)
+    model.lm_head.weight.data[0, 0] += rank
+    found.append(refusal(ds_ring.init_inference, model))
+    theta(5e5 if rank else 1e4)
+    found.append(refusal(ds_ring.from_pretrained, "llama"))
+    theta(1e4)
+    with open("llama/model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([rank]))
+    found.append(refusal(ds_ring.from_pretrained, "llama"))
+    sys.stdout.write(json.dumps(found) + "\\n")
+    sys.stdout.flush()
+    ds_ring.from_pretrained("llama", config=run, ring_impl="contiguous" if rank else "zigzag")
+
+cli.main(work, argparse.ArgumentParser())
+""")
+    done = deepspeed(2, script, tmp_path, expect=2)
+    (parameter, field, file), other = map(json.loads, re.findall(r"^\[.*\]$", done.stdout, re.MULTILINE))
+    assert other == [parameter, field, file]
+    shape = r"\(300, 72\) torch.float32 with digest \w+"
+    assert re.match(rf"ranks disagree on the model's tensor lm_head.weight: rank 0 has {shape}, rank 1 has ", parameter)
+    assert "the model's rope_parameters.rope_theta: rank 0 has 10000.0, rank 1 has 500000.0; make it" in field
+    size = (own[0] / "model.safetensors").stat().st_size
+    assert re.search(rf"the checkpoint's model.safetensors: rank 0 has {size} bytes with digest \w+, rank 1", file)
+    assert "error: ranks disagree on ds_ring.parallel.ring_impl: rank 0 has zigzag, rank 1 has contig" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_documents_that_do_not_fit_are_refused(llama, documents, tmp_path):
