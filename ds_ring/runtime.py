@@ -29,6 +29,7 @@ from ds_ring.topology import Topology
 from ds_ring.transport.choice import Place, choose, sharing_a_gpu
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.process_group import ProcessGroupTransport
+from ds_ring.watch import end_with_launcher
 
 HOST_THREADS = 8
 """Of a rank that computes on a GPU, at most: its host's part is small tensors."""
@@ -138,6 +139,7 @@ def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
 
     All ranks must hold the same configuration, and the same model as far as ``model`` says (see ``hf.identity``).
     """
+    end_with_launcher()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

@@ -13,20 +13,27 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PERIOD_S = 1.0
 
 
+@cache
 def end_with_launcher() -> None:
-    """From now on, in a launched rank, end the process when either process above it ends. Linux only; else nothing."""
+    """From now on, in a launched rank, end the process when either process above it ends. Linux only; else nothing.
+
+    Above another launcher than DeepSpeed's may be a shell, whose end is none of a rank's business. Only the first call
+    counts: later on even a process that nobody launched has a rank.
+    """
     parent = os.getppid()
     grandparent = parent_of(parent)
     if "LOCAL_RANK" not in os.environ or grandparent is None:
         return
+    two = b"deepspeed.launcher.launch" in _words_of(parent)
 
     def watch() -> None:
-        while os.getppid() == parent and parent_of(parent) == grandparent:
+        while os.getppid() == parent and (not two or parent_of(parent) == grandparent):
             time.sleep(PERIOD_S)
         print(f"rank {os.environ.get('RANK')}: the launcher is gone, ending", file=sys.stderr, flush=True)
         if os.getppid() == parent:
@@ -66,6 +73,14 @@ def siblings() -> list[Sibling]:
             if rank is not None:
                 found.append(Sibling(pid, rank, status[0] == "T"))
     return found
+
+
+def _words_of(pid: int) -> list[bytes]:
+    """A process's command; empty where it is gone or this system does not say."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def _state_and_parent(pid: int) -> tuple[str, int] | None:
