@@ -66,14 +66,15 @@ def measure(
     stream = token_stream(config.checkpoint, config.workload.text)
     layers = layer_parameters(read_config(config.checkpoint))
     peak, peak_source = peak_flops(engine.device, dtype)
-    peak = statistics.median(engine.mesh["world"].all_gather_objects(peak))
+    peak = statistics.median(engine.gather(peak))
     differences: dict[tuple[int, Mode], parity.Difference | None] = {}
     traced = config.workload.micro_batches[0], config.workload.lengths[-1], config.workload.modes[0]
     for size, length in product(config.workload.micro_batches, config.workload.lengths):
         engine.config = RunConfig.load(config, micro_batch_size=size)
         ids = rows_of(stream, config.workload.batch_size, length)
         batch, _ = pack(ids, None, None, engine.shape)
-        engine.mesh["world"].agree(input_ids=batch.digest())
+        with engine.stall.over("agreeing on the batch"):
+            engine.mesh["world"].agree(input_ids=batch.digest())
         for mode in config.workload.modes:
             last = layers[-1] if mode == "prefill_only" else None
             work = Work(engine.shape, sum(layers), config.workload.batch_size, length, last)
@@ -103,11 +104,11 @@ def warmup_rows(config: RunConfig) -> int:
 def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
     """Figures of ``trace.summary``, means over ranks."""
     first_rows = batch.split(range(warmup_rows(engine.config)))
-    engine.mesh["world"].barrier()
+    engine.meet()
     own = trace_step(
         lambda: void(engine.prefill(first_rows, "last")), engine.device, file, engine.mesh.rank, len(engine.layers)
     )
-    everyone = engine.mesh["world"].all_gather_objects(own)
+    everyone = engine.gather(own)
     return {"trace": str(file)} | {f"trace_{name}": statistics.mean(o[name] for o in everyone) for name in own}
 
 
@@ -188,7 +189,7 @@ def _row(
     step = found.step.median_s
     tps = work.tps(step)
     itemsize = torch_dtype(config.dtype).itemsize
-    memory = engine.mesh["world"].all_gather_objects(engine.peak_memory_gib)
+    memory = engine.gather(engine.peak_memory_gib)
     return {
         "layout": config.label,
         "implementation": config.parallel.implementation,

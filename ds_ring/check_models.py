@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ds_ring import runtime
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError, UserError
+from ds_ring.stall import outside
 from ds_ring.transport.base import Transport
 
 LENGTH, SEED = 75, 0
@@ -129,7 +130,8 @@ def _row(model_type: str, config: RunConfig, new_tokens: int, everyone: Transpor
         except Exception as error:  # whatever a config or a model raises about sizes that do not suit it
             problem = _first_line(error)
         # Only rank 0 knows.
-        problem = everyone.all_gather_objects(problem)[0]
+        with outside.over("waiting for rank 0's model"):
+            problem = everyone.all_gather_objects(problem)[0]
         if problem is None:
             try:
                 want, tokens, margins = _unsharded(folder, new_tokens)
@@ -194,8 +196,11 @@ def _sharded(folder: Path, config: RunConfig, new_tokens: int) -> tuple[Tensor, 
 def _shared_folder(everyone: Transport) -> Iterator[Path]:
     """A folder that rank 0 makes, and removes when all are done with it; ranks must share a file system."""
     with tempfile.TemporaryDirectory() as own:
-        yield Path(everyone.all_gather_objects(own)[0])
-        everyone.barrier()
+        with outside.over("waiting for rank 0's folder"):
+            folder = everyone.all_gather_objects(own)[0]
+        yield Path(folder)
+        with outside.over("waiting for all ranks to be done with a folder"):
+            everyone.barrier()
 
 
 def _first_line(error: Exception) -> str:

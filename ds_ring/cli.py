@@ -127,7 +127,10 @@ def leave(code: int) -> None:
     if code == 0 and "ds_ring.runtime" in sys.modules:
         from deepspeed import comm
 
+        from ds_ring.stall import outside
+
         if comm.is_initialized():
-            comm.barrier()
-            comm.destroy_process_group()
+            with outside.over("leaving"):
+                comm.barrier()
+                comm.destroy_process_group()
     os._exit(code)

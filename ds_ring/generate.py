@@ -125,7 +125,7 @@ def run(
     say(f"{topology.label()}: prefill of {prompt_tokens:,} tokens in {len(prompts)} rows")
     torch.manual_seed(sampling.seed)
     engine.settle()
-    engine.mesh["world"].barrier()
+    engine.meet()
     clock.start()
     found: Any = engine.generate(
         ids, mask, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=sorted(ends) or None,
@@ -139,7 +139,7 @@ def run(
     assert isinstance(found.past_key_values, ShardedCache)
     cache_bytes = found.past_key_values.memory_bytes()
     del found
-    held, floor_s = max(engine.mesh["world"].all_gather_objects(cache_bytes)), step_floor_s(engine, cache_bytes)
+    held, floor_s = max(engine.gather(cache_bytes)), step_floor_s(engine, cache_bytes)
     decode_s = (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None
     return {
         "layout": topology.label(),
@@ -164,7 +164,7 @@ def step_floor_s(engine: Engine, cache_bytes: int) -> float:
     add up; replicas do not wait for each other's layers, and the slowest counts again."""
     topology, own = engine.mesh.topology, (share_of_weights(engine) + cache_bytes) / copy_rate(engine.device)
     stages: dict[tuple[int, int], float] = {}
-    for rank, seconds in enumerate(engine.mesh["world"].all_gather_objects(own)):
+    for rank, seconds in enumerate(engine.gather(own)):
         at = topology.coordinates(rank)
         stage = at["dp"], at["pp"]
         stages[stage] = max(seconds, stages.get(stage, 0.0))
@@ -188,7 +188,7 @@ def passes_to_look_at(passes: int) -> set[int]:
 
 def held_gib(engine: Engine) -> float:
     """What the fullest rank holds between generations: GPU memory in tensors, or resident host memory."""
-    return max(engine.mesh["world"].all_gather_objects(held_memory_gib(engine.device)))
+    return max(engine.gather(held_memory_gib(engine.device)))
 
 
 def growth(held_gib_after_pass: dict[str, float]) -> float:

@@ -189,5 +189,5 @@ def trial(engine: Engine, memory_limit_gib: float | None) -> Trial:
     timing = time_passes(engine, lambda: shards.extend(engine.prefill(whole, "last")), 1)
     if not all(all_finite(shard.logits_BkV) for shard in shards):
         raise NumericsError(f"logits behind {length} tokens are not finite")
-    held = tuple(engine.mesh["world"].all_gather_objects(engine.peak_memory_gib))
+    held = tuple(engine.gather(engine.peak_memory_gib))
     return Trial(length, timing.median_s, held, memory_gib(device, memory_limit_gib), device_name(device))

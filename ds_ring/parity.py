@@ -139,7 +139,7 @@ class _Tally:
             self._worst = float("inf")
 
     def over(self, engine: Engine) -> Difference:
-        everyone = engine.mesh["world"].all_gather_objects((self._squares.tolist(), self._worst))
+        everyone = engine.gather((self._squares.tolist(), self._worst))
         totals = torch.tensor([pair for pair, _ in everyone]).sum(0)
         return Difference(float((totals[0] / totals[1]).sqrt()), max(w for _, w in everyone))
 

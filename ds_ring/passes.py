@@ -35,15 +35,15 @@ def time_passes(engine: Engine, step: Callable[[], None], repeats: int, sustain_
     own: list[float] = []
     begun = time.perf_counter()
     # When enough has passed is rank 0's word, or some would begin a pass that others do not.
-    while len(own) < repeats or engine.mesh["world"].all_gather_objects(time.perf_counter() - begun)[0] < sustain_s:
+    while len(own) < repeats or engine.gather(time.perf_counter() - begun)[0] < sustain_s:
         with engine.stall.over("a timed pass"):
             synchronize(engine.device)
-            engine.mesh["world"].barrier()
+            engine.meet()
             started = time.perf_counter()
             step()
             synchronize(engine.device)
             own.append(time.perf_counter() - started)
-    everyone = engine.mesh["world"].all_gather_objects(own)
+    everyone = engine.gather(own)
     return Timing([max(samples) for samples in zip(*everyone, strict=True)])
 
 
@@ -56,5 +56,5 @@ def count_bytes(engine: Engine, step: Callable[[], None]) -> tuple[float, list[C
     with AllReduceMeter(engine.mesh["tp"]) if engine.mesh.topology.tp > 1 else nullcontext():
         step()
     traffic.journal = None
-    everyone = engine.mesh["world"].all_gather_objects(traffic.bytes_sent)
+    everyone = engine.gather(traffic.bytes_sent)
     return statistics.mean(everyone), journal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ds_ring.hf.loading import load_model, load_stage
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.hf.stage import keep_stage
 from ds_ring.results import versions
+from ds_ring.stall import outside
 from ds_ring.topology import Topology
 from ds_ring.transport.choice import Place, choose, sharing_a_gpu
 from ds_ring.transport.mesh import Mesh
@@ -33,6 +35,9 @@ from ds_ring.watch import end_with_launcher
 
 HOST_THREADS = 8
 """Of a rank that computes on a GPU, at most: its host's part is small tensors."""
+GROUPS_WAIT_LONGER_S = 60
+LONGEST_WAIT_S = 20 * 24 * 3600
+"""PyTorch's sockets count milliseconds in 32 bits."""
 
 
 def from_pretrained(
@@ -62,10 +67,18 @@ def from_pretrained(
     check_installed(run)
     mesh = connect(run, {**identity.of_config(config_of_model), **identity.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
+    kind: type[Engine] = TensorPipelineEngine
     if is_tensor_pipeline(run.topology):
         layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
-        return TensorPipelineEngine(load_stage(path, dtype, device, layers), run, mesh, shape, device)
-    return whole_engine(run)(load_model(path, dtype, device), run, mesh, shape, device)
+        model = load_stage(path, dtype, device, layers)
+    else:
+        kind = whole_engine(run)
+        model = load_model(path, dtype, device)
+    # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched.
+    with outside.over("waiting for all ranks to load"):
+        mesh["world"].barrier()
+    with outside.over("building the engine"):
+        return kind(model, run, mesh, shape, device)
 
 
 def init_inference(
@@ -85,7 +98,8 @@ def init_inference(
     check_device(run, local_device().type)
     check_installed(run)
     mesh = connect(run, {**identity.of_config(model.config), **identity.of_parameters(model)})
-    return build_engine(model, run, mesh, shape, local_device())
+    with outside.over("building the engine"):
+        return build_engine(model, run, mesh, shape, local_device())
 
 
 def resolve(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:
@@ -137,9 +151,18 @@ def is_tensor_pipeline(topology: Topology) -> bool:
 def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
     """Initialise ``deepspeed.comm`` and make the groups of every axis.
 
-    All ranks must hold the same configuration, and the same model as far as ``model`` says (see ``hf.identity``).
+    All ranks must hold the same configuration, and the same model as far as ``model`` says (see ``hf.identity``). From
+    now on this process ends with its launcher, and when it waits for a peer that does not come.
     """
     end_with_launcher()
+    outside.timeout_s = run.ring.timeout_s
+    with outside.over("connecting"):
+        mesh = _connect(run, model or {})
+    outside.traffic = mesh.traffic
+    return mesh
+
+
+def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -158,15 +181,17 @@ def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
     if sharing_a_gpu():
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     if not deepspeed.comm.is_initialized():
+        timeout = _group_timeout(run.ring.timeout_s)
         if sharing_a_gpu():
             # NCCL takes no two ranks on one GPU, and DeepSpeed would give each rank a GPU of its own.
-            torch.distributed.init_process_group("gloo")
-        deepspeed.init_distributed("nccl" if device.type == "cuda" and not sharing_a_gpu() else "gloo", verbose=False)
+            torch.distributed.init_process_group("gloo", timeout=timeout)
+        backend = "nccl" if device.type == "cuda" and not sharing_a_gpu() else "gloo"
+        deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     # Before any group is made: ranks that were told different degrees would wait for different peers.
     world = range(deepspeed.comm.get_world_size())
     everyone = ProcessGroupTransport(deepspeed.comm.get_world_group(), world, deepspeed.comm.get_rank())
     packages = {f"the version of {name}": value for name, value in versions().items()}
-    everyone.agree(**run.facts(), **packages, **(model or {}))
+    everyone.agree(**run.facts(), **packages, **model)
     places = everyone.all_gather_objects(Place.of(device))
     if device.type == "cuda":
         _share_cores(sum(place.host == places[everyone.rank].host for place in places))
@@ -176,6 +201,12 @@ def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
         say(f"transport: {choice.describe()}")
     insist = run.ring.transport == "copy_engine"
     return Mesh.from_process_groups(run.topology, choice.pulled, device, insist)
+
+
+def _group_timeout(timeout_s: int) -> timedelta:
+    """For how long process groups wait: longer than the watch, which names who is missing; DeepSpeed's 10 minutes would
+    end a run that may wait for longer."""
+    return timedelta(seconds=min(timeout_s + GROUPS_WAIT_LONGER_S, LONGEST_WAIT_S) if timeout_s else LONGEST_WAIT_S)
 
 
 def _share_cores(ranks: int) -> None:

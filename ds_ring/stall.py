@@ -29,13 +29,12 @@ class StallWatch:
 
     Only a launched rank has peers in other processes; elsewhere nothing is watched.
 
-    Args:
+    Attributes:
         timeout_s: 0: never.
     """
 
     def __init__(self, traffic: Traffic, timeout_s: float) -> None:
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self._traffic, self._timeout_s = traffic, timeout_s if launched else 0
+        self.traffic, self.timeout_s = traffic, timeout_s
         self._calls: list[str] = []
         self._since = 0.0
         self._thread: threading.Thread | None = None
@@ -43,7 +42,8 @@ class StallWatch:
     @contextmanager
     def over(self, call: str) -> Iterator[None]:
         """Watch the block, which may hold others."""
-        if self._timeout_s and self._thread is None:
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if launched and self.timeout_s and self._thread is None:
             self._thread = threading.Thread(target=self._watch, daemon=True, name="stall_watch")
             self._thread.start()
         self._since = time.monotonic()
@@ -56,18 +56,16 @@ class StallWatch:
 
     def stalled_s(self) -> float:
         """For how long nothing has moved; 0 outside calls."""
-        return time.monotonic() - max(self._since, self._traffic.moved_at) if self._calls else 0.0
+        return time.monotonic() - max(self._since, self.traffic.moved_at) if self._calls else 0.0
 
     def describe(self) -> str:
         call = self._calls[-1] if self._calls else "nothing"
-        last = (
-            f"the last is {self._traffic.last}, number {self._traffic.count}" if self._traffic.count else "none began"
-        )
+        last = f"the last is {self.traffic.last}, number {self.traffic.count}" if self.traffic.count else "none began"
         return f"no communication began for {self.stalled_s():.0f} s in {call} ({last})"
 
     def _watch(self) -> None:
-        while self.stalled_s() <= self._timeout_s:
-            time.sleep(min(PERIOD_S, self._timeout_s))
+        while not self.timeout_s or self.stalled_s() <= self.timeout_s:
+            time.sleep(min(PERIOD_S, self.timeout_s or PERIOD_S))
         stopped = [sibling for sibling in siblings() if sibling.stopped]
         who = ", ".join(f"rank {sibling.rank}" for sibling in stopped)
         why = f"{who} of this host is stopped" if who else "a peer hangs: look for one whose last number is lower"
@@ -76,6 +74,11 @@ class StallWatch:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(sibling.pid, signal.SIGKILL)
         os._exit(1)
+
+
+outside = StallWatch(Traffic(), 0)
+"""Over what a rank does outside its engines: connecting, waiting for others to load, leaving. ``runtime.connect`` says
+for how long."""
 
 
 def watched(method: Method) -> Method:

@@ -319,6 +319,16 @@ class Engine(ABC):
         with self.stall.over("waiting for the device"):
             synchronize(self.device)
 
+    @watched
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        self.mesh["world"].barrier()
+
+    @watched
+    def gather(self, value: T) -> list[T]:
+        """Every rank's small Python value, in rank order."""
+        return self.mesh["world"].all_gather_objects(value)
+
     def prepare(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> tuple[Batch, Tensor]:
