@@ -6,7 +6,7 @@ A single prompt's text appears on standard error as it is made. The last line of
 ttft_ms, decode_tpot_ms, tokens_per_second, cache_gib_per_rank and the completions. With --passes 1000 its
 held_gib_after_pass shows whether generations leave memory behind.
 
-With --auto the layout is planned for the prompts and their new tokens, unless --batch-size or --max-length say otherwise.
+With --auto the layout is planned for the prompts and their new tokens, unless --batch-size or --max-length are given.
 """
 
 from __future__ import annotations
