@@ -177,10 +177,12 @@ class RingConfig(_Section):
 
 
 class RunConfig(_Section):
-    """A whole run: ``ring`` is our section, ``deepspeed`` the rest of the file."""
+    """A whole run: ``ring`` is our section, ``deepspeed`` the rest of the file; ``checkpoint_dtype``: what the
+    checkpoint says its weights are, where the file says nothing."""
 
     ring: RingConfig = RingConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
+    checkpoint_dtype: str | None = None
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any] | RunConfig | None, **overrides: Any) -> RunConfig:
@@ -188,26 +190,26 @@ class RunConfig(_Section):
 
         Args:
             source: path, dict, RunConfig, or None for the defaults.
-            overrides: any field of ``parallel`` or ``workload``, ``tp_size``, ``dtype``, ``model``,
-                ``transport``, ``fusion``; None means "as in the file".
+            overrides: any field of our section, of its ``parallel`` or of its ``workload``; ``tp_size``, ``dtype``.
+                None means "as in the file".
 
-        A dtype that neither gives is the checkpoint's own, else fp32, as in transformers.
+        A dtype that neither gives is the checkpoint's own, else fp32, as in transformers. In a RunConfig, too, it
+        counts as not given, so that another ``model`` brings its own.
 
         Raises:
             ConfigError: unreadable file, unknown key, wrong type or a value out of range.
         """
         if isinstance(source, RunConfig):
-            document = source.document()
+            document = source._given()
         else:
             document = _read(source) if isinstance(source, str | Path) else dict(source or {})
         section = dict(_object("ds_ring", document.pop("ds_ring", {})))
         for name, value in overrides.items():
             if value is not None:
                 _override(document, section, name, value)
-        if "dtype" not in document and (own := _checkpoint_dtype(section.get("model"))) is not None:
-            document["dtype"] = own
+        own = None if "dtype" in document else _checkpoint_dtype(section.get("model"))
         try:
-            config = cls(ring=RingConfig.model_validate(section), deepspeed=document)
+            config = cls(ring=RingConfig.model_validate(section), deepspeed=document, checkpoint_dtype=own)
         except ValidationError as error:
             raise ConfigError(_explain(error, source)) from None
         _ = config.dtype, config.tp_size
@@ -230,7 +232,7 @@ class RunConfig(_Section):
 
     @property
     def dtype(self) -> DType:
-        name = str(self.deepspeed.get("dtype", "fp32"))
+        name = str(self.deepspeed.get("dtype", self.checkpoint_dtype or "fp32"))
         if name not in _DTYPE_NAMES:
             raise ConfigError(f'dtype="{name}" is not supported; take one of fp32, fp16, bf16')
         return _DTYPE_NAMES[name]
@@ -270,8 +272,12 @@ class RunConfig(_Section):
 
     def document(self) -> dict[str, Any]:
         """The configuration in the file's own form, every default filled in."""
+        return {"dtype": self.dtype, **self._given()}
+
+    def _given(self) -> dict[str, Any]:
+        """The same, but for a dtype that was not given."""
         document = json.loads(json.dumps(self.deepspeed, default=str))
-        return {"dtype": self.dtype, **document, "ds_ring": self.ring.model_dump(mode="json")}
+        return {**document, "ds_ring": self.ring.model_dump(mode="json")}
 
 
 def flatten(value: Any, path: str) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def from_pretrained(
 
     Args:
         path: checkpoint directory with safetensors; None takes ``ds_ring.model`` of the configuration.
-        config: path of a JSON file of ``ds_configs/``, a dict of the same form, or None for defaults.
+        config: path of a JSON file of ``ds_configs/``, a dict of the same form, a RunConfig, or None for defaults.
         overrides: fields by name, e.g. ``ring_degree=4``; see ``RunConfig.load``.
 
     Raises:
@@ -87,7 +87,7 @@ def init_inference(
     """An engine around a transformers model that is already loaded, whole, on every rank.
 
     The model is changed in place: its attention is replaced and, for tensor x pipeline layouts, what belongs to other
-    ranks is dropped. Arguments and errors otherwise as ``from_pretrained``.
+    ranks is dropped. A dtype that is not given is the model's. Arguments and errors otherwise as ``from_pretrained``.
     """
     run = RunConfig.load(config, **overrides)
     if "dtype" not in run.deepspeed:

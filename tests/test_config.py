@@ -81,6 +81,21 @@ class TestLoading:
         (tmp_path / "config.json").write_text("{}")
         assert RunConfig.load(None, **model).dtype == "fp32"
 
+    def test_a_dtype_that_was_not_given_is_left_open_for_whoever_loads_it_again(self, tmp_path):
+        models = {}
+        for dtype in ("bfloat16", "float16"):
+            (tmp_path / dtype).mkdir()
+            (tmp_path / dtype / "config.json").write_text(json.dumps({"dtype": dtype}))
+            models[dtype] = {"model": str(tmp_path / dtype)}
+        run = RunConfig.load({}, ring_degree=2)
+        assert (run.dtype, RunConfig.load(run, **models["bfloat16"]).dtype) == ("fp32", "bf16")
+        run = RunConfig.load(run, **models["bfloat16"])
+        assert "dtype" not in run.deepspeed
+        assert run.document()["dtype"] == run.facts()["dtype"] == "bf16"
+        assert RunConfig.load(run, max_length=5).dtype == "bf16"
+        assert RunConfig.load(run, **models["float16"]).dtype == "fp16"
+        assert RunConfig.load(RunConfig.load(run, dtype="fp32"), **models["float16"]).dtype == "fp32"
+
     @pytest.mark.parametrize("as_path", [str, Path])
     def test_a_file_and_a_dict_of_its_content_are_the_same(self, tmp_path, as_path):
         file = tmp_path / "run.json"
@@ -136,6 +151,7 @@ class TestOverrides:
             ("dtype", "fp32", "dtype"),
             ("model", "elsewhere", "ring.model"),
             ("transport", "auto", "ring.transport"),
+            ("timeout_s", 60, "ring.timeout_s"),
         ],
     )
     def test_an_override_replaces_the_files_value_and_nothing_else(self, name, value, place):

@@ -15,6 +15,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 import ds_ring
+from ds_ring import runtime
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine, Shard
 from ds_ring.errors import DisagreementError, InputError, TransportError
@@ -121,6 +122,16 @@ def test_the_public_entry_point_runs_unchanged_on_every_rank(layout, monkeypatch
     with one_process():
         results = ProcessGroupWorld(4).run(work)
     assert max(relative_error(got, logits(small_model(), tokens(1, 63))) for got in results) < TOLERANCE
+
+
+def test_a_model_keeps_its_dtype_unless_a_configuration_says_otherwise(monkeypatch):
+    monkeypatch.setattr(runtime, "connect", lambda run: None)
+    monkeypatch.setattr(runtime, "build_engine", lambda model, run, *_: run)
+    half = build(gpt_neox(heads=4, layers=2)).half()
+    for config in (None, {}, RunConfig.load({}), RunConfig.load({}, max_length=5)):
+        assert ds_ring.init_inference(half, config).dtype == "fp16"
+    for config in ({"dtype": "bf16"}, RunConfig.load({"dtype": "bf16"})):
+        assert ds_ring.init_inference(half, config).dtype == "bf16"
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
