@@ -308,9 +308,11 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 
 
 def _checkpoint_dtype(model: object) -> str | None:
-    """What the checkpoint's config says its weights are; None where there is no such file or word."""
+    """What the config of a checkpoint directory, or a config file, says its weights are; None where there is no such
+    file or word."""
+    path = Path(str(model))
     try:
-        config = json.loads((Path(str(model)) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
         return str(config.get("dtype") or config.get("torch_dtype") or "") or None
     except (OSError, ValueError, AttributeError):
         return None  # what is wrong with the file is said where it is read for its own sake

@@ -78,6 +78,7 @@ class TestLoading:
         assert RunConfig.load({"ds_ring": model}).dtype == RunConfig.load(None, **model).dtype == "bf16"
         assert RunConfig.load({"dtype": "fp16", "ds_ring": model}).dtype == "fp16"
         assert RunConfig.load({"ds_ring": model}, dtype="fp32").dtype == "fp32"
+        assert RunConfig.load(None, model=str(tmp_path / "config.json")).dtype == "bf16"
         (tmp_path / "config.json").write_text("{}")
         assert RunConfig.load(None, **model).dtype == "fp32"
 

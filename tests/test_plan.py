@@ -116,13 +116,14 @@ def test_memory_of_usual_shapes_does_not_depend_on_blocks():
 
 
 def test_the_script_prints_a_plan():
-    command = [sys.executable, "launch/plan.py", "--model", "ds_configs/models/paper.json", "--dtype", "fp16"]
+    command = [sys.executable, "launch/plan.py", "--model", "ds_configs/models/paper.json"]
     command += ["--ranks", "16", "--batch-size", "1024", "--max-length", "10000", "--micro-batch-size", "4"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["rows"][0]["layout"] == "dp16"
     assert {"tp8_pp2", "ring16", "ulysses8_ring2"} <= {row["layout"] for row in document["rows"]}
     assert document["chosen"]["ds_ring"]["parallel"]["dp_size"] == 16
+    assert document["chosen"]["dtype"] == "fp16"  # the model file's own
 
 
 SMALL = GPTNeoXConfig(
