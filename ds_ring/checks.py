@@ -61,8 +61,15 @@ def check_positions(longest: int, new: int, shape: ModelShape) -> None:
         )
 
 
+def check_engine(config: RunConfig, shape: ModelShape, world_size: int, device_type: str) -> None:
+    """The rules of a layout on the machine at hand: what an engine needs there."""
+    check_layout(config, shape, world_size)
+    check_device(config, device_type)
+    check_installed(config)
+
+
 def check_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """The rules of a layout by itself: what an engine needs."""
+    """The rules of a layout by itself."""
     assert not config.parallel.auto, "plan.resolve comes first"
     _check_axes(config, world_size)
     _check_model(shape)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from packaging.version import Version
 
-from ds_ring.checks import check_run
+from ds_ring.checks import check_engine, check_workload
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.hardware import device_name
@@ -188,7 +188,8 @@ def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
     wanted = run.topology.world_size
     if not run.parallel.auto:
         try:
-            check_run(run, shape, wanted)
+            check_engine(run, shape, wanted, "cuda" if gpu_count() else "cpu")
+            check_workload(run, shape)
         except UserError as error:
             yield Finding("configuration", "problem", str(error))
             return

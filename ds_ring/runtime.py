@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_ring import plan
-from ds_ring.checks import ModelShape, check_device, check_installed, check_layout, stage_layers
+from ds_ring.checks import ModelShape, check_engine, stage_layers
 from ds_ring.cli import say
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
@@ -62,9 +62,7 @@ def from_pretrained(
     run = resolve(run)
     config_of_model = read_config(path)
     shape = model_shape(config_of_model)
-    check_layout(run, shape, world_size())
-    check_device(run, local_device().type)
-    check_installed(run)
+    check_engine(run, shape, world_size(), local_device().type)
     mesh = connect(run, {**identity.of_config(config_of_model), **identity.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
     kind: type[Engine] = TensorPipelineEngine
@@ -94,9 +92,7 @@ def init_inference(
         run = RunConfig.load(run, dtype=str(model.dtype))
     run = resolve(run, model.config)
     shape = model_shape(model.config)
-    check_layout(run, shape, world_size())
-    check_device(run, local_device().type)
-    check_installed(run)
+    check_engine(run, shape, world_size(), local_device().type)
     mesh = connect(run, {**identity.of_config(model.config), **identity.of_parameters(model)})
     with outside.over("building the engine"):
         return build_engine(model, run, mesh, shape, local_device())

@@ -10,7 +10,7 @@ import pytest
 from test_launch import ROOT
 from tiny_models import build, llama_gqa
 
-from ds_ring import doctor
+from ds_ring import checks, doctor
 from ds_ring.config import RunConfig
 from ds_ring.doctor import Host
 from ds_ring.errors import ConfigError
@@ -102,6 +102,20 @@ class TestConfiguration:
         broken = self.examined(checkpoint, ulysses_degree=2)["configuration"]
         assert broken.outcome == "problem"
         assert "num_heads=9 is not divisible by ulysses_degree=2" in broken.detail
+
+    @pytest.mark.parametrize(
+        ("gpus", "words"),
+        [(0, "its kernels are for GPUs alone; leave it out on CPUs"), (2, "it is not installed; pip install yunchang")],
+    )
+    def test_another_implementation_that_cannot_run_here(self, checkpoint, gpus, words, monkeypatch):
+        monkeypatch.setattr(doctor, "gpu_count", lambda: gpus)
+        monkeypatch.setattr(checks, "find_spec", lambda name: None)
+        broken = self.examined(checkpoint, implementation="yunchang", ring_degree=2)["configuration"]
+        assert (broken.outcome, broken.detail) == ("problem", f"implementation=yunchang: {words}")
+
+    def test_a_batch_smaller_than_the_replicas(self, checkpoint):
+        broken = self.examined(checkpoint, dp_size=2)["configuration"]
+        assert "batch_size=1 leaves some of dp_size=2 replicas without a sequence" in broken.detail
 
     def test_a_checkpoint_that_is_not_there(self, tmp_path):
         assert self.examined(str(tmp_path / "none"))["checkpoint"].outcome == "problem"
