@@ -110,6 +110,18 @@ def test_a_generation_config_and_the_default_length():
         assert torch.equal(short, want.sequences[:, :25])
 
 
+def test_a_max_length_of_as_many_as_the_default_of_new_tokens():
+    model, ids = build(llama_gqa(max_position_embeddings=24)), tokens(1, 15)
+    want = unsharded(model, ids, max_length=20)
+    assert want.sequences.shape == (1, 20)
+
+    def work(engine: Engine) -> Tensor:
+        return engine.generate(ids, max_length=20, **GREEDY).sequences
+
+    for got in serve(model, work, max_length=24, ring_degree=2):
+        assert torch.equal(got, want.sequences)
+
+
 def test_several_sequences_of_one_prompt():
     ids = tokens(1, 20)
     want = unsharded(llama(), ids, max_new_tokens=5).sequences

@@ -26,6 +26,7 @@ LIMITED = {"max_position_embeddings": 64}
         (torch.ones(1, 40).long(), None, {"max_new_tokens": 25}, "40 tokens of input + max_new_tokens=25 exceed the "
          "model's max_position_embeddings=64"),
         (torch.ones(1, 40).long(), None, {"max_length": 40}, "nothing to generate"),
+        (torch.ones(1, 40).long(), None, {"max_length": 20}, "nothing to generate"),
         (torch.ones(1, 40).long(), None, {"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
         (torch.ones(1, 4).long(), torch.tensor([[1, 1, 1, 0]]), {}, "row 0 of the batch ends in padding"),
         (torch.ones(1, 4).long(), torch.ones(1, 5).long(), {}, "attention_mask has 5 columns, input_ids 4"),
@@ -33,6 +34,9 @@ LIMITED = {"max_position_embeddings": 64}
         (torch.ones(1, 4).long(), None, {"num_beams": 2}, "does not serve beam_search (num_beams=2)"),
         (torch.ones(1, 4).long(), None, {"prompt_lookup_num_tokens": 2}, "does not serve prompt_lookup_num_tokens"),
         (torch.ones(1, 4).long(), None, {"assistant_model": "any"}, "does not serve assistant_model"),
+        (torch.ones(1, 4).long(), None, {"position_ids": torch.arange(4)[None]}, "does not serve position_ids"),
+        (torch.ones(1, 4).long(), None, {"inputs_embeds": torch.ones(1, 4, 72)}, "does not serve inputs_embeds"),
+        (torch.ones(1, 4).long(), None, {"token_type_ids": torch.ones(1, 4)}, "does not serve token_type_ids"),
         (torch.ones(1, 4).long(), None, {"use_cache": False}, "use_cache=False"),
         (torch.ones(1, 4).long(), None, {"prefill_chunk_size": 2}, '"prefill_chunk": 2'),
         (torch.ones(1, 4).long(), None, {"past_key_values": DynamicCache()}, "a DynamicCache that another model made"),
@@ -57,13 +61,15 @@ def test_ranks_that_were_given_different_things_say_so():
             outcome(lambda: engine.generate(tokens(1, 20, seed=rank), max_new_tokens=2)),
             outcome(lambda: engine.generate(tokens(1, 20), max_new_tokens=2 + rank)),
             outcome(lambda: engine.generate(tokens(1, 20), max_new_tokens=2, num_beams=1 + rank)),
+            outcome(lambda: engine.generate(tokens(1, 19), **({"max_length": 20} if rank else {}))),
         ]
 
-    for ids, length, beams in serve(llama(), work, ring_degree=2):
+    for ids, length, beams, default in serve(llama(), work, ring_degree=2):
         assert isinstance(ids, DisagreementError)
         assert "input_ids" in str(ids)
         assert "generate's max_new_tokens: rank 0 has 2, rank 1 has 3" in str(length)
         assert isinstance(beams, DsRingError)
+        assert "generate's max_new_tokens: rank 0 has 20, rank 1 has 1" in str(default)
 
 
 def test_more_replicas_than_rows_are_refused():

@@ -60,7 +60,8 @@ def admit(
         settings = _settings(facade, generation_config, options)
         mask_BT = _mask(facade, settings, input_ids, attention_mask)
         cache = _cache(engine, past_key_values, mask_BT, input_ids, settings)
-        new_tokens = _check_length(engine, mask_BT, input_ids, settings)
+        max_length = _max_length(facade, generation_config, options)
+        new_tokens = _check_length(engine, mask_BT, input_ids, settings.max_new_tokens, max_length)
         if isinstance(streamer, TextStreamer) and mask_BT.shape[0] > 1:
             # It would raise on rank 0 alone, with the others on their way.
             raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BT.shape[0]}")
@@ -72,6 +73,7 @@ def admit(
         world.agree(input_ids=f"unusable ones: {error}")
         raise
     plain = {k: v for k, v in vars(settings).items() if isinstance(v, int | float | str | list | None)}
+    plain["max_new_tokens"] = new_tokens
     world.agree(input_ids=digest, **{f"generate's {name}": value for name, value in plain.items()})
     return Request(settings, mask_BT, cache, new_tokens)
 
@@ -79,7 +81,8 @@ def admit(
 def _settings(facade: Facade, generation_config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
     """Everything transformers will go by, as far as we serve it."""
     given = {**(generation_config.to_dict() if generation_config is not None else {}), **options}
-    asked = [name for name in REFUSED if given.get(name) not in (None, False)]
+    # By identity: tensors that are compared answer with tensors.
+    asked = [name for name in REFUSED if given.get(name) is not None and given[name] is not False]
     if asked:
         raise InputError(f"generate does not serve {', '.join(asked)} with a cache that is spread over ranks")
     settings: GenerationConfig
@@ -161,13 +164,22 @@ def _cache(
     return given
 
 
-def _check_length(engine: Engine, mask_BT: Tensor, input_ids: Tensor, settings: GenerationConfig) -> int:
+def _max_length(facade: Facade, generation_config: GenerationConfig | None, options: dict[str, Any]) -> int | None:
+    """As it was given. The settings do not tell: transformers puts its default of new tokens where nobody gave one."""
+    configs = (generation_config, facade.generation_config)
+    given = [options.get("max_length"), *(config.max_length for config in configs if config is not None)]
+    return next((length for length in given if length is not None), None)
+
+
+def _check_length(
+    engine: Engine, mask_BT: Tensor, input_ids: Tensor, max_new_tokens: int | None, max_length: int | None
+) -> int:
     """How many tokens may be generated."""
     longest = int(mask_BT.sum(1).max())
-    if settings.max_new_tokens is not None:
-        new = settings.max_new_tokens
-    elif settings.max_length is not None and settings.max_length != DEFAULT_NEW_TOKENS:
-        new = settings.max_length - input_ids.shape[1]
+    if max_new_tokens is not None:
+        new = max_new_tokens
+    elif max_length is not None:
+        new = max_length - input_ids.shape[1]
     else:
         new = DEFAULT_NEW_TOKENS
     if new < 1:
