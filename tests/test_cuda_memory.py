@@ -14,7 +14,7 @@ from ds_ring.transport.cuda_memory import CudaDevice
 from ds_ring.transport.slots import Slots
 from ds_ring.transport.threaded import ThreadedWorld
 
-SIZE, TIMEOUT_S = 3, 2.0
+SIZE, TIMEOUT_S = 3, 20.0
 
 
 class _Memory:

@@ -193,9 +193,8 @@ class TestMistakesShow:
 
 class TestSelfTest:
     @staticmethod
-    def errors(size, monkeypatch):
+    def errors(size):
         """What the self-test raises on every rank; all must be able to agree on something behind it."""
-        monkeypatch.setattr(peer_threads, "TIMEOUT_S", 1.0)
 
         def work(transport):
             error = outcome(lambda: transport.self_test(torch.device("cpu")))
@@ -222,7 +221,7 @@ class TestSelfTest:
                 copy(self, target, source)
 
         monkeypatch.setattr(Later, "copy", wrong)
-        errors = self.errors(size, monkeypatch)
+        errors = self.errors(size)
         assert {type(error) for error in errors} == {TransportError}
         (text,) = {str(error) for error in errors}
         assert re.fullmatch(rf"rank {alone} does not read what rank \d wrote into its memory", text)
@@ -242,7 +241,7 @@ class TestSelfTest:
             works(self, *what)
 
         monkeypatch.setattr(queue, operation, lacking)
-        errors = self.errors(3, monkeypatch)
+        errors = self.errors(3)
         assert errors[1] is error
         assert [str(errors[rank]) for rank in (0, 2)] == [f"rank 1: {error}"] * 2
 
@@ -255,7 +254,7 @@ class TestSelfTest:
             return make(self, nbytes)
 
         monkeypatch.setattr(ThreadDevice, "own_bytes", lacking)
-        errors = self.errors(3, monkeypatch)
+        errors = self.errors(3)
         assert errors[1] is error
         assert [str(errors[rank]) for rank in (0, 2)] == [f"rank 1: {error}"] * 2
 

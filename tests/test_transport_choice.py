@@ -115,7 +115,7 @@ class _BrokenGroup(_Broken):
         self._meeting, self._error = meetings[control._ranks], error if control._ranks == (1, 3) else None
 
     def self_test(self, device):
-        self._meeting.wait(2.0)
+        self._meeting.wait(10.0)
         if self._error is not None:
             raise self._error
 
