@@ -23,6 +23,9 @@ from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.text import load_tokenizer, read_text
 
+SAY_EVERY_S = 1.0
+"""Between lines that tell how far prompts are, at least."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -121,7 +124,7 @@ def run(
     ids, mask = left_padded(prompts + prompts[:1] * (topology.dp - len(prompts)), pad_id)
     text = TextStream(tokenizer) if stream and len(ids) == 1 else None
     prompt_tokens = sum(map(len, prompts))
-    clock = Clock(text, lambda seconds: say(f"prefill: {seconds:.2f} s, {prompt_tokens / seconds:,.0f} tok/s"))
+    clock = Clock(text, prompt_tokens, say)
     say(f"{topology.label()}: prefill of {prompt_tokens:,} tokens in {len(prompts)} rows")
     torch.manual_seed(sampling.seed)
     engine.settle()
@@ -129,7 +132,7 @@ def run(
     clock.start()
     found: Any = engine.generate(
         ids, mask, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=sorted(ends) or None,
-        streamer=clock, return_dict_in_generate=True, **sampling.options(),
+        streamer=clock, progress=clock.prefilled, return_dict_in_generate=True, **sampling.options(),
     )  # fmt: skip
     engine.settle()
     total_s = time.perf_counter() - clock.started
@@ -156,6 +159,16 @@ def run(
         "cache_gib_per_rank": held / 2**30,
         "completions": completions,
     }
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What ``run`` found, in a line."""
+    step_ms = found["decode_tpot_ms"]
+    steps = "" if step_ms is None else f"{step_ms:.2f} ms a token, "
+    return (
+        f"first token after {found['ttft_ms']:,.0f} ms, {steps}{found['tokens_per_second']:,.1f} tok/s, "
+        f"cache {found['cache_gib_per_rank']:.3f} GiB a rank"
+    )
 
 
 def step_floor_s(engine: Engine, cache_bytes: int) -> float:
@@ -198,21 +211,29 @@ def growth(held_gib_after_pass: dict[str, float]) -> float:
 
 
 class Clock(BaseStreamer):
-    """Hears of every step on rank 0, and passes it on; elsewhere it stays at nan."""
+    """Hears of every chunk of the prompts and of every step on rank 0, and passes tokens on; elsewhere it stays at
+    nan."""
 
-    def __init__(self, text: BaseStreamer | None, first_token: Callable[[float], None]) -> None:
-        self._text, self._first_token = text, first_token
+    def __init__(self, text: BaseStreamer | None, prompt_tokens: int, say: Callable[[str], None]) -> None:
+        self._text, self._prompt_tokens, self._say = text, prompt_tokens, say
         self._heard = 0
+        self._said = 0.0
         self.started, self.ttft_s = 0.0, float("nan")
 
     def start(self) -> None:
-        self.started = time.perf_counter()
+        self.started = self._said = time.perf_counter()
+
+    def prefilled(self, done: int, whole: int) -> None:
+        now = time.perf_counter()
+        if done < whole and now - self._said >= SAY_EVERY_S:
+            self._said = now
+            self._say(f"prefill: {done:,} of {whole:,} tokens, {done / (now - self.started):,.0f} tok/s")
 
     def put(self, value: Tensor) -> None:
         self._heard += 1
         if self._heard == 2:  # the first is the prompt
             self.ttft_s = time.perf_counter() - self.started
-            self._first_token(self.ttft_s)
+            self._say(f"prefill: {self.ttft_s:.2f} s, {self._prompt_tokens / self.ttft_s:,.0f} tok/s")
         if self._text is not None:
             self._text.put(value)
 

@@ -2,11 +2,13 @@
 
     deepspeed --num_gpus 4 launch/generate.py --model DIR --ring-degree 4 --prompt-file book.txt --max-new-tokens 200
 
-A single prompt's text appears on standard error as it is made. The last line of standard output is one JSON document:
-ttft_ms, decode_tpot_ms, tokens_per_second, cache_gib_per_rank and the completions. With --passes 1000 its
-held_gib_after_pass shows whether generations leave memory behind.
+With --prefill-chunk standard error tells how far the prompts are, at most once a second. A single prompt's text appears
+there as it is made, and a summary at the end. The last line of standard output is one JSON document: ttft_ms,
+decode_tpot_ms, tokens_per_second, cache_gib_per_rank and the completions. With --passes 1000 its held_gib_after_pass
+shows whether generations leave memory behind.
 
-With --auto the layout is planned for the prompts and their new tokens, unless --batch-size or --max-length are given.
+With --auto the layout is planned for the prompts and their new tokens, but for a --batch-size or --max-length that is
+given.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         if number in looked_at:
             held[str(number)] = generate.held_gib(engine)
+    cli.say(generate.summary(found))
     memory = {"passes": args.passes, "held_gib_after_pass": held, "held_growth": generate.growth(held)}
     return {**results.provenance(), "config": config.document(), **memory, **found}
 

@@ -10,7 +10,7 @@ from ds_ring import generate
 from ds_ring.checkpoints import byte_tokenizer
 from ds_ring.config import RunConfig
 from ds_ring.errors import CheckpointError, InputError
-from ds_ring.generate import Sampling, check, growth, left_padded, passes_to_look_at, read_prompts, run, sized
+from ds_ring.generate import Sampling, check, growth, left_padded, passes_to_look_at, read_prompts, run, sized, summary
 from ds_ring.score import read_documents
 
 
@@ -121,6 +121,30 @@ def test_a_completion_ends_with_the_token_that_ends_it(layout):
         at_least = slots * layers * 2 * heads * 8 * 4  # keys and values, their size, fp32
         assert at_least <= found["cache_gib_per_rank"] * 2**30 < 1.2 * at_least
     assert sum("tok/s" in text for text in said) == 1
+
+
+@pytest.mark.parametrize("layout", [{}, {"ring_degree": 2}, {"pp_size": 2}], ids=str)
+def test_prompts_in_chunks_tell_how_far_they_are(layout, monkeypatch):
+    monkeypatch.setattr(generate, "SAY_EVERY_S", 0.0)
+    model, prompts, said = build(llama_gqa(vocab_size=257)), [[1] * 50, [2] * 20], []
+
+    def work(engine):
+        return run(
+            engine, byte_tokenizer(), prompts, max_new_tokens=1, sampling=Sampling(), say=said.append, stream=False
+        )
+
+    found = serve(model, work, batch_size=2, micro_batch_size=2, prefill_chunk=16, **layout)
+    assert [text.partition(" tokens,")[0] for text in said if "tokens," in text] == [
+        "prefill: 32 of 70", "prefill: 52 of 70", "prefill: 68 of 70",
+    ]  # fmt: skip
+    assert summary(found[0] | {"ttft_ms": 1234.4, "tokens_per_second": 9.87, "cache_gib_per_rank": 1.5}) == (
+        "first token after 1,234 ms, 9.9 tok/s, cache 1.500 GiB a rank"
+    )
+    assert "2.35 ms a token" in summary(found[0] | {"decode_tpot_ms": 2.345678})
+    monkeypatch.setattr(generate, "SAY_EVERY_S", 60.0)
+    said.clear()
+    serve(model, work, batch_size=2, prefill_chunk=16, **layout)
+    assert not [text for text in said if "tokens," in text]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own_head", "tied_head"])

@@ -202,6 +202,7 @@ class Engine(ABC):
         generation_config: GenerationConfig | None = None,
         past_key_values: Cache | None = None,
         streamer: BaseStreamer | None = None,
+        progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """transformers' own ``generate``, greedy or sampling, with the cache spread over the ranks.
@@ -214,6 +215,8 @@ class Engine(ABC):
             attention_mask: 1 for tokens and 0 for padding.
             past_key_values: what an earlier call of this engine gave with ``return_dict_in_generate=True``.
             streamer: is told the tokens on rank 0.
+            progress: is told on rank 0, after each chunk of the prompts, how many of its replica's tokens its layers
+                have run, and of how many.
             options: transformers' arguments of ``generate``.
 
         Raises:
@@ -222,7 +225,9 @@ class Engine(ABC):
         """
         from ds_ring.engines.generation import generate
 
-        return generate(self, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
+        return generate(
+            self, input_ids, attention_mask, generation_config, past_key_values, streamer, progress, options
+        )
 
     @watched
     @explained

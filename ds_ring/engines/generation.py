@@ -3,12 +3,14 @@
 # Shapes: B rows of the caller's batch, b of this replica, T columns, L packed tokens of the longest row, V vocabulary.
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, GenerationConfig
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
@@ -26,6 +28,9 @@ from ds_ring.transport.base import Transport
 if TYPE_CHECKING:
     from ds_ring.engines.base import Engine
 
+Progress = Callable[[int, int], None]
+"""(tokens done, all of them) -> None"""
+
 
 def generate(
     engine: Engine,
@@ -34,10 +39,12 @@ def generate(
     generation_config: GenerationConfig | None,
     past_key_values: Cache | None,
     streamer: BaseStreamer | None,
+    progress: Progress | None,
     options: dict[str, Any],
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """See ``Engine.generate``."""
-    run, world = _Run(engine), engine.mesh["world"]
+    world = engine.mesh["world"]
+    run = _Run(engine, progress if world.rank == 0 else None)
     facade = Facade(engine.model, engine.device, run, world, run.fine)
     request = admit(engine, facade, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
     run.new_tokens = request.new_tokens
@@ -74,8 +81,8 @@ class _Finite(BaseStreamer):
 class _Run:
     """The facade's forward: new columns of all rows in, logits of the last column out, alike on every rank."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, progress: Progress | None) -> None:
+        self._engine, self._progress = engine, progress
         self.fine = torch.ones((), dtype=torch.bool, device=engine.device)
         """Whether all logits so far are finite, which all ranks find alike. It stays on the device, where it is a
         stopping criterion: transformers waits for those once a step anyway, and no step waits twice."""
@@ -142,7 +149,8 @@ class _Run:
             last.append(found)
         keep = [torch.tensor(sorted({at for _, at in found}), dtype=torch.long) for found in last]
         logits: dict[int, Tensor] = {}
-        shards = self._engine.checked_forward(list(work), keep, want_hidden=False)
+        with _told(self._progress, self._engine, [sum(part.lengths) for part in work]):
+            shards = self._engine.checked_forward(list(work), keep, want_hidden=False)
         for shard, part, kept_k, found in zip(shards, work, keep, last, strict=True):
             if not found:
                 continue
@@ -151,6 +159,32 @@ class _Run:
                 logits[row] = whole_BkV[row - part.store_rows.start, int((kept_k == at).nonzero()[0])]
         # Pipeline stages pass results on by themselves; tensor-parallel ranks each computed their own.
         return self._engine.mesh["tp"].broadcast(torch.stack([logits[row] for row in range(len(lengths))]), 0)
+
+
+@contextmanager
+def _told(progress: Progress | None, engine: Engine, tokens: list[int]) -> Iterator[None]:
+    """Inside the block ``progress`` hears of every micro-batch of so many tokens that is through this rank's layers.
+
+    A GPU is not waited for: what it has finished is noticed when the next micro-batch has been queued.
+    """
+    if progress is None:
+        yield
+        return
+    totals, under_way = accumulate(tokens), deque[tuple[int, torch.cuda.Event | None]]()
+
+    def queued(module: nn.Module, args: Any, out: Any) -> None:
+        event = torch.cuda.Event() if engine.device.type == "cuda" else None
+        if event is not None:
+            event.record()
+        under_way.append((next(totals, sum(tokens)), event))  # NaN is looked for in a second pass
+        while under_way and ((behind := under_way[0][1]) is None or behind.query()):
+            progress(under_way.popleft()[0], sum(tokens))
+
+    handle = engine.anatomy.layers[-1].register_forward_hook(queued)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
