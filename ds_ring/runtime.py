@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
 from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
+from ds_ring.errors import ConfigError
 from ds_ring.hardware import card_of
 from ds_ring.hf import identity
 from ds_ring.hf.anatomy import Anatomy, own_configs
@@ -218,8 +220,20 @@ def world_size() -> int:
 
 def local_device() -> torch.device:
     """This rank's GPU, or the CPU where there is none. ``DS_ACCELERATOR=cpu`` asks for the CPU; with
-    ``DS_RING_SHARE_GPU=1``, for tests, ranks beyond the number of GPUs share them."""
+    ``DS_RING_SHARE_GPU=1``, for tests, ranks beyond the number of GPUs share them.
+
+    Raises:
+        ConfigError: more ranks than GPUs; under DeepSpeed's launcher on all ranks of this host, else on those beyond.
+    """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", local_rank % torch.cuda.device_count() if sharing_a_gpu() else local_rank)
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if sharing_a_gpu():
+        return torch.device("cuda", local_rank % gpus)
+    ranks = max(local_rank + 1, int(os.environ.get("LOCAL_SIZE", "1")))
+    if ranks > gpus:
+        raise ConfigError(
+            f"{ranks} ranks were launched on {socket.gethostname()}, which has {gpus} GPUs to give; launch with "
+            f"--num_gpus {gpus} and lower the degrees, or see what CUDA_VISIBLE_DEVICES leaves out"
+        )
+    return torch.device("cuda", local_rank)

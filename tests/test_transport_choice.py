@@ -73,16 +73,27 @@ def test_ranks_share_a_gpu_only_on_purpose():
     assert not choose("auto", Topology(ring=3), places).pulled
 
 
-@pytest.mark.parametrize(("asked", "device"), [(None, "cuda:3"), ("0", "cuda:3"), ("1", "cuda:1")])
-def test_local_rank_is_the_gpu_unless_sharing_is_asked_for(monkeypatch, asked, device):
+@pytest.mark.parametrize(("asked", "gpus", "device"), [(None, 4, "cuda:3"), ("0", 4, "cuda:3"), ("1", 2, "cuda:1")])
+def test_local_rank_is_the_gpu_unless_sharing_is_asked_for(monkeypatch, asked, gpus, device):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv(SHARE_GPU, raising=False)
     if asked is not None:
         monkeypatch.setenv(SHARE_GPU, asked)
     assert local_device() == torch.device(device)
+
+
+@pytest.mark.parametrize("environment", [{"LOCAL_RANK": "2"}, {"LOCAL_RANK": "0", "LOCAL_SIZE": "3"}], ids=str)
+def test_more_ranks_than_gpus_are_refused_on_all_that_the_launcher_started(environment, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"^3 ranks were launched on .*, which has 2 GPUs to give; launch with --num"):
+        local_device()
 
 
 def test_a_place_without_a_gpu_has_the_host_of_its_neighbours():
