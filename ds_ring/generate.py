@@ -56,6 +56,12 @@ def check(max_new_tokens: int, sampling: Sampling, passes: int = 1) -> None:
         raise InputError(f"top_p={sampling.top_p} must be above 0 and at most 1")
     if sampling.top_k < 0:
         raise InputError(f"top_k={sampling.top_k} must be at least 0; 0 leaves it out")
+    for name, value, all_tokens in (("top_p", sampling.top_p, 1), ("top_k", sampling.top_k, 0)):
+        if sampling.temperature == 0 and value != all_tokens:
+            raise InputError(
+                f"{name}={value} counts with a temperature alone: temperature=0 takes the likeliest token; give a "
+                f"temperature, or leave {name} out"
+            )
 
 
 def read_prompts(config: RunConfig, prompts: Sequence[str], files: Sequence[str]) -> tuple[Any, list[list[int]]]:

@@ -51,10 +51,11 @@ if __name__ == "__main__":
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT")
     parser.add_argument("--prompt-file", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens a prompt [64]")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token [0]")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest of this mass [1]")
-    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among the N likeliest; 0: all [0]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling [0]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 takes the likeliest token [0]")
+    top_p, top_k = "sample among the likeliest of this mass", "sample among the N likeliest; 0: all"
+    parser.add_argument("--top-p", type=float, default=1.0, help=f"with a temperature: {top_p} [1]")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help=f"with a temperature: {top_k} [0]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="with a temperature: of sampling [0]")
     passes = "how often to generate; the last pass counts, so that 2 leaves out what first calls cost [1]"
     parser.add_argument("--passes", type=int, default=1, metavar="N", help=passes)
     cli.main(work, parser)

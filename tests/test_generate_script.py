@@ -61,11 +61,18 @@ def test_a_planner_is_told_of_the_prompts_but_for_what_is_given():
         (1, Sampling(temperature=-1.0), "temperature=-1.0 must be at least 0"),
         (1, Sampling(top_p=0.0), "top_p=0.0 must be above 0"),
         (1, Sampling(top_k=-1), "top_k=-1 must be at least 0"),
+        (1, Sampling(top_p=0.5), "top_p=0.5 counts with a temperature alone: temperature=0 takes the likeliest token"),
+        (1, Sampling(top_k=3, seed=1), "give a temperature, or leave top_k out"),
     ],
 )
-def test_options_out_of_range_are_refused(new, sampling, words):
+def test_options_that_no_model_could_follow_are_refused(new, sampling, words):
     with pytest.raises(InputError, match=words):
         check(new, sampling)
+
+
+def test_a_seed_does_no_harm_without_a_temperature():
+    check(1, Sampling(seed=1))
+    check(1, Sampling(temperature=0.7, top_p=0.5, top_k=3, seed=1))
 
 
 def test_memory_is_recorded_after_few_of_many_passes():
