@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_ring import launcher, way_back
 from ds_ring.checkpoints import make_checkpoint
-from ds_ring.checks import check_device, check_run
+from ds_ring.checks import check_device, check_run, suggest
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, OutOfMemory
 from ds_ring.hf.shape import model_shape, read_config
@@ -57,6 +57,12 @@ class Plan:
             check_run(run, model_shape(read_config(model_source(run))), run.topology.world_size)
             check_device(run, "cuda" if launcher.gpu_count() else "cpu")
         return cls(runs)
+
+    def check_baseline(self, name: str) -> None:
+        """Raise ConfigError unless it is one of the layouts: no row would have anything to refer to."""
+        names = list(dict.fromkeys(run.label for _, run in self.runs))
+        if name not in names:
+            raise ConfigError(f"baseline={name} is none of the layouts; {suggest(names, '')}")
 
     @property
     def first(self) -> RunConfig:

@@ -32,6 +32,8 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     files = args.layouts or ([args.config] if args.config else compare.default_layouts())
     plan = latency.plan(files, args.latency, overrides) if args.latency else compare.Plan.make(files, overrides)
     plan = replace(plan, there_and_back=args.there_and_back)
+    if args.baseline is not None:
+        plan.check_baseline(args.baseline)
     output, console, provenance = Path(args.output), progress.make_console(), results.provenance()
 
     def keep(found: launches.Outcome) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -1,6 +1,9 @@
 """Planning a comparison, judging its rows, and writing them down."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,20 @@ def test_gains_refer_to_the_fastest_baseline_and_to_dp_at_the_same_length(rows):
 def test_a_baseline_can_be_named(rows):
     ring = next(r for r in verdict.judge(rows, baseline="tp4") if r["layout"] == "ring4")
     assert ring["vs_baseline"] == pytest.approx(960 / 700)
+
+
+def test_a_baseline_that_is_no_layout_is_refused_before_any_work(tmp_path):
+    files = [str(compare.launcher.ROOT / "ds_configs" / "cpu4" / f"{name}.json") for name in ("ring4", "tp2_pp2")]
+    output = tmp_path / "found.json"
+    command = [sys.executable, "launch/compare.py", "--layouts", *files, "--output", str(output)]
+    done = subprocess.run(
+        [*command, "--baseline", "tp4"], cwd=compare.launcher.ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == "error: baseline=tp4 is none of the layouts; try ring4 or tp2_pp2"
+    assert list(tmp_path.iterdir()) == []
+    compare.Plan.make(files, {}).check_baseline("ring4")
 
 
 def test_mfu_of_all_rows_refers_to_one_peak():
