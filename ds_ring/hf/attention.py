@@ -109,7 +109,8 @@ def asked(
             f"{type(module).__name__} attends with {heads} heads a rank where tp_size={tp} leaves "
             f"{context.num_heads // tp} of {context.num_heads}: DeepSpeed's AutoTP does not shard it rightly"
         )
-    if heads % (ulysses := context.mesh.topology.ulysses):
+    ulysses = context.mesh.topology.ulysses
+    if context.trades_heads and heads % ulysses:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends with {heads} heads, whatever its config says, which "
             f"ulysses_degree={ulysses} does not divide; share sequences by ring_degree"

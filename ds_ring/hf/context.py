@@ -85,6 +85,12 @@ class AttentionContext:
         return taken(lying, self._own_heads, lying.k_BlKD.shape[2], self.mesh["ulysses"])
 
     @property
+    def trades_heads(self) -> bool:
+        """Whether the attention of the present forward shares heads among Ulysses ranks, as a first pass does."""
+        step = self.present.step
+        return self.mesh["ulysses"].size > 1 and (step is None or step.is_first)
+
+    @property
     def _own_heads(self) -> int:
         return self.num_heads // self.mesh.topology.tp
 
