@@ -10,13 +10,16 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from errno import EISDIR
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
-from ds_ring.errors import DsRingError, TransportError, UserError, is_out_of_memory
+from ds_ring.errors import DsRingError, InputError, TransportError, UserError, is_out_of_memory
 from ds_ring.launcher import FAILED, OUT_OF_MEMORY
 from ds_ring.results import write_json
 from ds_ring.watch import end_with_launcher
@@ -75,11 +78,13 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
     end_with_launcher()
     code = 0
     try:
+        if args.output and is_first_rank():
+            _check_output(Path(args.output))
         document = work(args)
         if is_first_rank() and document is not None:
+            print(json.dumps(document), flush=True)  # first: a disk may be full by now
             if args.output:
                 write_json(args.output, document)
-            print(json.dumps(document), flush=True)
     except UserError as error:
         if not is_first_rank():
             time.sleep(2)  # all ranks refuse alike: let rank 0 say it once
@@ -117,6 +122,18 @@ def say(text: str) -> None:
     """One line of progress, from rank 0."""
     if is_first_rank():
         print(f"[ds_ring] {text}", file=sys.stderr, flush=True)
+
+
+def _check_output(file: Path) -> None:
+    """Raise InputError where ``file`` cannot be written, before any work is done for it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {file} cannot be written: {error.strerror}") from None
 
 
 def leave(code: int) -> None:

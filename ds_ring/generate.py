@@ -50,8 +50,8 @@ def check(max_new_tokens: int, sampling: Sampling, passes: int = 1) -> None:
         raise InputError(f"passes={passes} must be at least 1")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if sampling.temperature < 0:
-        raise InputError(f"temperature={sampling.temperature} must be at least 0; 0 takes the likeliest token")
+    if not 0 <= sampling.temperature < float("inf"):
+        raise InputError(f"temperature={sampling.temperature} must be a number from 0 on; 0 takes the likeliest token")
     if not 0 < sampling.top_p <= 1:
         raise InputError(f"top_p={sampling.top_p} must be above 0 and at most 1")
     if sampling.top_k < 0:

@@ -58,7 +58,8 @@ def test_a_planner_is_told_of_the_prompts_but_for_what_is_given():
     ("new", "sampling", "words"),
     [
         (0, Sampling(), "max_new_tokens=0 must be at least 1"),
-        (1, Sampling(temperature=-1.0), "temperature=-1.0 must be at least 0"),
+        (1, Sampling(temperature=-1.0), "temperature=-1.0 must be a number from 0 on"),
+        (1, Sampling(temperature=float("nan")), "temperature=nan must be a number from 0 on"),
         (1, Sampling(top_p=0.0), "top_p=0.0 must be above 0"),
         (1, Sampling(top_k=-1), "top_k=-1 must be at least 0"),
         (1, Sampling(top_p=0.5), "top_p=0.5 counts with a temperature alone: temperature=0 takes the likeliest token"),

@@ -229,12 +229,13 @@ def test_the_example_of_the_readme_runs(tmp_path):
     example = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
     script = tmp_path / "example.py"
     ending = (
-        "import sys; sys.stdout.write(f'{list(next_token.shape)} {[len(n) for n in nats]} {list(tokens.shape)}\\n')\n"
+        "shapes = [list(next_tokens.shape), list(logits.shape[:2]), [len(n) for n in nats], list(tokens.shape)]\n"
+        "import sys; sys.stdout.write(f'{shapes}\\n')\n"
         "sys.stdout.flush(); from ds_ring.cli import leave; leave(0)\n"
     )
     script.write_text(example.replace("checkpoints/small", str(checkpoint)) + ending)
     done = deepspeed(4, script)
-    assert done.stdout.count("[2, 1] [18, 12] [2, 113]\n") == 4
+    assert done.stdout.count("[[2], [2, 19], [18, 12], [2, 113]]\n") == 4
 
 
 @pytest.mark.parametrize(
