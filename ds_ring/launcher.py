@@ -94,7 +94,7 @@ def run(
                 elif line.startswith(FAILED):
                     failures.append(line.removeprefix(FAILED).partition(": ")[2].strip())
             code = process.wait()
-    if code == 2 or refusals:
+    if code == 2 or (code and refusals):
         raise ConfigError(refusals[0] if refusals else f"refused; see {log}")
     if code and shortages:
         raise OutOfMemory(shortages[0])

@@ -150,6 +150,17 @@ def test_a_run_that_takes_too_long_is_ended(tmp_path, monkeypatch):
         launcher.run(["sleep", "60"], 1, log=tmp_path / "log", report=print, limit_s=1.0)
 
 
+def test_a_line_that_looks_like_a_refusal_is_none_where_the_run_succeeds(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    script = "import sys; print('error: a cache could not be read'); sys.exit(int(sys.argv[1]))"
+    command = [sys.executable, "-c", script]
+    launcher.run([*command, "0"], 1, log=tmp_path / "log", report=print)
+    assert (tmp_path / "log").read_text() == "error: a cache could not be read\n"
+    for code in ("1", "2"):
+        with pytest.raises(ConfigError, match=r"^a cache could not be read$"):
+            launcher.run([*command, code], 1, log=tmp_path / "log", report=print)
+
+
 @pytest.mark.parametrize(("heeds", "last_words"), [(True, "interrupted"), (False, "")])
 def test_who_is_late_may_write_down_what_it_has(heeds, last_words, tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "GRACE_S", 1.0)
