@@ -115,6 +115,7 @@ def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Findings:
     bytes_sent: float
+    peak_memory_gib: float
     step: Timing
     step_without_comm: Timing | None
     comm_alone: Timing | None
@@ -156,8 +157,10 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     report(f"{label}: {work.repeats} timed passes{sustained}")
     with watched_gpu(engine.device) as gpu:
         timing = time_passes(engine, step, work.repeats, work.sustain_s)
+    # Before the passes without communication, which hold memory of their own beside what peers can read.
+    peak_memory_gib = max(engine.gather(engine.peak_memory_gib))
     if work.speed_only:
-        return _Findings(bytes_sent * scale, timing, None, None, _of_a_pass(gpu, timing))
+        return _Findings(bytes_sent * scale, peak_memory_gib, timing, None, None, _of_a_pass(gpu, timing))
     report(f"{label}: without communication")
     engine.mute(True)
     step(first_rows)
@@ -173,7 +176,8 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     replay()
     alone = time_passes(engine, replay, work.repeats)
     figures = _of_a_pass(gpu, timing) | {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, muted).items()}
-    return _Findings(bytes_sent * scale, timing, muted, Timing([scale * s for s in alone.samples_s]), figures)
+    alone = Timing([scale * s for s in alone.samples_s])
+    return _Findings(bytes_sent * scale, peak_memory_gib, timing, muted, alone, figures)
 
 
 def _of_a_pass(gpu: dict[str, float], timing: Timing) -> dict[str, float]:
@@ -189,7 +193,6 @@ def _row(
     step = found.step.median_s
     tps = work.tps(step)
     itemsize = torch_dtype(config.dtype).itemsize
-    memory = engine.gather(engine.peak_memory_gib)
     return {
         "layout": config.label,
         "implementation": config.parallel.implementation,
@@ -229,7 +232,7 @@ def _row(
         else None,
         "comm_alone_ms": 1e3 * found.comm_alone.median_s if found.comm_alone else None,
         "comm_exposed_ms": 1e3 * (step - found.step_without_comm.median_s) if found.step_without_comm else None,
-        "peak_memory_gib": max(memory),
+        "peak_memory_gib": found.peak_memory_gib,
         "rel_error": difference.rel_error if difference else None,
         "max_rel_error": difference.max_rel_error if difference else None,
         **found.gpu,

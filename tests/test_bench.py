@@ -10,6 +10,7 @@ from ds_ring import bench
 from ds_ring.checks import check_run
 from ds_ring.config import RunConfig
 from ds_ring.engines import sequence_parallel, tensor_pipeline
+from ds_ring.engines.base import Engine
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.launcher import ROOT
 from ds_ring.passes import time_passes
@@ -86,6 +87,23 @@ def test_passes_go_on_for_as_long_as_is_asked_on_all_ranks_alike():
     assert few == 2
     assert 5 <= many <= 10
     assert passes == few + many
+
+
+def test_the_peak_of_memory_is_that_of_the_timed_passes(monkeypatch):
+    model, muted = build(gpt_neox(heads=2, layers=2)), set()
+    # Fullest is the last rank, and both hold more once they have been muted.
+    held = property(lambda engine: 1.0 + engine.mesh.rank + 10.0 * (engine in muted))
+    monkeypatch.setattr(Engine, "peak_memory_gib", held)
+
+    def work(engine):
+        mute = engine.mute
+        engine.mute = lambda on: muted.add(engine) or mute(on)
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.shape)
+        return bench._measure_length(engine, batch, "full", lambda text: None)
+
+    found = serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2)
+    assert len(muted) == 2
+    assert [each.peak_memory_gib for each in found] == [2.0, 2.0]
 
 
 def test_speed_alone_takes_no_passes_without_communication():
