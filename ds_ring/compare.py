@@ -15,6 +15,7 @@ from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, OutOfMemory
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.launches import Job, Outcome, Report, rows_of, run_first
+from ds_ring.micro_batches import missing
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,10 @@ def run_all(
                 advance()
         except KeyboardInterrupt:
             for job in waiting:
-                found.rows.extend(rows_of(job, logs))
+                rows = rows_of(job, logs)
+                found.rows.extend(rows)
+                if missing(job.run, rows):
+                    found.not_run.append(job.run.label)
             if found.rows:
                 keep(found)
             raise
@@ -157,8 +161,14 @@ def _go_back(plan: Plan, logs: Path, found: Outcome, report: Report) -> None:
     again, waiting = Outcome(), way_back.jobs(plan.runs, found.rows)
     for job in waiting:
         job.output(logs).unlink(missing_ok=True)
-    while waiting:
-        waiting = run_first(waiting, [], logs, again, lambda: None, report)
+    labels = dict.fromkeys(job.run.label for job in waiting)
+    try:
+        while waiting:
+            waiting = run_first(waiting, [], logs, again, lambda: None, report)
+    except KeyboardInterrupt:
+        # Of all: means of some would not compare with what the others took on the way there.
+        found.not_run.extend(f"{label} on the way back" for label in labels)
+        raise
     found.rows[:] = way_back.averaged(found.rows, again.rows)
     found.failures.extend({**what, "reason": f"on the way back: {what['reason']}"} for what in again.without_row)
 

@@ -17,7 +17,7 @@ from typing import Any
 from ds_ring import launcher
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory
-from ds_ring.micro_batches import behind, case_of, cases
+from ds_ring.micro_batches import behind, cases, missing
 from ds_ring.results import read_json, write_json
 
 Report = Callable[[str], None]
@@ -33,12 +33,15 @@ class Outcome:
             of memory, there or with less.
         failures: ``{"layout", "implementation", "reason"}`` of layouts that ended otherwise; one line each.
         unchecked: lengths at which the unsharded model itself was out of memory, so that there is no reference.
+        not_run: where this was interrupted, layouts that did not come to their end, and those that were not timed on
+            the way back.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     unfit: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     unchecked: list[int] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
 
     @property
     def without_row(self) -> list[dict[str, Any]]:
@@ -84,7 +87,7 @@ def run_first(
     error = _launch(together, references[: len(first.run.workload.lengths)], logs, report)
     for number, job in enumerate(together):
         rows, behind_it = rows_of(job, logs), together[number + 1 :] + behind_them
-        ran = set(cases(job.run)) <= set(map(case_of, rows))
+        ran = not missing(job.run, rows)
         if error is not None and not ran and job is not first:
             report(f"{job.name}: once more, first of a run; {error}")
             return [job, *behind_it]
@@ -106,13 +109,12 @@ def _blame(job: Job, rows: list[dict[str, Any]], error: DsRingError, found: Outc
         found.failures.append({**whose, "reason": error.reason if isinstance(error, LaunchError) else str(error)})
         return None
     report(f"{job.name}: {error}")
-    ran = set(map(case_of, rows))
-    missing = [case for case in cases(job.run) if case not in ran]
-    left = behind(job.run, missing[0]) if missing else None
+    without_row = missing(job.run, rows)
+    left = behind(job.run, without_row[0]) if without_row else None
     again = set(cases(left)) if left is not None else set()
     found.unfit.extend(
         {**whose, "micro_batch": size, "length": length, "mode": mode}
-        for size, length, mode in missing
+        for size, length, mode in without_row
         if (size, length, mode) not in again
     )
     return None if left is None else replace(job, run=left, launch=job.launch + 1)

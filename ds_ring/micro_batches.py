@@ -21,6 +21,12 @@ def case_of(row: Row) -> Case:
     return row["micro_batch"], row["length"], row["mode"]
 
 
+def missing(run: RunConfig, rows: list[Row]) -> list[Case]:
+    """What of ``cases`` has no row."""
+    ran = set(map(case_of, rows))
+    return [case for case in cases(run) if case not in ran]
+
+
 def behind(run: RunConfig, unfit: Case) -> RunConfig | None:
     """What is left to try of ``run`` behind a case that ran out of memory: larger micro-batches of shorter sequences;
     None: nothing."""

@@ -8,7 +8,8 @@ Runs each layout in turn under the deepspeed launcher and checks it against the 
 those of ds_configs/ that fit the hardware. Overrides apply to every layout. The layouts of ds_configs/peers2/ are other
 implementations. With --micro-batch-sizes: each layout with each size, and the fastest stands for it. With
 --there-and-back: once more afterwards, last to first, and the means of both count, so that GPUs that get warm favour no
-layout. With --latency: how long one sequence takes in each, and in one GPU alone.
+layout. With --latency: how long one sequence takes in each, and in one GPU alone. Interrupted, it leaves the rows that
+there are, and "not_run" lists the other layouts.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         rows = verdict.judge(found.rows, args.baseline, found.unchecked)
         made = latency.document(plan, found, latency.judge(rows)) if args.latency else None
         document = provenance | (made or verdict.document(plan, rows, failed))
+        document |= {"not_run": found.not_run} if found.not_run else {}
+        for earlier in (output.with_suffix(".md"), output.with_suffix(".png")):
+            earlier.unlink(missing_ok=True)  # they would pass for this run's
         results.write_json(output, document)
         return rows, document
 

@@ -1,11 +1,13 @@
 """What a comparison launches, there and back, and what becomes of launches that fail or are cut short."""
 
+import runpy
+import signal
 from pathlib import Path
 
 import pytest
 from compared_rows import row
 
-from ds_ring import compare, report, results, verdict
+from ds_ring import cli, compare, report, results, verdict
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory, UnsupportedModelError
 
@@ -166,6 +168,53 @@ def test_an_interruption_loses_no_row(two_layouts, gpus, monkeypatch):
     assert [(r["config_file"], r["length"]) for r in kept[0].rows] == [
         ("ring4.json", 500), ("ring4.json", 1000), ("tp2_pp2.json", 500)
     ]  # fmt: skip
+    assert kept[0].not_run == ["tp2_pp2"]
+
+
+def test_an_interrupted_way_back_leaves_the_way_there_and_says_so(two_layouts):
+    plan, outcomes, logs = two_layouts
+    outcomes |= {name: [timed(name, 100.0, length=500), timed(name, 200.0)] for name in ("ring4", "tp2_pp2")}
+    outcomes |= {"tp2_pp2.back1": [timed("tp2_pp2", 102.0, length=500), KeyboardInterrupt()]}
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        compare.run_all(
+            compare.Plan(plan.runs, there_and_back=True), logs, lambda: None, lambda text: None, kept.append
+        )
+    assert [r["step_ms"] for r in kept[0].rows] == [100.0, 200.0, 100.0, 200.0]
+    assert kept[0].not_run == ["tp2_pp2 on the way back", "ring4 on the way back"]
+
+
+@pytest.mark.parametrize("latency", [None, [500, 1000]], ids=["batch", "latency"])
+def test_an_interruption_leaves_no_earlier_table_beside_what_there_is_and_lists_what_is_not(
+    two_layouts, latency, monkeypatch
+):
+    plan, outcomes, logs = two_layouts
+    monkeypatch.setattr(compare, "ensure_checkpoint", lambda run, report: None)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the tests' own stays
+    work = runpy.run_path(str(compare.launcher.ROOT / "launch" / "compare.py"))["work"]
+    files = [str(compare.launcher.ROOT / "ds_configs" / "cpu4" / file.name) for file, _ in plan.runs]
+    output = logs.with_name("found.json")
+    args = cli.run_parser(None).parse_args(["--output", str(output), *([] if latency else ["--sweep", "500"])])
+    vars(args).update(layouts=files, latency=latency, baseline=None, there_and_back=False)
+
+    def left():
+        return sorted(file.name for file in output.parent.glob("found.*") if file.is_file())
+
+    outcomes |= {name: both_lengths(name) for name in ("single", "ring4", "tp2_pp2")}
+    assert "not_run" not in work(args)
+    assert left() == ["found.json", "found.md", "found.png"]
+    outcomes["ring4"] = [row("ring4", 1.0, length=500), KeyboardInterrupt()]
+    if not latency:
+        with pytest.raises(KeyboardInterrupt):  # before any layout is through
+            work(args)
+        assert results.read_json(output)["not_run"] == ["ring4", "tp2_pp2"]
+    outcomes |= {"ring4": both_lengths("ring4"), "tp2_pp2": [KeyboardInterrupt()]}
+    with pytest.raises(KeyboardInterrupt):
+        work(args)
+    assert left() == ["found.json"]
+    document = results.read_json(output)
+    assert (document["not_run"], document["failed"]) == (["tp2_pp2"], [])
+    assert {r["layout"] for r in document["rows"]} == ({"single", "ring4"} if latency else {"ring4"})
 
 
 def test_an_interruption_before_the_first_row_keeps_nothing(two_layouts):
