@@ -88,7 +88,7 @@ class AttentionContext:
     def trades_heads(self) -> bool:
         """Whether the attention of the present forward shares heads among Ulysses ranks, as a first pass does."""
         step = self.present.step
-        return self.mesh["ulysses"].size > 1 and (step is None or step.is_first)
+        return self.mesh.topology.ulysses > 1 and (step is None or step.is_first)
 
     @property
     def _own_heads(self) -> int:
