@@ -125,7 +125,7 @@ def test_the_public_entry_point_runs_unchanged_on_every_rank(layout, monkeypatch
 
 
 def test_a_model_keeps_its_dtype_unless_a_configuration_says_otherwise(monkeypatch):
-    monkeypatch.setattr(runtime, "connect", lambda run: None)
+    monkeypatch.setattr(runtime, "connect", lambda run, model: None)
     monkeypatch.setattr(runtime, "build_engine", lambda model, run, *_: run)
     half = build(gpt_neox(heads=4, layers=2)).half()
     for config in (None, {}, RunConfig.load({}), RunConfig.load({}, max_length=5)):
