@@ -78,8 +78,8 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
     end_with_launcher()
     code = 0
     try:
-        if args.output and is_first_rank():
-            _check_output(Path(args.output))
+        if is_first_rank():
+            _check_output(getattr(args, "output", None))
         document = work(args)
         if is_first_rank() and document is not None:
             print(json.dumps(document), flush=True)  # first: a disk may be full by now
@@ -124,8 +124,13 @@ def say(text: str) -> None:
         print(f"[ds_ring] {text}", file=sys.stderr, flush=True)
 
 
-def _check_output(file: Path) -> None:
-    """Raise InputError where ``file`` cannot be written, before any work is done for it."""
+def _check_output(output: str | list[str] | None) -> None:
+    """Raise InputError where what is to be written cannot be, before any work is done for it."""
+    for name in [output] if isinstance(output, str) else output or []:
+        _check_file(Path(name))
+
+
+def _check_file(file: Path) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.is_dir():

@@ -139,7 +139,7 @@ def reference(neox, tmp_path_factory):
     ("label", "layout"),
     [
         ("tp2_pp2", ["--tp-size", 2, "--pp-size", 2]),
-        ("ulysses2_ring2", ["--ulysses-degree", 2, "--ring-degree", 2, "--ring-variant", "pass_kv"]),
+        ("ulysses2_ring2_pass_kv", ["--ulysses-degree", 2, "--ring-degree", 2, "--ring-variant", "pass_kv"]),
         ("dp2_tp2", ["--dp-size", 2, "--tp-size", 2, "--interleave", "on"]),
     ],
 )
