@@ -16,6 +16,7 @@ from ds_ring.checks import ModelShape, check_engine, stage_layers
 from ds_ring.cli import say
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
+from ds_ring.engines.rehearsal import rehearse
 from ds_ring.engines.sequence_parallel import SequenceParallelEngine
 from ds_ring.engines.tensor_pipeline import TensorPipelineEngine
 from ds_ring.errors import ConfigError
@@ -55,7 +56,7 @@ def from_pretrained(
         overrides: fields by name, e.g. ``ring_degree=4``; see ``RunConfig.load``.
 
     Raises:
-        ConfigError, CheckpointError, UnsupportedModelError: on every rank alike, before weights load.
+        ConfigError, CheckpointError, UnsupportedModelError: on every rank alike, before ranks connect and weights load.
         DisagreementError: on every rank alike, where their configurations, packages or checkpoints differ.
     """
     run = RunConfig.load(config, **{"model": str(path) if path else None, **overrides})
@@ -65,6 +66,8 @@ def from_pretrained(
     config_of_model = read_config(path)
     shape = model_shape(config_of_model)
     check_engine(run, shape, world_size(), local_device().type)
+    if run.parallel.implementation == "ds_ring":
+        rehearse(config_of_model, run)
     mesh = connect(run, {**identity.of_config(config_of_model), **identity.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
     kind: type[Engine] = TensorPipelineEngine

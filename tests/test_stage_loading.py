@@ -142,17 +142,17 @@ def test_a_checkpoint_runs_from_end_to_end(name, layout, tmp_path, monkeypatch):
 
 
 def launched(work: Callable[[int], Tensor], size: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """``work(rank)`` on all ranks of a mocked launch. Loading patches torch.nn for the whole process: ranks load one
-    after the other, and none goes on before all have."""
+    """``work(rank)`` on all ranks of a mocked launch. Building a model patches torch.nn for the whole process: ranks do
+    so one after the other, and none goes on before all have."""
     one_at_a_time, all_done = threading.Lock(), threading.Barrier(size, timeout=60)
 
-    def in_turn(load: Callable[..., PreTrainedModel], *args: Any) -> PreTrainedModel:
+    def in_turn(build: Callable[..., PreTrainedModel | None], *args: Any) -> PreTrainedModel | None:
         with one_at_a_time:
-            model = load(*args)
+            model = build(*args)
         all_done.wait()
         return model
 
-    for name in ("load_model", "load_stage"):
+    for name in ("rehearse", "load_model", "load_stage"):
         monkeypatch.setattr(runtime, name, partial(in_turn, getattr(runtime, name)))
     for key, value in {"WORLD_SIZE": str(size), "RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
         monkeypatch.setenv(key, value)

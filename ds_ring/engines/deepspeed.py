@@ -9,7 +9,13 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.module_inject.layers import TensorParallel_Layer
+from deepspeed.module_inject.fusedqkv_utils import get_fused_qkv_type
+from deepspeed.module_inject.layers import (
+    TensorParallel_Layer,
+    Yuan_LinearAllreduce,
+    Yuan_LinearLayer,
+    fused_LinearLayer,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -18,6 +24,10 @@ from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.transport.base import Transport, blank
+
+YUAN_LAYERS = (Yuan_LinearLayer, Yuan_LinearAllreduce)
+THREE_BLOCKS = "glmtype"
+"""AutoTP's word for a projection of all queries, all keys and all values: any class named DecoderLayer."""
 
 
 class SliceGroup:
@@ -50,16 +60,33 @@ def serve(model: PreTrainedModel, config: RunConfig, tensor_parallel: Transport 
     try:
         # AutoTP prints what it found; standard output belongs to results.
         with float_buffers_kept(model), redirect_stdout(sys.stderr):
-            return deepspeed.init_inference(model, config=keys)
+            served = deepspeed.init_inference(model, config=keys)
     except ValueError as error:
         raise ConfigError(f"DeepSpeed refuses the configuration: {error}") from error
     except AssertionError as error:
         if tensor_parallel is None or tensor_parallel.size == 1:
             raise
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be sharded by DeepSpeed's AutoTP ({error}); "
-            f"take pp_size, ring_degree or ulysses_degree instead of tp_size"
-        ) from error
+        raise UnsupportedModelError(cannot_cut(model, str(error))) from error
+    refuse_misread(model)
+    return served
+
+
+def refuse_misread(model: nn.Module) -> None:
+    """Raise UnsupportedModelError where AutoTP goes by a part of a class's name and gives ranks others' rows: heads
+    then meet keys of other heads, and logits are plausible and wrong."""
+    for name, module in model.named_modules():
+        if isinstance(module, YUAN_LAYERS):
+            raise UnsupportedModelError(cannot_cut(model, f"it takes {name} for the Yuan model's"))
+        if isinstance(module, fused_LinearLayer) and get_fused_qkv_type(module.fused_module.module) == THREE_BLOCKS:
+            reason = f"it takes the rows of {name} for all queries, then all keys, then all values"
+            raise UnsupportedModelError(cannot_cut(model, reason))
+
+
+def cannot_cut(model: nn.Module, reason: str) -> str:
+    return (
+        f"{type(model).__name__} cannot be sharded by DeepSpeed's AutoTP ({reason}); "
+        f"take pp_size, ring_degree or ulysses_degree instead of tp_size"
+    )
 
 
 @contextmanager
