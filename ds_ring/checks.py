@@ -122,6 +122,11 @@ def _check_model(shape: ModelShape) -> None:
             f"{shape.model_type} has layers of type {', '.join(foreign)}; "
             f"only {', '.join(sorted(SHARDABLE_LAYER_TYPES))} can be sharded"
         )
+    for kv_heads, _ in shape.heads_of_layers:
+        if kv_heads < 1 or shape.num_heads % kv_heads:
+            raise UnsupportedModelError(
+                f"{shape.model_type} has num_heads={shape.num_heads}, which its num_kv_heads={kv_heads} must divide"
+            )
 
 
 def _check_heads(config: RunConfig, shape: ModelShape) -> None:

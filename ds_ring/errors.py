@@ -54,6 +54,12 @@ class DisagreementError(UserError, TransportError):
     """Ranks were given different things; names the first of them and a rank that has another than rank 0."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """What another library's ``error`` says, with its kind where that says more than the words."""
+    words = " ".join(str(error).split())
+    return words if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {words}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out: PyTorch's allocators, CUDA's driver, its libraries and the host's
     each have words of their own for it."""

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from ds_ring.errors import CheckpointError
 from ds_ring.hf import identity
 from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint
+from ds_ring.hf.shape import read_config
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 EMBED, HEAD = torch.arange(12.0).view(3, 4), torch.ones(2, 5, dtype=torch.bfloat16)
@@ -126,6 +127,31 @@ class TestRefused:
             f"{single}/config.json asks to run its own code (auto_map); only classes of transformers are loaded"
         ):
             Checkpoint.open(single)
+
+    @pytest.mark.parametrize("content", [{"quant_method": "gptq", "bits": 4}, {"bits": 4}, "any"])
+    def test_quantised_weights(self, single, content):
+        (single / "config.json").write_text(json.dumps({"quantization_config": content}))
+        with refused(f"{single}/config.json has a quantization_config ("):
+            Checkpoint.open(single)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"hidden_size": "64"}, "field 'hidden_size': TypeError: Field 'hidden_size' expected int, got str"),
+            ({"hidden_size": 65}, "The hidden size (65) is not a multiple of the number of attention heads (4)"),
+            ({"num_attention_heads": 0}, "ZeroDivisionError: "),
+            ({"dtype": "float17"}, "has no attribute 'float17'"),
+            ({"model_type": "nonsense"}, "has model type `nonsense`"),
+        ],
+        ids=str,
+    )
+    def test_a_config_of_wrong_values(self, single, change, words):
+        config = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, **change}
+        (single / "config.json").write_text(json.dumps(config))
+        with refused(f"{single}/config.json holds no config that transformers can read: ") as found:
+            read_config(single)
+        assert words in str(found.value)
+        assert "\n" not in str(found.value)
 
     def test_no_weights(self, single):
         (single / SINGLE).unlink()

@@ -144,6 +144,12 @@ class TestChecks:
             check(shape)
         check(replace(SHAPE, layer_types=("full_attention", "sliding_attention")))
 
+    @pytest.mark.parametrize("kv_heads", [0, 3])
+    def test_key_value_heads_that_do_not_divide(self, kv_heads):
+        text = f"llama has num_heads=28, which its num_kv_heads={kv_heads} must divide"
+        with pytest.raises(UnsupportedModelError, match=f"^{text}$"):
+            check(replace(SHAPE, num_kv_heads=kv_heads))
+
     def test_every_refusal_is_the_users_to_put_right(self):
         assert issubclass(ConfigError, UserError)
         assert issubclass(UnsupportedModelError, UserError)

@@ -9,7 +9,7 @@ import pytest
 from mocked_world import serve
 from test_injection import bert
 from test_models import BYPASSES, NO_TENSOR_PARALLEL, SMALL
-from tiny_models import ARCHITECTURES, build, gpt2, phi3, tokens
+from tiny_models import ARCHITECTURES, build, gpt2, llama_gqa, phi3, tokens
 from transformers import (
     DeepseekV3Config,
     HunYuanDenseV1Config,
@@ -65,8 +65,10 @@ def test_what_the_first_forward_would_refuse(layout):
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match=r"DeepseekV3Attention asks for values of 8 .* queries of 12"):
         rehearsed(latent, **layout)
-    with pytest.raises(UnsupportedModelError, match="makes no causal LM of a T5Config"):
+    with pytest.raises(UnsupportedModelError, match="makes no causal LM of this T5Config"):
         rehearsed(T5Config(), **layout)
+    with pytest.raises(UnsupportedModelError, match="no causal LM of this LlamaConfig: KeyError: 'nonsense'"):
+        rehearsed(llama_gqa(hidden_act="nonsense"), **layout)
 
 
 CONFIGS: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RunConfig
 from ds_ring.engines.deepspeed import cannot_cut, refuse_misread
-from ds_ring.errors import UnsupportedModelError, UserError
+from ds_ring.errors import UnsupportedModelError, UserError, in_one_line
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.attention import inject
 from ds_ring.hf.context import Attend, AttentionContext
@@ -60,9 +60,10 @@ def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UnsupportedModelError(f"transformers makes no causal LM of a {type(config).__name__}: {reason}") from None
+    except Exception as error:  # values that no layer can have end in errors of any kind
+        raise UnsupportedModelError(
+            f"transformers makes no causal LM of this {type(config).__name__}: {in_one_line(error)}"
+        ) from None
     return model.eval()
 
 
@@ -125,4 +126,4 @@ def _share(name: str, module: TensorParallel_Layer, tp: int, x: Tensor) -> Tenso
 
 
 def _uncut(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
-    return UnsupportedModelError(cannot_cut(model, str(error).strip().partition("\n")[0]))
+    return UnsupportedModelError(cannot_cut(model, " ".join(str(error).split())))

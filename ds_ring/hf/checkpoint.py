@@ -27,12 +27,12 @@ class Checkpoint:
 
         Raises:
             CheckpointError: no safetensors (pickled weights are never read), a missing or truncated shard, an index
-                that points outside the directory, or a config that asks for code of its own.
+                that points outside the directory, or a config that asks for code of its own or is of quantised weights.
         """
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory} is not a checkpoint directory; make one with launch/make_checkpoint.py")
-        _refuse_remote_code(directory)
+        _check_config(directory)
         if (directory / INDEX).is_file():
             shards = _indexed_shards(directory)
         elif (directory / SINGLE).is_file():
@@ -49,7 +49,7 @@ class Checkpoint:
         return {name: opened[file].get_slice(name) for name, file in self.files.items()}
 
 
-def _refuse_remote_code(directory: Path) -> None:
+def _check_config(directory: Path) -> None:
     try:
         config = json.loads((directory / "config.json").read_text())
     except OSError:
@@ -61,6 +61,12 @@ def _refuse_remote_code(directory: Path) -> None:
     if "auto_map" in config:
         raise CheckpointError(
             f"{directory}/config.json asks to run its own code (auto_map); only classes of transformers are loaded"
+        )
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise CheckpointError(
+            f"{directory}/config.json has a quantization_config ({method or quantised}): quantised weights are not "
+            f"supported; take the checkpoint in fp16, bf16 or fp32"
         )
 
 

@@ -6,17 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import CONFIG_NAME
 
 from ds_ring.checks import ModelShape
-from ds_ring.errors import CheckpointError, UnsupportedModelError
+from ds_ring.errors import CheckpointError, UnsupportedModelError, in_one_line
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
-    """The transformers config of a checkpoint directory or of a config file; runs no code of the checkpoint."""
+    """The transformers config of a checkpoint directory or of a config file; runs no code of the checkpoint.
+
+    Raises:
+        CheckpointError: whatever transformers finds wrong with it, with the file and what it says of the field.
+    """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} holds no config that transformers can read: {error}") from None
+    except Exception as error:  # fields of a wrong type or size end in errors of any kind
+        file = Path(path) / CONFIG_NAME if Path(path).is_dir() else path
+        raise CheckpointError(f"{file} holds no config that transformers can read: {in_one_line(error)}") from None
     return config
 
 
