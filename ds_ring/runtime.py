@@ -68,6 +68,7 @@ def from_pretrained(
     check_engine(run, shape, world_size(), local_device().type)
     if run.parallel.implementation == "ds_ring":
         rehearse(config_of_model, run)
+    _say_stages(run, shape)
     mesh = connect(run, {**identity.of_config(config_of_model), **identity.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
     kind: type[Engine] = TensorPipelineEngine
@@ -98,9 +99,18 @@ def init_inference(
     run = resolve(run, model.config)
     shape = model_shape(model.config)
     check_engine(run, shape, world_size(), local_device().type)
+    _say_stages(run, shape)
     mesh = connect(run, {**identity.of_config(model.config), **identity.of_parameters(model)})
     with outside.over("building the engine"):
         return build_engine(model, run, mesh, shape, local_device())
+
+
+def _say_stages(run: RunConfig, shape: ModelShape) -> None:
+    """The pipeline's stages, where they are not of equally many layers."""
+    pp = run.parallel.pp_size
+    if shape.num_layers % pp:
+        counts = [str(len(stage_layers(shape.num_layers, pp, stage))) for stage in range(pp)]
+        say(f"pp_size={pp} does not divide {shape.num_layers} layers: stages of {', '.join(counts)}")
 
 
 def resolve(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:

@@ -160,6 +160,18 @@ def launched(work: Callable[[int], Tensor], size: int, monkeypatch: pytest.Monke
         return ProcessGroupWorld(size).run(work)
 
 
+@pytest.mark.parametrize(("stages", "counts"), [(2, "3, 2"), (4, "2, 1, 1, 1"), (5, None)])
+def test_stages_of_unequal_layers_are_said_once(stages, counts, tmp_path, monkeypatch, capsys):
+    model = saved(gpt_neox(heads=4, layers=5), tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", str(stages))
+    monkeypatch.delattr(runtime, "connect")
+    for start, of in ((ds_ring.from_pretrained, tmp_path), (ds_ring.init_inference, model)):
+        with pytest.raises(NameError, match="connect"):
+            start(of, {"dtype": "fp32"}, pp_size=stages)
+        said = [line for line in capsys.readouterr().err.splitlines() if "stages of" in line]
+        assert said == ([f"[ds_ring] pp_size={stages} does not divide 5 layers: stages of {counts}"] if counts else [])
+
+
 def test_gpt_neox_checkpoints_with_the_old_name_of_the_head(tmp_path, read):
     model = saved(gpt_neox(heads=4, layers=2), tmp_path)
 
