@@ -15,6 +15,8 @@ from ds_ring.attention.round import Round
 from ds_ring.engines.base import Engine
 from ds_ring.engines.interleave import run_interleaved
 from ds_ring.hf.fused import product
+from ds_ring.transport.copy_engine import PulledShared
+from ds_ring.transport.slots import Slot, Slots
 
 CPU = torch.device("cpu")
 
@@ -173,26 +175,56 @@ def test_more_than_two_micro_batches_in_flight_go_through_each_layer_together():
     assert order_of_layers(rows=3, wire="copy_engine", in_flight=3) == by_layer
 
 
-def test_transfers_of_all_micro_batches_in_flight_begin_before_the_first_attends(monkeypatch):
+def test_micro_batches_in_flight_transfer_together_when_all_have_projected_and_before_the_first_attends(monkeypatch):
     events: list[tuple[int, str]] = []
-    start, gather_kv = Round.start, ring.gather_kv
+    start, publish, gather_kv = Round.start, PulledShared.publish, ring.gather_kv
 
     def starts(self: Round) -> None:
-        events.append((self.transport.rank, "start"))
+        events.append((self.transport.rank, "has projected"))
         start(self)
 
+    def publishes(self: PulledShared, outgoing: Any) -> None:
+        events.append((self._transport.rank, "transfers"))
+        publish(self, outgoing)
+
     def attends(q_BLHD: torch.Tensor, travelling: Round, *rest: Any) -> torch.Tensor:
-        events.append((travelling.transport.rank, "attend"))
+        events.append((travelling.transport.rank, "attends"))
         return gather_kv(q_BLHD, travelling, *rest)
 
     monkeypatch.setattr(Round, "start", starts)
+    monkeypatch.setattr(PulledShared, "publish", publishes)
     monkeypatch.setattr(ring, "gather_kv", attends)
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(3, 20)
     options = {"ring_degree": 2, "ring_variant": "gather_kv", "in_flight": 3}
     found = serve(model, lambda engine: engine(ids).logits, wire="copy_engine", **options)
     assert all(relative_error(got, logits(model, ids)) < 1e-5 for got in found)
+    layer = [*3 * ["has projected"], *3 * ["transfers"], *3 * ["attends"]]
     for rank in range(2):
-        assert [event for at, event in events if at == rank] == 2 * (3 * ["start"] + 3 * ["attend"])
+        assert [event for at, event in events if at == rank] == 2 * layer
+
+
+def test_ulysses_trades_heads_of_micro_batches_in_flight_together(monkeypatch):
+    """There and back: all of a layer's queries, keys and values, then all results."""
+    events: list[tuple[int, str]] = []
+    publish, release = Slots.publish, Slots.release
+
+    def publishes(self: Slots, slot: Slot, peers: Any) -> None:
+        events.append((self._rank, "begins"))
+        publish(self, slot, peers)
+
+    def releases(self: Slots, slot: Slot) -> None:
+        events.append((self._rank, "is through"))
+        release(self, slot)
+
+    monkeypatch.setattr(Slots, "publish", publishes)
+    monkeypatch.setattr(Slots, "release", releases)
+    model, ids = build(gpt_neox(heads=4, layers=2)), tokens(3, 20)
+    found = serve(model, lambda engine: engine(ids).logits, wire="copy_engine", ulysses_degree=2, in_flight=3)
+    assert all(relative_error(got, logits(model, ids)) < 1e-5 for got in found)
+    together = [*3 * ["begins"], *3 * ["is through"]]
+    for rank in range(2):
+        # In front of them the transport's test of itself, which is none of the engine's.
+        assert [event for at, event in events if at == rank][-4 * len(together) :] == 4 * together
 
 
 @pytest.mark.parametrize("options", [{"ring_degree": 2}, {"ring_degree": 2, "ulysses_degree": 2}], ids=str)

@@ -81,6 +81,7 @@ class Round:
 
     def start(self) -> None:
         """Publish, and begin to take what this variant holds at a time: one block ahead, or all."""
+        self.transport.gather_up()
         rank, size = self.transport.rank, self.transport.size
         targets = [(rank + hop) % size for hop in range(1, size)]
         self._shared.publish([self._visible(target, rank, target) for target in targets])

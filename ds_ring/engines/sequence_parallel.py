@@ -78,15 +78,17 @@ class SequenceParallelEngine(Engine):
         return self.mesh.topology.sp > 1 and (self.mesh.overlaps if wanted == "auto" else wanted == "on")
 
     def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
-        """Two lanes alternate: one's transfers under the other's layer. More hand over before a layer as well, so that
-        all have projected, and begun their transfers, before the first attends, and none transfers from there on."""
+        """Two lanes alternate: one's transfers under the other's layer. More go through each layer together, and hand
+        over at its door and before transfers as well: those of all begin once all are ready, and then there are none
+        for as long as they compute."""
+        together = hand_over if self.config.ring.in_flight > 2 else None
         for axis in SHARING_AXES:
-            self.mesh[axis].meanwhile = hand_over
+            self.mesh[axis].beforehand, self.mesh[axis].meanwhile = together, hand_over
         for hook in self._before_layers:
             hook.remove()
         self._before_layers.clear()
-        if hand_over is not None and self.config.ring.in_flight > 2:
-            turn = partial(_before_layer, hand_over)
+        if together is not None:
+            turn = partial(_before_layer, together)
             self._before_layers += [layer.register_forward_pre_hook(turn) for layer in self.anatomy.layers[1:]]
 
     def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:

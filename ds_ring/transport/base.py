@@ -80,6 +80,8 @@ class Transport(ABC):
         self.rank, self.size = rank, size
         self.traffic = Traffic()
         self.muted = False
+        self.beforehand: Callable[[], None] | None = None
+        """Called when transfers could begin: time for other micro-batches to come as far, so that all go at once."""
         self.meanwhile: Callable[[], None] | None = None
         """Called when transfers are under way and only waiting is left: time for another micro-batch."""
 
@@ -103,6 +105,11 @@ class Transport(ABC):
     def send_buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Where best to write what ``all_to_all`` will send: at once, and once."""
         return like.new_empty(tuple(shape))
+
+    def gather_up(self) -> None:
+        """Let ``beforehand`` happen."""
+        if self.beforehand is not None:
+            self.beforehand()
 
     def turn(self) -> None:
         """Let ``meanwhile`` happen."""

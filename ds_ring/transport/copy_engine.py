@@ -181,6 +181,7 @@ class CopyEngineTransport(Transport):
         if slot is None:
             slot = self.slots.acquire(send.nbytes)
             slot.view(self.rank, tuple(send.shape), send.dtype).copy_(send)
+        self.gather_up()
         peers = [(self.rank - hop) % self.size for hop in range(1, self.size)]
         self.slots.publish(slot, peers)
         pendings = []
