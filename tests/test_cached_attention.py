@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from worlds import GARBAGE, in_group, sink_reference
 
+from ds_ring.attention import cached as cached_attention
 from ds_ring.attention.cached import attend_replicated, attend_spread, pass_kv_bytes, pass_q_bytes
 from ds_ring.attention.merge import merge_, merge_all
 from ds_ring.attention.positions import BLIND, EMPTY, attend_positions
@@ -161,6 +164,51 @@ def test_a_chunk_that_is_spread_like_the_cache(size, variant, spec, with_sinks):
     for _, sent, by_q, by_kv in results:
         # A chunk of 3 tokens a rank against 7 to 9 slots: the results in fp32 weigh more than these keys and values.
         assert sum(sent.values()) == (size - 1) * (by_q if variant == "pass_q" else by_kv)
+
+
+@pytest.mark.parametrize("many", [True, False])
+@pytest.mark.parametrize("spec", [SPECS["plain"], SPECS["softcap"]], ids=["plain", "softcap"])
+@pytest.mark.parametrize("variant", ["pass_q", "pass_kv"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_many_queries_see_what_all_rows_have_in_common_without_positions(size, variant, spec, many, monkeypatch):
+    """Tokens in slots with gaps of garbage, and behind them a chunk of four a rank, the last of which is padding."""
+    monkeypatch.setattr(cached_attention, "MANY_ROWS", 1 if many else 1000)
+    calls: list[bool] = []
+    fold = cached_attention.accumulate_
+
+    def folds(*tensors: Tensor, causal: bool, **options: Any) -> None:
+        calls.append(causal)
+        fold(*tensors, causal=causal, **options)
+
+    monkeypatch.setattr(cached_attention, "accumulate_", folds)
+    rows, chunk, slots = 2, 4 * size, 9 * 3
+    seen_by_size = {1: [(slice(0, 7), slice(9, 15))], 3: [(slice(0, 2), slice(3, 5)), (slice(0, 5),), (slice(1, 4),)]}
+    seen, first = seen_by_size[size], slots // size - 4
+    positions = torch.full((rows, slots), EMPTY, dtype=torch.int32)
+    places = [rank * (slots // size) + i for rank, runs in enumerate(seen) for run in runs for i in range(slots)[run]]
+    before = len(places)
+    places += [rank * (slots // size) + first + i for rank in range(size) for i in range(4)][:-1]
+    positions[:, places] = torch.arange(before + chunk - 1, dtype=torch.int32)
+    k, v = random(rows, slots, KV_HEADS, HEAD_DIM, seed=3), random(rows, slots, KV_HEADS, HEAD_DIM, seed=4)
+    k[positions == EMPTY], v[positions == EMPTY] = GARBAGE, GARBAGE
+    cached, q = Cached(k, v, positions), random(rows, chunk, HEADS, HEAD_DIM, seed=5)
+    q_positions = torch.arange(before, before + chunk, dtype=torch.int32).repeat(rows, 1)
+    q_positions[:, -1] = BLIND
+
+    def work(transport):
+        mine = slice(4 * transport.rank, 4 * transport.rank + 4)
+        here = slice(slots // size * transport.rank, slots // size * (transport.rank + 1))
+        return attend_spread(
+            q[:, mine], Cached(*(t[:, here] for t in cached)), q_positions_BL=q_positions[:, mine],
+            held=[slots // size] * size, spec=spec, transport=transport, seen=seen, variant=variant,
+        )  # fmt: skip
+
+    got = torch.cat(in_group(size, work), 1)
+    want, _ = expected(q, q_positions, spec, cached, [torch.tensor(places)] * rows)
+    torch.testing.assert_close(got[:, :-1].double(), want[:, :-1], rtol=1e-5, atol=1e-5)
+    assert got[:, -1].isfinite().all()
+    rounds = size if variant == "pass_kv" else 1
+    assert calls == [False] * (rounds * sum(map(len, seen)) if many else 0)
 
 
 def test_auto_moves_queries_where_the_prefix_is_long():

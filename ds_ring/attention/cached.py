@@ -9,16 +9,24 @@ together. A chunk of new tokens is spread like the cache, which leaves two ways:
 # key/value heads, D head_dim, E = D + 1.
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ds_ring.attention import sinks
+from ds_ring.attention.common import Runs
+from ds_ring.attention.local import accumulate_
 from ds_ring.attention.merge import merge_, merge_all
 from ds_ring.attention.positions import attend_positions
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.attention.store import Cached
 from ds_ring.config import RingVariant
 from ds_ring.transport.base import Pending, Transport
+
+MANY_ROWS = 1 << 14
+"""Rows of queries, over batch and heads, from which on a kernel that does not split keys fills a GPU: some 128 for each
+SM of an H100."""
 
 
 def attend_replicated(
@@ -71,6 +79,7 @@ def attend_spread(
     held: list[int],
     spec: AttentionSpec,
     transport: Transport,
+    seen: Sequence[Runs] | None = None,
     sinks_H: Tensor | None = None,
     variant: RingVariant = "auto",
 ) -> Tensor:
@@ -79,18 +88,21 @@ def attend_spread(
     Args:
         cached: this rank's slots.
         held: how many slots every rank holds; all ranks bring equally many queries.
+        seen: runs of every rank's slots whose keys all queries see (padding aside, whose results are nobody's); between
+            and before them only empty ones. Many queries attend to them in a faster way than by positions.
         variant: ``pass_q``, or ``pass_kv`` one foreign part at a time; ``auto`` takes what moves fewer bytes, and
             ``gather_kv``, which is about tokens that are not cached yet, is taken for ``pass_kv``.
 
     Returns:
         out [B, L, H, D] in q's dtype.
     """
+    runs = seen or [()] * transport.size
     if transport.size == 1:
-        out, lse = _attend(q_BLHD, cached, q_positions_BL, spec)
+        out, lse = _attend(q_BLHD, cached, q_positions_BL, spec, runs[0])
     elif variant == "pass_q" or (variant == "auto" and pass_q_bytes(q_BLHD) < pass_kv_bytes(cached, max(held))):
-        out, lse = _pass_q(q_BLHD, cached, q_positions_BL, spec, transport)
+        out, lse = _pass_q(q_BLHD, cached, q_positions_BL, spec, transport, runs[transport.rank])
     else:
-        out, lse = _pass_kv(q_BLHD, cached, q_positions_BL, held, spec, transport)
+        out, lse = _pass_kv(q_BLHD, cached, q_positions_BL, held, spec, transport, runs)
     return sinks.apply_(out, lse, sinks_H).to(q_BLHD.dtype)
 
 
@@ -106,26 +118,42 @@ def pass_kv_bytes(cached: Cached, slots: int) -> int:
     return batch * slots * (2 * heads * head_dim * cached.k_BSKD.element_size() + 4)
 
 
-def _attend(q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    return attend_positions(
-        q_BLHD, cached.k_BSKD, cached.v_BSKD,
-        q_positions_BL=q_positions_BL, k_positions_BS=cached.positions_BS, spec=spec, out_dtype=torch.float32,
+def _attend(
+    q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, spec: AttentionSpec, seen: Runs = ()
+) -> tuple[Tensor, Tensor]:
+    if q_BLHD.shape[:3].numel() < MANY_ROWS:
+        seen = ()
+    behind = slice(seen[-1].stop if seen else 0, None)
+    out_BLHD, lse_BHL = attend_positions(
+        q_BLHD, cached.k_BSKD[:, behind], cached.v_BSKD[:, behind],
+        q_positions_BL=q_positions_BL, k_positions_BS=cached.positions_BS[:, behind],
+        spec=spec, out_dtype=torch.float32,
     )  # fmt: skip
+    for run in seen:
+        k_BSKD, v_BSKD = cached.k_BSKD[:, run], cached.v_BSKD[:, run]
+        accumulate_(out_BLHD, lse_BHL, q_BLHD, k_BSKD, v_BSKD, spec=spec, causal=False)
+    return out_BLHD, lse_BHL
 
 
 def _pass_q(
-    q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, spec: AttentionSpec, transport: Transport
+    q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, spec: AttentionSpec, transport: Transport, seen: Runs
 ) -> tuple[Tensor, Tensor]:
     size, n_queries = transport.size, q_BLHD.shape[1]
     q_BMHD = transport.all_gather(q_BLHD).transpose(0, 1).flatten(1, 2)  # M = R L
     positions_BM = transport.all_gather(q_positions_BL).transpose(0, 1).flatten(1, 2)
-    parts_BMHE = _pack(*_attend(q_BMHD, cached, positions_BM, spec))
+    parts_BMHE = _pack(*_attend(q_BMHD, cached, positions_BM, spec, seen))
     parts_RBLHE = parts_BMHE.unflatten(1, (size, n_queries)).transpose(0, 1).contiguous()
     return merge_all(*_unpack(transport.all_to_all(parts_RBLHE)))
 
 
 def _pass_kv(
-    q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, held: list[int], spec: AttentionSpec, transport: Transport
+    q_BLHD: Tensor,
+    cached: Cached,
+    q_positions_BL: Tensor,
+    held: list[int],
+    spec: AttentionSpec,
+    transport: Transport,
+    seen: Sequence[Runs],
 ) -> tuple[Tensor, Tensor]:
     """As the ring does it: straight from the owner, and the next part travels while the present one is attended to."""
     rank, size = transport.rank, transport.size
@@ -141,13 +169,13 @@ def _pass_kv(
         return transport.exchange(sends, receives), Cached(incoming_2BSKD[0], incoming_2BSKD[1], incoming_BS)
 
     arriving = start_hop(1)
-    out_BLHD, lse_BHL = _attend(q_BLHD, cached, q_positions_BL, spec)
+    out_BLHD, lse_BHL = _attend(q_BLHD, cached, q_positions_BL, spec, seen[rank])
     for hop in range(1, size):
         pending, foreign = arriving
         if hop + 1 < size:
             arriving = start_hop(hop + 1)
         pending.wait()
-        merge_(out_BLHD, lse_BHL, *_attend(q_BLHD, foreign, q_positions_BL, spec))
+        merge_(out_BLHD, lse_BHL, *_attend(q_BLHD, foreign, q_positions_BL, spec, seen[(rank - hop) % size]))
     return out_BLHD, lse_BHL
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention.cached import all_heads, attend_replicated, attend_sliced, attend_spread
+from ds_ring.attention.common import Runs
 from ds_ring.attention.positions import BLIND, EMPTY
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.attention.store import EVERY, Cached, KVStore
@@ -55,12 +56,14 @@ class ChunkStep(Step):
         rows: which of the store's rows these are.
         positions_Bl: where this rank's tokens stand, int32; ``EMPTY`` for padding.
         starts, held: the slots filled on every rank before and after.
+        seen: runs of every rank's slots before ``starts`` in which each row has a token.
     """
 
     rows: slice
     positions_Bl: Tensor
     starts: tuple[int, ...]
     held: tuple[int, ...]
+    seen: tuple[Runs, ...]
     is_first: bool
     _entries: dict[int, Entry] = field(default_factory=dict, init=False)
     """By window; all its layers get the same slots."""
@@ -92,6 +95,7 @@ class ChunkStep(Step):
         if spec.window is None:
             self.store_layer(layer, k_BlKD, v_BlKD, None)
             held, cached = list(self.held), self.store.read(layer, self.rows, self.held[own])
+            seen: tuple[Runs, ...] | None = self.seen
         else:
             # The last of these tokens may take the place of what the first of them see.
             slots = self.store.window(spec.window)
@@ -99,10 +103,11 @@ class ChunkStep(Step):
             held = [b + after - before for b, after, before in zip(behind, self.held, self.starts, strict=True)]
             cached = self._beside(layer, spec.window, behind[own], k_BlKD, v_BlKD)
             self.store_layer(layer, k_BlKD, v_BlKD, spec.window)
+            seen = None
         q_positions_Bl = self.positions_Bl.masked_fill(self.positions_Bl == EMPTY, BLIND)
         return attend_spread(
             q_BlHD, cached, q_positions_BL=q_positions_Bl, held=held, spec=spec, transport=transport,
-            sinks_H=sinks_H, variant=variant,
+            seen=seen, sinks_H=sinks_H, variant=variant,
         )  # fmt: skip
 
     def _beside(self, layer: int, window: int, behind: int, k_BlKD: Tensor, v_BlKD: Tensor) -> Cached:

@@ -8,7 +8,7 @@ it leaves results where they were made, which is what a benchmark times.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -141,6 +141,10 @@ class Engine(ABC):
     @abstractmethod
     def slots(self, length: int) -> int:
         """Slots of a cache that ``length`` tokens take on every rank of a replica that shares a sequence."""
+
+    @abstractmethod
+    def tokens_held(self, length: int) -> Sequence[int]:
+        """How many of them get a token, on each of those ranks: the first ones."""
 
     @abstractmethod
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:

@@ -3,7 +3,7 @@
 # Shapes: B rows, L tokens of the chunk, l of them on this rank.
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ds_ring.attention.common import Runs
 from ds_ring.attention.positions import EMPTY
 from ds_ring.attention.step import ChunkStep, Step
 from ds_ring.attention.store import KVStore
@@ -26,6 +27,7 @@ class CachedBatch(Batch):
             padding between tokens.
         store_rows: which of the store's rows these are.
         starts, held: slots filled on every rank before and after.
+        seen: runs of those before in which each row has a token.
         is_first: nothing is cached yet.
     """
 
@@ -34,6 +36,7 @@ class CachedBatch(Batch):
     store_rows: slice
     starts: tuple[int, ...]
     held: tuple[int, ...]
+    seen: tuple[Runs, ...]
     is_first: bool
 
     in_order: ClassVar[bool] = True
@@ -41,20 +44,31 @@ class CachedBatch(Batch):
     def step(self, positions_l: Tensor, device: torch.device) -> Step | None:
         beyond = max(0, int(positions_l.max()) + 1 - self.length)
         places_Bl = pad(self.places_BL, (0, beyond), value=EMPTY)[:, positions_l].to(device)
-        return ChunkStep(self.store, self.store_rows, places_Bl, self.starts, self.held, self.is_first)
+        return ChunkStep(self.store, self.store_rows, places_Bl, self.starts, self.held, self.seen, self.is_first)
 
 
 def chunks(
-    batch: Batch, places_BL: Tensor, store: KVStore, *, size: int, rows_at_a_time: int, slots: Callable[[int], int]
+    batch: Batch,
+    places_BL: Tensor,
+    store: KVStore,
+    *,
+    size: int,
+    rows_at_a_time: int,
+    slots: Callable[[int], int],
+    tokens_held: Callable[[int], Sequence[int]],
 ) -> Iterator[list[CachedBatch]]:
-    """Lists of micro-batches, a list for each chunk of at most ``size`` tokens a row (0: all).
+    """Lists of micro-batches, a list for each chunk: ``size`` tokens a row, or what more divides among ranks; 0: all.
 
-    ``batch`` and ``places_BL`` are this replica's rows, ``slots(length)`` the slots that a chunk takes on each rank.
+    ``batch`` and ``places_BL`` are this replica's rows, ``slots(length)`` the slots that a chunk takes on each rank, of
+    which the first ``tokens_held(length)[rank]`` get a token.
     Where each goes is settled here, so that they may be run list by list or, in order, all in one pipeline.
     """
-    for start in range(0, batch.length, size or batch.length):
-        columns = slice(start, min(start + (size or batch.length), batch.length))
+    # So many tokens take the slots of a whole number a rank: with those filled, chunks leave no gaps.
+    size = slots(size) * len(store.used) if size else batch.length
+    for start in range(0, batch.length, size):
+        columns = slice(start, min(start + size, batch.length))
         starts, is_first, found = tuple(store.used), max(store.used) == 0, []
+        seen = tuple(store.common.of(rank) for rank in range(len(starts)))
         for micro_batch in batch.micro_batches(rows_at_a_time):
             length = min(micro_batch.length, columns.stop) - start
             if length <= 0:
@@ -72,8 +86,13 @@ def chunks(
                     store_rows=rows,
                     starts=starts,
                     held=held,
+                    seen=seen,
                     is_first=is_first,
                 )
             )
+        if bool((places_BL[:, columns] == EMPTY).any()):
+            store.common.end()
+        for rank, (first, count) in enumerate(zip(starts, tokens_held(columns.stop - start), strict=True)):
+            store.common.add(rank, first, count)
         store.used = [s + max(slots(m.length) for m in found) for s in starts]
         yield found

@@ -127,6 +127,7 @@ class _Run:
             for parts in chunks(
                 batch, places_BL[own], cache.store, size=engine.config.workload.prefill_chunk,
                 rows_at_a_time=engine.config.workload.micro_batch_size, slots=engine.slots,
+                tokens_held=engine.tokens_held,
             )
             for part in parts
         ]  # fmt: skip

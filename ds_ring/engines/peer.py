@@ -132,6 +132,9 @@ class PeerEngine(Engine):
     def slots(self, length: int) -> int:
         self._refuse("a cache")
 
+    def tokens_held(self, length: int) -> NoReturn:
+        self._refuse("a cache")
+
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Any) -> Tensor:
         self._refuse("decoding")
 

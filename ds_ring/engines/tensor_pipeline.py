@@ -58,6 +58,9 @@ class TensorPipelineEngine(Engine):
     def slots(self, length: int) -> int:
         return length
 
+    def tokens_held(self, length: int) -> tuple[int]:
+        return (length,)
+
     def mute(self, muted: bool) -> None:
         self.mesh["pp"].muted = muted
         self._muted.close()
