@@ -68,7 +68,9 @@ def test_who_looks_on_sees_what_every_lane_does():
         return float(total)
 
     with Counter() as counter:
-        results = run_interleaved([lambda n=n: job(n) for n in range(5)], lambda call: hand_over.insert(0, call), CPU)
+        results = run_interleaved(
+            [lambda n=n: job(n) for n in range(5)], lambda call: hand_over.insert(0, call), CPU, 2
+        )
     assert results == [0.0, 3.0, 6.0, 9.0, 12.0]
     assert counter.by_job == dict.fromkeys(range(5), 3)
 

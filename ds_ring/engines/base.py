@@ -118,13 +118,13 @@ class Engine(ABC):
         """Positions, in order, of the tokens whose results rank ``peer`` of ``result_axis`` holds."""
 
     @property
-    def interleaves(self) -> bool:
-        """Whether two micro-batches are in flight."""
-        return False
+    def lanes(self) -> int:
+        """How many micro-batches may be in flight."""
+        return 1
 
     def _in_flight(self, micro_batches: list[Batch]) -> bool:
         """Whether these may be: there are several, and none needs what another leaves."""
-        return self.interleaves and len(micro_batches) > 1 and not any(m.in_order for m in micro_batches)
+        return self.lanes > 1 and len(micro_batches) > 1 and not any(m.in_order for m in micro_batches)
 
     @property
     def _captures(self) -> bool:

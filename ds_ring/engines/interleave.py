@@ -69,7 +69,7 @@ def run_interleaved(
     jobs: Sequence[Callable[[], T]],
     on_hand_over: Callable[[Callable[[], None] | None], None],
     device: torch.device,
-    lanes: int = 2,
+    lanes: int,
 ) -> list[T]:
     """Run ``jobs`` in so many lanes, each lane every so-manieth of them; the calling thread is the first lane.
 

@@ -73,19 +73,20 @@ class SequenceParallelEngine(Engine):
         jobs = [partial(self._forward, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
         if not self._in_flight(micro_batches):
             return [job() for job in jobs]
-        return run_interleaved(jobs, self._on_hand_over, self.device, self.config.ring.in_flight)
+        return run_interleaved(jobs, self._on_hand_over, self.device, self.lanes)
 
     @property
-    def interleaves(self) -> bool:
-        """Whether two micro-batches are in flight. Beside NCCL's kernels that costs more than it hides."""
-        wanted = self.config.ring.interleave
-        return self.mesh.topology.sp > 1 and (self.mesh.overlaps if wanted == "auto" else wanted == "on")
+    def lanes(self) -> int:
+        """Beside NCCL's kernels more than one cost more than they hide."""
+        ring = self.config.ring
+        wanted = self.mesh.overlaps if ring.interleave == "auto" else ring.interleave == "on"
+        return ring.in_flight if wanted and self.mesh.topology.sp > 1 else 1
 
     def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
         """Two lanes alternate: one's transfers under the other's layer. More go through each layer together, and hand
         over at its door and before transfers as well: those of all begin once all are ready, and then there are none
         for as long as they compute."""
-        together = hand_over if self.config.ring.in_flight > 2 else None
+        together = hand_over if self.lanes > 2 else None
         for axis in SHARING_AXES:
             self.mesh[axis].beforehand, self.mesh[axis].meanwhile = together, hand_over
         for hook in self._before_layers:

@@ -68,9 +68,10 @@ class TensorPipelineEngine(Engine):
             self._muted.enter_context(muted_tensor_parallel(self.model))
 
     @property
-    def interleaves(self) -> bool:
-        """Whether two micro-batches are in flight, one's layers under the other's all-reduces."""
-        return self.stages == 1 and self.fusion is not None and self.config.ring.interleave == "on"
+    def lanes(self) -> int:
+        """Two where asked for: one's layers under the other's all-reduces."""
+        wanted = self.config.ring.interleave == "on"
+        return 2 if wanted and self.stages == 1 and self.fusion is not None else 1
 
     def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
         for module in self.model.modules():
@@ -80,7 +81,7 @@ class TensorPipelineEngine(Engine):
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         if self._in_flight(micro_batches):
             jobs = [partial(self._pass, [m], [k], want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
-            return [shard for (shard,) in run_interleaved(jobs, self._on_hand_over, self.device)]
+            return [shard for (shard,) in run_interleaved(jobs, self._on_hand_over, self.device, self.lanes)]
         return self._pass(micro_batches, keep, want_hidden)
 
     def _pass(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:

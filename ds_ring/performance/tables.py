@@ -65,7 +65,9 @@ def forward(documents: Sequence[Document], rows: Rows) -> list[str]:
 def forward_name(row: dict[str, Any]) -> str:
     layers = "transformers' own layers" if row.get("fusion") == "none" else "layers fused"
     if row["layout"] != "single":
-        flight = " (two micro-batches in flight)" if row.get("interleaved") else ""
+        # Records of old say only whether there are two.
+        lanes = row.get("in_flight", 2 if row.get("interleaved") else 1)
+        flight = f" ({lanes} micro-batches in flight)" if lanes > 1 else ""
         layers = f"{row['layout']}{flight}, {layers}"
     return f"{layers}, B = {row['batch']}, L = {row['length']:,}, {row['mode'].replace('_', ' ')}"
 
