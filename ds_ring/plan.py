@@ -34,9 +34,16 @@ from ds_ring.volume import bytes_sent_per_rank
 
 EXPOSED = {"sp": 0.6, "tp": 1.3, "pp": 0.2}
 """Seconds that show for a second that the bytes take at the link's rate, inside a host: K/V or heads by copy engine
-with two micro-batches in flight (ring 0.4 to 0.8, Ulysses 0.5: ``gpu2.json`` and the traces in benchmarks/results/;
-of that next to nothing is waiting, it is power), AutoTP's all-reduces one after the other (``trace_tp2.json``; 0.8 with
-two micro-batches in flight), hidden states. ``pp`` is an estimate, as a bubble is measured together with it."""
+beside links that never sleep (ring 0.4 to 0.8, Ulysses 0.5: ``gpu2_two_in_flight.json`` and the traces in
+benchmarks/results/; of that next to nothing is waiting, it is power), AutoTP's all-reduces one after the other
+(``trace_tp2.json``; 0.8 with two micro-batches in flight), hidden states. ``pp`` is an estimate, as a bubble is
+measured together with it."""
+LINK_SLEEPS_S = 0.05
+"""After so long without traffic NVLink goes to sleep (``transfers_gpu2.json``)."""
+IN_FLIGHT = (4, 8, 16)
+"""Micro-batches that may go through a layer together, instead of the two that are configured by default."""
+WORTH = 0.002
+"""Of a step: what more of them have to win, as each holds memory."""
 EXPOSED_BETWEEN_HOSTS = EXPOSED | {"sp": 1.8}
 """The same by process groups: ``sp`` is near what ring showed in ``benchmarks/results/gpu2_h200_first.json``."""
 ATTENTION_SHARE = {"head_dim 512": 0.87, "up to 256": 0.85, "other": 0.45}
@@ -93,7 +100,7 @@ def plans(run: RunConfig, shape: ModelShape, linear_parameters: int, ranks: int,
             continue
         if candidate.parallel.ulysses_degree > card.per_host or candidate.tp_size > card.per_host:
             continue
-        found.append(_predict(candidate, shape, linear_parameters, card))
+        found.append(_with_lanes([_predict(each, shape, linear_parameters, card) for each in _lanes(candidate, card)]))
     if not found:
         raise ConfigError(f"no layout of {ranks} ranks can run this: {refusal}")
     return sorted(found, key=lambda plan: (not plan.fits, plan.step_s if plan.fits else plan.memory_gib))
@@ -165,6 +172,27 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
+def _lanes(config: RunConfig, card: Card) -> list[RunConfig]:
+    """``config``, and with more micro-batches in flight where there are as many and transfers leave links alone."""
+    t, work = config.topology, config.workload
+    by_copy_engine = t.sp > 1 and _inside(config, card) and config.ring.interleave == "auto"
+    if not by_copy_engine or config.ring.in_flight > 2 or config.parallel.implementation != "ds_ring":
+        return [config]
+    steps = math.ceil(work.batch_size / (t.dp * config.largest_micro_batch))
+    return [config, *(RunConfig.load(config, in_flight=lanes) for lanes in IN_FLIGHT if lanes <= steps)]
+
+
+def _with_lanes(plans: list[Plan]) -> Plan:
+    """The one with the fewest in flight that nearly does what the fastest does."""
+    fastest = min((plan.step_s for plan in plans if plan.fits), default=math.inf)
+    return next((plan for plan in plans if plan.fits and plan.step_s <= (1 + WORTH) * fastest), plans[0])
+
+
+def _inside(config: RunConfig, card: Card) -> bool:
+    """Whether ranks that share a sequence are in one host."""
+    return config.topology.world_size // config.topology.dp <= card.per_host
+
+
 def _predict(config: RunConfig, shape: ModelShape, linear_parameters: int, card: Card) -> Plan:
     work, p, t = config.workload, config.parallel, config.topology
     itemsize = 4 if config.dtype == "fp32" else 2
@@ -180,7 +208,7 @@ def _predict(config: RunConfig, shape: ModelShape, linear_parameters: int, card:
     attention = (flops.flops_per_token - 2.0 * linear_parameters) * tokens / (card.product_flops * share)
     compute = linear + attention
     bubble = compute * (t.pp - 1) / steps
-    exposed = bubble + _exposed(config, shape, itemsize, steps, card)
+    exposed = bubble + _exposed(config, shape, itemsize, steps, compute / (steps * shape.num_layers), card)
     memory = peak_bytes(config, shape, linear_parameters, micro) / 2**30
     return Plan(config, compute + exposed, exposed, memory, memory <= RESERVE * card.memory_gib)
 
@@ -191,21 +219,28 @@ def _head_size(head_dim: int) -> str:
     return "up to 256" if head_dim <= 256 else "other"
 
 
-def _exposed(config: RunConfig, shape: ModelShape, itemsize: int, steps: int, card: Card) -> float:
-    """Seconds a step in which communication shows."""
+def _exposed(
+    config: RunConfig, shape: ModelShape, itemsize: int, steps: int, layer_s: float, card: Card
+) -> float:  # fmt: skip
+    """Seconds a step in which communication shows; ``layer_s``: what a layer computes on one micro-batch."""
     work, t = config.workload, config.topology
     sent = bytes_sent_per_rank(config, shape, work.batch_size, work.max_length, itemsize)
     kind = "sp" if t.sp > 1 else "tp" if t.tp > 1 else "pp"
-    inside = t.world_size // t.dp <= card.per_host
+    inside = _inside(config, card)
     rate, shown = (card.link_bytes, EXPOSED) if inside else (card.network_bytes, EXPOSED_BETWEEN_HOSTS)
     messages = steps * shape.num_layers * (2 * (t.ulysses > 1) + (t.ring - 1) + 2 * (t.tp > 1)) / t.pp
-    return shown[kind] * sent / rate + messages * MESSAGE_S
+    awake = 1.0
+    if inside and config.ring.in_flight > 2:
+        bursts = (1 + (t.ulysses > 1)) * shape.num_layers * steps / config.ring.in_flight
+        awake = min(1.0, (sent / rate + bursts * LINK_SLEEPS_S) / (layer_s * steps * shape.num_layers))
+    return shown[kind] * awake * sent / rate + messages * MESSAGE_S
 
 
 def row(plan: Plan) -> dict[str, Any]:
     """A line of the table and of the JSON document."""
     return {
         "layout": plan.label,
+        "in_flight": plan.config.ring.in_flight if plan.config.topology.sp > 1 else 1,
         "tps": plan.tps(),
         "step_ms": 1e3 * plan.step_s,
         "exposed_ms": 1e3 * plan.exposed_s,

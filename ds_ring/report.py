@@ -234,11 +234,11 @@ def plain_table(
 def plan_table(rows: list[dict[str, Any]]) -> Table:
     """Layouts and what is predicted of them: rows of ``plan.row``, best first."""
     table = Table(title="Predicted, best first; red: does not fit", title_justify="left")
-    for name in ("layout", "TPS (tok/s)", "step", "comm and bubble", "memory"):
+    for name in ("layout", "in flight", "TPS (tok/s)", "step", "comm and bubble", "memory"):
         table.add_column(name, justify="left" if name == "layout" else "right")
     for r in rows:
         table.add_row(
-            r["layout"], f"{r['tps']:,.0f}", f"{r['step_ms']:,.1f} ms", f"{r['exposed_ms']:,.1f} ms",
-            f"{r['memory_gib']:.1f} GiB", style=None if r["fits"] else "red",
+            r["layout"], str(r["in_flight"]), f"{r['tps']:,.0f}", f"{r['step_ms']:,.1f} ms",
+            f"{r['exposed_ms']:,.1f} ms", f"{r['memory_gib']:.1f} GiB", style=None if r["fits"] else "red",
         )  # fmt: skip
     return table

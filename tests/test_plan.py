@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import GPTNeoXConfig
@@ -14,7 +15,7 @@ from ds_ring import runtime
 from ds_ring.checks import ModelShape, check_run
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
-from ds_ring.hardware import CARDS
+from ds_ring.hardware import CARDS, Card
 from ds_ring.plan import Plan, choose, plans, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,33 @@ def test_one_long_sequence_is_shared_by_all():
     assert "1 sequence(s) for 4 ranks, so 4 share each" in reason
     alone, _ = choose(run(1, 131_072), PAPER, PAPER_WEIGHTS, 1, H100)
     assert 2 < alone.step_s / best.step_s < 4
+
+
+def ring2(batch: int, length: int, card: Card = H100, **options: Any) -> Plan:
+    work = RunConfig.load(run(batch, length, micro=2), **options)
+    return next(p for p in plans(work, PAPER, PAPER_WEIGHTS, 2, card) if p.label == "ring2")
+
+
+def test_micro_batches_go_together_where_links_may_sleep_meanwhile():
+    """A layer of two sequences takes some 28 ms here, of which transfers keep 1 busy and 50 awake."""
+    together, by_three = ring2(32, 10_000), ring2(32, 10_000, in_flight=3)
+    assert together.config.ring.in_flight in (8, 16)
+    assert together.exposed_s < 0.5 * by_three.exposed_s
+    assert together.memory_gib > by_three.memory_gib + 5
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "card", "options"),
+    [
+        (4, 10_000, H100, {}),  # there are no more than two
+        (32, 1000, H100, {}),  # a layer of sixteen is shorter than what links stay awake
+        (32, 10_000, replace(H100, memory_gib=12), {}),
+        (32, 10_000, replace(H100, per_host=1), {}),  # by process groups
+        (32, 10_000, H100, {"interleave": "off"}),
+    ],
+)
+def test_two_are_in_flight_where_more_win_nothing_or_do_not_fit(batch, length, card, options):
+    assert ring2(batch, length, card, **options).config.ring.in_flight == 2
 
 
 def test_few_sequences_are_shared_by_some():
