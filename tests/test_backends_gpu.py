@@ -171,6 +171,8 @@ def test_any_shape_where_none_is_planned_for(backend, head_dim, lengths, heads, 
     block = BlockSpec(spec, causal, shift)
     want = reference_attention(q, k, v, spec=spec, causal=causal, q_offset=shift)
     assert_is(on_poisoned_memory(backend, q, k, v, block, HALF), want, HALF)
+    into = torch.full_like(q, torch.nan)
+    assert_is((into, backend.attend_into_(into, q, k, v, block)), want, HALF)
     half = keys // 2
     if half:
         state = backend.attend(q, k[:, half:], v[:, half:], BlockSpec(spec, causal, shift - half), torch.float32)

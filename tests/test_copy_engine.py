@@ -34,21 +34,37 @@ class TestTransport:
             assert sent == 5 * (size - 1) * 2 * 4
 
     @pytest.mark.parametrize("muted", [False, True])
-    @pytest.mark.parametrize(
-        ("shape", "along"), [((3, 2, 5, 4), 1), ((3, 1, 5, 4), 1), ((3, 2, 1), 1), ((3, 2, 5, 2, 4), 2)]
-    )
-    def test_parts_of_an_all_to_all_are_joined_in_the_order_of_ranks(self, shape, along, muted):
-        """Tokens side by side, or heads."""
-
+    @pytest.mark.parametrize("shape", [(3, 2, 5, 4), (3, 1, 5, 4), (3, 2, 1)])
+    def test_tokens_of_an_all_to_all_are_side_by_side_in_the_order_of_ranks(self, shape, muted):
         def work(transport):
             transport.muted = muted
-            joins = {1: transport.all_to_all_side_by_side, 2: transport.all_to_all_joined}
             send = torch.randn(shape, generator=torch.Generator().manual_seed(transport.rank))
             parts = transport.all_to_all(send)
             sent = transport.traffic.bytes_sent
-            joined = joins[along](transport.send_buffer(shape, send).copy_(send))
+            joined = transport.all_to_all_side_by_side(transport.send_buffer(shape, send).copy_(send))
             assert transport.traffic.bytes_sent == 2 * sent > 0
-            assert torch.equal(joined, torch.cat(list(parts), along))
+            assert torch.equal(joined, torch.cat(list(parts), 1))
+
+        pulling(3, work, random_delay(5))
+
+    @pytest.mark.parametrize("muted", [False, True])
+    @pytest.mark.parametrize("in_place", [False, True])
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_heads_of_an_all_to_all_are_joined_in_the_order_of_ranks(self, batch, in_place, muted):
+        def work(transport):
+            transport.muted = muted
+            everyone = [torch.randn(batch, 3 * 5, 2, 4, generator=torch.Generator().manual_seed(r)) for r in range(3)]
+            send = everyone[transport.rank]
+            joined = transport.all_to_all_joined(
+                transport.send_buffer(send.shape, send).copy_(send) if in_place else send
+            )
+            assert transport.traffic.bytes_sent == send.nbytes * 2 // 3
+            mine = slice(5 * transport.rank, 5 * transport.rank + 5)
+            assert joined.shape == (batch, 5, 6, 4)
+            assert joined.is_contiguous()
+            for peer, part in enumerate(joined.split(2, 2)):
+                if peer == transport.rank or not muted:
+                    assert torch.equal(part, everyone[peer][:, mine])
 
         pulling(3, work, random_delay(5))
 

@@ -132,6 +132,20 @@ def test_queries_without_a_visible_key_give_zero_and_minus_infinity():
 
 
 @pytest.mark.usefixtures("hopper")
+@pytest.mark.usefixtures("hopper")
+def test_a_result_goes_into_memory_of_any_strides():
+    """And nowhere else: what lies between stays as it was."""
+    q, k, v = (torch.randn(2, 300, 3, 512, device="cuda", dtype=torch.float16) for _ in range(3))
+    call = arguments(q, [(k, v, 0)], [(0, 300, 0)], True)
+    want_out, want_lse = attention512.attention512(*call)
+    memory = torch.full((2, 310, 5, 520), float("nan"), device="cuda", dtype=torch.float16)
+    lse = attention512.into_(memory[:, 5:305, 1:4, 8:], *call)
+    assert torch.equal(memory[:, 5:305, 1:4, 8:], want_out)
+    assert torch.equal(lse, want_lse)
+    memory[:, 5:305, 1:4, 8:] = float("nan")
+    assert memory.isnan().all()
+
+
 def test_the_kernel_runs_in_a_cuda_graph_and_under_compile():
     q, k, v = (torch.randn(1, 300, 2, 512, device="cuda", dtype=torch.float16) for _ in range(3))
     want = whole_call(q, [(k, v, 0)], [(0, 300, 0)], True)

@@ -206,8 +206,8 @@ class TestCollectives:
     @pytest.mark.parametrize("heads", [1, 2])
     def test_heads_are_joined_into_whole_memory(self, size, heads):
         def work(transport):
-            send = torch.arange(size)[:, None, None, None, None].expand(size, 2, 3, heads, 4) + 10 * transport.rank
-            return transport.all_to_all_joined(send.contiguous())
+            parts = torch.arange(size)[None, :, None, None, None].expand(2, size, 3, heads, 4) + 10 * transport.rank
+            return transport.all_to_all_joined(parts.flatten(1, 2))
 
         for rank, joined in enumerate(in_group(size, work)):
             assert joined.is_contiguous()

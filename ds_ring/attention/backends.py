@@ -32,6 +32,12 @@ class Backend(ABC):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype) -> Partial:
         """q [B, L, H, D], k and v [B, S, K, D], any strides with a contiguous last dimension."""
 
+    def attend_into_(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> Tensor:
+        """The result in ``out``, of any strides with a contiguous last dimension; lse."""
+        found, lse = self.attend(q, k, v, block, out.dtype)
+        out.copy_(found)
+        return lse
+
     def accumulate_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> None:
         """Fold the block into the running ``out`` and ``lse``, both fp32 and of any strides, in place."""
         merge_(out, lse, *self.attend(q, k, v, block, torch.float32))
@@ -87,6 +93,10 @@ class _Hopper512(Backend):
             q, [k], [v], [0], chunk, block.causal, block.attention.scale, out_dtype=out_dtype
         )
         return out, lse
+
+    def attend_into_(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> Tensor:
+        chunk = [0, q.shape[1], block.shift]
+        return attention512.into_(out, q, [k], [v], [0], chunk, block.causal, block.attention.scale)
 
     def accumulate_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> None:
         chunk = [0, q.shape[1], block.shift]

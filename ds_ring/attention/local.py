@@ -39,6 +39,22 @@ def attend(
     return backend.attend(q_BLHD, k_BSKD, v_BSKD, block, out_dtype or q_BLHD.dtype)
 
 
+def attend_into_(
+    out_BLHD: Tensor,
+    q_BLHD: Tensor,
+    k_BSKD: Tensor,
+    v_BSKD: Tensor,
+    *,
+    spec: AttentionSpec,
+    causal: bool = True,
+    q_offset: int = 0,
+    k_offset: int = 0,
+) -> Tensor:
+    """As ``attend``, into ``out_BLHD``, fp32 or q's dtype: at once where a kernel can, else by a copy; returns lse."""
+    block = BlockSpec(spec, causal, q_offset - k_offset)
+    return choose(q_BLHD, k_BSKD.shape[1], block).attend_into_(out_BLHD, q_BLHD, k_BSKD, v_BSKD, block)
+
+
 def accumulate_(
     out_BLHD: Tensor,
     lse_BHL: Tensor,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention import sinks
-from ds_ring.attention.local import accumulate_, attend
+from ds_ring.attention.local import accumulate_, attend, attend_into_
 from ds_ring.attention.round import Round
 from ds_ring.attention.runs import accumulate_runs_, attend_runs, takes_segments
 from ds_ring.attention.spec import AttentionSpec
@@ -31,6 +31,7 @@ def ring_attention(
     sinks_H: Tensor | None = None,
     variant: RingVariant = "auto",
     gather_limit_bytes: int = 2 << 30,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of this rank's slice against the whole sequence.
 
@@ -42,10 +43,13 @@ def ring_attention(
             exchange for one attention call a run and no merge; ``local_first`` gathers as well, attending to the own
             block meanwhile; ``auto`` gathers while that stays below the limit, in the way that suits the transport, as
             does ``pass_q``, which is about cached keys.
+        out: where the result is wanted, [B, L, H, D] in q's dtype; memory of its own by default.
 
     Returns:
         out [B, L, H, D] in q's dtype.
     """
+    if transport.size == 1 and out is not None:
+        return sinks.apply_(out, attend_into_(out, q_BLHD, k_BLKD, v_BLKD, spec=spec), sinks_H)
     if transport.size == 1:
         return sinks.apply_(*attend(q_BLHD, k_BLKD, v_BLKD, spec=spec), sinks_H)
     with Round(
@@ -54,7 +58,8 @@ def ring_attention(
     ) as travelling:  # fmt: skip
         travelling.write(k_BLKD, v_BLKD)
         travelling.start()
-        return attend_round(q_BLHD, travelling, spec, sinks_H)
+        result = attend_round(q_BLHD, travelling, spec, sinks_H)
+        return result if out is None else out.copy_(result)
 
 
 def attend_round(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None = None) -> Tensor:

@@ -8,14 +8,19 @@ receiving just the ones its query heads attend to.
 # rank's share of them, U ranks, D head_dim.
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from ds_ring.attention.lying import Lying, Shares
 from ds_ring.transport.base import Transport
 
-Inner = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Inner(Protocol):
+    """Attention of whole slices, written to ``out`` [B, L, h, D], and returned."""
+
+    def __call__(self, q_BLhD: Tensor, k_BLkD: Tensor, v_BLkD: Tensor, /, *, out: Tensor | None = None) -> Tensor: ...
 
 
 def kv_heads_of(ulysses_rank: int, num_heads: int, num_kv_heads: int, degree: int) -> list[int]:
@@ -66,7 +71,7 @@ class Trade:
         q, k, v = transport.all_to_all_side_by_side(self._send).split(self._sizes, dim=2)
         # Where it is not a transport's own, the send buffer's memory is free from here on.
         del self._send, self.q, self.k, self.v
-        return give_back(inner(q, k, v), transport)
+        return _attend(inner, q, k, v, transport)
 
 
 class ProjectionTrade:
@@ -88,7 +93,7 @@ class ProjectionTrade:
         blocks = self._transport.all_to_all_columns(self.memory, [share.columns for share in self._shares])
         self.memory = None
         q, k, v = self._shares[self._transport.rank].views(blocks)
-        return give_back(inner(q, k, v), self._transport)
+        return _attend(inner, q, k, v, self._transport)
 
 
 def shares_of(lying: Lying, num_heads: int, num_kv_heads: int, transport: Transport) -> Shares | None:
@@ -100,12 +105,10 @@ def shares_of(lying: Lying, num_heads: int, num_kv_heads: int, transport: Transp
     return lying.shares([(q, kv_heads_of(u, num_heads, num_kv_heads, degree)) for u, q in enumerate(q_heads)])
 
 
-def give_back(out_BLhD: Tensor, transport: Transport) -> Tensor:
-    """[B, l, H, D] of this rank's tokens, of all ranks' [B, L, h, D]."""
-    batch, length, share, head_dim = out_BLhD.shape
-    send = transport.send_buffer((transport.size, batch, length // transport.size, share, head_dim), out_BLhD)
-    send.copy_(out_BLhD.view(batch, transport.size, length // transport.size, share, head_dim).transpose(0, 1))
-    return transport.all_to_all_joined(send)
+def _attend(inner: Inner, q_BLhD: Tensor, k_BLkD: Tensor, v_BLkD: Tensor, transport: Transport) -> Tensor:
+    """[B, l, H, D] of this rank's tokens. The result of all tokens is written where peers take it."""
+    send_BLhD = transport.send_buffer(q_BLhD.shape, q_BLhD)
+    return transport.all_to_all_joined(inner(q_BLhD, k_BLkD, v_BLkD, out=send_BLhD))
 
 
 def _neighbours(heads: Sequence[int]) -> Iterator[tuple[int, slice]]:
@@ -123,7 +126,7 @@ def ulysses_attention(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, *, transpo
     Args:
         q_BlHD, k_BlKD, v_BlKD: this rank's tokens, all heads; H is a multiple of the group's size.
         transport: the Ulysses axis, in the order in which the ranks' tokens follow each other in the slice.
-        inner: (q [B, L, h, D], k [B, L, k, D], v) -> out [B, L, h, D].
+        inner: of q [B, L, h, D], k [B, L, k, D] and v.
 
     Returns:
         out [B, l, H, D] for this rank's tokens.

@@ -89,6 +89,42 @@ def _(
     return _outputs(q, out_dtype)
 
 
+@torch.library.custom_op("ds_ring::attention512_into_", mutates_args=("out",), device_types="cuda")
+def into_(
+    out: Tensor,
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    k_offsets: Sequence[int],
+    chunks: Sequence[int],
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """``attention512`` into memory that is there; returns lse.
+
+    Args:
+        out: [B, L, H, 512], fp32 or q's dtype; strides are multiples of 16 bytes, the last dimension contiguous.
+    """
+    assert _aligned(out) is out
+    lse = _lse(q)
+    _launch(q, keys, values, k_offsets, chunks, causal, scale, None, (out, lse))
+    return lse
+
+
+@into_.register_fake
+def _(
+    out: Tensor,
+    q: Tensor,
+    keys: object,
+    values: object,
+    k_offsets: object,
+    chunks: object,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    return _lse(q)
+
+
 @torch.library.custom_op("ds_ring::attention512_accumulate_", mutates_args=("out", "lse"), device_types="cuda")
 def accumulate_(
     out: Tensor,
@@ -183,7 +219,11 @@ def _launch(
 
 def _outputs(q: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, dtype=out_dtype or q.dtype, memory_format=torch.contiguous_format)
-    return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    return out, _lse(q)
+
+
+def _lse(q: Tensor) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
 def _aligned(tensor: Tensor) -> Tensor:

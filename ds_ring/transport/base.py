@@ -144,9 +144,11 @@ class Transport(ABC):
         return self.all_to_all(send).transpose(0, 1).reshape(batch, size * rows, *rest)
 
     def all_to_all_joined(self, send: Tensor) -> Tensor:
-        """As ``all_to_all``, of ``[size, B, l, h, D]``; the result is ``[B, l, size h, D]``, rank j's at head j h."""
+        """As ``all_to_all``, of ``[B, size l, h, D]``, l rows for each rank; the result is ``[B, l, size h, D]``, rank
+        j's at head j h."""
+        parts = send.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
         # Contiguous, as of a single head a rank a reshape would not be: models may take the result as a view.
-        return self.all_to_all(send).permute(1, 2, 0, 3, 4).contiguous().flatten(2, 3)
+        return self.all_to_all(parts).permute(1, 2, 0, 3, 4).contiguous().flatten(2, 3)
 
     def all_to_all_columns(self, memory_BlW: Tensor, columns: Sequence[Sequence[slice]]) -> list[Tensor]:
         """Of a send buffer [B, l, W], the columns ``columns[i]`` go to rank i. For each of this rank's own, in order,

@@ -114,18 +114,32 @@ class CopyEngineTransport(Transport):
         return self._control._broadcast(tensor, source)
 
     def all_to_all_side_by_side(self, send: Tensor) -> Tensor:
-        return super().all_to_all_side_by_side(send) if self.muted else self._all_to_all_along(1, send)
+        if self.muted:
+            return super().all_to_all_side_by_side(send)
+        self._account_all_to_all(send)
+        size, batch, *shape = send.shape
+        received = send.new_empty((batch, size, *shape))
+        self._swap(send, self._for_us, [[part] for part in received.unbind(1)])
+        return received.flatten(1, 2)
 
     def all_to_all_joined(self, send: Tensor) -> Tensor:
-        return super().all_to_all_joined(send) if self.muted else self._all_to_all_along(2, send)
+        shape, like = tuple(send.shape), send.new_empty(0)
+        sent = send.nbytes * (self.size - 1) // self.size
+        self.traffic.add("all_to_all", sent, lambda: void(self._take_rows(self.send_buffer(shape, like))))
+        if not self.muted:
+            self._stand_ins.clear()
+            return self._take_rows(send)
+        own = send.unflatten(1, (self.size, -1))[:, self.rank]
+        joined = self.stand_in((*own.shape[:2], self.size, *own.shape[2:]), own)
+        joined[:, :, self.rank] = own
+        return joined.flatten(2, 3)
 
-    def _all_to_all_along(self, dim: int, send: Tensor) -> Tensor:
-        """Ranks' parts one behind the other along a dimension of theirs."""
-        self._account_all_to_all(send)
-        size, *shape = send.shape
-        received = send.new_empty((*shape[:dim], size, *shape[dim:]))
-        self._swap(send, self._for_us, [[part] for part in received.unbind(dim)])
-        return received.flatten(dim, dim + 1)
+    def _take_rows(self, send: Tensor) -> Tensor:
+        batch, rows, *heads = send.shape
+        received = send.new_empty((batch, rows // self.size, self.size, *heads))
+        targets = [[part] for part in received.unbind(2)]
+        self._swap(send, lambda memory: [memory.unflatten(1, (self.size, -1))[:, self.rank]], targets)
+        return received.flatten(2, 3)
 
     def _for_us(self, send: Tensor) -> list[Tensor]:
         return [send[self.rank]]
