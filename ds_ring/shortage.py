@@ -11,7 +11,7 @@ import torch
 
 from ds_ring.config import RunConfig
 from ds_ring.errors import is_out_of_memory
-from ds_ring.hardware import memory_gib
+from ds_ring.hardware import memory_gib, peak_memory_gib
 from ds_ring.hf.flops import matrix_elements
 from ds_ring.memory import cache_bytes, peak_bytes
 
@@ -69,6 +69,16 @@ def of_generation(engine: Engine, rows: int, prompt: int, length: int) -> str:
         f"of {rows} x {length} tokens, the rest for weights and chunks of {micro} x {chunk}; "
         f"{'lower' if work.prefill_chunk else 'set'} prefill_chunk, give fewer rows or tokens at a time, or share them "
         f"among more ranks ({'tp_size, pp_size' if t.tp * t.pp > 1 else 'ring_degree, ulysses_degree'})"
+    )
+
+
+def of_weights(weight_bytes: int, run: RunConfig, device: torch.device) -> str:
+    """One line, about weights that this rank loads or moves."""
+    narrower = "take dtype fp16 or bf16, or " if run.dtype == "fp32" else ""
+    return (
+        f"{_held(peak_memory_gib(device), device)}, {weight_bytes / GIB:.1f} are predicted for this rank's weights in "
+        f"{run.dtype}; {narrower}raise pp_size, with more GPUs: a stage loads its own layers alone, which tp_size "
+        f"shares only once they are loaded"
     )
 
 

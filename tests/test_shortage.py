@@ -7,12 +7,16 @@ import pytest
 import torch
 from generated import GREEDY, padded
 from mocked_world import outcome, serve
+from test_stage_loading import launched
 from tiny_models import build, gpt_neox, tokens
+from transformers import PreTrainedModel
 
-from ds_ring import shortage
+import ds_ring
+from ds_ring import launcher, runtime, shortage
 from ds_ring.checks import ModelShape
 from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
+from ds_ring.errors import OutOfMemory
 from ds_ring.shortage import GIB
 
 
@@ -87,3 +91,78 @@ def test_a_generation_s_prediction_is_of_its_own_rows_and_cache(layout, chunk, m
             note,
         )
     assert set(asked) == {(chunk or 24, micro), (rows, 30)}
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def of_weights(weights: int, dtype: str) -> str:
+    narrower = "take dtype fp16 or bf16, or " if dtype == "fp32" else ""
+    return (
+        rf"[\d.]+ GiB were held, {weights}\.0 are predicted for this rank's weights in {dtype}; {narrower}raise "
+        r"pp_size, with more GPUs: a stage loads its own layers alone, .*"
+    )
+
+
+@pytest.mark.parametrize("layout", [{}, {"pp_size": 2}], ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_memory_that_runs_out_as_a_loaded_model_moves(dtype, layout, monkeypatch):
+    model = build(gpt_neox(heads=4))
+    monkeypatch.setattr(PreTrainedModel, "to", out_of_memory)
+    monkeypatch.setattr(shortage, "GIB", 1)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        serve(model, lambda engine: None, dtype=dtype, **layout)
+    layers, norm = model.gpt_neox.layers, model.gpt_neox.final_layer_norm
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    stages = [[layers[:2], embedding], [layers[2:], norm, head]] if layout else [[model]]
+    counts = [sum(p.numel() for part in stage for p in part.parameters()) for stage in stages]
+    sizes = [count * (4 if dtype == "fp32" else 2) for count in counts]
+    (note,) = error.value.__notes__
+    assert any(re.fullmatch(of_weights(size, dtype), note) for size in sizes)
+
+
+def test_memory_that_runs_out_as_a_checkpoint_loads(tmp_path, monkeypatch):
+    model = build(gpt_neox(heads=4))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(runtime, "load_model", out_of_memory)
+    monkeypatch.setattr(shortage, "GIB", 1)
+    (error,) = launched(
+        lambda rank: outcome(lambda: ds_ring.from_pretrained(tmp_path, {"dtype": "fp16"})), 1, monkeypatch
+    )
+    (note,) = error.__notes__
+    assert re.fullmatch(of_weights(2 * sum(p.numel() for p in model.parameters()), "fp16"), note)
+
+
+SCRIPT = """
+import argparse, os, torch, ds_ring
+from ds_ring import cli
+from transformers import core_model_loading
+
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+def work(args):
+    if os.environ["RANK"] == "1":
+        core_model_loading._materialize_copy = out_of_memory
+    ds_ring.from_pretrained(args.model, {"dtype": "fp32"}, ring_degree=2)
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model")
+cli.main(work, parser)
+"""
+
+
+@pytest.mark.launch
+def test_one_rank_out_of_memory_as_it_loads_ends_them_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    build(gpt_neox(heads=4)).save_pretrained(tmp_path / "model")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    said = (
+        r"^out of memory on rank 1: CUDA out of memory\. Tried to allocate 2\.00 GiB; [\d.]+ GiB were held, 0\.0 are "
+        r"predicted for this rank's weights in fp32; take dtype fp16 or bf16, or raise pp_size, .*"
+    )
+    options = ["--model", str(tmp_path / "model")]
+    with pytest.raises(OutOfMemory, match=said):
+        launcher.launch(str(script), 2, options, log=tmp_path / "log", report=print, limit_s=120)

@@ -24,7 +24,7 @@ from ds_ring.checks import stage_layers
 from ds_ring.errors import CheckpointError
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint
-from ds_ring.hf.loading import load_model, load_stage
+from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 
 CPU = torch.device("cpu")
 EMBEDDINGS = {"embed_tokens", "embed_in", "embed_positions", "wte", "wpe"}
@@ -91,6 +91,16 @@ def test_a_stage_reads_its_own_tensors_and_no_other(name, stage, tmp_path, read)
     assert bool(ends & EMBEDDINGS) == (stage == 0 or tied)
     assert bool(ends & LAST_NORMS) == last
     assert bool(ends & {"lm_head", "embed_out"}) == (last and not tied)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma", "mixtral"])
+def test_what_a_stage_s_weights_take_is_known_before_they_load(name, tmp_path):
+    model = saved(ARCHITECTURES[name](), tmp_path)
+    count = model.config.num_hidden_layers
+    for layers in (range(count), stage_layers(count, 2, 0), stage_layers(count, 2, 1)):
+        part = load_stage(tmp_path, torch.float16, CPU, layers)
+        assert weight_bytes(model.config, torch.float16, layers) == sum(p.nbytes for p in part.parameters())
+    assert weight_bytes(model.config, torch.float32, range(count)) == sum(p.nbytes for p in model.parameters())
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
