@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, logits, tokens
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import MergeModulelist
 
 import ds_ring
 from ds_ring import runtime
@@ -101,6 +102,23 @@ def test_what_a_stage_s_weights_take_is_known_before_they_load(name, tmp_path):
         part = load_stage(tmp_path, torch.float16, CPU, layers)
         assert weight_bytes(model.config, torch.float16, layers) == sum(p.nbytes for p in part.parameters())
     assert weight_bytes(model.config, torch.float32, range(count)) == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), RuntimeError), (ValueError("odd"), CheckpointError)],
+    ids=["memory", "other"],
+)
+def test_memory_that_runs_out_in_a_conversion_is_not_the_checkpoint_s_fault(failure, error, tmp_path, monkeypatch):
+    saved(ARCHITECTURES["mixtral"](), tmp_path)
+
+    def fails(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(MergeModulelist, "convert", fails)
+    words = r"^CUDA out of memory\. Tried 2 GiB$" if error is RuntimeError else "lacks .*experts"
+    with pytest.raises(error, match=words):
+        load_stage(tmp_path, torch.float32, CPU, range(2))
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])

@@ -14,7 +14,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ds_ring.errors import CheckpointError
+from ds_ring.errors import CheckpointError, is_out_of_memory
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.shape import read_config
@@ -55,6 +55,7 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     )
     if tied:
         model.tie_weights()
+    _refuse_shortage(info.conversion_errors.values())
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     _refuse(path, missing, info.mismatched_keys)
     if (checkpoint.directory / GENERATION_CONFIG_NAME).is_file():
@@ -82,6 +83,15 @@ def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range
     # A tied head is loaded as the embedding, which then has to be there.
     strip(anatomy, layers, keep_embedding=tied)
     return anatomy, tied
+
+
+def _refuse_shortage(conversion_errors: Iterable[str]) -> None:
+    """Raise again what transformers only notes where memory runs out while it converts: what is missing for that is in
+    the checkpoint all the same. Behind a traceback a note says the error, and on its last line what was converted."""
+    for note in conversion_errors:
+        said = RuntimeError(*note.splitlines()[-2:-1])
+        if is_out_of_memory(said):
+            raise said
 
 
 def _refuse(path: str | Path, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
