@@ -41,6 +41,12 @@ class ModelShape:
         """(key/value heads, head_dim) of every layer."""
         return self.unlike_layers or ((self.num_kv_heads, self.head_dim),) * self.num_layers
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many positions every layer sees; None: all."""
+        kinds = self.layer_types or ("sliding_attention",) * self.num_layers
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in kinds)
+
 
 def check_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
     """Raise ConfigError or UnsupportedModelError for the first rule that ``config`` breaks.
@@ -205,7 +211,7 @@ def _check_peer(config: RunConfig, shape: ModelShape) -> None:
             f"implementation={whose}: num_kv_heads={kv_heads} is not divisible by ulysses_degree={ulysses}; "
             f"use ring_degree instead, or implementation=ds_ring, which takes any"
         )
-    windowed = shape.sliding_window is not None and (not shape.layer_types or "sliding_attention" in shape.layer_types)
+    windowed = any(window is not None for window in shape.windows)
     unseen = [name for name, asked in (("sliding windows", windowed), ("soft-capping", shape.softcap)) if asked]
     if unseen:
         raise UnsupportedModelError(

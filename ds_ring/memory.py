@@ -39,7 +39,7 @@ tensors that are alive.)
 
 from __future__ import annotations
 
-from ds_ring.checks import ModelShape
+from ds_ring.checks import ModelShape, stage_layers
 from ds_ring.config import RunConfig
 from ds_ring.kernels.attention512 import HEAD_DIM
 from ds_ring.layout import SequenceLayout
@@ -75,6 +75,24 @@ def peak_bytes(config: RunConfig, shape: ModelShape, linear_parameters: int, mic
     summed_or_sent = rows * d * (MIN_SLOTS + 1 if t.pp > 1 else 1 if t.tp > 1 else 0)
     layer = max(projecting, attending, behind)
     return (_weights(config, shape, linear_parameters) + layer + waiting + summed_or_sent) * itemsize
+
+
+def cache_bytes(config: RunConfig, shape: ModelShape, rows: int, length: int) -> float:
+    """Bytes of what the fullest rank of a replica keeps of ``rows`` sequences of ``length`` tokens: keys, values
+    and, as an int32, where each token stands.
+
+    Tokens are spread over the ranks that share them, heads and layers over tensor and pipeline parallel ones. Layers
+    that see a window keep no more tokens than that; each has a slot to spare (``attention/store.py``). A continued
+    conversation may hold half as much again, as its memory grows.
+    """
+    t, itemsize = config.topology, 4 if config.dtype == "fp32" else 2
+    slots = -(-length // t.sp) + 1
+    layers = [
+        2 * kv_heads * head_dim / t.tp * (slots if window is None else 1 + min(slots, window))
+        for (kv_heads, head_dim), window in zip(shape.heads_of_layers, shape.windows, strict=True)
+    ]
+    stages = [sum(layers[i] for i in stage_layers(len(layers), t.pp, stage)) for stage in range(t.pp)]
+    return rows * (max(stages) * itemsize + 4 * slots)
 
 
 def _weights(config: RunConfig, shape: ModelShape, linear_parameters: int) -> float:

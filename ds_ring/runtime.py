@@ -25,10 +25,11 @@ from ds_ring.hf import identity
 from ds_ring.hf.anatomy import Anatomy, own_configs
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.loading import load_model, load_stage
+from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.hf.stage import keep_stage
 from ds_ring.results import versions
+from ds_ring.shortage import noted, of_weights
 from ds_ring.stall import outside
 from ds_ring.topology import Topology
 from ds_ring.transport.choice import Place, choose, sharing_a_gpu
@@ -71,18 +72,19 @@ def from_pretrained(
     _say_stages(run, shape)
     mesh = connect(run, {**identity.of_config(config_of_model), **identity.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
-    kind: type[Engine] = TensorPipelineEngine
-    if is_tensor_pipeline(run.topology):
-        layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
-        model = load_stage(path, dtype, device, layers)
-    else:
-        kind = whole_engine(run)
-        model = load_model(path, dtype, device)
-    # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched.
-    with outside.over("waiting for all ranks to load"):
-        mesh["world"].barrier()
-    with outside.over("building the engine"):
-        return kind(model, run, mesh, shape, device)
+    layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
+    with noted(lambda: of_weights(weight_bytes(config_of_model, dtype, layers), run, device)):
+        kind: type[Engine] = TensorPipelineEngine
+        if is_tensor_pipeline(run.topology):
+            model = load_stage(path, dtype, device, layers)
+        else:
+            kind = whole_engine(run)
+            model = load_model(path, dtype, device)
+        # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched.
+        with outside.over("waiting for all ranks to load"):
+            mesh["world"].barrier()
+        with outside.over("building the engine"):
+            return kind(model, run, mesh, shape, device)
 
 
 def init_inference(
@@ -128,14 +130,16 @@ def resolve(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig
 def build_engine(model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device) -> Engine:
     """The engine that ``run`` asks for, over an existing mesh; ``model`` is whole."""
     own_configs(model)
-    with float_buffers_kept(model):
-        model = model.to(device=device, dtype=torch_dtype(run.dtype)).eval()
-    if is_tensor_pipeline(run.topology):
-        layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
-        if len(layers) < shape.num_layers:
-            keep_stage(Anatomy.of(model), layers)
-        return TensorPipelineEngine(model, run, mesh, shape, device)
-    return whole_engine(run)(model, run, mesh, shape, device)
+    layers, dtype = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp")), torch_dtype(run.dtype)
+    if len(layers) < shape.num_layers:
+        # First: a device may have room for this stage alone.
+        keep_stage(Anatomy.of(model), layers)
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    with noted(lambda: of_weights(weights, run, device)):
+        with float_buffers_kept(model):
+            model = model.to(device=device, dtype=dtype).eval()
+        kind = TensorPipelineEngine if is_tensor_pipeline(run.topology) else whole_engine(run)
+        return kind(model, run, mesh, shape, device)
 
 
 def whole_engine(run: RunConfig) -> type[Engine]:

@@ -24,9 +24,12 @@ from tiny_models import ARCHITECTURES, build
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from ds_ring.config import RunConfig
 from ds_ring.engines.base import Engine
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
+from ds_ring.hf.shape import model_shape
+from ds_ring.memory import cache_bytes
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "mistral", "gpt_oss"])
@@ -109,6 +112,22 @@ def test_every_rank_holds_its_share_of_the_cache(layout, prompt):
         assert prompt + 39 <= sum(used) <= prompt + 39 + 2 * ranks + 2
         assert max(used) - min(used) <= 1
         assert max(used) * per_slot <= memory <= max(64, 1.5 * max(used)) * per_slot
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gemma3", "mistral"])
+@by_name("single", "ring3", "ulysses3_ring2", "pp2", "tp3_pp2", "dp2_ring2")
+def test_the_closed_form_of_a_cache_is_what_the_fullest_rank_holds(name, layout):
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    config = ARCHITECTURES[name](**heads)
+
+    def work(engine: Engine) -> int:
+        cache = engine.generate(tokens(2, 480), max_new_tokens=61, **GREEDY).past_key_values
+        return cache.memory_bytes()
+
+    run, rows = RunConfig.load({"dtype": "fp32"}, **layout), 2 // layout.get("dp_size", 1)
+    want = cache_bytes(run, model_shape(config), rows, 480 + 61)
+    held = serve(build(config), work, batch_size=2, micro_batch_size=2, **layout)
+    assert max(held) == pytest.approx(want, rel=0.03)
 
 
 def test_nothing_of_a_generation_stays_behind():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, logits, tokens
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import MergeModulelist
 
 import ds_ring
 from ds_ring import runtime
@@ -24,7 +25,7 @@ from ds_ring.checks import stage_layers
 from ds_ring.errors import CheckpointError
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint
-from ds_ring.hf.loading import load_model, load_stage
+from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 
 CPU = torch.device("cpu")
 EMBEDDINGS = {"embed_tokens", "embed_in", "embed_positions", "wte", "wpe"}
@@ -91,6 +92,33 @@ def test_a_stage_reads_its_own_tensors_and_no_other(name, stage, tmp_path, read)
     assert bool(ends & EMBEDDINGS) == (stage == 0 or tied)
     assert bool(ends & LAST_NORMS) == last
     assert bool(ends & {"lm_head", "embed_out"}) == (last and not tied)
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "gemma", "mixtral"])
+def test_what_a_stage_s_weights_take_is_known_before_they_load(name, tmp_path):
+    model = saved(ARCHITECTURES[name](), tmp_path)
+    count = model.config.num_hidden_layers
+    for layers in (range(count), stage_layers(count, 2, 0), stage_layers(count, 2, 1)):
+        part = load_stage(tmp_path, torch.float16, CPU, layers)
+        assert weight_bytes(model.config, torch.float16, layers) == sum(p.nbytes for p in part.parameters())
+    assert weight_bytes(model.config, torch.float32, range(count)) == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("failure", "error"),
+    [(torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), RuntimeError), (ValueError("odd"), CheckpointError)],
+    ids=["memory", "other"],
+)
+def test_memory_that_runs_out_in_a_conversion_is_not_the_checkpoint_s_fault(failure, error, tmp_path, monkeypatch):
+    saved(ARCHITECTURES["mixtral"](), tmp_path)
+
+    def fails(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(MergeModulelist, "convert", fails)
+    words = r"^CUDA out of memory\. Tried 2 GiB$" if error is RuntimeError else "lacks .*experts"
+    with pytest.raises(error, match=words):
+        load_stage(tmp_path, torch.float32, CPU, range(2))
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])

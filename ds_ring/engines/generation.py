@@ -23,6 +23,7 @@ from ds_ring.engines.gather import gather_replicas
 from ds_ring.errors import NumericsError
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.hf.facade import Facade
+from ds_ring.shortage import noted, of_generation
 from ds_ring.transport.base import Transport
 
 if TYPE_CHECKING:
@@ -48,10 +49,15 @@ def generate(
     facade = Facade(engine.model, engine.device, run, world, run.fine)
     request = admit(engine, facade, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
     run.new_tokens = request.new_tokens
-    with _one_generator(world, engine.device, request.settings.do_sample):
+    past, mask_BT = request.cache.get_seq_length(), request.mask_BT
+    prompt, length = int(mask_BT[:, past:].sum(1).max()), int(mask_BT.sum(1).max()) + request.new_tokens
+    with (
+        noted(lambda: of_generation(engine, len(request.cache.rows), prompt, length)),
+        _one_generator(world, engine.device, request.settings.do_sample),
+    ):
         result: Tensor | GenerateDecoderOnlyOutput = facade.generate(
             input_ids.to(engine.device),
-            attention_mask=request.mask_BT.long().to(engine.device),
+            attention_mask=mask_BT.long().to(engine.device),
             generation_config=generation_config,
             past_key_values=request.cache,
             streamer=_Finite(streamer, run.fine) if world.rank == 0 and streamer is not None else None,

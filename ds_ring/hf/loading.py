@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ds_ring.errors import CheckpointError
+from ds_ring.errors import CheckpointError, is_out_of_memory
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.shape import read_config
@@ -46,13 +46,8 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     and conversions of old checkpoints, fills what remains.
     """
     checkpoint = Checkpoint.open(path)
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(read_config(path), dtype=dtype)
-    anatomy = Anatomy.of(model)
-    last = layers.stop == len(anatomy.layers)
-    tied = last and model.config.get_text_config().tie_word_embeddings
-    # A tied head is loaded as the embedding, which then has to be there.
-    strip(anatomy, layers, keep_embedding=tied)
+    anatomy, tied = _without_weights(read_config(path), dtype, layers)
+    model = anatomy.model
     info, _ = convert_and_load_state_dict_in_model(
         model,
         checkpoint.lazy_tensors(),
@@ -60,12 +55,43 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     )
     if tied:
         model.tie_weights()
+    _refuse_shortage(info.conversion_errors.values())
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     _refuse(path, missing, info.mismatched_keys)
     if (checkpoint.directory / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
     keep_stage(anatomy, layers)
     return model.to(device).eval()
+
+
+def weight_bytes(config: PretrainedConfig, dtype: torch.dtype, layers: range) -> int:
+    """Bytes of the parameters that a rank loads, those of all layers or of a stage's."""
+    anatomy, tied = _without_weights(config, dtype, layers)
+    if tied:
+        anatomy.model.tie_weights()
+    return sum(parameter.nbytes for parameter in anatomy.model.parameters())
+
+
+def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range) -> tuple[Anatomy, bool]:
+    """The model with parameters on the meta device, stripped to the stage of ``layers``; whether its head is tied to an
+    embedding here."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    anatomy = Anatomy.of(model)
+    last = layers.stop == len(anatomy.layers)
+    tied = last and model.config.get_text_config().tie_word_embeddings
+    # A tied head is loaded as the embedding, which then has to be there.
+    strip(anatomy, layers, keep_embedding=tied)
+    return anatomy, tied
+
+
+def _refuse_shortage(conversion_errors: Iterable[str]) -> None:
+    """Raise again what transformers only notes where memory runs out while it converts: what is missing for that is in
+    the checkpoint all the same. Behind a traceback a note says the error, and on its last line what was converted."""
+    for note in conversion_errors:
+        said = RuntimeError(*note.splitlines()[-2:-1])
+        if is_out_of_memory(said):
+            raise said
 
 
 def _refuse(path: str | Path, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
