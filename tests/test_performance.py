@@ -156,6 +156,21 @@ def test_reading_a_cache_is_no_arithmetic(root):
     assert "tile" not in text
 
 
+def test_counters_of_a_kernel(root):
+    whole = {
+        "case": "a case", "flops": 1e12, "ms": 2.5257, "sm_clock_mhz": 1635.8, "tensor_busy": 0.769, "useful": 0.9536,
+        "sm_cycles_least": 90.0, "sm_cycles_mean": 95.0, "sm_cycles_most": 100.0, "issue_busy": 0.32, "l2_hit": 0.857,
+        "stalls": {"long scoreboard": 0.22, "barrier": 0.18, "wait": 0.17, "gmma": 0.05},
+    }  # fmt: skip
+    bare = {"case": "another", "flops": 1e12, "ms": 1.0}
+    text, _ = root([section("profile", "counted")], counted={"rows": [whole, bare]})
+    assert "| case | ms | MHz | tensor | useful | SMs | issue | L2 hits | warps wait for |" in text
+    waits = "long scoreboard 22%, barrier 18%, wait 17%"
+    assert f"| a case | 2.526 | 1636 | 76.9% | 0.954 | 0.900 / 0.950 | 32% | 86% | {waits} |" in text
+    assert "| another | 1.000 | - | - | - | - | - | - |  |" in text
+    assert "L1: its data pipe" not in text
+
+
 def test_generation(root):
     record = {
         "layout": "ring2", "gpus": 2, "device": "a GPU", "ttft_ms": 1234.5, "prefill_tokens_per_second": 81004.0,

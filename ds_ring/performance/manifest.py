@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ds_ring.errors import ConfigError
 
 Kind = Literal[
-    "forward", "products", "transfers", "attention", "generation", "comparison", "latency", "longest", "scaling"
-]
+    "forward", "products", "transfers", "attention", "profile", "generation", "comparison", "latency", "longest",
+    "scaling",
+]  # fmt: skip
 Selector = dict[str, str | int | bool]
 """Fields of a row and their values; a row is meant when it has them all."""
 

@@ -138,6 +138,38 @@ ATTENTION_LEGEND = {
 }
 
 
+def profile(documents: Sequence[Document], rows: Rows) -> list[str]:
+    heads = ["case", "ms", "MHz", "tensor", "useful", "SMs", "issue", "L1", "L2", "L2 hits", "DRAM", "warps wait for"]
+    shares = ("issue_busy", "l1_busy", "l2_busy", "l2_hit", "dram_busy")
+    cells = [
+        [
+            r["case"], given(r, "ms", ".3f"), given(r, "sm_clock_mhz", ".0f"), given(r, "tensor_busy", ".1%"),
+            given(r, "useful", ".3f"), _spread(r), *(given(r, name, ".0%") for name in shares),
+            ", ".join(f"{reason} {share:.0%}" for reason, share in list(r.get("stalls", {}).items())[:3]),
+        ]
+        for r in rows
+    ]  # fmt: skip
+    heads, cells = _without_empty_columns(heads, cells)
+    return [*markdown_table(heads, cells), "", "; ".join(PROFILE_LEGEND[h] for h in heads if h in PROFILE_LEGEND)]
+
+
+def _spread(row: dict[str, Any]) -> str:
+    """Of SMs' working cycles: those of the first to be done, and of all in the mean, over the last's."""
+    names = ("sm_cycles_least", "sm_cycles_mean", "sm_cycles_most")
+    least, mean, most = (row.get(name) for name in names)
+    return f"{least / most:.3f} / {mean / most:.3f}" if least and mean and most else "-"
+
+
+PROFILE_LEGEND = {
+    "tensor": "tensor: cycles of the launch in which the tensor pipe works, all SMs",
+    "useful": "useful: the case's FLOPs over what the pipe can do in those cycles, the rest being padded or masked",
+    "SMs": "SMs: working cycles of the first that is done / of the mean, over the last's",
+    "issue": "issue: slots in which an instruction is issued",
+    "L1": "L1: its data pipe, shared memory's as well; L1, L2, DRAM: of the most that they can",
+    "warps wait for": "warps wait for: the three most frequent reasons, of the time of all warps, loading ones as well",
+}
+
+
 def generation(documents: Sequence[Document], rows: Rows) -> list[str]:
     heads = [
         "layout", "decoding", "GPUs", "rows", "prompt tokens", "first token (ms)", "prefill (tok/s)", "new tokens",
@@ -198,8 +230,8 @@ def best_per_gpu(rows: Rows) -> dict[str, dict[int, float]]:
 
 
 TABLES: dict[Kind, Callable[[Sequence[Document], Rows], list[str]]] = {
-    "forward": forward, "products": products, "transfers": transfers, "attention": attention, "generation": generation,
-    "comparison": compared, "latency": one_sequence, "longest": longest, "scaling": scaling,
+    "forward": forward, "products": products, "transfers": transfers, "attention": attention, "profile": profile,
+    "generation": generation, "comparison": compared, "latency": one_sequence, "longest": longest, "scaling": scaling,
 }  # fmt: skip
 
 
