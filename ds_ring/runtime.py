@@ -75,14 +75,14 @@ def from_pretrained(
     layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
     with noted(lambda: of_weights(weight_bytes(config_of_model, dtype, layers), run, device)):
         kind: type[Engine] = TensorPipelineEngine
-        if is_tensor_pipeline(run.topology):
-            model = load_stage(path, dtype, device, layers)
-        else:
-            kind = whole_engine(run)
-            model = load_model(path, dtype, device)
-        # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched.
-        with outside.over("waiting for all ranks to load"):
-            mesh["world"].barrier()
+        # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched. Stages read other
+        # tensors, so that one may lack what others do not miss.
+        with mesh["world"].together(outside.over("waiting for all ranks to load")):
+            if is_tensor_pipeline(run.topology):
+                model = load_stage(path, dtype, device, layers)
+            else:
+                kind = whole_engine(run)
+                model = load_model(path, dtype, device)
         with outside.over("building the engine"):
             return kind(model, run, mesh, shape, device)
 

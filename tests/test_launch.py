@@ -259,19 +259,21 @@ def test_bad_configurations_are_refused_in_one_line_with_exit_code_2(options, me
     assert time.monotonic() - started < 120  # not held up by a peer
 
 
-def test_ranks_with_unlike_models_or_configurations_all_refuse_with_exit_code_2(llama, tmp_path):
-    """Each rank reads the checkpoint ``llama`` of its own folder, as each host does in a launch of several."""
+def test_what_one_rank_refuses_or_has_unlike_others_all_refuse_with_exit_code_2(llama, tmp_path):
+    """Each rank reads the checkpoint ``llama`` of its own folder, as each host does in a launch of several. Of ``cut``
+    the last pipeline stage misses its head."""
     own = [tmp_path / str(rank) / "llama" for rank in (0, 1)]
     for folder in own:
         shutil.copytree(llama, folder)
     script = tmp_path / "script.py"
     script.write_text("""
-import argparse, json, os, sys, torch, ds_ring
+import argparse, json, os, shutil, sys, torch, ds_ring
 from pathlib import Path
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from ds_ring import cli
 from ds_ring.config import RunConfig
-from ds_ring.errors import DisagreementError
+from ds_ring.errors import UserError
 
 rank = int(os.environ["RANK"])
 os.chdir(Path(sys.argv.pop()) / str(rank))
@@ -280,8 +282,8 @@ run = RunConfig.load({"dtype": "fp32"}, ring_degree=2)
 def refusal(build, *args, **options):
     try:
         build(*args, config=run, **options)
-    except DisagreementError as error:
-        return str(error)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
 
 def theta(value):
     file = Path("llama/config.json")
@@ -290,7 +292,11 @@ def theta(value):
     file.write_text(json.dumps(config))
 
 def work(args):
-    found = []
+    shutil.copytree("llama", "cut")
+    tensors = load_file("cut/model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, "cut/model.safetensors", {"format": "pt"})
+    found = [refusal(ds_ring.from_pretrained, "cut", ring_degree=1, pp_size=2)]
     model = AutoModelForCausalLM.from_pretrained("llama", dtype=torch.float32)
     model.lm_head.weight.data[0, 0] += rank
     found.append(refusal(ds_ring.init_inference, model))
@@ -308,8 +314,12 @@ def work(args):
 cli.main(work, argparse.ArgumentParser())
 """)
     done = deepspeed(2, script, tmp_path, expect=2)
-    (parameter, field, file), other = map(json.loads, re.findall(r"^\[.*\]$", done.stdout, re.MULTILINE))
-    assert other == [parameter, field, file]
+    all_found = map(json.loads, re.findall(r"^\[.*\]$", done.stdout, re.MULTILINE))
+    (cut, *unlike), (own_cut, *other) = all_found
+    lacks = "cut lacks lm_head.weight"
+    assert {cut, own_cut} == {f"CheckpointError: {lacks}", f"CheckpointError: rank 1: {lacks}"}
+    assert other == unlike
+    parameter, field, file = (text.removeprefix("DisagreementError: ") for text in unlike)
     shape = r"\(300, 72\) torch.float32 with digest \w+"
     assert re.match(rf"ranks disagree on the model's tensor lm_head.weight: rank 0 has {shape}, rank 1 has ", parameter)
     assert "the model's rope_parameters.rope_theta: rank 0 has 10000.0, rank 1 has 500000.0; make it" in field

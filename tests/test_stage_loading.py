@@ -21,6 +21,7 @@ from transformers.core_model_loading import MergeModulelist
 
 import ds_ring
 from ds_ring import runtime
+from ds_ring.check_models import tiny_config, tiny_model
 from ds_ring.checks import stage_layers
 from ds_ring.errors import CheckpointError
 from ds_ring.hf.anatomy import Anatomy
@@ -226,6 +227,14 @@ def test_a_tied_head_is_loaded_where_the_embedding_is_not(name, tmp_path):
     assert first.get_output_embeddings() is None or not list(first.get_output_embeddings().parameters())
     assert torch.equal(last.get_output_embeddings().weight, embedding)
     assert sum(torch.equal(p, embedding) for p in last.parameters() if p.shape == embedding.shape) == 1
+
+
+def test_a_model_of_several_parts_may_have_its_head_tied_whatever_its_config_says(tmp_path):
+    model = tiny_model(tiny_config("got_ocr2"))
+    model.save_pretrained(tmp_path)
+    count = model.config.get_text_config().num_hidden_layers
+    last = load_stage(tmp_path, torch.float32, CPU, range(count - 1, count))
+    assert torch.equal(last.get_output_embeddings().weight, model.get_input_embeddings().weight)
 
 
 def test_a_missing_tensor_is_named(tmp_path):

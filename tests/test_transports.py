@@ -9,7 +9,7 @@ import torch
 from mocked_world import outcome
 from torch import Tensor
 
-from ds_ring.errors import DisagreementError, DsRingError, TransportError, UserError
+from ds_ring.errors import CheckpointError, DisagreementError, DsRingError, TransportError, UserError
 from ds_ring.layout import SequenceLayout
 from ds_ring.topology import AXES, Topology
 from ds_ring.transport.base import Done, Transport
@@ -254,6 +254,8 @@ class TestAgreement:
         assert (type(found[0]), str(found[0])) == (TransportError, "rank 1: no libcuda")
         assert [str(error) for error in errors({2: other})] == ["rank 2 does not read"] * 3
         assert str(errors({2: AssertionError()})[0]) == "rank 2: AssertionError"
+        (found, *_) = errors({1: CheckpointError("no head"), 2: own})
+        assert (type(found), str(found)) == (CheckpointError, "rank 1: no head")
 
 
 class TestWorld:

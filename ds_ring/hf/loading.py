@@ -79,7 +79,10 @@ def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     anatomy = Anatomy.of(model)
     last = layers.stop == len(anatomy.layers)
-    tied = last and model.config.get_text_config().tie_word_embeddings
+    # Not by a config, of which a model of several parts has several. What was tied was parted on its way to meta.
+    model.tie_weights()
+    head = model.get_output_embeddings()
+    tied = last and head is not None and head.weight is model.get_input_embeddings().weight
     # A tied head is loaded as the embedding, which then has to be there.
     strip(anatomy, layers, keep_embedding=tied)
     return anatomy, tied

@@ -11,14 +11,14 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ds_ring.errors import DisagreementError, TransportError, reason_of
+from ds_ring.errors import DisagreementError, TransportError, UserError, reason_of
 from ds_ring.transport.shared import Pending, SentShared, Shared, Within
 
 __all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport", "blank", "void"]
@@ -208,22 +208,30 @@ class Transport(ABC):
                     )
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, waiting: AbstractContextManager[None] | None = None) -> Iterator[None]:
         """Collective: no rank goes on before all are through with the block, and where it fails on one it fails on all.
 
-        A rank that failed raises its own error, the others a TransportError that repeats the first such rank's. Inside
-        nobody may wait for what a peer that fails leaves undone.
+        A rank that failed raises its own error, the others repeat the first such rank's: what a user can put right as
+        an error of that kind, all else as a TransportError. Inside nobody may wait for what a peer that fails leaves
+        undone.
+
+        Args:
+            waiting: is entered while this rank waits for the others.
         """
+        waiting = waiting or nullcontext()
         try:
             yield
         except Exception as error:
+            kind = type(error) if isinstance(error, UserError) else TransportError
             named = isinstance(error, TransportError)
-            self.all_gather_objects(reason_of(error) if named else f"rank {self.rank}: {reason_of(error)}")
+            with waiting:
+                self.all_gather_objects((kind, reason_of(error) if named else f"rank {self.rank}: {reason_of(error)}"))
             raise
-        reasons: list[str | None] = self.all_gather_objects(None)
-        reason = next((text for text in reasons if text), None)
-        if reason is not None:
-            raise TransportError(reason)
+        with waiting:
+            everyone: list[tuple[type[Exception], str] | None] = self.all_gather_objects(None)
+        for told in everyone:
+            if told is not None:
+                raise told[0](told[1])
 
     @abstractmethod
     def all_gather_objects(self, value: T) -> list[T]:
