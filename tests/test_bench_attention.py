@@ -26,6 +26,7 @@ TINY = [
     Case(8, False, 2, 4, 2, 5, 10, "carry"),
     zigzag_rank(8, 2, 4, 40, 2),
     zigzag_rank(8, 1, 2, 83, 4),
+    Case(8, False, 2, 2, 2, 10, 5, "zigzag half block"),
     Case(8, False, 2, 4, 2, 1, 33, "decode"),
 ]
 
@@ -66,6 +67,15 @@ def test_default_cases_differ_by_name_and_cover_every_kind():
     assert len({case.label for case in found}) == len(found)
     assert {case.kind for case in found} == set(KINDS)
     assert {case.heads * case.head_dim for case in found if case.heads == case.kv_heads} == {8192}
+
+
+def test_default_cases_are_the_whole_grid_of_head_sizes_lengths_and_shapes():
+    found = {(c.kind, c.head_dim, c.causal, c.seq_q, c.seq_k) for c in default_cases() if c.heads == c.kv_heads}
+    for head_dim, length in itertools.product((64, 128, 256, 512), (2500, 10_000, 32_768)):
+        half = length // 2
+        assert {("self", head_dim, causal, length, length) for causal in (False, True)} <= found
+        assert {("zigzag half block", head_dim, False, *shape) for shape in ((half, length), (length, half))} <= found
+        assert ("decode", head_dim, False, 1, length) in found
 
 
 def test_filters_narrow_by_words_and_widen_by_kinds():

@@ -17,6 +17,11 @@ KINDS: tuple[str, ...] = get_args(Kind)
 HEADS_OF = {64: 128, 128: 64, 256: 32, 512: 16}
 """Equal work a token at every head_dim: the paper's width of 8192."""
 
+BATCH_OF = {2500: 8, 10_000: 2, 32_768: 1}
+"""By length: over a thousand tiles of 128 rows at every head_dim, of half blocks as well."""
+
+DECODE_BATCH = 8
+
 
 @dataclass(frozen=True)
 class Case:
@@ -88,21 +93,21 @@ def zigzag_rank(head_dim: int, batch: int, heads: int, length: int, ranks: int) 
 def default_cases() -> list[Case]:
     cases = []
     for head_dim, heads in HEADS_OF.items():
-        for causal in (False, True):
-            cases += [Case(head_dim, causal, 8, heads, heads, 2500, 2500)]
-            cases += [Case(head_dim, causal, 2, heads, heads, 10_000, 10_000)]
-        cases += [Case(head_dim, True, 1, heads, heads, 32_768, 32_768)]
+        for length, batch in BATCH_OF.items():
+            cases += [Case(head_dim, causal, batch, heads, heads, length, length) for causal in (False, True)]
+            # A zigzag rank's later queries see all keys of a rank behind it, all of its queries the first half of the
+            # keys of one before: there is no causal one.
+            for shape in ((length // 2, length), (length, length // 2)):
+                cases += [Case(head_dim, False, batch, heads, heads, *shape, "zigzag half block")]
+            # One query sees all keys: a causal mask would hide nothing.
+            cases += [Case(head_dim, False, DECODE_BATCH, heads, heads, 1, length, "decode")]
     cases += [Case(512, True, 2, 16, 4, 10_000, 10_000), Case(128, True, 2, 32, 8, 10_000, 10_000)]
     for head_dim in (512, 128):
         heads = HEADS_OF[head_dim]
-        cases += [Case(head_dim, False, 8, heads, heads, 1250, 2500, "zigzag half block")]
         cases += [zigzag_rank(head_dim, 8, heads, 10_000, ranks) for ranks in (2, 16)]
     cases += [Case(512, False, 8, 16, 16, 1250, 2500, "carry")]
-    # One query sees all keys: a causal mask would hide nothing.
-    for head_dim, heads, kv_heads in ((512, 16, 16), (512, 16, 4), (128, 32, 8)):
-        cases += [Case(head_dim, False, 8, heads, kv_heads, 1, 32_768, "decode")]
     for head_dim, heads, kv_heads in ((512, 16, 4), (128, 32, 8)):
-        cases += [Case(head_dim, False, 8, heads, kv_heads, 1, 100_000, "decode")]
+        cases += [Case(head_dim, False, 8, heads, kv_heads, 1, length, "decode") for length in (32_768, 100_000)]
     # Where cuDNN starts to pay beside FlashAttention-2: blocks of few rows, and causal ones behind keys that all see.
     cases += [Case(128, False, 8, 64, 64, rows, rows, "back-ends") for rows in (64, 128, 256, 512)]
     cases += [Case(128, True, 8, 64, 64, 1024, 1024 + ahead, "back-ends") for ahead in (256, 512, 1024, 2048, 4096)]
