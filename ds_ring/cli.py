@@ -20,6 +20,7 @@ from typing import Any, get_args, get_origin
 
 from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
 from ds_ring.errors import DsRingError, InputError, TransportError, UserError, is_out_of_memory
+from ds_ring.hostfile import check_hostfile
 from ds_ring.launcher import FAILED, OUT_OF_MEMORY
 from ds_ring.results import write_json
 from ds_ring.watch import end_with_launcher
@@ -78,6 +79,7 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
     end_with_launcher()
     code = 0
     try:
+        check_hostfile()
         if is_first_rank():
             _check_output(getattr(args, "output", None))
         document = work(args)

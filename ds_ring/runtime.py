@@ -28,6 +28,7 @@ from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.hf.shape import model_shape, read_config
 from ds_ring.hf.stage import keep_stage
+from ds_ring.hostfile import check_hostfile
 from ds_ring.results import versions
 from ds_ring.shortage import noted, of_weights
 from ds_ring.stall import outside
@@ -60,6 +61,7 @@ def from_pretrained(
         ConfigError, CheckpointError, UnsupportedModelError: on every rank alike, before ranks connect and weights load.
         DisagreementError: on every rank alike, where their configurations, packages or checkpoints differ.
     """
+    check_hostfile()
     run = RunConfig.load(config, **{"model": str(path) if path else None, **overrides})
     path = run.checkpoint
     checkpoint = Checkpoint.open(path)
@@ -95,6 +97,7 @@ def init_inference(
     The model is changed in place: its attention is replaced and, for tensor x pipeline layouts, what belongs to other
     ranks is dropped. A dtype that is not given is the model's. Arguments and errors otherwise as ``from_pretrained``.
     """
+    check_hostfile()
     run = RunConfig.load(config, **overrides)
     if "dtype" not in run.deepspeed:
         run = RunConfig.load(run, dtype=str(model.dtype))

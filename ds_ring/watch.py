@@ -30,7 +30,7 @@ def end_with_launcher() -> None:
     grandparent = parent_of(parent)
     if "LOCAL_RANK" not in os.environ or grandparent is None:
         return
-    two = b"deepspeed.launcher.launch" in _words_of(parent)
+    two = "deepspeed.launcher.launch" in words_of(parent)
 
     def watch() -> None:
         while os.getppid() == parent and (not two or parent_of(parent) == grandparent):
@@ -75,10 +75,10 @@ def siblings() -> list[Sibling]:
     return found
 
 
-def _words_of(pid: int) -> list[bytes]:
+def words_of(pid: int) -> list[str]:
     """A process's command; empty where it is gone or this system does not say."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
     except OSError:
         return []
 
