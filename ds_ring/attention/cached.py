@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention import sinks
-from ds_ring.attention.common import Runs
+from ds_ring.attention.filled import Runs
 from ds_ring.attention.local import accumulate_
 from ds_ring.attention.merge import merge_, merge_all
 from ds_ring.attention.positions import attend_positions

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention.cached import all_heads, attend_replicated, attend_sliced, attend_spread
-from ds_ring.attention.common import Runs
+from ds_ring.attention.filled import Runs
 from ds_ring.attention.positions import BLIND, EMPTY
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.attention.store import EVERY, Cached, KVStore
@@ -56,7 +56,7 @@ class ChunkStep(Step):
         rows: which of the store's rows these are.
         positions_Bl: where this rank's tokens stand, int32; ``EMPTY`` for padding.
         starts, held: the slots filled on every rank before and after.
-        seen: runs of every rank's slots before ``starts`` in which each row has a token.
+        seen: runs of every rank's slots before ``starts`` in which each of the rows has a token; between them none has.
     """
 
     rows: slice

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_ring.attention.common import CommonSlots
+from ds_ring.attention.filled import FilledSlots
 from ds_ring.attention.positions import EMPTY, grown
 from ds_ring.attention.window import WindowSlots
 from ds_ring.errors import UnsupportedModelError
@@ -36,14 +36,14 @@ class KVStore:
     Attributes:
         used: slots filled on every rank of the group. Each rank knows all of them, since who stores what follows from
             lengths alone.
-        common: those of them in which every row has a token.
+        filled: in which of them a row has a token.
         moves: how often its memory has moved, which a captured graph does not survive.
     """
 
     def __init__(self, rows: int, layers: int, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.device = rank, device
         self.used = [0] * size
-        self.common = CommonSlots(size)
+        self.filled = FilledSlots(rows, size)
         self.moves = 0
         self._expected = 0
         self._positions_BS = torch.empty(rows, 0, dtype=torch.int32, device=device)
@@ -138,7 +138,7 @@ class KVStore:
         owner = self.next_owner
         slot = self.used[owner]
         self.used[owner] += 1
-        self.common.add(owner, slot, 1)
+        self.filled.add_to_all(owner, slot)
         self._make_room(max(self.used) + 1)
         return slot if owner == self.rank else self._spare
 
@@ -168,7 +168,6 @@ class KVStore:
 
     def hide(self, hidden_BT: Tensor, first_B: Tensor) -> None:
         """Forget the tokens of the columns marked in ``hidden_BT``; ``first_B`` are the columns of position 0."""
-        self.common.end()
         for positions_BS in (self._positions_BS, *(slots.positions_BS for slots in self._windows.values())):
             columns_BS = (positions_BS + first_B[:, None]).clamp(max=hidden_BT.shape[1] - 1).long()
             gone_BS = hidden_BT.gather(1, columns_BS) & (positions_BS != EMPTY)

@@ -143,8 +143,8 @@ class Engine(ABC):
         """Slots of a cache that ``length`` tokens take on every rank of a replica that shares a sequence."""
 
     @abstractmethod
-    def tokens_held(self, length: int) -> Sequence[int]:
-        """How many of them get a token, on each of those ranks: the first ones."""
+    def tokens_held(self, length: int, tokens: int) -> Sequence[int]:
+        """How many of them get a token, on each of those ranks, in a row that has ``tokens``: the first ones."""
 
     @abstractmethod
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:

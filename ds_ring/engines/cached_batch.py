@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ds_ring.attention.common import Runs
+from ds_ring.attention.filled import Runs
 from ds_ring.attention.positions import EMPTY
 from ds_ring.attention.step import ChunkStep, Step
 from ds_ring.attention.store import KVStore
@@ -27,7 +27,7 @@ class CachedBatch(Batch):
             padding between tokens.
         store_rows: which of the store's rows these are.
         starts, held: slots filled on every rank before and after.
-        seen: runs of those before in which each row has a token.
+        seen: runs of those before in which each of its rows has a token; between them none has.
         is_first: nothing is cached yet.
     """
 
@@ -55,12 +55,12 @@ def chunks(
     size: int,
     rows_at_a_time: int,
     slots: Callable[[int], int],
-    tokens_held: Callable[[int], Sequence[int]],
+    tokens_held: Callable[[int, int], Sequence[int]],
 ) -> Iterator[list[CachedBatch]]:
     """Lists of micro-batches, a list for each chunk: ``size`` tokens a row, or what more divides among ranks; 0: all.
 
     ``batch`` and ``places_BL`` are this replica's rows, ``slots(length)`` the slots that a chunk takes on each rank, of
-    which the first ``tokens_held(length)[rank]`` get a token.
+    which the first ``tokens_held(length, n)[rank]`` get a token in a row that has n of them.
     Where each goes is settled here, so that they may be run list by list or, in order, all in one pipeline.
     """
     # So many tokens take the slots of a whole number a rank: with those filled, chunks leave no gaps.
@@ -68,18 +68,22 @@ def chunks(
     for start in range(0, batch.length, size):
         columns = slice(start, min(start + size, batch.length))
         starts, is_first, found = tuple(store.used), max(store.used) == 0, []
-        seen = tuple(store.common.of(rank) for rank in range(len(starts)))
         for micro_batch in batch.micro_batches(rows_at_a_time):
             length = min(micro_batch.length, columns.stop) - start
             if length <= 0:
                 continue
             rows = slice(micro_batch.rows.start - batch.rows.start, micro_batch.rows.stop - batch.rows.start)
             held = tuple(s + slots(length) for s in starts)
+            lengths = tuple(min(max(n - start, 0), length) for n in micro_batch.lengths)
+            seen = tuple(store.filled.of(rows, rank) for rank in range(len(starts)))
+            for row, count in zip(range(rows.start, rows.stop), lengths, strict=True):
+                for rank, filled in enumerate(tokens_held(length, count)):
+                    store.filled.add(row, rank, starts[rank], filled)
             found.append(
                 CachedBatch(
                     ids_BL=micro_batch.ids_BL[:, columns],
                     position_ids_BL=micro_batch.position_ids_BL[:, columns],
-                    lengths=tuple(min(max(n - start, 0), length) for n in micro_batch.lengths),
+                    lengths=lengths,
                     rows=micro_batch.rows,
                     places_BL=places_BL[rows, start : start + length],
                     store=store,
@@ -90,9 +94,5 @@ def chunks(
                     is_first=is_first,
                 )
             )
-        if bool((places_BL[:, columns] == EMPTY).any()):
-            store.common.end()
-        for rank, (first, count) in enumerate(zip(starts, tokens_held(columns.stop - start), strict=True)):
-            store.common.add(rank, first, count)
         store.used = [s + max(slots(m.length) for m in found) for s in starts]
         yield found

@@ -132,7 +132,7 @@ class PeerEngine(Engine):
     def slots(self, length: int) -> int:
         self._refuse("a cache")
 
-    def tokens_held(self, length: int) -> NoReturn:
+    def tokens_held(self, length: int, tokens: int) -> NoReturn:
         self._refuse("a cache")
 
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Any) -> Tensor:

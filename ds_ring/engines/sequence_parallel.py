@@ -65,9 +65,9 @@ class SequenceParallelEngine(Engine):
     def slots(self, length: int) -> int:
         return self.layout(length).local_length
 
-    def tokens_held(self, length: int) -> list[int]:
+    def tokens_held(self, length: int, tokens: int) -> list[int]:
         peers = range(self.mesh["sp"].size)
-        return [int((self.held_positions(length, peer) < length).sum()) for peer in peers]
+        return [int((self.held_positions(length, peer) < tokens).sum()) for peer in peers]
 
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         jobs = [partial(self._forward, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]

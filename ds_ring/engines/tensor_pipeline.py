@@ -58,8 +58,8 @@ class TensorPipelineEngine(Engine):
     def slots(self, length: int) -> int:
         return length
 
-    def tokens_held(self, length: int) -> tuple[int]:
-        return (length,)
+    def tokens_held(self, length: int, tokens: int) -> tuple[int]:
+        return (tokens,)
 
     def mute(self, muted: bool) -> None:
         self.mesh["pp"].muted = muted

@@ -72,7 +72,9 @@ class ShardedCache(Cache):
         if torch.equal(mask_BT, known_BT):
             return
         own, device = slice(self.rows.start, self.rows.stop), self.store.device
-        self.store.hide((known_BT & ~mask_BT)[own].to(device), self.first_B[own].to(device))
+        hidden_BT = (known_BT & ~mask_BT)[own]
+        self.store.filled.lose(hidden_BT.any(1).nonzero()[:, 0].tolist())
+        self.store.hide(hidden_BT.to(device), self.first_B[own].to(device))
         self._masks = [mask_BT]
 
     @property
