@@ -174,9 +174,10 @@ def _divisors(n: int) -> list[int]:
 
 def _lanes(config: RunConfig, card: Card) -> list[RunConfig]:
     """``config``, and with more micro-batches in flight where there are as many and transfers leave links alone."""
-    t, work = config.topology, config.workload
-    by_copy_engine = t.sp > 1 and _inside(config, card) and config.ring.interleave == "auto"
-    if not by_copy_engine or config.ring.in_flight > 2 or config.parallel.implementation != "ds_ring":
+    t, work, ring = config.topology, config.workload, config.ring
+    by_copy_engine = t.sp > 1 and _inside(config, card) and ring.transport != "process_group"
+    ours = config.parallel.implementation == "ds_ring"
+    if not ours or not by_copy_engine or ring.interleave != "auto" or ring.in_flight > 2:
         return [config]
     steps = math.ceil(work.batch_size / (t.dp * config.largest_micro_batch))
     return [config, *(RunConfig.load(config, in_flight=lanes) for lanes in IN_FLIGHT if lanes <= steps)]
@@ -220,7 +221,7 @@ def _head_size(head_dim: int) -> str:
 
 
 def _exposed(
-    config: RunConfig, shape: ModelShape, itemsize: int, steps: int, layer_s: float, card: Card
+    config: RunConfig, shape: ModelShape, itemsize: int, steps: int, layer_s: float, card: Card,
 ) -> float:  # fmt: skip
     """Seconds a step in which communication shows; ``layer_s``: what a layer computes on one micro-batch."""
     work, t = config.workload, config.topology

@@ -67,6 +67,7 @@ def test_micro_batches_go_together_where_links_may_sleep_meanwhile():
         (32, 10_000, replace(H100, memory_gib=12), {}),
         (32, 10_000, replace(H100, per_host=1), {}),  # by process groups
         (32, 10_000, H100, {"interleave": "off"}),
+        (32, 10_000, H100, {"transport": "process_group"}),
     ],
 )
 def test_two_are_in_flight_where_more_win_nothing_or_do_not_fit(batch, length, card, options):

@@ -76,9 +76,10 @@ def chunks(
             held = tuple(s + slots(length) for s in starts)
             lengths = tuple(min(max(n - start, 0), length) for n in micro_batch.lengths)
             seen = tuple(store.filled.of(rows, rank) for rank in range(len(starts)))
-            for row, count in zip(range(rows.start, rows.stop), lengths, strict=True):
-                for rank, filled in enumerate(tokens_held(length, count)):
-                    store.filled.add(row, rank, starts[rank], filled)
+            by_rank = {n: tokens_held(length, n) for n in set(lengths)}
+            for row, n in zip(range(rows.start, rows.stop), lengths, strict=True):
+                for rank, count in enumerate(by_rank[n]):
+                    store.filled.add(row, rank, starts[rank], count)
             found.append(
                 CachedBatch(
                     ids_BL=micro_batch.ids_BL[:, columns],
