@@ -88,19 +88,18 @@ class _Hopper512(Backend):
         return build.unavailable(device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype) -> Partial:
-        chunk = [0, q.shape[1], block.shift]
-        out, lse = attention512.attention512(
-            q, [k], [v], [0], chunk, block.causal, block.attention.scale, out_dtype=out_dtype
-        )
+        out, lse = attention512.attention512(*self._call(q, k, v, block), out_dtype=out_dtype)
         return out, lse
 
     def attend_into_(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> Tensor:
-        chunk = [0, q.shape[1], block.shift]
-        return attention512.into_(out, q, [k], [v], [0], chunk, block.causal, block.attention.scale)
+        return attention512.into_(out, *self._call(q, k, v, block))
 
     def accumulate_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> None:
-        chunk = [0, q.shape[1], block.shift]
-        attention512.accumulate_(out, lse, q, [k], [v], [0], chunk, block.causal, block.attention.scale)
+        attention512.accumulate_(out, lse, *self._call(q, k, v, block))
+
+    @staticmethod
+    def _call(q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> attention512.Call:
+        return q, [k], [v], [0], [0, q.shape[1], block.shift], block.causal, block.attention.scale
 
 
 class AlignedKernel(Protocol):

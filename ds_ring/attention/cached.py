@@ -79,7 +79,7 @@ def attend_spread(
     held: list[int],
     spec: AttentionSpec,
     transport: Transport,
-    seen: Sequence[Runs] | None = None,
+    seen: Sequence[Runs] = (),
     sinks_H: Tensor | None = None,
     variant: RingVariant = "auto",
 ) -> Tensor:
@@ -159,23 +159,24 @@ def _pass_kv(
     rank, size = transport.rank, transport.size
     kv_2BSKD, positions_BS = torch.stack((cached.k_BSKD, cached.v_BSKD)), cached.positions_BS.contiguous()
 
-    def start_hop(hop: int) -> tuple[Pending, Cached]:
+    def start_hop(hop: int) -> tuple[Pending, Cached, Runs]:
         target, source = (rank + hop) % size, (rank - hop) % size
         slots = held[source]
         incoming_2BSKD = kv_2BSKD.new_empty((2, kv_2BSKD.shape[1], slots, *kv_2BSKD.shape[3:]))
         incoming_BS = positions_BS.new_empty((positions_BS.shape[0], slots))
         sends = [(target, kv_2BSKD), (target, positions_BS)] if held[rank] else []
         receives = [(source, incoming_2BSKD), (source, incoming_BS)] if slots else []
-        return transport.exchange(sends, receives), Cached(incoming_2BSKD[0], incoming_2BSKD[1], incoming_BS)
+        incoming = Cached(incoming_2BSKD[0], incoming_2BSKD[1], incoming_BS)
+        return transport.exchange(sends, receives), incoming, seen[source]
 
     arriving = start_hop(1)
     out_BLHD, lse_BHL = _attend(q_BLHD, cached, q_positions_BL, spec, seen[rank])
     for hop in range(1, size):
-        pending, foreign = arriving
+        pending, foreign, seen_of_it = arriving
         if hop + 1 < size:
             arriving = start_hop(hop + 1)
         pending.wait()
-        merge_(out_BLHD, lse_BHL, *_attend(q_BLHD, foreign, q_positions_BL, spec, seen[(rank - hop) % size]))
+        merge_(out_BLHD, lse_BHL, *_attend(q_BLHD, foreign, q_positions_BL, spec, seen_of_it))
     return out_BLHD, lse_BHL
 
 

@@ -20,6 +20,7 @@ def attend(
     q_offset: int = 0,
     k_offset: int = 0,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one block.
 
@@ -29,6 +30,7 @@ def attend(
             there is one); otherwise every key is visible from every query.
         q_offset, k_offset: global positions of the first query and the first key.
         out_dtype: None for q's.
+        out: memory for the result, fp32 or q's dtype, which then goes there at once where a kernel can, else by a copy.
 
     Returns:
         out [B, L, H, D], and lse [B, H, L], fp32, natural logarithm, of the scaled scores. A row that sees no key
@@ -36,23 +38,9 @@ def attend(
     """
     block = BlockSpec(spec, causal, q_offset - k_offset)
     backend = choose(q_BLHD, k_BSKD.shape[1], block)
+    if out is not None:
+        return out, backend.attend_into_(out, q_BLHD, k_BSKD, v_BSKD, block)
     return backend.attend(q_BLHD, k_BSKD, v_BSKD, block, out_dtype or q_BLHD.dtype)
-
-
-def attend_into_(
-    out_BLHD: Tensor,
-    q_BLHD: Tensor,
-    k_BSKD: Tensor,
-    v_BSKD: Tensor,
-    *,
-    spec: AttentionSpec,
-    causal: bool = True,
-    q_offset: int = 0,
-    k_offset: int = 0,
-) -> Tensor:
-    """As ``attend``, into ``out_BLHD``, fp32 or q's dtype: at once where a kernel can, else by a copy; returns lse."""
-    block = BlockSpec(spec, causal, q_offset - k_offset)
-    return choose(q_BLHD, k_BSKD.shape[1], block).attend_into_(out_BLHD, q_BLHD, k_BSKD, v_BSKD, block)
 
 
 def accumulate_(

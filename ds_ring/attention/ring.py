@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention import sinks
-from ds_ring.attention.local import accumulate_, attend, attend_into_
+from ds_ring.attention.local import accumulate_, attend
 from ds_ring.attention.round import Round
 from ds_ring.attention.runs import accumulate_runs_, attend_runs, takes_segments
 from ds_ring.attention.spec import AttentionSpec
@@ -48,10 +48,8 @@ def ring_attention(
     Returns:
         out [B, L, H, D] in q's dtype.
     """
-    if transport.size == 1 and out is not None:
-        return sinks.apply_(out, attend_into_(out, q_BLHD, k_BLKD, v_BLKD, spec=spec), sinks_H)
     if transport.size == 1:
-        return sinks.apply_(*attend(q_BLHD, k_BLKD, v_BLKD, spec=spec), sinks_H)
+        return sinks.apply_(*attend(q_BLHD, k_BLKD, v_BLKD, spec=spec, out=out), sinks_H)
     with Round(
         k_BLKD.shape, k_BLKD,
         layout=layout, transport=transport, variant=variant, gather_limit_bytes=gather_limit_bytes,

@@ -121,10 +121,9 @@ def _attend_segments(
     return out, lse
 
 
-_Arguments = tuple[Tensor, list[Tensor], list[Tensor], list[int], list[int], bool, float]
-
-
-def _arguments(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> _Arguments:
+def _arguments(
+    q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec
+) -> attention512.Call:
     chunks: list[int] = []
     done = 0
     for run in runs:

@@ -95,7 +95,7 @@ class ChunkStep(Step):
         if spec.window is None:
             self.store_layer(layer, k_BlKD, v_BlKD, None)
             held, cached = list(self.held), self.store.read(layer, self.rows, self.held[own])
-            seen: tuple[Runs, ...] | None = self.seen
+            seen = self.seen
         else:
             # The last of these tokens may take the place of what the first of them see.
             slots = self.store.window(spec.window)
@@ -103,7 +103,7 @@ class ChunkStep(Step):
             held = [b + after - before for b, after, before in zip(behind, self.held, self.starts, strict=True)]
             cached = self._beside(layer, spec.window, behind[own], k_BlKD, v_BlKD)
             self.store_layer(layer, k_BlKD, v_BlKD, spec.window)
-            seen = None
+            seen = ()
         q_positions_Bl = self.positions_Bl.masked_fill(self.positions_Bl == EMPTY, BLIND)
         return attend_spread(
             q_BlHD, cached, q_positions_BL=q_positions_Bl, held=held, spec=spec, transport=transport,

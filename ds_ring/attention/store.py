@@ -167,7 +167,10 @@ class KVStore:
         return Cached(pair[0][rows, :stop], pair[1][rows, :stop], self._positions_of(layer)[rows, :stop])
 
     def hide(self, hidden_BT: Tensor, first_B: Tensor) -> None:
-        """Forget the tokens of the columns marked in ``hidden_BT``; ``first_B`` are the columns of position 0."""
+        """Forget the tokens of the columns marked in ``hidden_BT``; ``first_B`` are the columns of position 0; both on
+        the CPU."""
+        self.filled.lose(hidden_BT.any(1).nonzero()[:, 0].tolist())
+        hidden_BT, first_B = hidden_BT.to(self.device), first_B.to(self.device)
         for positions_BS in (self._positions_BS, *(slots.positions_BS for slots in self._windows.values())):
             columns_BS = (positions_BS + first_B[:, None]).clamp(max=hidden_BT.shape[1] - 1).long()
             gone_BS = hidden_BT.gather(1, columns_BS) & (positions_BS != EMPTY)

@@ -71,10 +71,8 @@ class ShardedCache(Cache):
             raise InputError(f"attention_mask shows columns of row {row} that were padding when the cache was made")
         if torch.equal(mask_BT, known_BT):
             return
-        own, device = slice(self.rows.start, self.rows.stop), self.store.device
-        hidden_BT = (known_BT & ~mask_BT)[own]
-        self.store.filled.lose(hidden_BT.any(1).nonzero()[:, 0].tolist())
-        self.store.hide(hidden_BT.to(device), self.first_B[own].to(device))
+        own = slice(self.rows.start, self.rows.stop)
+        self.store.hide((known_BT & ~mask_BT)[own], self.first_B[own])
         self._masks = [mask_BT]
 
     @property

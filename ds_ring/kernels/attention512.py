@@ -14,6 +14,9 @@ MAX_SEGMENTS, MAX_CHUNKS = 64, 16
 _ALIGNMENT = 8
 """Strides in elements, and base addresses, must be multiples of 16 bytes: what the copy engine (TMA) takes."""
 
+Call = tuple[Tensor, list[Tensor], list[Tensor], list[int], list[int], bool, float]
+"""q, keys, values, k_offsets, chunks, causal and scale, as ``attention512`` takes them."""
+
 _P, _L, _I = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int
 
 
