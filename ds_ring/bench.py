@@ -205,7 +205,7 @@ def _row(
         "ring_impl": config.parallel.ring_impl,
         "ring_variant": config.parallel.ring_variant,
         "transport": engine.mesh.transport_names,
-        "in_flight": min(engine.lanes, -(-work.batch // (topology.dp * config.workload.micro_batch_size))),
+        "in_flight": min(engine.lanes, config.micro_batches(config.workload.micro_batch_size)),
         "batch": work.batch,
         "micro_batch": config.workload.micro_batch_size,
         "warmup_batch": warmup_rows(config),

@@ -254,6 +254,10 @@ class RunConfig(_Section):
         """Sequences of it, on the replica with the most."""
         return min(self.workload.micro_batch_size, math.ceil(self.workload.batch_size / self.parallel.dp_size))
 
+    def micro_batches(self, size: int) -> int:
+        """How many of ``size`` sequences make one pass, on the replica with the most."""
+        return math.ceil(self.workload.batch_size / (self.parallel.dp_size * size))
+
     @property
     def label(self) -> str:
         """The name of this layout in tables and file names: its degrees, and how a ring goes about it where that is not

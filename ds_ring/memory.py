@@ -53,7 +53,7 @@ def peak_bytes(config: RunConfig, shape: ModelShape, linear_parameters: int, mic
     rows, d = micro * layout.local_length, shape.hidden_size
     block = min(rows, config.workload.block_rows or rows)
     q, kv = (n * shape.head_dim / t.tp for n in (shape.num_heads, 2 * shape.num_kv_heads))
-    slots, projected, lanes = 0.0, t.ring > 1 and t.ulysses == 1 and block == rows, _in_flight(config, micro)
+    slots, projected, lanes = 0.0, t.ring > 1 and t.ulysses == 1 and block == rows, in_flight(config, micro)
     if t.ring > 1:
         shared = rows * (q + kv if projected else kv)
         slots = shared * max(lanes, 1 if shared * itemsize >= LARGE else MIN_SLOTS)
@@ -101,13 +101,14 @@ def _weights(config: RunConfig, shape: ModelShape, linear_parameters: int) -> fl
     return linear_parameters / (t.pp * t.tp) + (table if t.pp > 1 else table + table / t.tp)
 
 
-def _in_flight(config: RunConfig, micro: int) -> int:
-    """How many micro-batches are: ``auto`` is taken to find the copy engine, as on GPUs of one host."""
+def in_flight(config: RunConfig, micro: int) -> int:
+    """How many micro-batches of ``micro`` sequences are: ``auto`` is taken to find the copy engine, as on GPUs of one
+    host."""
     t, ring = config.topology, config.ring
     by_copy_engine = ring.interleave == "auto" and t.sp > 1 and ring.transport != "process_group"
     if t.pp > 1 or t.sp * t.tp == 1 or not (ring.interleave == "on" or by_copy_engine):
         return 1
-    return min(ring.in_flight if t.sp > 1 else 2, -(-config.workload.batch_size // (micro * t.dp)))
+    return min(ring.in_flight if t.sp > 1 else 2, config.micro_batches(micro))
 
 
 def _arriving(config: RunConfig, shape: ModelShape, own: float, out: float, itemsize: int) -> tuple[float, float]:

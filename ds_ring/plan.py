@@ -28,7 +28,7 @@ from ds_ring.hf.flops import linear_parameters
 from ds_ring.hf.shape import model_shape
 from ds_ring.kernels.attention512 import HEAD_DIM
 from ds_ring.layout import SequenceLayout
-from ds_ring.memory import peak_bytes
+from ds_ring.memory import in_flight, peak_bytes
 from ds_ring.metrics import Work
 from ds_ring.volume import bytes_sent_per_rank
 
@@ -174,13 +174,12 @@ def _divisors(n: int) -> list[int]:
 
 def _lanes(config: RunConfig, card: Card) -> list[RunConfig]:
     """``config``, and with more micro-batches in flight where there are as many and transfers leave links alone."""
-    t, work, ring = config.topology, config.workload, config.ring
-    by_copy_engine = t.sp > 1 and _inside(config, card) and ring.transport != "process_group"
-    ours = config.parallel.implementation == "ds_ring"
-    if not ours or not by_copy_engine or ring.interleave != "auto" or ring.in_flight > 2:
+    micro, ring = config.largest_micro_batch, config.ring
+    by_copy_engine = ring.interleave == "auto" and in_flight(config, micro) > 1 and _inside(config, card)
+    if config.parallel.implementation != "ds_ring" or not by_copy_engine or ring.in_flight > 2:
         return [config]
-    steps = math.ceil(work.batch_size / (t.dp * config.largest_micro_batch))
-    return [config, *(RunConfig.load(config, in_flight=lanes) for lanes in IN_FLIGHT if lanes <= steps)]
+    possible = [lanes for lanes in IN_FLIGHT if lanes <= config.micro_batches(micro)]
+    return [config, *(RunConfig.load(config, in_flight=lanes) for lanes in possible)]
 
 
 def _with_lanes(plans: list[Plan]) -> Plan:
@@ -200,7 +199,7 @@ def _predict(config: RunConfig, shape: ModelShape, linear_parameters: int, card:
     layout = SequenceLayout(work.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
     rows = math.ceil(work.batch_size / t.dp)
     micro = config.largest_micro_batch
-    steps = math.ceil(rows / micro)
+    steps = config.micro_batches(micro)
     tokens = rows * layout.local_length / (t.tp * t.pp)  # whole tokens' worth of work
     few = 1 + FEW_ROWS / (micro * layout.local_length)
     flops = Work(shape, linear_parameters, work.batch_size, work.max_length)
@@ -241,7 +240,7 @@ def row(plan: Plan) -> dict[str, Any]:
     """A line of the table and of the JSON document."""
     return {
         "layout": plan.label,
-        "in_flight": plan.config.ring.in_flight if plan.config.topology.sp > 1 else 1,
+        "in_flight": in_flight(plan.config, plan.config.largest_micro_batch),
         "tps": plan.tps(),
         "step_ms": 1e3 * plan.step_s,
         "exposed_ms": 1e3 * plan.exposed_s,
