@@ -50,9 +50,13 @@ def generate(
     request = admit(engine, facade, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
     run.new_tokens = request.new_tokens
     past, mask_BT = request.cache.get_seq_length(), request.mask_BT
-    prompt, length = int(mask_BT[:, past:].sum(1).max()), int(mask_BT.sum(1).max()) + request.new_tokens
+
+    def words() -> str:
+        prompt, length = int(mask_BT[:, past:].sum(1).max()), int(mask_BT.sum(1).max()) + request.new_tokens
+        return of_generation(engine, len(request.cache.rows), prompt, length)
+
     with (
-        noted(lambda: of_generation(engine, len(request.cache.rows), prompt, length)),
+        noted(words),
         _one_generator(world, engine.device, request.settings.do_sample),
     ):
         result: Tensor | GenerateDecoderOnlyOutput = facade.generate(

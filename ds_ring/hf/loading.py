@@ -66,9 +66,7 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
 
 def weight_bytes(config: PretrainedConfig, dtype: torch.dtype, layers: range) -> int:
     """Bytes of the parameters that a rank loads, those of all layers or of a stage's."""
-    anatomy, tied = _without_weights(config, dtype, layers)
-    if tied:
-        anatomy.model.tie_weights()
+    anatomy, _ = _without_weights(config, dtype, layers)
     return sum(parameter.nbytes for parameter in anatomy.model.parameters())
 
 

@@ -129,17 +129,17 @@ class CopyEngineTransport(Transport):
         if not self.muted:
             self._stand_ins.clear()
             return self._take_rows(send)
-        own = send.unflatten(1, (self.size, -1))[:, self.rank]
-        joined = self.stand_in((*own.shape[:2], self.size, *own.shape[2:]), own)
-        joined[:, :, self.rank] = own
-        return joined.flatten(2, 3)
+        return self._as_if_all(self._rows_for_us(send), 2)
 
     def _take_rows(self, send: Tensor) -> Tensor:
         batch, rows, *heads = send.shape
         received = send.new_empty((batch, rows // self.size, self.size, *heads))
         targets = [[part] for part in received.unbind(2)]
-        self._swap(send, lambda memory: [memory.unflatten(1, (self.size, -1))[:, self.rank]], targets)
+        self._swap(send, lambda memory: [self._rows_for_us(memory)], targets)
         return received.flatten(2, 3)
+
+    def _rows_for_us(self, memory: Tensor) -> Tensor:
+        return memory.unflatten(1, (self.size, -1))[:, self.rank]
 
     def _for_us(self, send: Tensor) -> list[Tensor]:
         return [send[self.rank]]
@@ -157,14 +157,7 @@ class CopyEngineTransport(Transport):
         if not self.muted:
             self._stand_ins.clear()
             return self._take_columns(memory_BlW, own)
-        batch, rows, _ = memory_BlW.shape
-        blocks = []
-        for number, those in enumerate(own):
-            part = memory_BlW[..., those]
-            block = self.stand_in((batch, self.size, rows, part.shape[2]), part, number)
-            block[:, self.rank] = part
-            blocks.append(block.flatten(1, 2))
-        return blocks
+        return [self._as_if_all(memory_BlW[..., those], 1, number) for number, those in enumerate(own)]
 
     def _take_columns(self, memory_BlW: Tensor, own: Sequence[slice]) -> list[Tensor]:
         batch, rows, _ = memory_BlW.shape
@@ -175,6 +168,12 @@ class CopyEngineTransport(Transport):
             [[block[:, peer] for block in received] for peer in range(self.size)],
         )
         return [block.flatten(1, 2) for block in received]
+
+    def _as_if_all(self, own: Tensor, dim: int, number: int = 0) -> Tensor:
+        """While muted: ``own`` among parts that stand in for its like of all ranks, side by side along ``dim``."""
+        parts = self.stand_in((*own.shape[:dim], self.size, *own.shape[dim:]), own, number)
+        parts.select(dim, self.rank).copy_(own)
+        return parts.flatten(dim, dim + 1)
 
     def stand_in(self, shape: Sequence[int], own: Tensor, number: int = 0) -> Tensor:
         """While muted, for what peers would bring: numbers of this rank's ``own``, of an earlier call. On garbage or
