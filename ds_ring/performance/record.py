@@ -104,5 +104,6 @@ def _words(root: Path, command: str) -> list[str]:
     """As a shell would take them: file names for patterns, this interpreter for ``python``."""
     words: list[str] = []
     for word in shlex.split(command):
-        words += sorted(str(file.relative_to(root)) for file in root.glob(word)) if "*" in word else [word]
+        pattern = "*" in word and " " not in word  # a program behind -c may multiply
+        words += sorted(str(file.relative_to(root)) for file in root.glob(word)) if pattern else [word]
     return [sys.executable, *words[1:]] if words[0] == "python" else words
