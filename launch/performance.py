@@ -10,6 +10,7 @@ that do not exist yet. The last line of standard output tells what was met, miss
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -25,6 +26,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.launcher import gpu_count
     from ds_ring.performance import page, record
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what it started ends with it
     made = {} if args.record is None else record.record(ROOT, args.record, args.limit_s, gpu_count(), cli.say)
     return {**made, **page.write(ROOT)}
 

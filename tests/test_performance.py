@@ -326,8 +326,22 @@ class TestRecording:
         assert found["left_out"]["behind.json"] == "no time left"
         assert files == set()
 
+    def test_what_a_cut_command_had_is_kept_where_there_is_no_record(self, recorded, tmp_path):
+        write = f"import json, time; json.dump({PROVENANCE!r} | {{'had': 1}}, open('results/cut.json', 'w'))"
+        cut = self.source("cut", code=f"{write}; time.sleep(30)")
+        reason, kept = "did not end in 2 s; see results/cut.log", tmp_path / page.RESULTS / "cut.json"
+        assert recorded([cut], limit_s=2.0)[0]["left_out"] == {"cut.json": f"{reason}; what it had by then is kept"}
+        assert json.loads(kept.read_text())["had"] == 1
+        kept.write_text(json.dumps(PROVENANCE))
+        assert recorded([cut], names=["cut.json"], limit_s=2.0)[0]["left_out"] == {"cut.json": reason}
+        assert "had" not in json.loads(kept.read_text())
+
     def test_what_a_command_needs_is_made_before(self, recorded, tmp_path):
-        makes = {"makes": "text", "command": "python -c \"open('text', 'w').write('7')\"", "wanted_by": ["text"]}
+        makes = {
+            "makes": "text",
+            "command": "python -c \"open('text', 'w').write('1234567'[2 * 3 :])\"",
+            "wanted_by": ["text"],
+        }
         reads = self.source("reads", code="assert open('text').read() == '7'")
         assert recorded([reads], preparations=[makes])[1] == {"reads"}
         (tmp_path / "text").write_text("8")  # there already

@@ -45,7 +45,8 @@ def record(
 ) -> dict[str, dict[str, str]]:
     """Run the commands that make ``names``, or all that is missing, one after the other, and keep what they give.
 
-    A command that this machine has too few GPUs for, or no time left, is left out.
+    A command that this machine has too few GPUs for, or no time left, is left out. What one that was cut had written
+    by then is kept where there is no record yet.
 
     Returns:
         ``{"recorded": {file: command}, "left_out": {file: why}}``.
@@ -83,7 +84,10 @@ def _make(root: Path, page: Page, source: Source, left_s: float, say: Callable[[
             run(_words(root, command), gpus_of(command), log=file, report=say, limit_s=left_s, folder=root)
     except LaunchError as error:
         how = f"did not end in {left_s:.0f} s" if time.monotonic() >= ends else f"ended with {error.reason}"
-        return f"{how}; see {file.relative_to(root)}"
+        kept = made.is_file() and not (root / RESULTS / source.file).exists()
+        if kept:
+            shutil.copyfile(made, root / RESULTS / source.file)
+        return f"{how}; see {file.relative_to(root)}" + "; what it had by then is kept" * kept
     except DsRingError as error:
         return str(error)
     if not made.is_file():
