@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 from mocked_world import relative_error, serve
 from tiny_models import build, gpt_neox, llama_gqa, logits, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,8 +18,6 @@ from ds_ring.engines.interleave import run_interleaved
 from ds_ring.hf.fused import product
 from ds_ring.transport.copy_engine import PulledShared
 from ds_ring.transport.slots import Slot, Slots
-
-CPU = torch.device("cpu")
 
 
 def run(steps: list[int], fail: dict[int, int] | None = None, lanes: int = 2) -> tuple[list[int], list[str]]:
@@ -39,7 +38,7 @@ def run(steps: list[int], fail: dict[int, int] | None = None, lanes: int = 2) ->
         hand_over[0] = call
 
     try:
-        found = run_interleaved([lambda n=n: job(n) for n in range(len(steps))], on_hand_over, CPU, lanes)
+        found = run_interleaved([lambda n=n: job(n) for n in range(len(steps))], on_hand_over, lanes)
     finally:
         assert hand_over[0] is None
     return found, events
@@ -68,9 +67,7 @@ def test_who_looks_on_sees_what_every_lane_does():
         return float(total)
 
     with Counter() as counter:
-        results = run_interleaved(
-            [lambda n=n: job(n) for n in range(5)], lambda call: hand_over.insert(0, call), CPU, 2
-        )
+        results = run_interleaved([lambda n=n: job(n) for n in range(5)], lambda call: hand_over.insert(0, call), 2)
     assert results == [0.0, 3.0, 6.0, 9.0, 12.0]
     assert counter.by_job == dict.fromkeys(range(5), 3)
 
@@ -99,10 +96,45 @@ class TestBaton:
     @pytest.mark.parametrize("number", [0, 1])
     @pytest.mark.parametrize("step", [0, 1, 2])
     def test_an_error_of_either_lane_is_raised_and_stops_the_other(self, number, step):
-        before = threading.active_count()
         with pytest.raises(ValueError, match=f"job {number}"):
             run([3, 3, 3, 3], {number: step})
-        assert threading.active_count() == before
+        assert not torch.is_inference_mode_enabled()
+
+    def test_a_lane_that_is_stopped_leaves_what_it_is_in(self):
+        """Even where what is on the way out hands over or fails itself."""
+        hand_over: list[Any] = [None]
+        left: list[str] = []
+
+        def waits() -> None:
+            with torch.inference_mode():
+                try:
+                    while True:
+                        hand_over[0]()
+                except GreenletExit:
+                    left.append("waits")
+                    raise KeyError("a consequence") from None
+                finally:
+                    hand_over[0]()
+
+        def fails() -> None:
+            hand_over[0]()
+            raise ValueError("the cause")
+
+        with pytest.raises(ValueError, match="the cause"):
+            run_interleaved([waits, fails, waits, waits], lambda call: hand_over.insert(0, call), 4)
+        assert left == ["waits"] * 3
+        assert not torch.is_inference_mode_enabled()
+
+    def test_all_lanes_are_the_calling_thread(self):
+        """What PyTorch keeps by thread, cuDNN's plans for one, all of them share."""
+        hand_over: list[Any] = [None]
+
+        def job() -> int:
+            hand_over[0]()
+            return threading.get_ident()
+
+        found = run_interleaved([job] * 5, lambda call: hand_over.insert(0, call), 3)
+        assert found == [threading.get_ident()] * 5
 
 
 LAYOUTS = {
@@ -144,14 +176,12 @@ def order_of_layers(rows: int = 2, **options) -> list[tuple[int, int]]:
     mask[1, 8] = 0
 
     def work(engine: Engine) -> list[tuple[int, int]]:
-        order: list[tuple[int, int]] = []
+        order: list[tuple[greenlet, int]] = []
         for number, layer in enumerate(engine.anatomy.layers):
-            layer.register_forward_pre_hook(
-                lambda module, args, number=number: order.append((threading.get_ident(), number))
-            )
+            layer.register_forward_pre_hook(lambda module, args, number=number: order.append((getcurrent(), number)))
         engine(ids, mask)
-        lanes = list(dict.fromkeys(thread for thread, _ in order))
-        return [(lanes.index(thread), number) for thread, number in order]
+        lanes = list(dict.fromkeys(lane for lane, _ in order))
+        return [(lanes.index(lane), number) for lane, number in order]
 
     return serve(build(gpt_neox(heads=4, layers=2)), work, micro_batch_size=1, ring_degree=2, **options)[0]
 

@@ -73,7 +73,7 @@ class SequenceParallelEngine(Engine):
         jobs = [partial(self._forward, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
         if not self._in_flight(micro_batches):
             return [job() for job in jobs]
-        return run_interleaved(jobs, self._on_hand_over, self.device, self.lanes)
+        return run_interleaved(jobs, self._on_hand_over, self.lanes)
 
     @property
     def lanes(self) -> int:

@@ -81,7 +81,7 @@ class TensorPipelineEngine(Engine):
     def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         if self._in_flight(micro_batches):
             jobs = [partial(self._pass, [m], [k], want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
-            return [shard for (shard,) in run_interleaved(jobs, self._on_hand_over, self.device, self.lanes)]
+            return [shard for (shard,) in run_interleaved(jobs, self._on_hand_over, self.lanes)]
         return self._pass(micro_batches, keep, want_hidden)
 
     def _pass(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:

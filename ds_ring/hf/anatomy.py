@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -56,12 +56,12 @@ class Anatomy:
 
     @contextmanager
     def captured_hidden(self) -> Iterator[list[Tensor]]:
-        """Collects the decoder's ``last_hidden_state`` of every forward of this thread inside the block."""
+        """Collects the decoder's ``last_hidden_state`` of every forward of this lane inside the block."""
         found: list[Tensor] = []
-        own = threading.get_ident()
+        own = getcurrent()
 
         def keep(module: nn.Module, args: Any, out: Any) -> None:
-            if threading.get_ident() == own:
+            if getcurrent() is own:
                 found.append(out[0])
 
         handle = self.decoder.register_forward_hook(keep)

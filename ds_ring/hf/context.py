@@ -3,12 +3,13 @@
 # Shapes: B batch, l tokens on this rank, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
@@ -28,8 +29,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec, Tensor | None], Tensor
 """(q [B, l, H, D], k [B, l, K, D], v, what is asked, sinks [H]) -> out [B, l, H, D]."""
 
 
-class _Forward(threading.local):
-    """The present forward. A thread's own: micro-batches in flight may have layouts of their own."""
+@dataclass
+class _Forward:
+    """The present forward of a lane: micro-batches in flight may have layouts of their own."""
 
     layout: SequenceLayout | None = None
     step: Step | None = None
@@ -50,7 +52,11 @@ class AttentionContext:
     parallel: ParallelConfig
     num_heads: int
     block_rows: int
-    present: _Forward = field(default_factory=_Forward)
+    _forwards: WeakKeyDictionary[greenlet, _Forward] = field(default_factory=WeakKeyDictionary)
+
+    @property
+    def present(self) -> _Forward:
+        return self._forwards.setdefault(getcurrent(), _Forward())
 
     @contextmanager
     def forward(
@@ -129,7 +135,7 @@ class AttentionContext:
 
     @contextmanager
     def attending_by(self, attend: Attend) -> Iterator[None]:
-        """Inside the block this thread's forward attends by ``attend``."""
+        """Inside the block this lane's forward attends by ``attend``."""
         self.present.instead = attend
         try:
             yield

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 
 from ds_ring.hf.anatomy import Anatomy
@@ -59,7 +59,7 @@ def spliced(anatomy: Anatomy, hidden_in: Tensor | None) -> Iterator[list[Tensor]
     ``inputs_embeds``, leaves out all that models do in between: scaling, position embeddings, norms.
     """
     found: list[Tensor] = []
-    own = threading.get_ident()  # another micro-batch may be under way in another thread
+    own = getcurrent()  # another micro-batch may be under way in another lane
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if "hidden_states" in kwargs:
@@ -67,7 +67,7 @@ def spliced(anatomy: Anatomy, hidden_in: Tensor | None) -> Iterator[list[Tensor]
         return (hidden_in, *args[1:]), kwargs
 
     def collect(module: nn.Module, args: Any, out: Any) -> None:
-        if threading.get_ident() == own:
+        if getcurrent() is own:
             found.append(out if isinstance(out, Tensor) else out[0])
 
     handles = [anatomy.layers[-1].register_forward_hook(collect)]

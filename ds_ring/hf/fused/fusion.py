@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import Counter
 from types import MethodType
 from typing import Any
@@ -53,7 +52,6 @@ class Fusion:
         self._where = "Triton kernels" if rowwise.kernels_run_on(parameter) else f"plain PyTorch on {parameter.device}"
         self._block_rows, self._in_place = block_rows, in_place
         self._waiting = len(anatomy.layers)
-        self._told = threading.Lock()
         for layer in anatomy.layers:
             if "forward" in vars(layer):
                 self._tell(Counter(), f"{type(layer).__name__} has a forward of its own")
@@ -79,12 +77,11 @@ class Fusion:
         return fx.GraphModule(modules, graph) if rewriter.done else None
 
     def _tell(self, done: Counter[str], reason: str | None) -> None:
-        with self._told:
-            self.done += done
-            self.left += [] if reason is None else [reason]
-            self._waiting -= 1
-            if self._waiting == 0:
-                log.info("%s", self)
+        self.done += done
+        self.left += [] if reason is None else [reason]
+        self._waiting -= 1
+        if self._waiting == 0:
+            log.info("%s", self)
 
     def __str__(self) -> str:
         done = ", ".join(f"{n} x {name}" for name, n in self.done.items() if n) or "nothing"
