@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_ring.attention import aten, choice
+from ds_ring.attention import choice
 from ds_ring.attention.backends import (
     CUDNN,
     FLASH,
@@ -18,6 +18,7 @@ from ds_ring.attention.backends import (
     PLAIN,
     PORTABLE,
     Aligned,
+    AlignedToFirst,
     Backend,
 )
 from ds_ring.attention.choice import choose, cudnn_pays, usable
@@ -230,11 +231,16 @@ class TestOnGpus:
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (3, 8), (1, 4), (4, 5)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_cudnns_mask_at_the_first_key_is_brought_to_the_last(monkeypatch, queries, keys, causal):
-    monkeypatch.setattr(aten, "_cudnn", lambda q, k, v, scale, causal: top_left(q, k, v, scale=scale, causal=causal))
+def test_a_mask_at_the_first_key_is_brought_to_the_last(queries, keys, causal):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, heads, 8, generator=generator) for n, heads in ((queries, 4), (keys, 2), (keys, 2)))
-    got = aten.cudnn(q, k, v, scale=0.3, causal=causal)
+    spec, backend = AttentionSpec(0.3), AlignedToFirst("first", top_left)
     want = bottom_right(q, k, v, scale=0.3, causal=causal)
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, atol=2e-6, rtol=1e-6)
+    block = BlockSpec(spec, causal, keys - queries)
+    memory = torch.full((2, queries + 3, 6, 8), torch.nan)
+    into = memory[:, 2 : 2 + queries, 1:5]
+    found = backend.attend(q, k, v, block, torch.float32)
+    for got in (found, (into, backend.attend_into_(into, q, k, v, block))):
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, atol=2e-6, rtol=1e-6)
+    assert int(memory.isnan().sum()) == memory.numel() - into.numel()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ds_ring.kernels import rowwise
 from ds_ring.kernels.rowwise import NormSpec
+from ds_ring.kernels.trial import triton_serves
 
 triton = pytest.importorskip("triton")
 from ds_ring.kernels import rowwise_kernel  # noqa: E402
@@ -141,9 +142,10 @@ def test_kernels_that_cannot_run_are_named_once(monkeypatch, caplog):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(rowwise_kernel, "put", broken)
-    rowwise._usable.cache_clear()
-    assert not any(rowwise._usable(torch.device("cpu"), torch.float32) for _ in range(2))
-    rowwise._usable.cache_clear()
+    triton_serves.cache_clear()
+    trial = "element-wise work", rowwise.self_test, torch.device("cpu"), torch.float32
+    assert not any(triton_serves(*trial) for _ in range(2))
+    triton_serves.cache_clear()
     assert [r.getMessage() for r in caplog.records] == [
         "element-wise work in torch.float32 goes without Triton's kernels: RuntimeError: no compiler"
     ]

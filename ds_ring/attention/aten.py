@@ -1,11 +1,9 @@
 """Attention kernels that ship with PyTorch and return the log-sum-exp. GPU only, fp16 and bf16."""
 
-# Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim. Causal masks are aligned to the last
-# query and the last key, whatever the kernel's own alignment: query i sees keys 0 .. S - L + i.
+# Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim. Causal masks, where nothing else is
+# said, are aligned to the last query and the last key: query i sees keys 0 .. S - L + i.
 import torch
 from torch import Tensor
-
-from ds_ring.attention.merge import block_weight
 
 FLASH_MAX_HEAD_DIM = 256
 _CAUSAL_FROM_BOTTOM_RIGHT = 2  # torch/csrc: CausalFromBottomRight, the last query sees the last key
@@ -23,22 +21,8 @@ def flash(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tup
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """cuDNN's flash attention: head_dim a multiple of 8, up to 128 (on Hopper 256), more than one key; GQA without
-    copies. cuDNN plans anew for every shape and stride it has not met, which costs the first call of each.
-
-    Its causal mask is aligned to the *first* key, so a causal block with more keys than queries goes in two calls:
-    the keys that all queries see, and the square behind them.
-    """
-    ahead = k.shape[1] - q.shape[1]
-    if not causal or ahead == 0:
-        return _cudnn(q, k, v, scale, causal)
-    out, lse = _cudnn(q, k[:, :ahead], v[:, :ahead], scale, False)
-    square, square_lse = _cudnn(q, k[:, ahead:], v[:, ahead:], scale, True)
-    weight, total = block_weight(lse, square_lse)
-    # Where it lies and never beyond either side's range; fp32 copies would take several times the result's memory.
-    return out.mul_(1 - weight).addcmul_(square, weight), total
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    copies. A causal mask is aligned to the *first* key. cuDNN plans anew for every shape and stride it has not met,
+    which costs the first call of each in a thread."""
     q, k, v = (_aligned(t).transpose(1, 2) for t in (q, k, v))
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, causal, False, scale=scale

@@ -56,14 +56,17 @@ def attend_runs(
         ordered = sorted(segments, key=lambda segment: segment.start)
         k_BSKD = torch.cat([segment.k_BSKD for segment in ordered], dim=1)
         v_BSKD = torch.cat([segment.v_BSKD for segment in ordered], dim=1)
-    parts = []
+    out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
     done = 0
     for run in runs:
-        q_run = q_BLHD[:, done : done + run.length]
-        out, lse = attend(q_run, k_BSKD[:, : run.stop], v_BSKD[:, : run.stop], spec=spec, q_offset=run.start)
-        parts.append(sinks.apply_(out, lse, sinks_H))
-        done += run.length
-    return torch.cat(parts, dim=1)
+        rows = slice(done, done + run.length)
+        _, lse = attend(
+            q_BLHD[:, rows], k_BSKD[:, : run.stop], v_BSKD[:, : run.stop], spec=spec, q_offset=run.start,
+            out=out_BLHD[:, rows],
+        )  # fmt: skip
+        sinks.apply_(out_BLHD[:, rows], lse, sinks_H)
+        done = rows.stop
+    return out_BLHD
 
 
 def accumulate_runs_(

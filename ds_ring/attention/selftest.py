@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention import plain, plain_positions
-from ds_ring.attention.backends import Backend, Partial
+from ds_ring.attention.backends import Backend
+from ds_ring.attention.merge import Partial
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 
 QUERIES, KEYS, HEADS, KV_HEADS = 33, 65, 4, 2

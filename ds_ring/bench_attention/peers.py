@@ -18,7 +18,7 @@ from ds_ring.attention import aten
 from ds_ring.attention.backends import CUDNN, FLASH, Backend
 from ds_ring.attention.choice import choose
 from ds_ring.attention.local import accumulate_, attend
-from ds_ring.attention.merge import merge_
+from ds_ring.attention.merge import merge_plainly
 from ds_ring.attention.positions import attend_positions, uses_kernel
 from ds_ring.attention.runs import Segment, attend_runs
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
@@ -220,12 +220,12 @@ def _ds_ring_merging(inputs: Inputs) -> Prepared:
     assert inputs.state is not None
     block = _ds_ring(inputs)
     out, lse = (t.clone() for t in inputs.state)
-    merge = torch.compile(merge_, dynamic=False)
+    merge = torch.compile(merge_plainly, dynamic=False)
 
     def call() -> Result:
         block_out, block_lse = block.call()
         assert block_lse is not None
-        merge(out, lse, block_out, block_lse)
+        merge(out, lse, (out, lse), (block_out, block_lse))
         return out, lse
 
     return Prepared(call, f"{block.detail}, compiled merge", carries=True)

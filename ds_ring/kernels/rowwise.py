@@ -8,17 +8,14 @@ need Triton.
 # Shapes: M rows (tokens), W columns, B batch, L tokens, H query and K key/value heads, D head_dim, R rotating columns.
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, relu, silu
 
-log = logging.getLogger("ds_ring")
+from ds_ring.kernels.trial import triton_serves
 
 Gate = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
@@ -40,15 +37,7 @@ class NormSpec:
 
 def kernels_run_on(tensor: Tensor) -> bool:
     """Whether Triton's kernels serve tensors like this one; where they should but cannot, a warning says why, once."""
-    return tensor.is_cuda and _usable(tensor.device, tensor.dtype)
-
-
-@cache
-def _usable(device: torch.device, dtype: torch.dtype) -> bool:
-    reason = "Triton is not installed" if find_spec("triton") is None else self_test(device, dtype)
-    if reason is not None:
-        log.warning("element-wise work in %s goes without Triton's kernels: %s", dtype, reason)
-    return reason is None
+    return tensor.is_cuda and triton_serves("element-wise work", self_test, tensor.device, tensor.dtype)
 
 
 def self_test(device: torch.device, dtype: torch.dtype) -> str | None:

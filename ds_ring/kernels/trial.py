@@ -1,0 +1,23 @@
+"""Whether Triton's kernels serve a device and dtype: they are tried once, and a warning says why where they do not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+log = logging.getLogger("ds_ring")
+
+SelfTest = Callable[[torch.device, torch.dtype], str | None]
+"""What keeps a kernel from giving the plain formula's results on small examples; None: nothing."""
+
+
+@cache
+def triton_serves(what: str, self_test: SelfTest, device: torch.device, dtype: torch.dtype) -> bool:
+    reason = "Triton is not installed" if find_spec("triton") is None else self_test(device, dtype)
+    if reason is not None:
+        log.warning("%s in %s goes without Triton's kernels: %s", what, dtype, reason)
+    return reason is None
