@@ -38,7 +38,8 @@ def merge_into(out_BLHD: Tensor, lse_BHL: Tensor, first: Partial, second: Partia
         out_BLHD, lse_BHL: where to, any strides; may be the first's.
     """
     assert lse_BHL.dtype == first[1].dtype == second[1].dtype == torch.float32
-    if _kernel_runs_on(second[0]):
+    rows_lie_whole = all(t.stride(3) == 1 for t in (out_BLHD, first[0], second[0]))
+    if rows_lie_whole and _kernel_runs_on(second[0]):
         from ds_ring.kernels import merge_kernel
 
         merge_kernel.merge(out_BLHD, lse_BHL, *first, *second)

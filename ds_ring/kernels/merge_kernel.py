@@ -59,7 +59,7 @@ def merge(
     if not out_BLHD.numel():
         return
     results, lses = (out_BLHD, first_BLHD, second_BLHD), (lse_BHL, first_lse_BHL, second_lse_BHL)
-    assert all(t.shape == out_BLHD.shape and (t.stride(3) == 1 or width == 1) for t in results)
+    assert all(t.shape == out_BLHD.shape and t.stride(3) == 1 for t in results)
     assert all(t.shape == (batch, heads, queries) and t.dtype == torch.float32 for t in lses)
     columns = triton.next_power_of_2(width)
     tile = min(triton.next_power_of_2(heads), max(1, TILE // columns))
