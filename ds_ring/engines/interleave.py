@@ -19,6 +19,16 @@ from greenlet import getcurrent, greenlet
 T = TypeVar("T")
 
 
+class _Lane(greenlet):
+    is_last = False
+
+
+def in_last_lane() -> bool:
+    """Whether the caller's turn comes behind those of all other lanes."""
+    lane = getcurrent()
+    return isinstance(lane, _Lane) and lane.is_last
+
+
 def run_interleaved(
     jobs: Sequence[Callable[[], T]], on_hand_over: Callable[[Callable[[], None] | None], None], lanes: int
 ) -> list[T]:
@@ -37,7 +47,8 @@ def run_interleaved(
         for i in range(number, len(jobs), lanes):
             results[i] = jobs[i]()
 
-    running = [greenlet(partial(lane, number)) for number in range(lanes)]
+    running = [_Lane(partial(lane, number)) for number in range(lanes)]
+    running[-1].is_last = True
     on_hand_over(turns.switch)
     # A thread is in this mode or not: a lane that ended first would take the others out of it.
     with torch.inference_mode():
@@ -53,7 +64,7 @@ def run_interleaved(
     return [results[i] for i in range(len(jobs))]
 
 
-def _stop(lane: greenlet) -> None:
+def _stop(lane: _Lane) -> None:
     """Leave what the lane is in. What fails on the way out follows from the error that it is stopped for."""
     while lane:
         with suppress(Exception):

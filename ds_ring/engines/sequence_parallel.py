@@ -23,6 +23,7 @@ from ds_ring.engines.batch import Batch
 from ds_ring.engines.decode_slices import decode_slices
 from ds_ring.engines.deepspeed import serve
 from ds_ring.engines.interleave import run_interleaved
+from ds_ring.engines.lockstep import Lockstep
 from ds_ring.engines.transfer import to_device
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.sliced import in_slices
@@ -83,18 +84,16 @@ class SequenceParallelEngine(Engine):
         return ring.in_flight if wanted and self.mesh.topology.sp > 1 else 1
 
     def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
-        """Two lanes alternate: one's transfers under the other's layer. More go through each layer together, and hand
-        over at its door and before transfers as well: those of all begin once all are ready, and then there are none
-        for as long as they compute."""
-        together = hand_over if self.lanes > 2 else None
+        """Two lanes alternate: one's transfers under the other's layer. More go in lockstep."""
+        lockstep = Lockstep(hand_over) if hand_over is not None and self.lanes > 2 else None
         for axis in SHARING_AXES:
-            self.mesh[axis].beforehand, self.mesh[axis].meanwhile = together, hand_over
+            self.mesh[axis].beforehand = lockstep.before_transfer if lockstep else None
+            self.mesh[axis].meanwhile = hand_over
         for hook in self._before_layers:
             hook.remove()
         self._before_layers.clear()
-        if together is not None:
-            turn = partial(_before_layer, together)
-            self._before_layers += [layer.register_forward_pre_hook(turn) for layer in self.anatomy.layers[1:]]
+        if lockstep is not None:
+            self._before_layers += lockstep.hook(self.anatomy.layers)
 
     def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
         return [self._forward_last(m) for m in micro_batches]
@@ -152,10 +151,6 @@ class SequenceParallelEngine(Engine):
             out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
         # Every rank computed them; whether to the last bit is up to its libraries, and tokens must not differ.
         return self.mesh["sp"].broadcast(out.logits[:, -1], 0)
-
-
-def _before_layer(hand_over: Callable[[], None], module: torch.nn.Module, inputs: object) -> None:
-    hand_over()
 
 
 @lru_cache(maxsize=64)
