@@ -47,8 +47,8 @@ def merge_into(out_BLHD: Tensor, lse_BHL: Tensor, first: Partial, second: Partia
         merge_plainly(out_BLHD, lse_BHL, first, second)
 
 
-def _kernel_runs_on(out_BLHD: Tensor) -> bool:
-    return out_BLHD.is_cuda and triton_serves("merging", self_test, out_BLHD.device, out_BLHD.dtype)
+def _kernel_runs_on(tensor: Tensor) -> bool:
+    return tensor.is_cuda and triton_serves("merging", self_test, tensor.device, tensor.dtype)
 
 
 def merge_plainly(out_BLHD: Tensor, lse_BHL: Tensor, first: Partial, second: Partial) -> None:
@@ -84,7 +84,7 @@ def self_test(device: torch.device, dtype: torch.dtype) -> str | None:
     from ds_ring.kernels import merge_kernel
 
     generator = torch.Generator().manual_seed(0)
-    (a, b), lses = torch.randn(2, 1, 5, 3, 24, generator=generator).to(device), torch.randn(2, 1, 3, 5).to(device)
+    (a, b), lses = (torch.randn(2, *size, generator=generator).to(device) for size in ((1, 5, 3, 24), (1, 3, 5)))
     lses[0, ..., 0] = lses[1, ..., :2] = -torch.inf
     for to in dict.fromkeys((torch.float32, dtype)):
         first, second = (a.to(to), lses[0]), (b.to(dtype), lses[1])
