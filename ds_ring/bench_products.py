@@ -1,4 +1,4 @@
-"""The matrix products of a decoder layer by every algorithm that cuBLASLt offers, sustained.
+"""The matrix products of a decoder layer by every algorithm that cuBLASLt offers, and in panels of rows, sustained.
 
 At the power limit the fastest algorithm is the one that takes the least energy, which a heuristic does not know. All
 are tried for a moment; the best of those, and what PyTorch calls, are then timed in turn, each long enough to be warm.
@@ -7,7 +7,7 @@ are tried for a moment; the best of those, and what PyTorch calls, are then time
 # Shapes: M rows, N columns in, W columns out.
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,9 +52,23 @@ def cases(shape: ModelShape) -> list[Case]:
 
 
 def run(
-    chosen: list[Case], rows: int, dtype: torch.dtype, device: torch.device, seconds: float, say: Callable[[str], None]
+    chosen: list[Case],
+    rows: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    say: Callable[[str], None],
+    finalists: int = FINALISTS,
+    panels: Sequence[int] = (),
 ) -> Iterator[dict[str, Any]]:
-    """A row of PyTorch's call and of each finalist, case by case. ``seconds``: how long each is sustained."""
+    """A row of PyTorch's call and of each other way, case by case.
+
+    Args:
+        seconds: how long each is sustained.
+        finalists: how many of cuBLASLt's algorithms.
+        panels: PyTorch's call for so many rows at a time: inputs that stay in the L2 cache take less energy to fetch,
+            and at the power limit that is speed.
+    """
     for case in chosen:
         say(f"{case.name}: {rows} x {case.columns_in} x {case.columns_out}")
         x_MN, weight_WN, bias_W, residual_MW = tensors(case, rows, dtype, device)
@@ -62,25 +76,32 @@ def run(
         added_MW = residual_MW if case.added else None
         plain = as_pytorch(case, x_MN, weight_WN, bias_W, residual_MW)
         want_MW = plain().clone()
-        found = cublaslt.candidates(x_MN, weight_WN, out_MW, bias_W=bias_W, added_MW=added_MW, gelu=case.gelu)
-        watch, quick = stopwatch(device), []
-        for candidate in found:
-            candidate.run()
+
+        def error_of(call: Callable[[], object], out_MW: Tensor = out_MW, want_MW: Tensor = want_MW) -> float:
+            call()
             synchronize(device)
-            error = float((out_MW.float() - want_MW.float()).norm() / want_MW.float().norm())
-            if error < SAME:
-                quick.append((quick_seconds(candidate.run, watch), candidate, error))
-        quick.sort(key=lambda one: one[0])
-        for number, (_, candidate, error) in enumerate(quick[:FINALISTS]):
-            timed, beside = time_in_turn(candidate.run, plain, seconds, device)
+            return float((out_MW.float() - want_MW.float()).norm() / want_MW.float().norm())
+
+        ways: list[tuple[Callable[[], object], str, dict[str, Any]]] = []
+        if finalists:
+            found = cublaslt.candidates(x_MN, weight_WN, out_MW, bias_W=bias_W, added_MW=added_MW, gelu=case.gelu)
+            watch, quick = stopwatch(device), []
+            for candidate in found:
+                if (error := error_of(candidate.run)) < SAME:
+                    quick.append((quick_seconds(candidate.run, watch), candidate, error))
+            quick.sort(key=lambda one: one[0])
+            for _, candidate, error in quick[:finalists]:
+                numbers = " ".join(f"{name} {value}" for name, value in candidate.configuration.items())
+                more = {"heuristic_rank": candidate.rank, "candidates": len(found)}
+                ways.append((candidate.run, "cuBLASLt", {"configuration": numbers, "rel_error": error, **more}))
+        for panel in (panel for panel in panels if panel < rows):
+            by_panels = in_panels(case, panel, x_MN, weight_WN, bias_W, residual_MW, out_MW)
+            ways.append((by_panels, f"PyTorch, {panel:,} rows at a time", {"rel_error": error_of(by_panels)}))
+        for number, (call, name, facts) in enumerate(ways):
+            timed, beside = time_in_turn(call, plain, seconds, device)
             if number == 0:
-                yield _row(case, rows, "PyTorch", beside, {}, None)
-            yield {
-                **_row(case, rows, "cuBLASLt", timed, candidate.configuration, error),
-                "heuristic_rank": candidate.rank,
-                "over_pytorch": beside.seconds / timed.seconds,
-                "candidates": len(found),
-            }
+                yield _row(case, rows, "PyTorch", beside)
+            yield {**_row(case, rows, name, timed), **facts, "over_pytorch": beside.seconds / timed.seconds}
 
 
 def tensors(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -91,22 +112,35 @@ def tensors(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> 
     return random(rows, case.columns_in), weight_WN, random(case.columns_out), random(rows, case.columns_out)
 
 
-def as_pytorch(case: Case, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Callable[[], Tensor]:
-    """What the fused layers call; a residual's bias has been added before, as they do it."""
+def as_pytorch(
+    case: Case, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: Tensor | None = None
+) -> Callable[[], Tensor]:
+    """What the fused layers call; a residual's bias has been added before, as they do it. In ``out``, if given."""
     if case.gelu:
-        return lambda: torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        return lambda: torch._addmm_activation(bias, x, weight.t(), use_gelu=True, out=out)
     if case.added:
         biased = residual + bias
-        return lambda: torch.addmm(biased, x, weight.t())
-    return lambda: torch.addmm(bias, x, weight.t())
+        return lambda: torch.addmm(biased, x, weight.t(), out=out)
+    return lambda: torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _row(
-    case: Case, rows: int, impl: str, timed: Any, configuration: dict[str, int], error: float | None
-) -> dict[str, Any]:
+def in_panels(
+    case: Case, panel: int, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: Tensor
+) -> Callable[[], None]:
+    """The same in ``out``, ``panel`` rows at a time."""
+    parts = [t.split(panel) for t in (x, residual, out)]
+    calls = [as_pytorch(case, x, weight, bias, residual, out) for x, residual, out in zip(*parts, strict=True)]
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+def _row(case: Case, rows: int, impl: str, timed: Any) -> dict[str, Any]:
     return {
         "case": case.name, "rows": rows, "columns_in": case.columns_in, "columns_out": case.columns_out, "impl": impl,
-        "ms": 1e3 * timed.seconds, "tflops": case.flops(rows) / timed.seconds / 1e12, "rel_error": error,
-        "sm_clock_mhz": timed.sensor("sm_clock_mhz"), "power_w": timed.sensor("power_w"),
-        "configuration": " ".join(f"{name} {value}" for name, value in configuration.items()),
+        "ms": 1e3 * timed.seconds, "tflops": case.flops(rows) / timed.seconds / 1e12, "rel_error": None,
+        "sm_clock_mhz": timed.sensor("sm_clock_mhz"), "power_w": timed.sensor("power_w"), "configuration": "",
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import subprocess
 import sys
 
@@ -32,6 +33,18 @@ def test_the_cases_are_all_products_of_a_layer():
 def test_structures_are_as_large_as_the_librarys():
     assert ctypes.sizeof(cublaslt._Algorithm) == 64
     assert ctypes.sizeof(cublaslt._Found) == 96
+
+
+@pytest.mark.parametrize("panel", [3, 4, 7, 8])
+@pytest.mark.parametrize("case", bench_products.cases(model_shape(read_config(PAPER))), ids=lambda case: case.name)
+def test_panels_of_rows_are_the_product(case, panel):
+    small = dataclasses.replace(case, columns_in=16, columns_out=24)
+    x, weight, bias, residual = bench_products.tensors(small, 7, torch.float32, torch.device("cpu"))
+    out = torch.full_like(residual, torch.nan)
+    bench_products.in_panels(small, panel, x, weight, bias, residual, out)()
+    want = x.double() @ weight.double().T + bias.double()
+    want = gelu(want) if case.gelu else want  # on GPUs the same call takes the tanh approximation
+    torch.testing.assert_close(out.double(), want + (residual if case.added else 0), atol=1e-5, rtol=1e-5)
 
 
 def test_a_table_of_rows():
@@ -81,6 +94,12 @@ class TestOnAGPU:
             out.copy_(added if end == "added in place" else torch.full_like(out, torch.nan))
             candidate.run()
             assert float((out.double() - want).norm() / want.norm()) < (1e-3 if dtype == torch.float16 else 8e-3)
+
+    def test_rows_of_panels_alone(self):
+        case, device = bench_products.Case("down", 512, 1024, added=True), torch.device("cuda")
+        rows = list(bench_products.run([case], 256, torch.float16, device, 0.1, lambda text: None, 0, (100, 256)))
+        assert [row["impl"] for row in rows] == ["PyTorch", "PyTorch, 100 rows at a time"]
+        assert rows[1]["rel_error"] < 2e-3
 
     def test_rows_of_pytorch_and_of_finalists(self):
         case = bench_products.Case("up", 512, 1024, gelu=True)
