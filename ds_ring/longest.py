@@ -19,9 +19,10 @@ from ds_ring import launcher
 from ds_ring.checks import check_run
 from ds_ring.compare import ensure_checkpoint, model_source
 from ds_ring.config import RunConfig
-from ds_ring.engines.base import Engine, Shard
+from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import pack
 from ds_ring.engines.finite import all_finite
+from ds_ring.engines.replica import Shard
 from ds_ring.errors import ConfigError, DsRingError, NumericsError, OutOfMemory
 from ds_ring.hardware import device_name, limit_memory, memory_gib
 from ds_ring.hf.shape import model_shape, read_config

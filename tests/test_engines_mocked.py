@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 import ds_ring
 from ds_ring import runtime
 from ds_ring.config import RunConfig
-from ds_ring.engines.base import Engine, Shard
+from ds_ring.engines.base import Engine
+from ds_ring.engines.replica import Shard
 from ds_ring.errors import DisagreementError, InputError, TransportError
 from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.shape import model_shape

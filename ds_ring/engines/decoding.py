@@ -17,7 +17,7 @@ from ds_ring.attention.store import KVStore
 from ds_ring.errors import DsRingError
 
 if TYPE_CHECKING:
-    from ds_ring.engines.base import Engine
+    from ds_ring.engines.replica import Replica
 
 log = logging.getLogger("ds_ring")
 
@@ -36,7 +36,7 @@ class Decoding:
         places_b1: the next token's position in the cache, int32. Both are counted on in place.
     """
 
-    def __init__(self, engine: Engine, store: KVStore, seen_b1: Tensor, places_b1: Tensor) -> None:
+    def __init__(self, engine: Replica, store: KVStore, seen_b1: Tensor, places_b1: Tensor) -> None:
         self._engine, self._store = engine, store
         self._seen_b1, self._places_b1 = seen_b1, places_b1
         self._ids_b1 = torch.zeros_like(seen_b1)
@@ -84,7 +84,7 @@ class Capture:
         insist: raise where it cannot be done; otherwise a warning says why, once, and steps run as they are.
     """
 
-    def __init__(self, engine: Engine, insist: bool) -> None:
+    def __init__(self, engine: Replica, insist: bool) -> None:
         self._engine, self._insist = engine, insist
         self._works = True
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ds_ring.engines.base import Engine, Shard
+from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import Batch
+from ds_ring.engines.replica import Shard
 from ds_ring.engines.sequence_parallel import positions_of
 from ds_ring.engines.transfer import to_device
 from ds_ring.errors import InputError, UnsupportedModelError

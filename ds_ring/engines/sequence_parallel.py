@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from ds_ring.attention.step import Step
 from ds_ring.checks import ModelShape
 from ds_ring.config import RunConfig
-from ds_ring.engines.base import ONE_TOKEN, Engine, Shard
+from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.decode_slices import decode_slices
 from ds_ring.engines.deepspeed import serve
 from ds_ring.engines.interleave import run_interleaved
 from ds_ring.engines.lockstep import Lockstep
+from ds_ring.engines.replica import ONE_TOKEN, Shard
 from ds_ring.engines.transfer import to_device
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.sliced import in_slices

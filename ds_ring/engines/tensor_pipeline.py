@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 from ds_ring.attention.step import Step
 from ds_ring.checks import ModelShape, stage_layers
 from ds_ring.config import RunConfig
-from ds_ring.engines.base import NO_POSITIONS, ONE_TOKEN, Engine, Shard
+from ds_ring.engines.base import Engine
 from ds_ring.engines.batch import Batch
 from ds_ring.engines.deepspeed import muted_tensor_parallel, serve
 from ds_ring.engines.interleave import run_interleaved
+from ds_ring.engines.replica import NO_POSITIONS, ONE_TOKEN, Shard
 from ds_ring.engines.stage_link import stage_link
 from ds_ring.engines.transfer import to_device
 from ds_ring.hf.attention import torch_dtype
