@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from ds_ring.bench_attention.timing import quick_seconds, stopwatch, time_in_tur
 from ds_ring.checks import ModelShape
 from ds_ring.hardware import synchronize
 from ds_ring.kernels import cublaslt
+
+Call = Callable[[], object]
+Way = tuple[Call, str, dict[str, Any]]
+"""What computes a product, its name, and what its row says besides."""
 
 FINALISTS = 3
 SAME = 2e-3
@@ -73,27 +78,13 @@ def run(
         say(f"{case.name}: {rows} x {case.columns_in} x {case.columns_out}")
         x_MN, weight_WN, bias_W, residual_MW = tensors(case, rows, dtype, device)
         out_MW = torch.empty_like(residual_MW)
-        added_MW = residual_MW if case.added else None
         plain = as_pytorch(case, x_MN, weight_WN, bias_W, residual_MW)
-        want_MW = plain().clone()
-
-        def error_of(call: Callable[[], object], out_MW: Tensor = out_MW, want_MW: Tensor = want_MW) -> float:
-            call()
-            synchronize(device)
-            return float((out_MW.float() - want_MW.float()).norm() / want_MW.float().norm())
-
-        ways: list[tuple[Callable[[], object], str, dict[str, Any]]] = []
+        error_of = partial(_error, out_MW, plain().clone())
+        ways: list[Way] = []
         if finalists:
+            added_MW = residual_MW if case.added else None
             found = cublaslt.candidates(x_MN, weight_WN, out_MW, bias_W=bias_W, added_MW=added_MW, gelu=case.gelu)
-            watch, quick = stopwatch(device), []
-            for candidate in found:
-                if (error := error_of(candidate.run)) < SAME:
-                    quick.append((quick_seconds(candidate.run, watch), candidate, error))
-            quick.sort(key=lambda one: one[0])
-            for _, candidate, error in quick[:finalists]:
-                numbers = " ".join(f"{name} {value}" for name, value in candidate.configuration.items())
-                more = {"heuristic_rank": candidate.rank, "candidates": len(found)}
-                ways.append((candidate.run, "cuBLASLt", {"configuration": numbers, "rel_error": error, **more}))
+            ways += _fastest(found, error_of, device)[:finalists]
         for panel in (panel for panel in panels if panel < rows):
             by_panels = in_panels(case, panel, x_MN, weight_WN, bias_W, residual_MW, out_MW)
             ways.append((by_panels, f"PyTorch, {panel:,} rows at a time", {"rel_error": error_of(by_panels)}))
@@ -102,6 +93,24 @@ def run(
             if number == 0:
                 yield _row(case, rows, "PyTorch", beside)
             yield {**_row(case, rows, name, timed), **facts, "over_pytorch": beside.seconds / timed.seconds}
+
+
+def _fastest(found: list[cublaslt.Candidate], error_of: Callable[[Call], float], device: torch.device) -> list[Way]:
+    """Those that compute the same, the fastest of a moment first."""
+    watch, quick = stopwatch(device), list[tuple[float, Way]]()
+    for one in found:
+        if (error := error_of(one.run)) < SAME:
+            numbers = " ".join(f"{name} {value}" for name, value in one.configuration.items())
+            facts = {"heuristic_rank": one.rank, "candidates": len(found), "configuration": numbers}
+            quick.append((quick_seconds(one.run, watch), (one.run, "cuBLASLt", {**facts, "rel_error": error})))
+    return [way for _, way in sorted(quick, key=lambda one: one[0])]
+
+
+def _error(out_MW: Tensor, want_MW: Tensor, call: Call) -> float:
+    """Relative, of what ``call`` writes to ``out_MW``."""
+    call()
+    synchronize(out_MW.device)
+    return float((out_MW.float() - want_MW.float()).norm() / want_MW.float().norm())
 
 
 def tensors(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

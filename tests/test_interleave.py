@@ -72,7 +72,7 @@ def test_who_looks_on_sees_what_every_lane_does():
     assert counter.by_job == dict.fromkeys(range(5), 3)
 
 
-class TestBaton:
+class TestTurns:
     @pytest.mark.parametrize(
         ("steps", "order"),
         [

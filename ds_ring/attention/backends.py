@@ -115,63 +115,55 @@ class Aligned(Backend):
         self.name, self.kernel = name, kernel
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype) -> Partial:
-        return self._reduced(q, k, v, block, out_dtype, None)
+        out, lse = self._reduced(q, k, v, block)
+        return out.to(out_dtype), lse
 
     def attend_into_(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> Tensor:
-        return self._reduced(q, k, v, block, out.dtype, out)[1]
+        return self._reduced(q, k, v, block, out)[1]
 
     def accumulate_(self, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec) -> None:
-        merge_(out, lse, *self.attend(q, k, v, block, q.dtype))
+        merge_(out, lse, *self._reduced(q, k, v, block))
 
-    def _reduced(
-        self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype, out: Tensor | None
-    ) -> Partial:
+    def _reduced(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out: Tensor | None = None) -> Partial:
         """Any offset reduced to the kernel's one alignment; the result in ``out``, where there is one."""
         assert block.attention.plain
         scale, shift = block.attention.scale, block.shift
         n_queries, n_keys = q.shape[1], k.shape[1]
         if not block.causal or shift >= n_keys:  # every query sees every key
-            return self._called(q, k, v, scale, False, out_dtype, out)
+            return self._called(q, k, v, scale, False, out)
         blind = min(n_queries, max(0, -shift))  # leading queries that see nothing
         sighted = min(n_queries, max(blind, n_keys - shift))  # from here on, queries see every key
         seen = sighted + shift
         if blind == 0 and sighted == n_queries:
-            return self._called(q, k[:, :seen], v[:, :seen], scale, True, out_dtype, out)
+            return self._called(q, k[:, :seen], v[:, :seen], scale, True, out)
         if out is None:
-            out = torch.empty_like(q, dtype=out_dtype, memory_format=torch.contiguous_format)
+            out = torch.empty_like(q, memory_format=torch.contiguous_format)
         out[:, :blind] = 0
         lse = q.new_full((q.shape[0], q.shape[2], n_queries), -torch.inf, dtype=torch.float32)
         pieces = [(slice(blind, sighted), slice(seen), True), (slice(sighted, n_queries), slice(n_keys), False)]
         for rows, keys, causal in pieces:
             if rows.start < rows.stop:
-                _, lse[:, :, rows] = self._called(
-                    q[:, rows], k[:, keys], v[:, keys], scale, causal, out_dtype, out[:, rows]
-                )
+                _, lse[:, :, rows] = self._called(q[:, rows], k[:, keys], v[:, keys], scale, causal, out[:, rows])
         return out, lse
 
-    def _called(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out_dtype: torch.dtype, out: Tensor | None
-    ) -> Partial:
+    def _called(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor | None) -> Partial:
         found, lse = self.kernel(q, k, v, scale=scale, causal=causal)
-        return (found.to(out_dtype) if out is None else out.copy_(found)), lse
+        return (found if out is None else out.copy_(found)), lse
 
 
 class AlignedToFirst(Aligned):
     """Of a kernel whose causal mask is aligned to the first key: query i sees keys 0 .. i. A causal block with more
     keys than queries goes in two calls, the keys that all queries see and the square behind them."""
 
-    def _called(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out_dtype: torch.dtype, out: Tensor | None
-    ) -> Partial:
+    def _called(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, out: Tensor | None) -> Partial:
         ahead = k.shape[1] - q.shape[1]
         if not causal or ahead == 0:
-            return super()._called(q, k, v, scale, causal, out_dtype, out)
-        before = self.kernel(q, k[:, :ahead], v[:, :ahead], scale=scale, causal=False)
+            return super()._called(q, k, v, scale, causal, out)
+        before, lse = self.kernel(q, k[:, :ahead], v[:, :ahead], scale=scale, causal=False)
         square = self.kernel(q, k[:, ahead:], v[:, ahead:], scale=scale, causal=True)
-        if out is None:
-            out = before[0] if before[0].dtype == out_dtype else torch.empty_like(before[0], dtype=out_dtype)
-        merge_into(out, before[1], before, square)
-        return out, before[1]
+        out = before if out is None else out
+        merge_into(out, lse, (before, lse), square)
+        return out, lse
 
 
 PLAIN: Backend = _Plain()

@@ -8,9 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
-TILE = 2048
-"""Elements of a result that a program holds."""
+from ds_ring.kernels.rowwise_kernel import heads_at_a_time, heads_of_a_token
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -22,9 +20,7 @@ def _merge_kernel(
     WIDTH: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A query, HEADS of its heads. Whoever writes an element has read it, so that ``out`` may be one of the two."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, query = row // n_queries, row % n_queries
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    batch, query, head = heads_of_a_token(n_queries, HEADS)
     column = tl.arange(0, COLUMNS)
     there = head < heads
     inside = there[:, None] & (column < WIDTH)[None, :]
@@ -62,7 +58,7 @@ def merge(
     assert all(t.shape == out_BLHD.shape and t.stride(3) == 1 for t in results)
     assert all(t.shape == (batch, heads, queries) and t.dtype == torch.float32 for t in lses)
     columns = triton.next_power_of_2(width)
-    tile = min(triton.next_power_of_2(heads), max(1, TILE // columns))
+    tile = heads_at_a_time(heads, columns)
     strides = [s for result, lse in zip(results, lses, strict=True) for s in (*result.stride()[:3], *lse.stride())]
     with torch.cuda.device_of(out_BLHD):
         _merge_kernel[(batch * queries, triton.cdiv(heads, tile))](

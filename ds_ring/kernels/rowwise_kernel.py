@@ -70,6 +70,13 @@ def _gate_kernel(
     tl.store(out + row * WIDTH + columns, product.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def heads_of_a_token(n_tokens, HEADS: tl.constexpr):
+    """(batch, token, heads [HEADS]) of a program, of a grid of all tokens x groups of heads."""
+    row = tl.program_id(0).to(tl.int64)
+    return row // n_tokens, row % n_tokens, tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+
+
 @triton.jit(do_not_specialize=["n_tokens", "heads"])
 def _put_kernel(
     x, cos, sin, out, n_tokens, heads,
@@ -78,9 +85,7 @@ def _put_kernel(
     WIDTH: tl.constexpr, ROTARY: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A token, HEADS of its heads. With ROTARY 0 nothing turns: a copy."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // n_tokens, row % n_tokens
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    batch, token, head = heads_of_a_token(n_tokens, HEADS)
     column = tl.arange(0, COLUMNS)
     rotates = column < ROTARY
     inside = (head < heads)[:, None] & (column < WIDTH)[None, :]
@@ -104,9 +109,7 @@ def _turn_kernel(
     HALF: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A token, HEADS of its heads, in place: whoever reads a pair of columns writes it."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, token = row // n_tokens, row % n_tokens
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    batch, token, head = heads_of_a_token(n_tokens, HEADS)
     column = tl.arange(0, COLUMNS)
     inside = (head < heads)[:, None] & (column < HALF)[None, :]
     low_at = x + batch * batch_stride + token * token_stride + head[:, None] * head_stride + column[None, :]
@@ -163,7 +166,7 @@ def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: tuple[Tensor, Tensor] | None) ->
     if not out_BLHD.numel():
         return
     columns = triton.next_power_of_2(width)
-    tile = min(triton.next_power_of_2(heads), max(1, TILE // columns))
+    tile = heads_at_a_time(heads, columns)
     cos_BLR, sin_BLR = turn or (x_BHLD[:1, 0, :, :0],) * 2
     # One row of positions may serve the whole batch.
     cos_batch, sin_batch = (t.stride(0) if t.shape[0] > 1 else 0 for t in (cos_BLR, sin_BLR))
@@ -183,13 +186,18 @@ def turn(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> None:
     if not x_BHLD.numel() or not half:
         return
     columns = triton.next_power_of_2(half)
-    tile = min(triton.next_power_of_2(heads), max(1, TILE // (2 * columns)))
+    tile = heads_at_a_time(heads, 2 * columns)
     cos_batch, sin_batch = (t.stride(0) if t.shape[0] > 1 else 0 for t in (cos_BLR, sin_BLR))
     with torch.cuda.device_of(x_BHLD):
         _turn_kernel[(batch * tokens, triton.cdiv(heads, tile))](
             x_BHLD, cos_BLR, sin_BLR, tokens, heads, x_BHLD.stride(0), x_BHLD.stride(2), x_BHLD.stride(1),
             cos_batch, cos_BLR.stride(1), sin_batch, sin_BLR.stride(1), HALF=half, HEADS=tile, COLUMNS=columns,
         )  # fmt: skip
+
+
+def heads_at_a_time(heads: int, columns: int) -> int:
+    """How many a program takes, where it holds so many columns of each."""
+    return min(triton.next_power_of_2(heads), max(1, TILE // columns))
 
 
 def _or(tensor: Tensor | None, unused: Tensor) -> Tensor:

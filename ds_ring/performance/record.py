@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from glob import glob
 from pathlib import Path
 
 from ds_ring.errors import ConfigError, DsRingError, LaunchError
@@ -73,7 +74,7 @@ def record(
 
 def _make(root: Path, page: Page, source: Source, left_s: float, say: Callable[[str], None]) -> str | None:
     """Why nothing was recorded; None: it was."""
-    made = root / "results" / source.file
+    made, recorded = root / "results" / source.file, root / RESULTS / source.file
     made.unlink(missing_ok=True)
     before, log, ends = made.with_suffix(".before.log"), made.with_suffix(".log"), time.monotonic() + left_s
     assert source.command is not None
@@ -84,15 +85,16 @@ def _make(root: Path, page: Page, source: Source, left_s: float, say: Callable[[
             run(_words(root, command), gpus_of(command), log=file, report=say, limit_s=left_s, folder=root)
     except LaunchError as error:
         how = f"did not end in {left_s:.0f} s" if time.monotonic() >= ends else f"ended with {error.reason}"
-        kept = made.is_file() and not (root / RESULTS / source.file).exists()
-        if kept:
-            shutil.copyfile(made, root / RESULTS / source.file)
-        return f"{how}; see {file.relative_to(root)}" + "; what it had by then is kept" * kept
+        reason = f"{how}; see {file.relative_to(root)}"
+        if recorded.exists() or not made.is_file():
+            return reason
+        shutil.copyfile(made, recorded)
+        return f"{reason}; what it had by then is kept"
     except DsRingError as error:
         return str(error)
     if not made.is_file():
         return f"gave no {made.relative_to(root)}"
-    shutil.copyfile(made, root / RESULTS / source.file)
+    shutil.copyfile(made, recorded)
     return None
 
 
@@ -105,9 +107,8 @@ def _preparations(root: Path, page: Page, command: str) -> list[str]:
 
 
 def _words(root: Path, command: str) -> list[str]:
-    """As a shell would take them: file names for patterns, this interpreter for ``python``."""
+    """As a shell would take them: file names for patterns that some match, this interpreter for ``python``."""
     words: list[str] = []
     for word in shlex.split(command):
-        pattern = "*" in word and " " not in word  # a program behind -c may multiply
-        words += sorted(str(file.relative_to(root)) for file in root.glob(word)) if pattern else [word]
+        words += sorted(glob(word, root_dir=root)) or [word]
     return [sys.executable, *words[1:]] if words[0] == "python" else words
