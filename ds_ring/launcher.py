@@ -44,16 +44,36 @@ def launch(
     report: Callable[[str], None],
     limit_s: float = threading.TIMEOUT_MAX,
 ) -> None:
-    """Run ``deepspeed --num_gpus ranks script options`` to its end; its output goes to ``log``.
+    """Run ``deepspeed --num_gpus ranks script options`` to its end, on the first of the GPUs that
+    ``CUDA_VISIBLE_DEVICES`` leaves; its output goes to ``log``.
 
     Lines that the script says with ``cli.say`` are passed to ``report``. After ``limit_s`` seconds it is ended.
 
     Raises:
-        ConfigError: the script refused (exit code 2), with what it said. OutOfMemory: a rank's memory ran out.
-        LaunchError: it failed, or took longer than ``limit_s``.
+        ConfigError: the script refused (exit code 2), with what it said; or as ``where``. OutOfMemory: a rank's memory
+            ran out. LaunchError: it failed, or took longer than ``limit_s``.
     """
-    command = [deepspeed_command(), "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", str(ranks)]
-    run([*command, str(ROOT / script), *options], ranks, log=log, report=report, limit_s=limit_s)
+    command = [deepspeed_command(), "--no_local_rank", "--master_port", str(free_port()), *where(ranks)]
+    command += [str(ROOT / script), *options]
+    run(command, ranks, log=log, report=report, limit_s=limit_s, unset=("CUDA_VISIBLE_DEVICES",))
+
+
+def where(ranks: int) -> list[str]:
+    """The launcher's options for ``ranks`` ranks of this host. It ignores ``CUDA_VISIBLE_DEVICES`` beside
+    ``--num_gpus``, and would take GPUs that were left to others.
+
+    Raises:
+        ConfigError: it names GPUs by something else than numbers, or fewer than there are ranks.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not visible or gpu_count() == 0:
+        return ["--num_gpus", str(ranks)]
+    gpus = [name.strip() for name in visible.split(",")]
+    if not all(name.isdecimal() for name in gpus):
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible}: the deepspeed launcher takes GPUs by number only")
+    if len(gpus) < ranks:
+        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible} leaves {len(gpus)} GPUs to {ranks} ranks")
+    return ["--include", "localhost:" + ",".join(gpus[:ranks])]
 
 
 def run_module(module: str, options: Sequence[str], *, log: Path, report: Callable[[str], None]) -> None:
@@ -69,8 +89,10 @@ def run(
     report: Callable[[str], None],
     limit_s: float = threading.TIMEOUT_MAX,
     folder: Path | None = None,
+    unset: Sequence[str] = (),
 ) -> None:
-    """Run any command that starts ``ranks`` ranks, in ``folder``; otherwise as ``launch``."""
+    """Run any command that starts ``ranks`` ranks, in ``folder`` and without the variables ``unset``; otherwise as
+    ``launch``."""
     log.parent.mkdir(parents=True, exist_ok=True)
     refusals: list[str] = []
     shortages: list[str] = []
@@ -78,7 +100,7 @@ def run(
     with log.open("w") as file:
         # A session of its own, so that everything it started can be ended with it.
         process = subprocess.Popen(
-            command, env=_environment(ranks), cwd=folder, text=True, errors="replace",
+            command, env=_environment(ranks, unset), cwd=folder, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         with _ended(process, limit_s) as late:
@@ -132,8 +154,9 @@ def _ended(process: subprocess.Popen[str], limit_s: float) -> Iterator[threading
         end()
 
 
-def _environment(ranks: int) -> dict[str, str]:
+def _environment(ranks: int, unset: Sequence[str]) -> dict[str, str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {name: value for name, value in environment.items() if name not in unset}
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     if gpu_count() == 0:
         environment["DS_ACCELERATOR"] = "cpu"

@@ -110,6 +110,7 @@ def test_a_launch_that_fails_at_its_end_is_a_failure_and_loses_no_row(two_layout
 def timed(name, step_ms, *, size=1, length=1000, clock=1300.0):
     made = row(name, 4e6 / step_ms, length=length) | {"micro_batch": size, "sm_clock_mhz": clock}
     made |= {"step_samples_ms": f"{step_ms - 1:.2f} {step_ms + 1:.2f}", "step_spread": 0.0}
+    made |= {"comm_exposed_ms": None, "comm_alone_ms": None}  # as where only speed is asked for
     return made | {"tps_per_gpu": made["tps"] / 4, "token_latency_us": 1e6 / made["tps"]}
 
 
@@ -119,7 +120,8 @@ def test_the_way_back_runs_what_counts_last_to_first_and_the_means_stand(two_lay
     monkeypatch.setattr(compare.launcher, "gpu_count", lambda: gpus)
     outcomes["ring4"] = [timed("ring4", 100.0, size=1), timed("ring4", 99.0, size=2)]
     outcomes["tp2_pp2"] = [timed("tp2_pp2", 120.0, size=1), timed("tp2_pp2", 130.0, size=2)]
-    outcomes["ring4.back2"] = [timed("ring4", 109.0, size=2, clock=1200.0)]
+    costs = {"comm_exposed_ms": 1.09, "comm_alone_ms": 7.0, "muted_power_w": 600.0}
+    outcomes["ring4.back2"] = [timed("ring4", 109.0, size=2, clock=1200.0) | costs]
     outcomes["tp2_pp2.back1"] = [timed("tp2_pp2", 122.0, size=1)]
     runs = [(file, RunConfig.load(run, micro_batch_sizes=(1, 2), sweep=())) for file, run in plan.runs]
     plan, advanced = compare.Plan(runs, there_and_back=True), []
@@ -128,8 +130,9 @@ def test_the_way_back_runs_what_counts_last_to_first_and_the_means_stand(two_lay
     there = ["ring4", "tp2_pp2"]
     assert outcomes["launches"] == ([there, back] if gpus else [[name] for name in (*there, *back)])
     assert len(advanced) == plan.steps
-    config = RunConfig.load(logs / "ring4.back2.config.json").workload
-    assert (config.micro_batches, config.lengths, config.speed_only) == ([2], [1000], True)
+    there, back = (RunConfig.load(logs / f"ring4{way}.config.json").workload for way in ("", ".back2"))
+    assert (there.micro_batches, there.lengths, there.speed_only) == ([1, 2], [1000], True)
+    assert (back.micro_batches, back.lengths, back.speed_only) == ([2], [1000], False)
     assert [(r["layout"], r["micro_batch"], round(r["step_ms"], 6)) for r in found.rows] == [
         ("ring4", 1, 100.0), ("ring4", 2, 104.0), ("tp2_pp2", 1, 121.0), ("tp2_pp2", 2, 130.0)
     ]  # fmt: skip
@@ -139,6 +142,9 @@ def test_the_way_back_runs_what_counts_last_to_first_and_the_means_stand(two_lay
     assert ring["step_spread"] == pytest.approx(12 / 104)
     assert ring["tps"] == pytest.approx(4e6 / 104.0) == pytest.approx(4 * ring["tps_per_gpu"])
     assert ring["tpot_ms"] == pytest.approx(4e3 / ring["tps"])
+    assert ring["comm_exposed_ms"] == pytest.approx(1.04)  # the part of the mean that it was of the way back
+    assert (ring["comm_alone_ms"], ring["muted_power_w"]) == (7.0, 600.0)
+    assert found.rows[0]["comm_exposed_ms"] is None
     # Another size may look faster now that its own mean is not known.
     assert [r["micro_batch"] for r in verdict.document(plan, verdict.judge(found.rows))["rows"]] == [2, 1]
 
