@@ -32,12 +32,12 @@ from ds_ring.memory import in_flight, peak_bytes
 from ds_ring.metrics import Work
 from ds_ring.volume import bytes_sent_per_rank
 
-EXPOSED = {"sp": 0.6, "tp": 1.3, "pp": 0.2}
+EXPOSED = {"sp": 0.6, "tp": 1.3, "tp in flight": 0.7, "pp": 0.2}
 """Seconds that show for a second that the bytes take at the link's rate, inside a host: K/V or heads by copy engine
 beside links that never sleep (ring 0.4 to 0.8, Ulysses 0.5: ``gpu2_two_in_flight.json`` and the traces in
 benchmarks/results/; of that next to nothing is waiting, it is power), AutoTP's all-reduces one after the other
-(``trace_tp2.json``; 0.8 with two micro-batches in flight), hidden states. ``pp`` is an estimate, as a bubble is
-measured together with it."""
+(``trace_tp2.json``) and with two micro-batches in flight (0.7 on two GPUs, ``gpu2.json``, 0.4 on four, ``gpu4.json``),
+hidden states. ``pp`` is an estimate, as a bubble is measured together with it."""
 LINK_SLEEPS_S = 0.05
 """After so long without traffic NVLink goes to sleep (``transfers_gpu2.json``)."""
 IN_FLIGHT = (4, 8, 16)
@@ -225,7 +225,8 @@ def _exposed(
     """Seconds a step in which communication shows; ``layer_s``: what a layer computes on one micro-batch."""
     work, t = config.workload, config.topology
     sent = bytes_sent_per_rank(config, shape, work.batch_size, work.max_length, itemsize)
-    kind = "sp" if t.sp > 1 else "tp" if t.tp > 1 else "pp"
+    overlaps = in_flight(config, config.largest_micro_batch) > 1
+    kind = "sp" if t.sp > 1 else "tp in flight" if t.tp > 1 and overlaps else "tp" if t.tp > 1 else "pp"
     inside = _inside(config, card)
     rate, shown = (card.link_bytes, EXPOSED) if inside else (card.network_bytes, EXPOSED_BETWEEN_HOSTS)
     messages = steps * shape.num_layers * (2 * (t.ulysses > 1) + (t.ring - 1) + 2 * (t.tp > 1)) / t.pp

@@ -1,4 +1,4 @@
-"""The closed form of a rank's memory, held against what two H100s recorded."""
+"""The closed form of a rank's memory, held against what GPUs recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ds_ring.launcher import ROOT
 from ds_ring.memory import peak_bytes
 
 PAPER = read_config(ROOT / "ds_configs/models/paper.json")
-IN_FLIGHT = {"gpu2": 16, "gpu2_two_in_flight": 2, "peers_gpu2": 2, "latency_gpu2": 2, "trace_tp2": 2}
+IN_FLIGHT = {"gpu2": 16, "gpu2_two_in_flight": 2, "latency_gpu2": 2, "trace_tp2": 2, "gpu4": 16}
 """By record, where its rows do not say so themselves."""
 DEGREES = ("dp_size", "pp_size", "tp_size", "ring_degree", "ulysses_degree")
 

@@ -1,5 +1,6 @@
 """The copy engine's protocol over threads: exact under any delay, wrong as soon as one of its waits is left out."""
 
+import contextlib
 import random
 import re
 
@@ -296,15 +297,43 @@ class TestSlots:
 
     @pytest.mark.parametrize("sees", [everyone, later_ranks])
     def test_a_large_tensor_makes_do_with_one_slot(self, sees, monkeypatch):
-        """After small ones in two: one slot grows, the other stays. Exact with one in use too, whoever is late."""
+        """After small ones in two, and before. Exact with one in use too, whoever is late."""
         monkeypatch.setattr("ds_ring.transport.slots.LARGE", 100)
 
         def work(transport):
-            worst = rounds(transport, 4, sees) + rounds(transport, 5, sees, shape=(9, 5)) + rounds(transport, 4, sees)
-            return worst, transport.slots._device.allocated, transport.shared_bytes
+            worst = rounds(transport, 4, sees) + rounds(transport, 5, sees, shape=(9, 5))
+            alone = transport.shared_bytes
+            worst += rounds(transport, 4, sees) + rounds(transport, 3, sees, shape=(9, 5))
+            return worst, transport.slots._device.allocated, alone, transport.shared_bytes
 
         small, large = 3 * 4 * 4, 9 * 5 * 4
-        assert pulling(3, work, one_is_late) == [(0.0, [small] * 2 + [large], small + large)] * 3
+        made = [small] * 2 + [large] + [small]
+        assert pulling(3, work, one_is_late) == [(0.0, made, large, small + large)] * 3
+
+    @pytest.mark.parametrize("late", [no_delay, random_delay(3)], ids=["at once", "delayed"])
+    def test_fewer_and_larger_tensors_at_once_leave_no_slots_that_nobody_wants(self, late):
+        def at_once(transport, count, shape):
+            with contextlib.ExitStack() as stack:
+                opened = [stack.enter_context(transport.share(shape, torch.empty(0))) for _ in range(count)]
+                for number, shared in enumerate(opened):
+                    shared.own.fill_(100.0 * number + transport.rank)
+                    shared.publish([(1 - transport.rank, (slice(None),))])
+                wrong = 0.0
+                for number, shared in enumerate(opened):
+                    pending, part = shared.pull((1 - transport.rank, (slice(None),)))
+                    pending.wait()
+                    wrong += float((part - (100.0 * number + 1 - transport.rank)).abs().sum())
+                return wrong
+
+        def work(transport):
+            wrong, held = 0.0, []
+            for count, shape in ((6, (2,)), (3, (4,)), (3, (4,)), (6, (2,)), (2, (8,)), (2, (8,))):
+                wrong += at_once(transport, count, shape)
+                held.append(transport.shared_bytes // 4)
+            return wrong, held
+
+        # The third time six are open, three of the former ones still serve; two larger ones then take turns.
+        assert pulling(2, work, late) == [(0.0, [12, 12, 12, 18, 16, 16])] * 2
 
     def test_dtypes_take_turns_in_a_slot(self):
         def work(transport):

@@ -28,10 +28,10 @@ At least two slots are used in turn, so that the next layer's tensor is written 
 tensor of ``LARGE`` bytes and more makes do with any slot that is free: what a second one would hide is nothing beside
 a layer of so many tokens, and it may not fit. How many there are is no part of the argument above.
 
-A slot that is too small is replaced by all ranks together (shapes are equal on all), and old and new memory are never
-held at once. Ranks meet when all that they had queued is done, so that nobody reads the old any more; each gives it
-back, its own and its sight of its peers'; and they meet once more before they allocate, since memory that a peer still
-sees is not free yet.
+A slot that is too small is replaced by all ranks together (shapes are equal on all), with all others that are free and
+too small; old and new memory are never held at once. Ranks meet when all that they had queued is done, so that nobody
+reads the old any more; each gives it back, its own and its sight of its peers'; and they meet once more before they
+allocate, since memory that a peer still sees is not free yet.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ class Slots:
         else:
             slot = self._new(needed)
         if slot.memory.nbytes < needed:
+            # With all that is free and too small: each would grow in its turn, wanted or not. Fewer and larger tensors
+            # may be open at once than before.
+            self._drop_free_below(needed)
             self._drop(slot)
             slot = self._new(needed)
         slot.round += 1
@@ -95,10 +98,8 @@ class Slots:
     def reserve(self, needed: int) -> None:
         """So that ``acquire`` allocates nothing for so many bytes while a round is open: ranks that allocate wait for
         all they have queued, which may be a pull that a peer publishes for only behind that. No round may be open."""
-        count, small = max(self.count, MIN_SLOTS), [slot for slot in self._free if slot.memory.nbytes < needed]
-        for slot in small:
-            self._free.remove(slot)
-            self._drop(slot)
+        count = max(self.count, MIN_SLOTS)
+        self._drop_free_below(needed)
         while self.count < count:
             self._free.append(self._new(needed))
 
@@ -126,6 +127,12 @@ class Slots:
         self.count += 1
         self.nbytes += slot.memory.nbytes
         return slot
+
+    def _drop_free_below(self, needed: int) -> None:
+        small = [slot for slot in self._free if slot.memory.nbytes < needed]
+        self._free = [slot for slot in self._free if slot.memory.nbytes >= needed]
+        for slot in small:
+            self._drop(slot)
 
     def _drop(self, slot: Slot) -> None:
         self.count -= 1
