@@ -22,6 +22,7 @@ FAILED = "failed on rank "
 OUT_OF_MEMORY = "out of memory on "
 """How a script begins the line that says so. The line counts, not the exit code: when a rank is out of memory its peers
 fail in ways of their own, and which of them the launcher hears of first is chance."""
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 GRACE_S = 10.0
 """What a process that is late has left to end by itself."""
 
@@ -55,7 +56,7 @@ def launch(
     """
     command = [deepspeed_command(), "--no_local_rank", "--master_port", str(free_port()), *where(ranks)]
     command += [str(ROOT / script), *options]
-    run(command, ranks, log=log, report=report, limit_s=limit_s, unset=("CUDA_VISIBLE_DEVICES",))
+    run(command, ranks, log=log, report=report, limit_s=limit_s, unset=(VISIBLE_GPUS,))
 
 
 def where(ranks: int) -> list[str]:
@@ -65,14 +66,14 @@ def where(ranks: int) -> list[str]:
     Raises:
         ConfigError: it names GPUs by something else than numbers, or fewer than there are ranks.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = os.environ.get(VISIBLE_GPUS, "")
     if not visible or gpu_count() == 0:
         return ["--num_gpus", str(ranks)]
     gpus = [name.strip() for name in visible.split(",")]
     if not all(name.isdecimal() for name in gpus):
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible}: the deepspeed launcher takes GPUs by number only")
+        raise ConfigError(f"{VISIBLE_GPUS}={visible}: the deepspeed launcher takes GPUs by number only")
     if len(gpus) < ranks:
-        raise ConfigError(f"CUDA_VISIBLE_DEVICES={visible} leaves {len(gpus)} GPUs to {ranks} ranks")
+        raise ConfigError(f"{VISIBLE_GPUS}={visible} leaves {len(gpus)} GPUs to {ranks} ranks")
     return ["--include", "localhost:" + ",".join(gpus[:ranks])]
 
 

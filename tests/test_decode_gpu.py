@@ -193,17 +193,18 @@ def test_invisible_keys_cost_next_to_nothing():
     """A cache with room for many more keys than it holds takes the time of those it holds."""
     spec = AttentionSpec(128**-0.5)
     full, spare = (Cache(65_536, live, 128, heads=16, kv_heads=16, batch=8) for live in (65_536, 4096))
-    seconds = []
-    for cache in (full, spare):
-        cache.attend(spec)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(10):
+    best = dict.fromkeys((full, spare), math.inf)  # of several, in turn: other tests may be on the same GPU
+    for _ in range(5):
+        for cache in (full, spare):
             cache.attend(spec)
-        stop.record()
-        stop.synchronize()
-        seconds.append(start.elapsed_time(stop))
-    assert seconds[1] < seconds[0] / 4
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(10):
+                cache.attend(spec)
+            stop.record()
+            stop.synchronize()
+            best[cache] = min(best[cache], start.elapsed_time(stop))
+    assert best[spare] < best[full] / 4
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

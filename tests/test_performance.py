@@ -213,6 +213,15 @@ def test_comparison_and_scaling(root):
     assert "- About scaling (`benchmarks/results/four.json`): `make four`" in text
 
 
+def test_scaling_over_gpus_of_different_kinds_names_them(root):
+    alone = compared("single", 500.0) | {"gpus": 1, "tps_per_gpu": 500.0, "device": "H100"}
+    two = compared("ring2", 960.0, ring_degree=2) | {"gpus": 2, "tps_per_gpu": 480.0, "device": "H200"}
+    text, _ = root(
+        [section("scaling", "one", "two")], one={"rows": [alone], "sweep": []}, two={"rows": [two], "sweep": []}
+    )
+    assert "| layout | 1 GPU (H100) | 2 GPUs (H200) |" in text
+
+
 def test_latency_and_the_longest_sequence(root):
     rows = latency.judge([timed("single", 10000, 2.0, gpus=1), timed("ring4", 10000, 0.6, ring_degree=4)])
     one = {"rows": rows, "unfit": [{"layout": "single", "length": 131072, "mode": "full"}]}
@@ -303,6 +312,18 @@ class TestRecording:
             return found, {file.stem for file in (tmp_path / page.RESULTS).glob("*.json")}, said
 
         return run
+
+    def test_the_launcher_takes_gpus_that_are_visible(self, recorded, monkeypatch):
+        started = []
+        monkeypatch.setattr(record, "run", lambda words, ranks, **options: started.append((words, options["unset"])))
+        monkeypatch.setattr("ds_ring.launcher.gpu_count", lambda: 2)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+        commands = ["deepspeed --quiet --num_gpus 2 launch/bench.py", "python launch/compare.py"]
+        recorded([{"file": f"{n}.json", "command": command} for n, command in enumerate(commands)], gpus=2)
+        assert started == [
+            (["deepspeed", "--quiet", "--include", "localhost:2,3", "launch/bench.py"], ("CUDA_VISIBLE_DEVICES",)),
+            ([sys.executable, "launch/compare.py"], ()),
+        ]
 
     def test_what_is_missing_and_can_be_made_is(self, recorded):
         sources = [self.source("here"), self.source("two", gpus=2), self.source("fails", code="assert False")]

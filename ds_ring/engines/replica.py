@@ -150,7 +150,8 @@ class Replica(ABC):
     @property
     def peak_memory_gib(self) -> float:
         """The most this rank has held, what peers can read included."""
-        # Shared memory only grows, so that what it is now is its peak; on a CPU it is among the process's own.
+        # Shared memory changes with the form of micro-batches alone: what it is now is the peak of the last ones. On a
+        # CPU it is among the process's own.
         shared = self.mesh.shared_bytes if self.device.type == "cuda" else 0
         return peak_memory_gib(self.device) + shared / 2**30
 

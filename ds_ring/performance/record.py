@@ -12,7 +12,7 @@ from glob import glob
 from pathlib import Path
 
 from ds_ring.errors import ConfigError, DsRingError, LaunchError
-from ds_ring.launcher import run
+from ds_ring.launcher import VISIBLE_GPUS, run, where
 from ds_ring.performance.manifest import Page, Source
 from ds_ring.performance.page import MANIFEST, RESULTS
 
@@ -82,7 +82,9 @@ def _make(root: Path, page: Page, source: Source, left_s: float, say: Callable[[
         for command in [*_preparations(root, page, source.command), source.command]:
             file = log if command == source.command else before
             left_s = ends - time.monotonic()
-            run(_words(root, command), gpus_of(command), log=file, report=say, limit_s=left_s, folder=root)
+            words = _words(root, command)
+            unset = (VISIBLE_GPUS,) if "--include" in words else ()
+            run(words, gpus_of(command), log=file, report=say, limit_s=left_s, folder=root, unset=unset)
     except LaunchError as error:
         how = f"did not end in {left_s:.0f} s" if time.monotonic() >= ends else f"ended with {error.reason}"
         reason = f"{how}; see {file.relative_to(root)}"
@@ -107,8 +109,12 @@ def _preparations(root: Path, page: Page, command: str) -> list[str]:
 
 
 def _words(root: Path, command: str) -> list[str]:
-    """As a shell would take them: file names for patterns that some match, this interpreter for ``python``."""
+    """As a shell would take them: file names for patterns that some match, this interpreter for ``python``; and the
+    deepspeed launcher on the GPUs that are visible."""
     words: list[str] = []
     for word in shlex.split(command):
         words += sorted(glob(word, root_dir=root)) or [word]
+    if words[0] == "deepspeed" and "--num_gpus" in words:
+        at = words.index("--num_gpus")
+        words[at : at + 2] = where(int(words[at + 1]))
     return [sys.executable, *words[1:]] if words[0] == "python" else words

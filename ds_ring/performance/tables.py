@@ -211,13 +211,17 @@ def longest(documents: Sequence[Document], rows: Rows) -> list[str]:
 
 
 def scaling(documents: Sequence[Document], rows: Rows) -> list[str]:
-    """tok/s a GPU of each way to use them, and over the single GPU's, a column for each number of GPUs."""
+    """tok/s a GPU of each way to use them, and over the single GPU's, a column for each number of GPUs, which names
+    them where not all are of one kind."""
     best = best_per_gpu(rows)
     counts = sorted({count for by_count in best.values() for count in by_count})
     alone = best.get("single", {}).get(1)
     cells = [[family, *(_per_gpu(found.get(n), alone) for n in counts)] for family, found in best.items()]
+    kinds = {n: ", ".join(sorted({row["device"] for row in rows if row["gpus"] == n})) for n in counts}
+    alike = len(set(kinds.values())) == 1
+    heads = [f"{n} GPU{'s' * (n > 1)}" + ("" if alike else f" ({kinds[n]})") for n in counts]
     legend = "tok/s a GPU; in brackets: over one GPU's."
-    return [*markdown_table(["layout", *(f"{n} GPU{'s' * (n > 1)}" for n in counts)], cells), "", legend]
+    return [*markdown_table(["layout", *heads], cells), "", legend]
 
 
 def best_per_gpu(rows: Rows) -> dict[str, dict[int, float]]:
