@@ -170,6 +170,25 @@ def test_memory_is_what_the_closed_form_says_and_no_intermediate_is_whole(config
             assert blocked < 0.75 * peak
 
 
+@pytest.mark.parametrize(
+    "layout", [{"tp_size": 2}, {"ulysses_degree": 2}, {"ulysses_degree": 2, "ring_degree": 2}], ids=str
+)
+@pytest.mark.usefixtures("attention_without_memory")
+def test_memory_in_blocks_is_what_the_closed_form_says_in_other_layouts_too(layout, monkeypatch):
+    """With one slot for what a ring shares, as with long sequences."""
+    monkeypatch.setattr("ds_ring.memory.LARGE", 0)
+    model, ids = build(gpt_neox(num_hidden_layers=2)), tokens(1, length := 2048)
+
+    def work(engine: Engine) -> int:
+        engine(ids, logits_to_keep=1)  # traces the layers
+        return peak_of(lambda: engine(ids, logits_to_keep=1)).peak
+
+    options = {"max_length": length, "block_rows": 64, **layout}
+    run = RunConfig.load({"dtype": "fp32"}, **options)
+    predicted = peak_bytes(run, model_shape(model.config), 0, 1)
+    assert max(serve(model, work, **options)) == pytest.approx(predicted, rel=0.03)
+
+
 @pytest.mark.parametrize(("ring_degree", "variant", "gathers"), [(2, "auto", 2), (2, "pass_kv", 0), (3, "auto", 0)])
 def test_a_ring_of_two_gathers_in_one_launch_where_k_and_v_exceed_the_limit(ring_degree, variant, gathers, monkeypatch):
     taken: list[str] = []
