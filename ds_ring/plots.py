@@ -49,7 +49,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
             lines.plot([r["length"] for r in mine], [r["tps"] for r in mine], style, marker="o", label=layout)
         lines.set_xscale("log", base=2)
         lines.set_xticks(lengths, [f"{n:,}" for n in lengths])
-        lines.set_ylim(0)
+        lines.set_ylim(0, 1.05 * lines.get_ylim()[1])
         lines.set_xlabel("sequence length L (tokens)")
         lines.set_ylabel("tokens / s, all ranks")
         lines.set_title("TPS against length")

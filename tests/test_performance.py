@@ -28,10 +28,11 @@ def test_the_page_is_what_the_command_writes():
 
 
 def test_its_pictures_exist():
-    names = {name for one in page.read(ROOT)[1] if one.is_measured for name in page.pictures.files(
+    names = [name for one in page.read(ROOT)[1] if one.is_measured for name in page.pictures.files(
         one.section, one.documents, one.rows
-    )}  # fmt: skip
-    assert names == {file.name for file in (ROOT / page.PICTURES).iterdir()}
+    )]  # fmt: skip
+    assert len(names) == len(set(names)), "two sections draw into one file"
+    assert set(names) == {file.name for file in (ROOT / page.PICTURES).iterdir()}
 
 
 def test_commands_for_what_is_not_measured_can_be_given():

@@ -23,12 +23,14 @@ def files(section: Section, documents: dict[str, Document], rows: Rows) -> list[
     """Names of the section's pictures; the same for the same records."""
     if section.kind in ("comparison", "latency"):
         return [f"{Path(name).stem}.png" for name in documents]
+    first = Path(next(iter(documents))).stem
+    if section.kind == "scaling":
+        return [f"{first}_scaling.png"]  # its record has a picture of its own name where it is compared
     drawable = {
         "forward": any(r.get("trace_window_ms") for r in rows),
         "attention": any(r.get("share") and not r.get("gbps") for r in rows),
-        "scaling": True,
     }
-    return [f"{Path(next(iter(documents))).stem}.png"] if drawable.get(section.kind) else []
+    return [f"{first}.png"] if drawable.get(section.kind) else []
 
 
 def draw(section: Section, documents: dict[str, Document], rows: Rows, folder: Path) -> None:
@@ -79,10 +81,11 @@ def _attention(axis: Axes, section: Section, rows: Rows) -> Inches:
 
 
 def _scaling(axis: Axes, section: Section, rows: Rows) -> Inches:
+    joined = "-" if len({row["device"] for row in rows}) == 1 else ""  # other cards are no more of the same
     for family, by_count in best_per_gpu(rows).items():
-        axis.plot(list(by_count), list(by_count.values()), marker="o", label=family)
+        axis.plot(list(by_count), list(by_count.values()), marker="o", linestyle=joined, label=family)
     axis.set_xticks(sorted({r["gpus"] for r in rows}))
-    axis.set_ylim(0)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axis.set_xlabel("GPUs")
     axis.set_ylabel("tokens / s a GPU")
     axis.legend(fontsize=8, frameon=False)
