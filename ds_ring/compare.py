@@ -130,7 +130,7 @@ def run_all(
     Raises:
         ConfigError: a run refused. DsRingError: there is no reference to compare with.
     """
-    runs = way_back.there(plan.runs) if plan.there_and_back else plan.runs
+    runs = way_back.way_there(plan.runs) if plan.there_and_back else plan.runs
     found, waiting = Outcome(), [Job(file, run) for file, run in runs]
     for job in waiting:  # an earlier run's result must not pass for this one's
         job.output(logs).unlink(missing_ok=True)

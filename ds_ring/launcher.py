@@ -45,8 +45,8 @@ def launch(
     report: Callable[[str], None],
     limit_s: float = threading.TIMEOUT_MAX,
 ) -> None:
-    """Run ``deepspeed --num_gpus ranks script options`` to its end, on the first of the GPUs that
-    ``CUDA_VISIBLE_DEVICES`` leaves; its output goes to ``log``.
+    """Run ``deepspeed script options`` to its end, a rank on each of the first ``ranks`` GPUs that are visible; its
+    output goes to ``log``.
 
     Lines that the script says with ``cli.say`` are passed to ``report``. After ``limit_s`` seconds it is ended.
 

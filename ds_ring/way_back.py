@@ -22,7 +22,7 @@ _RISE_WITH_TIME = ("tpot_ms", "token_latency_us")
 _MEANS = ("sm_clock_mhz", "power_w", "temperature_c", "energy_j", "link_awake")
 
 
-def there(runs: Sequence[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
+def way_there(runs: Sequence[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
     """``runs`` as the way there takes them: without what is measured on the way back."""
     return [(file, RunConfig.load(run, speed_only=True)) for file, run in runs]
 

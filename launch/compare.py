@@ -8,8 +8,8 @@ Runs each layout in turn under the deepspeed launcher and checks it against the 
 those of ds_configs/ that fit the hardware. Overrides apply to every layout. The layouts of ds_configs/peers2/ are other
 implementations. With --micro-batch-sizes: each layout with each size, and the fastest stands for it. With
 --there-and-back: once more afterwards, last to first, and the means of both count, so that GPUs that get warm favour no
-layout. With --latency: how long one sequence takes in each, and in one GPU alone. Interrupted, it leaves the rows that
-there are, and "not_run" lists the other layouts.
+layout; what communication costs is measured on that way. With --latency: how long one sequence takes in each, and in
+one GPU alone. Interrupted, it leaves the rows that there are, and "not_run" lists the other layouts.
 """
 
 from __future__ import annotations
