@@ -5,7 +5,7 @@ import torch
 from deepspeed import comm as dist
 from mocked_world import ProcessGroupWorld, one_process
 from peer_threads import Later, copy_engine_mesh, pulling, random_delay
-from test_slots import later_ranks, rounds
+from shared_rounds import later_ranks, rounds
 
 from ds_ring.layout import SequenceLayout
 from ds_ring.transport.host_staged import HostStagedTransport
