@@ -14,7 +14,7 @@ by rows.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -102,14 +102,17 @@ def warmup_rows(config: RunConfig) -> int:
 
 
 def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
-    """Figures of ``trace.summary``, means over ranks."""
+    """Figures of ``trace.summary``, means over ranks; of some each rank's too, as whoever is faster waits."""
     first_rows = batch.split(range(warmup_rows(engine.config)))
     engine.meet()
     own = trace_step(
         lambda: void(engine.prefill(first_rows, "last")), engine.device, file, engine.mesh.rank, len(engine.layers)
     )
     everyone = engine.gather(own)
-    return {"trace": str(file)} | {f"trace_{name}": statistics.mean(o[name] for o in everyone) for name in own}
+    apart = {
+        f"trace_{name}_by_rank": _each(o[name] for o in everyone) for name in ("gemm_ms", "idle_ms") if name in own
+    }
+    return {"trace": str(file)} | {f"trace_{name}": statistics.mean(o[name] for o in everyone) for name in own} | apart
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class _Findings:
     step: Timing
     step_without_comm: Timing | None
     comm_alone: Timing | None
-    gpu: dict[str, float]
+    gpu: dict[str, Any]
 
 
 def _difference(
@@ -157,10 +160,13 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     report(f"{label}: {work.repeats} timed passes{sustained}")
     with watched_gpu(engine.device) as gpu:
         timing = time_passes(engine, step, work.repeats, work.sustain_s)
+    # GPUs at one power limit do not run at one clock, and all wait for the slowest.
+    clocks = [clock for clock in engine.gather(gpu.get("sm_clock_mhz")) if clock is not None]
+    figures = _of_a_pass(gpu, timing) | ({"sm_clock_mhz_by_rank": _each(clocks)} if clocks else {})
     # Before the passes without communication, which hold memory of their own beside what peers can read.
     peak_memory_gib = max(engine.gather(engine.peak_memory_gib))
     if work.speed_only:
-        return _Findings(bytes_sent * scale, peak_memory_gib, timing, None, None, _of_a_pass(gpu, timing))
+        return _Findings(bytes_sent * scale, peak_memory_gib, timing, None, None, figures)
     report(f"{label}: without communication")
     engine.mute(True)
     step(first_rows)
@@ -175,9 +181,13 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
 
     replay()
     alone = time_passes(engine, replay, work.repeats)
-    figures = _of_a_pass(gpu, timing) | {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, muted).items()}
+    figures |= {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, muted).items()}
     alone = Timing([scale * s for s in alone.samples_s])
     return _Findings(bytes_sent * scale, peak_memory_gib, timing, muted, alone, figures)
+
+
+def _each(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
 
 
 def _of_a_pass(gpu: dict[str, float], timing: Timing) -> dict[str, float]:

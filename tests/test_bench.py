@@ -1,5 +1,8 @@
 """What a benchmark runs: the passes that are not timed, and what of a large batch reaches the device."""
 
+import contextlib
+import itertools
+import threading
 import time
 
 import pytest
@@ -104,6 +107,29 @@ def test_the_peak_of_memory_is_that_of_the_timed_passes(monkeypatch):
     found = serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2)
     assert len(muted) == 2
     assert [each.peak_memory_gib for each in found] == [2.0, 2.0]
+
+
+def test_every_ranks_clock_is_told(monkeypatch):
+    clocks, drawn = threading.local(), itertools.count(1400)
+
+    @contextlib.contextmanager
+    def watched(device):
+        clocks.own = getattr(clocks, "own", None) or next(drawn)
+        yield {"sm_clock_mhz": float(clocks.own), "energy_j": 6.0}
+
+    monkeypatch.setattr(bench, "watched_gpu", watched)
+
+    def work(engine):
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.shape)
+        return bench._measure_length(engine, batch, "full", lambda text: None).gpu
+
+    model = build(gpt_neox(heads=2, layers=2))
+    for speed_only in (True, False):
+        first, second = serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2, speed_only=speed_only)
+        assert first["sm_clock_mhz_by_rank"] == second["sm_clock_mhz_by_rank"]
+        assert first["sm_clock_mhz_by_rank"] == f"{first['sm_clock_mhz']:.2f} {second['sm_clock_mhz']:.2f}"
+        assert first["energy_j"] == 2.0
+        assert ("muted_sm_clock_mhz" in first) is not speed_only
 
 
 def test_speed_alone_takes_no_passes_without_communication():

@@ -175,7 +175,10 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, layout, neox,
     assert 0 < row["mfu"] < 1
     assert row["trace"] == str(tmp_path / "trace.json")
     assert [len(list(tmp_path.glob(f"trace{rank}.json"))) for rank in ("", ".rank1", ".rank2", ".rank3")] == [1] * 4
-    assert row["trace_gemm_ms"] > 0
+    by_rank = [float(ms) for ms in row["trace_gemm_ms_by_rank"].split()]
+    assert len(by_rank) == 4
+    assert row["trace_gemm_ms"] == pytest.approx(sum(by_rank) / 4, abs=0.01)
+    assert min(by_rank) > 0
     assert (
         0 < row["trace_transfer_exposed_ms_per_layer"] * 4 / (2 if label == "tp2_pp2" else 1) < row["trace_window_ms"]
     )
