@@ -229,7 +229,7 @@ def _row(
         "token_latency_us": 1e6 / tps,
         "step_ms": 1e3 * step,
         "step_spread": found.step.spread,
-        "step_samples_ms": " ".join(f"{1e3 * s:.2f}" for s in found.step.samples_s),
+        "step_samples_ms": _each(1e3 * s for s in found.step.samples_s),
         "mfu": work.mfu(step, topology.world_size, peak),
         "peak_flops_per_gpu": peak,
         "peak_source": peak_source,

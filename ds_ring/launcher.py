@@ -156,8 +156,8 @@ def _ended(process: subprocess.Popen[str], limit_s: float) -> Iterator[threading
 
 
 def _environment(ranks: int, unset: Sequence[str]) -> dict[str, str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment = {name: value for name, value in environment.items() if name not in unset}
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     if gpu_count() == 0:
         environment["DS_ACCELERATOR"] = "cpu"

@@ -225,8 +225,9 @@ def _exposed(
     """Seconds a step in which communication shows; ``layer_s``: what a layer computes on one micro-batch."""
     work, t = config.workload, config.topology
     sent = bytes_sent_per_rank(config, shape, work.batch_size, work.max_length, itemsize)
-    overlaps = in_flight(config, config.largest_micro_batch) > 1
-    kind = "sp" if t.sp > 1 else "tp in flight" if t.tp > 1 and overlaps else "tp" if t.tp > 1 else "pp"
+    kind = "sp" if t.sp > 1 else "tp" if t.tp > 1 else "pp"
+    if kind == "tp" and in_flight(config, config.largest_micro_batch) > 1:
+        kind = "tp in flight"
     inside = _inside(config, card)
     rate, shown = (card.link_bytes, EXPOSED) if inside else (card.network_bytes, EXPOSED_BETWEEN_HOSTS)
     messages = steps * shape.num_layers * (2 * (t.ulysses > 1) + (t.ring - 1) + 2 * (t.tp > 1)) / t.pp

@@ -149,3 +149,15 @@ def test_kernels_that_cannot_run_are_named_once(monkeypatch, caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "element-wise work in torch.float32 goes without Triton's kernels: RuntimeError: no compiler"
     ]
+
+
+def test_a_trial_without_memory_decides_nothing():
+    device, memory = torch.device("cpu"), iter([torch.OutOfMemoryError("full"), None])
+
+    def trial(device, dtype):
+        if error := next(memory):
+            raise error
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        triton_serves("anything", trial, device, torch.float32)
+    assert triton_serves("anything", trial, device, torch.float32)

@@ -90,10 +90,7 @@ def self_test(device: torch.device, dtype: torch.dtype) -> str | None:
         first, second = (a.to(to), lses[0]), (b.to(dtype), lses[1])
         got, want = ((torch.empty_like(first[0]), torch.empty_like(first[1])) for _ in range(2))
         merge_plainly(*want, first, second)
-        try:
-            merge_kernel.merge(*got, *first, *second)
-        except Exception as error:  # whatever a compiler or a driver raises
-            return f"{type(error).__name__}: {error}"
+        merge_kernel.merge(*got, *first, *second)
         tolerance = 1e-5 if to == torch.float32 else 2e-2
         for g, w in zip(got, want, strict=True):
             if not torch.allclose(g, w, atol=tolerance, rtol=tolerance):

@@ -17,7 +17,12 @@ SelfTest = Callable[[torch.device, torch.dtype], str | None]
 
 @cache
 def triton_serves(what: str, self_test: SelfTest, device: torch.device, dtype: torch.dtype) -> bool:
-    reason = "Triton is not installed" if find_spec("triton") is None else self_test(device, dtype)
+    try:
+        reason = "Triton is not installed" if find_spec("triton") is None else self_test(device, dtype)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernels
+    except Exception as error:  # whatever a compiler or a driver raises
+        reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         log.warning("%s in %s goes without Triton's kernels: %s", what, dtype, reason)
     return reason is None
