@@ -31,13 +31,11 @@ from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.runs import Segment, attend_runs
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 from ds_ring.layout import SequenceLayout
+from tests.marks import ON_A_GPU
 from tests.pinned_tiles import pinned_tiles
 from tests.worlds import sink_reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
+pytestmark = ON_A_GPU
 
 CUDA = torch.device("cuda", 0)
 HALF, BFLOAT = torch.float16, torch.bfloat16

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from marks import ON_A_GPU
 from torch.nn.functional import gelu
 
 from ds_ring import bench_products, report
@@ -18,10 +19,6 @@ from ds_ring.kernels import cublaslt
 from ds_ring.launcher import ROOT
 
 PAPER = ROOT / "ds_configs/models/paper.json"
-ON_A_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
 
 
 def test_the_cases_are_all_products_of_a_layer():

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from marks import NEEDS_A_GPU
 from test_launch import ROOT, last_line, run
 
 from ds_ring import models_page
@@ -76,7 +76,7 @@ def test_small_configs_keep_one_layer_of_each_kind():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one")
+@NEEDS_A_GPU
 def test_tokens_of_a_gpu_are_those_of_a_cpu():
     types = ["llama", "gemma2", "gpt_oss", "mistral", "gpt2"]
     command = ["deepspeed", "--quiet", "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", "1"]

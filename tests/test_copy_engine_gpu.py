@@ -25,12 +25,10 @@ from ds_ring.layout import SequenceLayout
 from ds_ring.topology import Topology
 from ds_ring.transport.choice import SHARE_GPU, Place, choose
 from ds_ring.transport.mesh import Mesh
+from tests.marks import ON_A_GPU
 from tests.worlds import Problem, cut, put_together
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
+pytestmark = ON_A_GPU
 
 ROOT = Path(__file__).resolve().parent.parent
 HALF = 1e-3

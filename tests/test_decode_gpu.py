@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from marks import ON_A_GPU
 
 from ds_ring.attention.plain_positions import attention as plain_attention
 from ds_ring.attention.positions import EMPTY, attend_positions, kernel_usable, uses_kernel
@@ -12,10 +13,7 @@ from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.kernels import decode
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
+pytestmark = ON_A_GPU
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 
 

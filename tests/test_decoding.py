@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from marks import ON_A_GPU
 from mocked_world import serve
 from tiny_models import build, gpt_neox, llama_gqa, mistral, tokens
 from torch import Tensor, nn
@@ -17,10 +18,6 @@ from ds_ring.attention import store
 from ds_ring.engines.base import Engine
 from ds_ring.errors import DsRingError
 
-ON_A_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
 IDS = tokens(3, 21).clamp(min=1)
 MASK = torch.ones_like(IDS)
 MASK[1, :9] = MASK[2, :3] = 0

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from marks import ON_A_GPU
 from tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, tokens
 from torch import Tensor, nn
 from torch.nn.functional import gelu
@@ -20,10 +21,7 @@ from ds_ring.kernels import rowwise
 from ds_ring.kernels.rowwise import NormSpec
 from ds_ring.transport.solo import SoloTransport
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
+pytestmark = ON_A_GPU
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}
 HALVES = [torch.float16, torch.bfloat16]

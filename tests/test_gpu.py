@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import ON_A_GPU
 
 from ds_ring.attention.local import attend
 from ds_ring.attention.reference import reference_attention
@@ -11,10 +12,7 @@ from ds_ring.hardware import limit_memory, memory_gib
 from ds_ring.kernels import attention512
 from ds_ring.kernels.build import unavailable
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
+pytestmark = ON_A_GPU
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 

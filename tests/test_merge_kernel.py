@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from marks import ON_A_GPU
 from test_rowwise_kernel import pytestmark as interpreted
 from torch import Tensor
 
@@ -18,14 +19,10 @@ from ds_ring.kernels import merge_kernel  # noqa: E402
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-ON_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
 
 
 @pytest.fixture(
-    autouse=True, params=[pytest.param(CPU, marks=interpreted), pytest.param(torch.device("cuda"), marks=ON_GPU)]
+    autouse=True, params=[pytest.param(CPU, marks=interpreted), pytest.param(torch.device("cuda"), marks=ON_A_GPU)]
 )
 def device(request, monkeypatch):
     if request.param == CPU:

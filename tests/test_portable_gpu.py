@@ -20,12 +20,10 @@ from ds_ring.attention.merge import merge_
 from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.kernels import portable
+from tests.marks import ON_A_GPU
 from tests.pinned_tiles import pinned_tiles
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
+pytestmark = ON_A_GPU
 
 CUDA = torch.device("cuda")
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import ON_A_GPU
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from ds_ring.checkpoints import byte_tokenizer
@@ -18,10 +19,7 @@ from ds_ring.kernels import rowwise
 from ds_ring.launcher import free_port
 from ds_ring.memory import peak_bytes
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one"),
-]
+pytestmark = ON_A_GPU
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS, LENGTH = 2, 150_000

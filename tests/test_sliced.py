@@ -22,6 +22,7 @@ from ds_ring.topology import Topology
 from ds_ring.transport.base import Transport
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.solo import SoloTransport
+from tests.marks import NEEDS_A_GPU
 from tests.worlds import in_group
 
 T = TypeVar("T")
@@ -282,7 +283,7 @@ def test_layers_that_are_not_plain_ones_and_parameters_out_of_plan_are_refused()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU; run make test-gpu on a machine with one")
+@NEEDS_A_GPU
 @pytest.mark.parametrize("rows", [1, 8, 512])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_gpu_multiplies_with_the_view_and_not_with_a_copy(dim, rows):
