@@ -5,11 +5,11 @@ import logging
 import math
 from dataclasses import dataclass, replace
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import INTERPRETED
 from random_blocks import RandomBlock
 from torch import Tensor
 
@@ -21,20 +21,9 @@ from ds_ring.attention.spec import AttentionSpec
 from ds_ring.bench_attention import check, peers
 from ds_ring.bench_attention.cases import Case as BenchmarkCase
 from ds_ring.bench_attention.cases import make_inputs
-from ds_ring.kernels import decode
+from ds_ring.kernels import decode, decode_kernel
 
-triton = pytest.importorskip("triton")
-from ds_ring.kernels import decode_kernel  # noqa: E402
-from tests.test_portable_kernel import release  # noqa: E402
-
-needs_interpreter = [
-    pytest.mark.skipif(not decode_kernel.INTERPRETED, reason="with a GPU, tests/test_decode_gpu.py runs the kernel"),
-    pytest.mark.skipif(
-        release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4),
-        reason="the interpreter of Triton 3.6 needs NumPy < 2.4",
-    ),
-]
-PATHS = ["plain", pytest.param("kernel", marks=needs_interpreter)]
+PATHS = ["plain", pytest.param("kernel", marks=INTERPRETED)]
 NAN = float("nan")
 
 
@@ -291,52 +280,6 @@ def test_groups_of_query_heads_repeat_no_key(monkeypatch):
     assert 0 < max(sizes) <= max(plain.SCORES_LIMIT, 64 * case.group)
 
 
-class TestSplits:
-    def test_they_follow_from_shapes_alone_and_cover_the_gpu(self, monkeypatch):
-        monkeypatch.setattr(decode_kernel, "SPLIT_UNIT", 128)
-        monkeypatch.setattr(decode_kernel, "MIN_SPLIT", 256)
-        for groups in (1, 8, 32, 128, 1000, 100_000):
-            for n_keys in (1, 255, 4096, 32_768, 100_000, 1 << 20):
-                length = decode_kernel.split_length(n_keys, groups, 132)
-                splits = -(-n_keys // length)
-                assert length % 128 == 0
-                assert length >= 256
-                assert 1 <= splits <= decode_kernel.MAX_SPLITS
-                if groups >= 8 and n_keys >= 100_000:
-                    assert splits * groups >= 6 * 132
-                if groups >= 8 * 132:
-                    assert splits == 1
-
-    @pytest.mark.parametrize("head_dim", [1, 64, 80, 128, 256, 300, 512])
-    @pytest.mark.parametrize("rows", [1, 16, 17, 64, 4096])
-    def test_tile_sizes_suit_the_rows_and_divide_a_split(self, head_dim, rows):
-        found = decode_kernel.tiles(head_dim, rows, torch.float16)
-        assert len(set(found)) == len(found) > 1
-        assert found[0][0] == 16 if rows <= 16 else found[0][0] == 64 if rows <= 64 else found[0][0] >= 64
-        for block_m, block_n, _, _ in found:
-            assert 128 % block_n == 0
-            assert block_n >= 32 or block_m > 16
-
-    def test_the_first_tile_that_fits_is_taken_and_the_others_are_not_tried_again(self, monkeypatch):
-        tried = []
-
-        def launch(*args):
-            tried.append(args[-1])
-            if args[-1] != 3:
-                raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
-
-        monkeypatch.setattr(decode_kernel, "INTERPRETED", False)
-        monkeypatch.setattr(decode_kernel, "_launch", launch)
-        monkeypatch.setattr(decode_kernel, "_too_large", set())
-        monkeypatch.setattr(decode_kernel, "tiles", lambda *args: [1, 2, 3, 4])
-        q = torch.zeros(1, 1, 1, 8)
-        for _ in range(2):
-            decode_kernel.launch(q, q, q, None, None, None, None, scale=1.0, window=None, softcap=None)
-        assert tried == [1, 2, 3, 3]
-        with pytest.raises(RuntimeError, match="no tile size fits"):
-            decode_kernel.launch(q, q, q, None, None, None, None, scale=1.0, window=None, softcap=None, tile=2)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -357,14 +300,14 @@ def test_what_does_not_fit_is_refused(change, message):
         decode.attention(q, k, v, **given)
 
 
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_interpreter)])
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=INTERPRETED)])
 def test_the_benchmark_can_time_any_tile(mark):
     inputs = make_inputs(BenchmarkCase(8, False, 2, 4, 2, 1, 33, "decode"), torch.device("cpu"))
     out, lse = peers._with_tile((16, 32, 4, 1), inputs).call()
     assert max(check.errors(out, lse, inputs, False)) < 1e-5
 
 
-@pytest.mark.parametrize("mark", [pytest.param(None, marks=needs_interpreter)])
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=INTERPRETED)])
 def test_the_operator_keeps_its_promises_to_pytorch(mark):
     case = Case(n_keys=40, window=30, softcap=9.0)
     torch.library.opcheck(decode.decode_attention, (*case.tensors(torch.float16), 0.25, 30, 9.0, torch.float32))

@@ -7,22 +7,20 @@ import math
 
 import pytest
 import torch
+from interpreted import INTERPRETED
 from marks import ON_A_GPU
-from test_rowwise_kernel import pytestmark as interpreted
 from torch import Tensor
 
 from ds_ring.attention import merge
 from ds_ring.attention.merge import merge_into, merge_plainly
-
-triton = pytest.importorskip("triton")
-from ds_ring.kernels import merge_kernel  # noqa: E402
+from ds_ring.kernels import merge_kernel
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
 @pytest.fixture(
-    autouse=True, params=[pytest.param(CPU, marks=interpreted), pytest.param(torch.device("cuda"), marks=ON_A_GPU)]
+    autouse=True, params=[pytest.param(CPU, marks=INTERPRETED), pytest.param(torch.device("cuda"), marks=ON_A_GPU)]
 )
 def device(request, monkeypatch):
     if request.param == CPU:

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import numpy
 import pytest
 import torch
+from interpreted import INTERPRETED
 from torch import Tensor
 
-from ds_ring.kernels import rowwise
+from ds_ring.kernels import rowwise, rowwise_kernel
 from ds_ring.kernels.rowwise import NormSpec
 from ds_ring.kernels.trial import triton_serves
 
-triton = pytest.importorskip("triton")
-from ds_ring.kernels import rowwise_kernel  # noqa: E402
-
-
-def release(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
-
-
-pytestmark = [
-    pytest.mark.skipif(not rowwise_kernel.INTERPRETED, reason="with a GPU, tests/test_fused_gpu.py runs the kernels"),
-    pytest.mark.skipif(
-        release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4),
-        reason="the interpreter of Triton 3.6 needs NumPy < 2.4",
-    ),
-]
+pytestmark = INTERPRETED
 
 
 @pytest.fixture(autouse=True)

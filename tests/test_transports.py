@@ -7,16 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from mocked_world import outcome
-from torch import Tensor
 
 from ds_ring.errors import CheckpointError, DisagreementError, DsRingError, TransportError, UserError
 from ds_ring.layout import SequenceLayout
-from ds_ring.topology import AXES, Topology
-from ds_ring.transport.base import Done, Transport
-from ds_ring.transport.mesh import Mesh
+from ds_ring.topology import Topology
+from ds_ring.transport.base import Done
 from ds_ring.transport.solo import SoloTransport
 from ds_ring.transport.threaded import ThreadedWorld
-from tests.worlds import Problem, in_group, in_mesh, mesh_of, run_attention
+from tests.worlds import Problem, in_group, mesh_of, run_attention, to_next
 
 SHORT_S = 0.5
 
@@ -26,12 +24,6 @@ def error_of(work) -> str:
     with pytest.raises(TransportError) as caught:
         work()
     return str(caught.value)
-
-
-def to_next(transport: Transport, tensor: Tensor, received: Tensor):
-    """Start an exchange round the ring."""
-    before, after = (transport.rank - 1) % transport.size, (transport.rank + 1) % transport.size
-    return transport.exchange([(after, tensor)], [(before, received)])
 
 
 class TestExchange:
@@ -304,94 +296,6 @@ class TestWorld:
         assert world.run(work) == [((r - 1) % 4, 100 + (r + 2) % 4, 4, 4) for r in range(4)]
 
 
-class TestTraffic:
-    def test_bytes_that_leave_a_rank_are_counted_by_operation(self):
-        def work(transport):
-            to_next(transport, torch.ones(5, dtype=torch.float16), torch.empty(5, dtype=torch.float16)).wait()
-            transport.all_to_all(torch.ones(4, 3))
-            transport.all_gather(torch.ones(100))
-            transport.all_reduce(torch.ones(8, 2))
-            transport.broadcast(torch.ones(7), 2)
-            return dict(transport.traffic.bytes_by_op)
-
-        sent = {"exchange": 10, "all_to_all": 3 * 3 * 4, "all_gather": 3 * 100 * 4, "all_reduce": 64 * 2 * 3 // 4}
-        assert in_group(4, work) == [sent | {"broadcast": 3 * 7 * 4 * (rank == 2)} for rank in range(4)]
-
-    def test_what_is_received_is_not_counted(self):
-        def work(transport):
-            if transport.rank == 0:
-                transport.exchange([(1, torch.ones(8))], []).wait()
-            else:
-                transport.exchange([], [(0, torch.empty(8))]).wait()
-            return transport.traffic.bytes_sent
-
-        assert in_group(2, work) == [32, 0]
-
-    def test_a_muted_transport_counts_but_moves_nothing(self):
-        def work(transport):
-            if transport.rank == 1:
-                return None  # nobody to answer: a message that moved would be noticed
-            transport.muted = True
-            received, sent = torch.full((2,), torch.nan), torch.ones(2, 3)
-            to_next(transport, torch.ones(2), received).wait()
-            assert transport.all_to_all(sent) is sent
-            assert transport.all_reduce(sent) is sent
-            assert torch.isfinite(received).all(), "what was not received must still be numbers"
-            return dict(transport.traffic.bytes_by_op)
-
-        assert in_group(2, work, SHORT_S)[0] == {"exchange": 8, "all_to_all": 12, "all_reduce": 24}
-
-    def test_unmuting_moves_again(self):
-        def work(transport):
-            received = torch.zeros(1)
-            for muted in (True, False):
-                transport.muted = muted
-                to_next(transport, torch.tensor([5.0 + transport.rank]), received).wait()
-            return received.item()
-
-        assert in_group(2, work) == [6.0, 5.0]
-
-    @pytest.mark.parametrize("muted", [False, True])
-    def test_a_journal_replays_every_operation_in_order_without_counting_it(self, muted):
-        def work(transport):
-            transport.traffic.journal = []
-            transport.muted = muted
-            to_next(transport, torch.ones(3), torch.empty(3)).wait()
-            transport.all_to_all(torch.ones(2, 5))
-            transport.all_reduce(torch.ones(7))
-            to_next(transport, torch.ones(4).half(), torch.empty(4).half()).wait()
-            journal, before = list(transport.traffic.journal), transport.traffic.bytes_sent
-            moved = []
-            exchange, all_to_all, all_reduce = transport._exchange, transport._all_to_all, transport._all_reduce
-            transport._exchange = lambda sends, receives: (
-                moved.append([(p, t.shape, t.dtype) for p, t in (*sends, *receives)]) or exchange(sends, receives)
-            )
-            transport._all_to_all = lambda send: moved.append(send.shape) or all_to_all(send)
-            transport._all_reduce = lambda tensor: moved.append(tensor.shape) or all_reduce(tensor)
-            for again in journal:
-                again()
-            assert transport.traffic.bytes_sent == before
-            return moved
-
-        def message(size, dtype):
-            return torch.Size([size]), dtype
-
-        for rank, moved in enumerate(in_group(2, work)):
-            assert moved == [
-                [(1 - rank, *message(3, torch.float32))] * 2,
-                torch.Size([2, 5]),
-                torch.Size([7]),
-                [(1 - rank, *message(4, torch.float16))] * 2,
-            ]
-
-    def test_without_a_journal_nothing_is_kept(self):
-        def work(transport):
-            transport.all_to_all(torch.ones(2, 5))
-            return transport.traffic.journal
-
-        assert in_group(2, work) == [None, None]
-
-
 class TestSolo:
     def test_nothing_moves_and_everything_answers(self):
         transport = SoloTransport()
@@ -410,46 +314,6 @@ class TestSolo:
         target = torch.zeros(3)
         SoloTransport().exchange([(0, torch.ones(3))], [(0, target)]).wait()
         assert target.tolist() == [1.0] * 3
-
-
-class TestMesh:
-    @pytest.mark.parametrize("topology", [Topology(ring=2, ulysses=3), Topology(dp=2, pp=2, tp=2)], ids=Topology.label)
-    def test_every_rank_stands_where_its_coordinates_say_on_every_axis(self, topology):
-        def work(mesh: Mesh):
-            for axis in AXES:
-                transport = mesh[axis]
-                assert (transport.rank, transport.size) == (mesh.coordinate(axis), topology.size(axis))
-                assert isinstance(transport, SoloTransport) == (topology.size(axis) == 1)
-                peers = transport.all_gather_objects(mesh.rank)
-                assert tuple(peers) == topology.group(axis, mesh.rank)
-            return mesh["world"].rank
-
-        assert in_mesh(topology, work) == list(range(topology.world_size))
-
-    def test_all_axes_share_one_account(self):
-        def work(mesh: Mesh):
-            mesh["ulysses"].all_to_all(torch.ones(2, 1))
-            to_next(mesh["ring"], torch.ones(3), torch.empty(3)).wait()
-            return dict(mesh.traffic.bytes_by_op)
-
-        assert in_mesh(Topology(ring=2, ulysses=2), work) == [{"all_to_all": 4, "exchange": 12}] * 4
-
-    def test_groups_are_asked_for_in_the_same_order_on_every_rank(self):
-        topology = Topology(dp=2, ring=2, ulysses=2)
-        world = ThreadedWorld(topology.world_size)
-        asked: list[list[object]] = [[] for _ in range(topology.world_size)]
-
-        for rank in range(topology.world_size):
-
-            def connect(axis, ranks, rank=rank):
-                asked[rank].append((axis, ranks))
-                return world.transport(axis, ranks, rank) if rank in ranks else None
-
-            Mesh.build(topology, rank, connect)
-        assert all(order == asked[0] for order in asked)
-        assert all(len(ranks) > 1 for _, ranks in asked[0]), "a group of one needs no connection"
-        assert ("ring", (0, 2)) in asked[0]
-        assert ("world", tuple(range(8))) in asked[0]
 
 
 def test_transport_errors_are_ours_and_not_the_users():

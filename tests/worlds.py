@@ -160,3 +160,9 @@ def run_attention(
     topology = Topology(ring=layout.ring_degree, ulysses=layout.ulysses_degree)
     outs, traffic = zip(*in_mesh(topology, work, make_mesh=make_mesh), strict=True)
     return Result(put_together(outs, put_together_by or layout), list(traffic))
+
+
+def to_next(transport: Transport, tensor: Tensor, received: Tensor):
+    """Start an exchange round the ring."""
+    before, after = (transport.rank - 1) % transport.size, (transport.rank + 1) % transport.size
+    return transport.exchange([(after, tensor)], [(before, received)])

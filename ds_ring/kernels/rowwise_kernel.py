@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
 TILE = 2048
 """Elements a program of the element-wise kernels holds."""
 
