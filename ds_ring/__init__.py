@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 __all__ = ["ConfigError", "DsRingError", "RunConfig", "UserError", "from_pretrained", "init_inference"]
 
 _HOME = {
-    "from_pretrained": "ds_ring.runtime",
-    "init_inference": "ds_ring.runtime",
+    "from_pretrained": "ds_ring.api",
+    "init_inference": "ds_ring.api",
     "RunConfig": "ds_ring.config",
     "ConfigError": "ds_ring.errors",
     "DsRingError": "ds_ring.errors",

@@ -17,8 +17,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ds_ring.errors import ConfigError
-from ds_ring.layout import RingImpl
-from ds_ring.topology import Topology
+from ds_ring.parallel.layout import RingImpl
+from ds_ring.parallel.topology import Topology
 
 RingVariant = Literal["auto", "pass_kv", "gather_kv", "local_first", "pass_q"]
 TransportName = Literal["auto", "process_group", "copy_engine"]

@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 4 launch/bench.py --config ds_configs/gpu4/ring4.json
 
-Prints throughput (TPS), TPOT, MFU, memory, bytes sent and exposed communication: definitions in ds_ring/metrics.py
-and ds_ring/bench.py.
+Prints throughput (TPS), TPOT, MFU, memory, bytes sent and exposed communication: definitions in
+ds_ring/planning/metrics.py and benchmarks/layouts/bench.py.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    first = measure(cli.run_config(args), args.references, args.output, args.trace)
-    from ds_ring.hardware import release_memory
+    first = measure(options.run_config(args), args.references, args.output, args.trace)
+    from ds_ring.utils.hardware import release_memory
 
     for config, output in args.then:
         release_memory()
@@ -31,26 +31,28 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(config: RunConfig, references: list[str], output: str | None, trace: str | None) -> dict[str, Any]:
-    from ds_ring import bench, results, runtime
+    from benchmarks.layouts import bench
+    from ds_ring import api
+    from ds_ring.utils import results
 
-    config = runtime.resolve(config)
+    config = api.resolve(config)
     bench.check(config)
-    cli.say(f"{config.label}: load {config.ring.model}")
-    engine = runtime.from_pretrained(config=config)
+    options.say(f"{config.label}: load {config.ring.model}")
+    engine = api.from_pretrained(config=config)
     lengths = config.workload.lengths
     if len(references) > len(lengths):
         raise ConfigError(f"{len(references)} references for {len(lengths)} lengths; give at most one a length")
     by_length = dict(zip(lengths, references, strict=False))
-    rows = bench.measure(engine, by_length, cli.say, Path(trace) if trace else None)
+    rows = bench.measure(engine, by_length, options.say, Path(trace) if trace else None)
     document = {**results.provenance(), "config": config.document()}
-    return results.collect(document, rows, output if cli.is_first_rank() else None)
+    return results.collect(document, rows, output if options.is_first_rank() else None)
 
 
 if __name__ == "__main__":
-    parser = cli.run_parser(__doc__)
-    references = "files of ds_ring.parity for the shortest lengths, ascending"
+    parser = options.run_parser(__doc__)
+    references = "files of benchmarks.layouts.parity for the shortest lengths, ascending"
     parser.add_argument("--references", nargs="+", default=[], metavar="FILE", help=references)
     others = "behind the first, in the same processes, measure what this file says, a layout of as many ranks"
     parser.add_argument("--then", nargs=2, action="append", default=[], metavar=("CONFIG", "OUTPUT"), help=others)
     parser.add_argument("--trace", metavar="FILE.json", help="leave a Chrome trace of one pass of every rank here")
-    cli.main(work, parser)
+    options.main(work, parser)

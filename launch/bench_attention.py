@@ -13,19 +13,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 from ds_ring.errors import ConfigError
 
 
 def work(args: argparse.Namespace) -> dict[str, Any] | None:
     import torch
 
-    from ds_ring import hardware, report, results
-    from ds_ring.bench_attention import cases
-    from ds_ring.bench_attention.run import run
-    from ds_ring.progress import make_console
+    from benchmarks.kernels import attention_cases
+    from benchmarks.kernels.attention_run import run
+    from benchmarks.reports import tables
+    from ds_ring.utils import hardware, results
+    from ds_ring.utils.progress import make_console
 
-    selected = cases.select(cases.default_cases(), args.only, args.kind)
+    selected = attention_cases.select(attention_cases.default_cases(), args.only, args.kind)
     if not selected:
         raise ConfigError("no case has all of these in its name; --list shows the names")
     if args.list:
@@ -35,12 +36,12 @@ def work(args: argparse.Namespace) -> dict[str, Any] | None:
         raise ConfigError("no CUDA GPU; this benchmark needs one")
     device = torch.device("cuda")
     torch.manual_seed(0)
-    rows = run(selected, device, args.seconds, cli.say, names=args.impl)
+    rows = run(selected, device, args.seconds, options.say, names=args.impl)
     document = {**results.provenance(), "device": hardware.device_name(device)}
     document = results.collect(document, rows, args.output)
     if not document["rows"]:
         raise ConfigError(f"no implementation is called {' or '.join(args.impl)}")
-    make_console().print(report.attention_table(document["rows"]))
+    make_console().print(tables.attention_table(document["rows"]))
     return document
 
 
@@ -54,4 +55,4 @@ if __name__ == "__main__":
         "--seconds", type=float, default=2.0, help="how long each implementation, and the product, is sustained [2]"
     )
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    cli.main(work, parser)
+    options.main(work, parser)

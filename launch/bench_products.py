@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 from ds_ring.config import DType
 from ds_ring.errors import ConfigError
 
@@ -20,24 +20,26 @@ from ds_ring.errors import ConfigError
 def work(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from ds_ring import bench_products, hardware, report, results
+    from benchmarks.kernels import products
+    from benchmarks.reports import tables
     from ds_ring.hf.attention import torch_dtype
-    from ds_ring.hf.shape import model_shape, read_config
-    from ds_ring.progress import make_console
+    from ds_ring.hf.dims import model_shape, read_config
+    from ds_ring.utils import hardware, results
+    from ds_ring.utils.progress import make_console
 
     if min([1, *args.panels, *args.rows]) < 1 or args.finalists < 0:
         raise ConfigError(f"rows={args.rows}, panels={args.panels} or finalists={args.finalists} is too small")
-    cases = bench_products.cases(model_shape(read_config(args.model)))
+    cases = products.cases(model_shape(read_config(args.model)))
     if not torch.cuda.is_available():
         raise ConfigError("no CUDA GPU; this benchmark needs one")
     device = torch.device("cuda")
     torch.manual_seed(0)
     dtype = torch_dtype(args.dtype)
-    how = {"seconds": args.seconds, "say": cli.say, "finalists": args.finalists, "panels": args.panels}
-    rows = (row for m in args.rows for row in bench_products.run(cases, m, dtype, device, **how))
+    how = {"seconds": args.seconds, "say": options.say, "finalists": args.finalists, "panels": args.panels}
+    rows = (row for m in args.rows for row in products.run(cases, m, dtype, device, **how))
     document = {**results.provenance(), "device": hardware.device_name(device), "dtype": args.dtype}
     document = results.collect(document, rows, args.output)
-    make_console().print(report.products_table(document["rows"]))
+    make_console().print(tables.products_table(document["rows"]))
     return document
 
 
@@ -52,4 +54,4 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", choices=[name for name in get_args(DType) if name != "fp32"], default="fp16")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long each is sustained [2]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    cli.main(work, parser)
+    options.main(work, parser)

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 from ds_ring.config import DType
 from ds_ring.errors import ConfigError
 
@@ -20,10 +20,13 @@ from ds_ring.errors import ConfigError
 def work(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from ds_ring import bench_transfers, hardware, report, results, sensors
+    from benchmarks.kernels import transfers
+    from benchmarks.layouts import gpu_telemetry
+    from benchmarks.reports import tables
     from ds_ring.hf.attention import torch_dtype
-    from ds_ring.hf.shape import model_shape, read_config
-    from ds_ring.progress import make_console
+    from ds_ring.hf.dims import model_shape, read_config
+    from ds_ring.utils import hardware, results
+    from ds_ring.utils.progress import make_console
 
     shape = model_shape(read_config(args.model))
     if args.gpus < 2:
@@ -32,13 +35,13 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"{count} CUDA GPUs, {args.gpus} are wanted; they must reach each other's memory")
     devices = [torch.device("cuda", index) for index in range(args.gpus)]
     torch.manual_seed(0)
-    rows = bench_transfers.run(shape, args.rows, torch_dtype(args.dtype), devices, args.seconds, args.warm_s, cli.say)
+    rows = transfers.run(shape, args.rows, torch_dtype(args.dtype), devices, args.seconds, args.warm_s, options.say)
     general = {
         "device": hardware.device_name(devices[0]), "gpus": args.gpus, "dtype": args.dtype, "tokens": args.rows,
-        "link_sleeps_after_ms": sensors.link_sleeps_after_ms(devices[0]),
+        "link_sleeps_after_ms": gpu_telemetry.link_sleeps_after_ms(devices[0]),
     }  # fmt: skip
     document = results.collect({**results.provenance(), **general}, rows, args.output)
-    make_console().print(report.transfers_table(document["rows"]))
+    make_console().print(tables.transfers_table(document["rows"]))
     return document
 
 
@@ -51,4 +54,4 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=6.0, help="how long each traffic is sustained [6]")
     parser.add_argument("--warm-s", type=float, default=20.0, help="how long products run alone before [20]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    cli.main(work, parser)
+    options.main(work, parser)

@@ -15,12 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 from ds_ring.errors import InputError
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    from ds_ring import models_page, results
+    from benchmarks.models import models_page
+    from ds_ring.utils import results
 
     if args.table:
         if missing := [file for file in args.table if not Path(file).is_file()]:
@@ -30,15 +31,15 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         return {"page": args.markdown, "layouts": [document["layout"] for document in documents]}
     from ds_ring.config import RunConfig
 
-    config = RunConfig.load(args.config, **{**cli.overrides(args), "dtype": "fp32"})
-    from ds_ring import check_models
+    config = RunConfig.load(args.config, **{**options.overrides(args), "dtype": "fp32"})
+    from benchmarks.models import check_models
 
-    found = check_models.check(config, args.types, args.new_tokens, cli.say)
+    found = check_models.check(config, args.types, args.new_tokens, options.say)
     return {**results.provenance(), "config": config.document(), **found}
 
 
 if __name__ == "__main__":
-    parser = cli.run_parser(__doc__)
+    parser = options.run_parser(__doc__)
     parser.add_argument("--types", nargs="+", default=[], metavar="TYPE", help="model types [all of transformers']")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="greedy tokens to compare [64]")
     table = "check nothing: make a table of these results, one layout each"
@@ -46,4 +47,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "--markdown", default="models.md", metavar="FILE.md", help="where to write the table [models.md]"
     )
-    cli.main(work, parser)
+    options.main(work, parser)

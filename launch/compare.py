@@ -23,13 +23,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    from ds_ring import compare, latency, launches, plots, progress, report, results, verdict
+    from benchmarks.layouts import compare, latency, rank_rows, run_queue
+    from benchmarks.reports import plots, tables
+    from ds_ring.utils import progress, results
 
-    overrides = cli.overrides(args)
+    overrides = options.overrides(args)
     files = args.layouts or ([args.config] if args.config else compare.default_layouts())
     plan = latency.plan(files, args.latency, overrides) if args.latency else compare.Plan.make(files, overrides)
     plan = replace(plan, there_and_back=args.there_and_back)
@@ -37,12 +39,12 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         plan.check_baseline(args.baseline)
     output, console, provenance = Path(args.output), progress.make_console(), results.provenance()
 
-    def keep(found: launches.Outcome) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def keep(found: run_queue.Outcome) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         failed = found.without_row
-        cli.require([] if found.rows else list(map(said, failed)), "no layout ran: {}; see the logs by the output")
-        rows = verdict.judge(found.rows, args.baseline, found.unchecked)
+        options.require([] if found.rows else list(map(said, failed)), "no layout ran: {}; see the logs by the output")
+        rows = rank_rows.judge(found.rows, args.baseline, found.unchecked)
         made = latency.document(plan, found, latency.judge(rows)) if args.latency else None
-        document = provenance | (made or verdict.document(plan, rows, failed))
+        document = provenance | (made or rank_rows.document(plan, rows, failed))
         document |= {"not_run": found.not_run} if found.not_run else {}
         for earlier in (output.with_suffix(".md"), output.with_suffix(".png")):
             earlier.unlink(missing_ok=True)  # they would pass for this run's
@@ -54,14 +56,14 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         compare.ensure_checkpoint(plan.first, say)
         found = compare.run_all(plan, output.with_suffix(".logs"), advance, say, keep)
     failed, (rows, document) = found.without_row, keep(found)
-    results.write_atomically(output.with_suffix(".md"), (latency if args.latency else report).markdown(document))
+    results.write_atomically(output.with_suffix(".md"), (latency if args.latency else tables).markdown(document))
     (plots.draw_latency if args.latency else plots.draw)(document, output.with_suffix(".png"))
-    console.print(latency.terminal_table(document) if args.latency else report.terminal_table(document["rows"], failed))
+    console.print(latency.terminal_table(document) if args.latency else tables.terminal_table(document["rows"], failed))
     console.print(f"written: {output}, {output.with_suffix('.md')}, {output.with_suffix('.png')}")
     # That a layout does not hold a sequence is a result where it is asked how long each takes, and else a failure.
-    failures = verdict.ours(found.failures if args.latency else failed)
-    cli.require(list(map(said, failures)), "these layouts failed, see the logs by the output: {}")
-    cli.require(verdict.disagreeing(rows), "not the unsharded model's result: {}")
+    failures = rank_rows.ours(found.failures if args.latency else failed)
+    options.require(list(map(said, failures)), "these layouts failed, see the logs by the output: {}")
+    options.require(rank_rows.disagreeing(rows), "not the unsharded model's result: {}")
     return document
 
 
@@ -70,7 +72,7 @@ def said(failure: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    parser = cli.run_parser(__doc__)
+    parser = options.run_parser(__doc__)
     parser.set_defaults(output="results/compare.json")
     parser.add_argument("--layouts", nargs="+", metavar="FILE", help="configurations to compare")
     parser.add_argument("--baseline", metavar="NAME", help="what gains refer to [fastest tensor/pipeline layout]")
@@ -78,4 +80,4 @@ if __name__ == "__main__":
     parser.add_argument("--there-and-back", action="store_true", help=both)
     latencies = "time one sequence of each of these lengths instead; what does not fit is a cell of the table"
     parser.add_argument("--latency", nargs="+", type=int, metavar="L", help=latencies)
-    cli.main(work, parser)
+    options.main(work, parser)

@@ -16,14 +16,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    from ds_ring import doctor, results
+    from ds_ring.cli import doctor
     from ds_ring.errors import ConfigError
+    from ds_ring.utils import results
 
-    run = cli.run_config(args) if args.config or args.model else None
+    run = options.run_config(args) if args.config or args.model else None
     findings = doctor.examine(run, args.hostfile, args.master_port)
     doctor.show(findings)
     found = doctor.document(findings)
@@ -36,7 +37,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = cli.run_parser(__doc__)
+    parser = options.run_parser(__doc__)
     parser.add_argument("--hostfile", metavar="FILE", help="as for the deepspeed launcher")
     parser.add_argument("--master-port", type=int, default=29500, metavar="N", help="the launcher's port [29500]")
-    cli.main(work, parser)
+    options.main(work, parser)

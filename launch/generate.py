@@ -20,34 +20,36 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    config = cli.run_config(args)
-    from ds_ring import generate, results, runtime
+    config = options.run_config(args)
+    from ds_ring import api
+    from ds_ring.cli import generate
+    from ds_ring.utils import results
 
     sampling = generate.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     generate.check(args.max_new_tokens, sampling, args.passes)
     tokenizer, prompts = generate.read_prompts(config, args.prompt, args.prompt_file)
     generate.check_lengths(config, prompts, args.max_new_tokens)
-    config = runtime.resolve(generate.sized(config, prompts, args.max_new_tokens))
-    engine = runtime.from_pretrained(config=config)
+    config = api.resolve(generate.sized(config, prompts, args.max_new_tokens))
+    engine = api.from_pretrained(config=config)
     looked_at, held = generate.passes_to_look_at(args.passes), {}
     for number in range(1, args.passes + 1):
         found = generate.run(
             engine, tokenizer, prompts, max_new_tokens=args.max_new_tokens, sampling=sampling,
-            say=cli.say if number in looked_at else lambda text: None, stream=number == args.passes,
+            say=options.say if number in looked_at else lambda text: None, stream=number == args.passes,
         )  # fmt: skip
         if number in looked_at:
             held[str(number)] = generate.held_gib(engine)
-    cli.say(generate.summary(found))
+    options.say(generate.summary(found))
     memory = {"passes": args.passes, "held_gib_after_pass": held, "held_growth": generate.growth(held)}
     return {**results.provenance(), "config": config.document(), **memory, **found}
 
 
 if __name__ == "__main__":
-    parser = cli.run_parser(__doc__)
+    parser = options.run_parser(__doc__)
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT")
     parser.add_argument("--prompt-file", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens a prompt [64]")
@@ -58,4 +60,4 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="with a temperature: of sampling [0]")
     passes = "how often to generate; the last pass counts, so that 2 leaves out what first calls cost [1]"
     parser.add_argument("--passes", type=int, default=1, metavar="N", help=passes)
-    cli.main(work, parser)
+    options.main(work, parser)

@@ -17,24 +17,26 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    config = cli.run_config(args)
-    from ds_ring import longest, progress, results, runtime
+    config = options.run_config(args)
+    from benchmarks.layouts import max_length
+    from ds_ring import api
+    from ds_ring.utils import progress, results
 
     if args.trial:
-        return asdict(longest.trial(runtime.from_pretrained(config=config), args.memory_limit))
+        return asdict(max_length.trial(api.from_pretrained(config=config), args.memory_limit))
     console = progress.make_console()
-    return longest.find(
+    return max_length.find(
         config, granularity=args.granularity, memory_limit_gib=args.memory_limit, limit_s=args.limit,
         output=Path(args.output), provenance=results.provenance(), report=console.log,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    parser = cli.run_parser(__doc__)
+    parser = options.run_parser(__doc__)
     parser.set_defaults(output="results/longest.json")
     bracket = "how near the result is to what does not fit, as a share of it [0.02]"
     parser.add_argument("--granularity", type=float, default=0.02, metavar="SHARE", help=bracket)
@@ -42,4 +44,4 @@ if __name__ == "__main__":
     memory = "as if each rank's device had no more; on a CPU beside what the process holds anyway"
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help=memory)
     parser.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)  # what each launch runs
-    cli.main(work, parser)
+    options.main(work, parser)

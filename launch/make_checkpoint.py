@@ -11,13 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 
 
 def work(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
-    from ds_ring.checkpoints import make_checkpoint
+    from ds_ring.cli.make_checkpoint import make_checkpoint
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     parameters = make_checkpoint(args.config, args.directory, seed=args.seed, dtype=args.dtype, device=device)
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16")
     parser.add_argument("--device", help="where weights are drawn [cuda where there is one]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result line as well")
-    cli.main(work, parser)
+    options.main(work, parser)

@@ -19,15 +19,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ds_ring import cli
+from ds_ring.cli import options
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    from ds_ring.launcher import gpu_count
-    from ds_ring.performance import page, record
+    from benchmarks.reports import page, record
+    from ds_ring.process.launcher import gpu_count
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what it started ends with it
-    made = {} if args.record is None else record.record(ROOT, args.record, args.limit_s, gpu_count(), cli.say)
+    made = {} if args.record is None else record.record(ROOT, args.record, args.limit_s, gpu_count(), options.say)
     return {**made, **page.write(ROOT)}
 
 
@@ -39,4 +39,4 @@ if __name__ == "__main__":
     parser.add_argument(
         "--limit-s", type=float, default=threading.TIMEOUT_MAX, metavar="S", help="begin nothing behind this, and end"
     )
-    cli.main(work, parser)
+    options.main(work, parser)

@@ -15,28 +15,30 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
-from ds_ring.hardware import CARDS
+from ds_ring.cli import options
+from ds_ring.utils.hardware import CARDS
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    from ds_ring import plan, progress, report, results
+    from benchmarks.reports import tables
+    from ds_ring.hf.dims import model_shape, read_config
     from ds_ring.hf.flops import linear_parameters
-    from ds_ring.hf.shape import model_shape, read_config
+    from ds_ring.planning import plan
+    from ds_ring.utils import progress, results
 
-    run = cli.run_config(args)
+    run = options.run_config(args)
     config = read_config(run.checkpoint)
     card, weights = CARDS[args.card], linear_parameters(config)
     found = plan.plans(run, model_shape(config), weights, args.ranks, card)
     rows = [plan.row(each) for each in found]
-    progress.make_console().print(report.plan_table(rows))
+    progress.make_console().print(tables.plan_table(rows))
     chosen, reason = plan.best_of(found, args.ranks, card)
-    cli.say(reason)
+    options.say(reason)
     return {**results.provenance(), "chosen": chosen.config.document(), "reason": reason, "rows": rows}
 
 
 if __name__ == "__main__":
-    parser = cli.run_parser(__doc__)
+    parser = options.run_parser(__doc__)
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs, over all hosts")
     parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="which GPU [H100]")
-    cli.main(work, parser)
+    options.main(work, parser)

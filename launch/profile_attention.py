@@ -12,18 +12,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 from ds_ring.errors import ConfigError
 
 
 def work(args: argparse.Namespace) -> dict[str, Any] | None:
     import torch
 
-    from ds_ring import hardware, results
-    from ds_ring.bench_attention import cases, profile
+    from benchmarks.kernels import attention_cases, attention_profile
     from ds_ring.kernels.attention512 import HEAD_DIM
+    from ds_ring.utils import hardware, results
 
-    selected = [c for c in cases.select(cases.default_cases(), args.only, args.kind) if c.head_dim == HEAD_DIM]
+    selected = [
+        c
+        for c in attention_cases.select(attention_cases.default_cases(), args.only, args.kind)
+        if c.head_dim == HEAD_DIM
+    ]
     if not selected:
         raise ConfigError(f"no case of head_dim {HEAD_DIM} has all of these in its name; bench_attention.py --list")
     if not torch.cuda.is_available():
@@ -31,10 +35,10 @@ def work(args: argparse.Namespace) -> dict[str, Any] | None:
     device = torch.device("cuda")
     torch.manual_seed(0)
     if args.calls:
-        profile.calls(selected, device)
+        attention_profile.calls(selected, device)
         return None
     options = [word for name in ("only", "kind") if getattr(args, name) for word in (f"--{name}", *getattr(args, name))]
-    rows = profile.run(selected, __file__, [*options, "--calls"], cli.say)
+    rows = attention_profile.run(selected, __file__, [*options, "--calls"], options.say)
     document = {**results.provenance(), "device": hardware.device_name(device)}
     return results.collect(document, rows, args.output)
 
@@ -45,4 +49,4 @@ if __name__ == "__main__":
     parser.add_argument("--kind", nargs="+", default=[], metavar="WORD", help="cases of a kind with one of these in it")
     parser.add_argument("--calls", action="store_true", help="only make the calls, for the profiler around them")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    cli.main(work, parser)
+    options.main(work, parser)

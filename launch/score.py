@@ -12,19 +12,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring import cli
+from ds_ring.cli import options
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    config = cli.run_config(args)
-    from ds_ring import results, runtime, score
+    config = options.run_config(args)
+    from ds_ring import api
+    from ds_ring.cli import score
+    from ds_ring.utils import results
 
     documents = score.read_documents(config)
-    config = runtime.resolve(config)
-    engine = runtime.from_pretrained(config=config)
-    found = score.score(engine, documents, show_progress=cli.is_first_rank())
+    config = api.resolve(config)
+    engine = api.from_pretrained(config=config)
+    found = score.score(engine, documents, show_progress=options.is_first_rank())
     return {**results.provenance(), "config": config.document(), **found}
 
 
 if __name__ == "__main__":
-    cli.main(work, cli.run_parser(__doc__))
+    options.main(work, options.run_parser(__doc__))

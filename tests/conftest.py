@@ -13,9 +13,8 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def late_writer(monkeypatch):
     """Rank 0 takes its time between having a slot and writing into it."""
-    from peer_threads import LATE_S
-
-    from ds_ring.transport.slots import Slots
+    from ds_ring.transport.peer_buffers import Slots
+    from tests.helpers.peer_threads import LATE_S
 
     acquire = Slots.acquire
 

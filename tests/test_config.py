@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ds_ring.checks import check_run
 from ds_ring.config import ParallelConfig, RunConfig, WorkloadConfig
 from ds_ring.errors import ConfigError
-from ds_ring.hf.shape import model_shape, read_config
-from ds_ring.topology import Topology
+from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.parallel.topology import Topology
+from ds_ring.planning.validation import check_run
 
 SHIPPED = Path(__file__).parent.parent / "ds_configs"
 CONFIGS = sorted(file for file in SHIPPED.rglob("*.json") if file.parent.name != "models")

@@ -5,12 +5,12 @@ from functools import partial
 
 from torch import Tensor
 
-from ds_ring.attention.place import own_sinks
+from ds_ring.attention.qkv_buffers import own_sinks
 from ds_ring.attention.ring import ring_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.attention.ulysses import ulysses_attention
 from ds_ring.config import RingVariant
-from ds_ring.layout import SequenceLayout
+from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.base import Transport
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention import sinks
-from ds_ring.attention.local import attend
+from ds_ring.attention.block import attend
 from ds_ring.attention.merge import merge_
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.transport.base import Transport

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_ring.kernels.trial import triton_serves
+from ds_ring.kernels.triton_probe import triton_serves
 
 Partial = tuple[Tensor, Tensor]
 """out [B, L, H, D], any float dtype, and lse [B, H, L], fp32, natural logarithm; rows whose lse is -inf are finite."""

@@ -1,7 +1,7 @@
 """Ring attention: every rank keeps its queries, keys and values travel, partial results merge by log-sum-exp.
 
-What travels when is ``round.py``. (Ring attention: arXiv 2310.01889; zigzag: the context parallelism of Llama 3, arXiv
-2407.21783.)
+What travels when is ``kv_exchange.py``. (Ring attention: arXiv 2310.01889; zigzag: the context parallelism of Llama 3,
+arXiv 2407.21783.)
 """
 
 # Shapes: B batch, L queries of this rank's slice, S keys, H query heads, K key/value heads, D head_dim.
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention import sinks
-from ds_ring.attention.local import accumulate_, attend
-from ds_ring.attention.round import Round
-from ds_ring.attention.runs import accumulate_runs_, attend_runs, takes_segments
+from ds_ring.attention.block import accumulate_, attend
+from ds_ring.attention.kv_exchange import Round
+from ds_ring.attention.segments import accumulate_runs_, attend_runs, takes_segments
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
-from ds_ring.layout import Block, SequenceLayout
+from ds_ring.parallel.layout import Block, SequenceLayout
 from ds_ring.transport.base import Transport
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ds_ring.attention.lying import Lying, Shares
+from ds_ring.attention.qkv_layout import Lying, Shares
 from ds_ring.transport.base import Transport
 
 

@@ -1,1 +1,1 @@
-"""Everything that touches transformers: loading, anatomy of a model, injection of our attention."""
+"""Everything that touches transformers: loading, the parts of a decoder, injection of our attention."""

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.errors import DsRingError, UnsupportedModelError
-from ds_ring.hf.context import ATTRIBUTE, BYPASSES, AttentionContext, context_of
+from ds_ring.hf.attention_context import ATTRIBUTE, BYPASSES, AttentionContext, context_of
 
 NAME = "ds_ring"
 _UNSUPPORTED = ("position_bias", "alibi")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ds_ring.attention.store import KVStore
 from ds_ring.errors import DsRingError, InputError
+from ds_ring.kv_cache.shard import KVStore
 
 
 class ShardedCache(Cache):

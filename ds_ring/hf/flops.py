@@ -4,7 +4,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ds_ring.hf.anatomy import Anatomy
+from ds_ring.hf.decoder import Anatomy
 
 
 def linear_parameters(config: PretrainedConfig) -> int:

@@ -22,9 +22,9 @@ from transformers import Cache
 from ds_ring.attention.last_token import everyones, last_token_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.errors import UnsupportedModelError
-from ds_ring.hf.anatomy import Anatomy
-from ds_ring.hf.context import AttentionContext
-from ds_ring.hf.fused.product import Product
+from ds_ring.hf.attention_context import AttentionContext
+from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.linear import Product
 from ds_ring.transport.base import Transport
 
 

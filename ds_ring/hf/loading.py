@@ -15,9 +15,9 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ds_ring.errors import CheckpointError, is_out_of_memory
-from ds_ring.hf.anatomy import Anatomy
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.shape import read_config
+from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.dims import read_config
 from ds_ring.hf.stage import keep_stage, strip
 
 

@@ -10,7 +10,7 @@ import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
 
-from ds_ring.hf.anatomy import Anatomy
+from ds_ring.hf.decoder import Anatomy
 
 
 class _NoEmbedding(nn.Module):

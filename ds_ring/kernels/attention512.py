@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_ring.kernels.build import load_sm90
+from ds_ring.kernels.jit import load_sm90
 
 HEAD_DIM = 512
 MAX_SEGMENTS, MAX_CHUNKS = 64, 16

@@ -8,16 +8,16 @@ Importing this module does not need Triton.
 import torch
 from torch import Tensor
 
-from ds_ring.kernels import portable
+from ds_ring.kernels import triton_attention
 
-MAX_HEAD_DIM = portable.MAX_HEAD_DIM
+MAX_HEAD_DIM = triton_attention.MAX_HEAD_DIM
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_WINDOW = 1 << 30
 """A window of this many hides nothing: positions are below it, and differences of the two fit 32 bits."""
 _MAX_TILE = 128
 """Rows of the kernel's largest tile: offsets inside a tile are 32-bit numbers."""
 
-unavailable = portable.unavailable
+unavailable = triton_attention.unavailable
 
 
 def attention(

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_ring.kernels.rowwise_kernel import heads_at_a_time, heads_of_a_token
+from ds_ring.kernels.elementwise_kernel import heads_at_a_time, heads_of_a_token
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])

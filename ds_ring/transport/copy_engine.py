@@ -2,7 +2,7 @@
 
 A copy engine uses no SM, so that a transfer costs a matrix product beside it almost nothing, where NCCL's kernels take
 SMs from it. Nothing meets as a whole group, and nothing is multicast: who signals what to whom, and when memory may be
-written again, is the protocol in ``slots.py``.
+written again, is the protocol in ``peer_buffers.py``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ds_ring.errors import TransportError
 from ds_ring.transport.base import Done, Message, T, Transport, void
+from ds_ring.transport.peer_buffers import MIN_SLOTS, Slot, Slots, nbytes, pieces
 from ds_ring.transport.peer_memory import Device
 from ds_ring.transport.shared import Part, Pending, Shared, Within
-from ds_ring.transport.slots import MIN_SLOTS, Slot, Slots, nbytes, pieces
 
 
 class CopyEngineTransport(Transport):

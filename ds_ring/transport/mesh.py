@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from ds_ring.errors import TransportError, reason_of
-from ds_ring.topology import Axis, Topology
+from ds_ring.parallel.topology import Axis, Topology
 from ds_ring.transport.base import Traffic, Transport
-from ds_ring.transport.choice import PULLED_AXES, sharing_a_gpu
+from ds_ring.transport.select import PULLED_AXES, sharing_a_gpu
 from ds_ring.transport.solo import SoloTransport
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Mesh:
         """
         from deepspeed import comm as dist
 
-        from ds_ring.transport.host_staged import HostStagedTransport
+        from ds_ring.testing.host_staged import HostStagedTransport
         from ds_ring.transport.process_group import ProcessGroupTransport
 
         rank = dist.get_rank()

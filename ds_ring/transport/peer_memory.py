@@ -1,7 +1,7 @@
 """What a one-sided transport needs of the hardware: memory that peers can read, flags they can raise, ordered queues.
 
-Small on purpose: the copy engine's protocol (``slots.py``) is written against this, so that tests can run it over
-threads with every delay that a GPU might show.
+Small on purpose: the copy engine's protocol (``peer_buffers.py``) is written against this, so that tests can run it
+over threads with every delay that a GPU might show.
 """
 
 from __future__ import annotations

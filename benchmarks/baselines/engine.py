@@ -1,0 +1,160 @@
+"""Other implementations of sequence parallelism on the same model and batch, for comparison.
+
+They run transformers' own layers with its SDPA; only how ranks share a sequence is theirs. What they send passes
+through us, so that bytes are counted and communication can be left out as in our engines.
+"""
+
+# Shapes: B rows, L tokens of the batch, P padded to the layout, l tokens on this rank, k kept ones.
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from benchmarks.baselines.attention import attach
+from ds_ring.engine.batch import Batch
+from ds_ring.engine.engine import Engine
+from ds_ring.engine.model_runner import Shard
+from ds_ring.engine.sequence_parallel import positions_of
+from ds_ring.errors import InputError, UnsupportedModelError
+from ds_ring.parallel.layout import SequenceLayout
+from ds_ring.transport.base import blank
+from ds_ring.utils.transfer import to_device
+
+Shared = AbstractContextManager[tuple[Tensor, Tensor]]
+
+FLASH_HEAD_DIM = 256
+LSE_ROWS = 32
+"""The memory-efficient kernel, which serves what flash does not, pads its log-sum-exp to a multiple of this; merging
+needs as many as there are queries."""
+
+
+class PeerEngine(Engine):
+    """Whole forwards by another implementation; ``model`` must be whole."""
+
+    result_axis = "sp"
+    _muted = False
+    _calls = 0
+
+    @abstractmethod
+    def layout(self, length: int) -> SequenceLayout:
+        """Who holds which tokens."""
+
+    @abstractmethod
+    def _shared(self, ids_BP: Tensor, position_ids_BP: Tensor) -> Shared:
+        """This rank's part [B, l] of both inside a block in which the peer's attention works."""
+
+    @abstractmethod
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any
+    ) -> tuple[Tensor, None]:
+        """The peer's attention, as transformers calls one."""
+
+    def _inject(self, model: PreTrainedModel) -> None:
+        attach(model, self.config.parallel.implementation, self._counted)
+
+    def _counted(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
+        self._calls += 1
+        return self._attend(*args, **options)
+
+    @property
+    def layers(self) -> range:
+        return range(self.shape.num_layers)
+
+    def held_positions(self, length: int, peer: int) -> Tensor:
+        return positions_of(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
+
+    def mute(self, muted: bool) -> None:
+        self._muted = muted
+
+    @property
+    def _takes_flash(self) -> bool:
+        """Whether PyTorch's flash kernel serves this model; otherwise its memory-efficient one does."""
+        return self.shape.head_dim <= FLASH_HEAD_DIM and self.config.dtype != "fp32"
+
+    def _mergeable(self, layout: SequenceLayout) -> SequenceLayout:
+        """``layout`` of a sequence so long that a ring over PyTorch's kernels can merge its chunks."""
+        unit = layout.multiple * (1 if self._takes_flash else LSE_ROWS)
+        return replace(layout, length=-(-layout.length // unit) * unit)
+
+    def _all_to_all(
+        self, own: Callable[..., Any], output: Tensor, tensor: Tensor, group: Any = None, **options: Any
+    ) -> Any:
+        """``own``, the peer's exchange of equal parts, counted; muted, its result is what was given."""
+        sent, size = blank([(0, output), (0, tensor)]), torch.distributed.get_world_size(group)
+
+        def again() -> None:
+            (_, received), (_, alike) = sent()
+            own(received, alike, group=group)
+
+        self.mesh.traffic.add("all_to_all", tensor.nbytes * (size - 1) // size, again)
+        if self._muted:
+            return output.copy_(tensor)  # arithmetic on garbage takes another time than on numbers
+        return own(output, tensor, group=group, **options)
+
+    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+        return [self._forward(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+
+    # Not inference_mode: PyTorch's DTensor, which context_parallel is made of, resizes and views in place.
+    @torch.no_grad()
+    def _forward(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
+        padding = (0, self.layout(batch.length).padded_length - batch.length)
+        given = (to_device(pad(t, padding), self.device) for t in (batch.ids_BL, batch.position_ids_BL))
+        positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
+        at_k = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
+        self._calls = 0
+        with (
+            self.anatomy.captured_hidden() as hidden,
+            self._shared(*given) as (ids_Bl, position_ids_Bl),
+        ):
+            out = self.model(
+                input_ids=ids_Bl,
+                position_ids=position_ids_Bl,
+                use_cache=False,
+                logits_to_keep=to_device(at_k, self.device),
+            )
+        if self._calls != len(self.layers):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} attended {self._calls} times through transformers' interface for "
+                f"{len(self.layers)} layers, so {self.config.parallel.implementation} cannot serve it"
+            )
+        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at_k], out.logits)
+
+    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        self._refuse("prefill_only")
+
+    def slots(self, length: int) -> int:
+        self._refuse("a cache")
+
+    def tokens_held(self, length: int, tokens: int) -> NoReturn:
+        self._refuse("a cache")
+
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Any) -> Tensor:
+        self._refuse("decoding")
+
+    def generate(self, *args: Any, **options: Any) -> NoReturn:
+        self._refuse("generate")
+
+    def _refuse(self, what: str) -> NoReturn:
+        whose = self.config.parallel.implementation
+        raise InputError(f"implementation={whose} has no {what}, only whole forwards; take implementation=ds_ring")
+
+
+@contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """``attributes`` of ``owner`` inside the block."""
+    before = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)

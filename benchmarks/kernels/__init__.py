@@ -1,0 +1,1 @@
+"""Attention, matrix products and transfers by themselves, on one or two GPUs."""

@@ -1,0 +1,249 @@
+"""Measuring one layout on one workload: throughput, latency, memory, and what communication costs.
+
+Per size of micro-batch and length, in this order: parity with the unsharded model (once a length, where a reference is
+given), a pass that counts bytes and keeps a journal of what is sent, warm-ups, timed passes and, but for
+``speed_only``, the same passes with communication left out and the journal alone. *Exposed* communication is the timed
+step less the step without communication (a pipeline's bubble shows up there too); communication *alone* is the journal
+run through with nothing else to do.
+
+A large batch is many micro-batches alike, so the passes that are not timed take the first rows of it
+(``warmup_batch``), as many micro-batches as any pipeline here is deep; bytes counted and communication alone are scaled
+by rows.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.layouts import parity
+from benchmarks.layouts.gpu_telemetry import watched_gpu
+from benchmarks.layouts.profile_trace import trace_step
+from benchmarks.layouts.timing import Timing, count_bytes, time_passes
+from ds_ring.config import Mode, RunConfig
+from ds_ring.engine.batch import Batch, pack
+from ds_ring.engine.engine import Engine
+from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.flops import layer_parameters
+from ds_ring.planning.comm_volume import bytes_sent_per_rank
+from ds_ring.planning.metrics import Work
+from ds_ring.planning.validation import check_workload
+from ds_ring.transport.base import void
+from ds_ring.utils.corpus import rows_of, token_stream
+from ds_ring.utils.hardware import device_name, peak_flops
+
+WARMUP_MICRO_BATCHES = 16
+
+Report = Callable[[str], None]
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a workload that the model cannot run, before anything loads.
+
+    Raises:
+        ConfigError, CheckpointError: no model, more tokens than positions, fewer rows than replicas.
+    """
+    check_workload(config, model_shape(read_config(config.checkpoint)))
+
+
+def measure(
+    engine: Engine, references: dict[int, str], report: Report, trace: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """A row for each size of micro-batch and length, both ascending, and mode of the workload.
+
+    Args:
+        references: files of ``parity.write_reference`` by length.
+        trace: where one more untimed pass over the longest, in the smallest micro-batches, leaves its Chrome trace.
+    """
+    config, dtype = engine.config, torch_dtype(engine.config.dtype)
+    stream = token_stream(config.checkpoint, config.workload.text)
+    layers = layer_parameters(read_config(config.checkpoint))
+    peak, peak_source = peak_flops(engine.device, dtype)
+    peak = statistics.median(engine.gather(peak))
+    differences: dict[tuple[int, Mode], parity.Difference | None] = {}
+    traced = config.workload.micro_batches[0], config.workload.lengths[-1], config.workload.modes[0]
+    for size, length in product(config.workload.micro_batches, config.workload.lengths):
+        engine.config = RunConfig.load(config, micro_batch_size=size)
+        ids = rows_of(stream, config.workload.batch_size, length)
+        batch, _ = pack(ids, None, None, engine.shape)
+        with engine.stall.over("agreeing on the batch"):
+            engine.mesh["world"].agree(input_ids=batch.digest())
+        for mode in config.workload.modes:
+            last = layers[-1] if mode == "prefill_only" else None
+            work = Work(engine.shape, sum(layers), config.workload.batch_size, length, last)
+            if (length, mode) not in differences:  # of single rows, so that any micro-batch gives the same
+                differences[length, mode] = _difference(engine, length, mode, references.get(length), report)
+            found = _measure_length(engine, batch, mode, report)
+            row = _row(engine, work, mode, found, differences[length, mode], peak, peak_source)
+            if trace is not None and (size, length, mode) == traced:
+                report(f"{config.label}, L = {length}: trace one pass")
+                row |= _trace(engine, batch, trace)
+            yield row
+    if engine.fusion is not None:
+        report(str(engine.fusion))
+
+
+def warmup_rows(config: RunConfig) -> int:
+    """Sequences of the untimed passes. They hold every size of micro-batch that the whole batch has, and a whole number
+    of times, as what is counted in them is scaled up."""
+    work, replicas = config.workload, config.parallel.dp_size
+    alike = replicas * work.micro_batch_size
+    if work.batch_size % alike:
+        return work.batch_size
+    wanted = work.warmup_batch_size or WARMUP_MICRO_BATCHES * alike
+    return min(work.batch_size, -(-wanted // alike) * alike)
+
+
+def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
+    """Figures of ``trace.summary``, means over ranks; of some each rank's too, as whoever is faster waits."""
+    first_rows = batch.split(range(warmup_rows(engine.config)))
+    engine.meet()
+    own = trace_step(
+        lambda: void(engine.prefill(first_rows, "last")), engine.device, file, engine.mesh.rank, len(engine.layers)
+    )
+    everyone = engine.gather(own)
+    apart = {
+        f"trace_{name}_by_rank": _each(o[name] for o in everyone) for name in ("gemm_ms", "idle_ms") if name in own
+    }
+    return {"trace": str(file)} | {f"trace_{name}": statistics.mean(o[name] for o in everyone) for name in own} | apart
+
+
+@dataclass(frozen=True)
+class _Findings:
+    bytes_sent: float
+    peak_memory_gib: float
+    step: Timing
+    step_without_comm: Timing | None
+    comm_alone: Timing | None
+    gpu: dict[str, Any]
+
+
+def _difference(
+    engine: Engine, length: int, mode: Mode, reference: str | None, report: Report
+) -> parity.Difference | None:
+    if reference is None:
+        return None
+    report(f"{engine.config.label}, L = {length}, {mode}: compare with the unsharded model")
+    return (parity.compare if mode == "full" else parity.compare_last)(engine, reference)
+
+
+def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) -> _Findings:
+    work = engine.config.workload
+    label = f"{engine.config.label}, L = {batch.length}, {mode}"
+    if work.micro_batch_sizes:
+        label += f", micro-batches of {work.micro_batch_size}"
+    first_rows = batch.split(range(warmup_rows(engine.config)))
+    scale = len(batch.rows) / len(first_rows.rows)
+
+    def step(rows: Batch = batch) -> None:
+        if mode == "full":
+            engine.prefill(rows, "last")
+        else:
+            engine.prefill_only(rows)
+
+    report(f"{label}: count bytes")
+    bytes_sent, journal = count_bytes(engine, lambda: step(first_rows))
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
+
+    report(f"{label}: warm up")
+    for _ in range(work.warmup):
+        step(first_rows)
+    sustained = f" and more, for {work.sustain_s} s" if work.sustain_s else ""
+    report(f"{label}: {work.repeats} timed passes{sustained}")
+    with watched_gpu(engine.device) as gpu:
+        timing = time_passes(engine, step, work.repeats, work.sustain_s)
+    # GPUs at one power limit do not run at one clock, and all wait for the slowest.
+    clocks = [clock for clock in engine.gather(gpu.get("sm_clock_mhz")) if clock is not None]
+    figures = _of_a_pass(gpu, timing) | ({"sm_clock_mhz_by_rank": _each(clocks)} if clocks else {})
+    # Before the passes without communication, which hold memory of their own beside what peers can read.
+    peak_memory_gib = max(engine.gather(engine.peak_memory_gib))
+    if work.speed_only:
+        return _Findings(bytes_sent * scale, peak_memory_gib, timing, None, None, figures)
+    report(f"{label}: without communication")
+    engine.mute(True)
+    step(first_rows)
+    with watched_gpu(engine.device) as muted_gpu:
+        muted = time_passes(engine, step, work.repeats)
+    engine.mute(False)
+    report(f"{label}: communication alone")
+
+    def replay() -> None:
+        for again in journal:
+            again()
+
+    replay()
+    alone = time_passes(engine, replay, work.repeats)
+    figures |= {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, muted).items()}
+    alone = Timing([scale * s for s in alone.samples_s])
+    return _Findings(bytes_sent * scale, peak_memory_gib, timing, muted, alone, figures)
+
+
+def _each(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)
+
+
+def _of_a_pass(gpu: dict[str, float], timing: Timing) -> dict[str, float]:
+    """What ``watched_gpu`` found, its energy that of one of the passes."""
+    return gpu | ({"energy_j": gpu["energy_j"] / len(timing.samples_s)} if "energy_j" in gpu else {})
+
+
+def _row(
+    engine: Engine, work: Work, mode: Mode, found: _Findings, difference: parity.Difference | None, peak: float,
+    peak_source: str,
+) -> dict[str, Any]:  # fmt: skip
+    config, topology = engine.config, engine.mesh.topology
+    step = found.step.median_s
+    tps = work.tps(step)
+    itemsize = torch_dtype(config.dtype).itemsize
+    return {
+        "layout": config.label,
+        "implementation": config.parallel.implementation,
+        "mode": mode,
+        "gpus": topology.world_size,
+        **{
+            f"{axis}_degree" if axis in ("ring", "ulysses") else f"{axis}_size": n
+            for axis, n in asdict(topology).items()
+        },
+        "ring_impl": config.parallel.ring_impl,
+        "ring_variant": config.parallel.ring_variant,
+        "transport": engine.mesh.transport_names,
+        "in_flight": min(engine.lanes, config.micro_batches(config.workload.micro_batch_size)),
+        "batch": work.batch,
+        "micro_batch": config.workload.micro_batch_size,
+        "warmup_batch": warmup_rows(config),
+        "length": work.length,
+        "dtype": config.dtype,
+        "fusion": config.ring.fusion if engine.fusion is not None else "none",
+        "device": device_name(engine.device),
+        "tps": tps,
+        "tps_per_gpu": tps / topology.world_size,
+        "tpot_ms": work.tpot_ms(step),
+        "token_latency_us": 1e6 / tps,
+        "step_ms": 1e3 * step,
+        "step_spread": found.step.spread,
+        "step_samples_ms": _each(1e3 * s for s in found.step.samples_s),
+        "mfu": work.mfu(step, topology.world_size, peak),
+        "peak_flops_per_gpu": peak,
+        "peak_source": peak_source,
+        "flops_per_token": work.flops_per_token,
+        "bytes_sent_per_rank": found.bytes_sent,
+        # What prefill_only sends in its last layer depends on the model's own arguments to it: no closed form, nor for
+        # what others' code sends.
+        "bytes_formula": bytes_sent_per_rank(config, engine.shape, work.batch, work.length, itemsize)
+        if mode == "full" and config.parallel.implementation == "ds_ring"
+        else None,
+        "comm_alone_ms": 1e3 * found.comm_alone.median_s if found.comm_alone else None,
+        "comm_exposed_ms": 1e3 * (step - found.step_without_comm.median_s) if found.step_without_comm else None,
+        "peak_memory_gib": found.peak_memory_gib,
+        "rel_error": difference.rel_error if difference else None,
+        "max_rel_error": difference.max_rel_error if difference else None,
+        **found.gpu,
+    }

@@ -1,0 +1,52 @@
+"""Layouts timed with several sizes of micro-batch: the fastest stands for each, and what did not fit ends no sweep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_ring.config import RunConfig
+
+Row = dict[str, Any]
+Case = tuple[int, int, str]
+"""(size of micro-batches, length, mode)."""
+
+
+def cases(run: RunConfig) -> list[Case]:
+    """What a benchmark of ``run`` times, in its order."""
+    work = run.workload
+    return [(size, length, mode) for size in work.micro_batches for length in work.lengths for mode in work.modes]
+
+
+def case_of(row: Row) -> Case:
+    return row["micro_batch"], row["length"], row["mode"]
+
+
+def missing(run: RunConfig, rows: list[Row]) -> list[Case]:
+    """What of ``cases`` has no row."""
+    ran = set(map(case_of, rows))
+    return [case for case in cases(run) if case not in ran]
+
+
+def behind(run: RunConfig, unfit: Case) -> RunConfig | None:
+    """What is left to try of ``run`` behind a case that ran out of memory: larger micro-batches of shorter sequences;
+    None: nothing."""
+    size, length, _ = unfit
+    sizes = tuple(n for n in run.workload.micro_batches if n > size)
+    lengths = tuple(n for n in run.workload.lengths if n < length)
+    if not sizes or not lengths:
+        return None
+    return RunConfig.load(run, micro_batch_sizes=sizes, max_length=lengths[-1], sweep=lengths)
+
+
+def best(rows: list[Row]) -> list[Row]:
+    """The fastest of the rows that differ in their micro-batches alone, or the one that was timed on the way back as
+    well (``counterbalance.py``); ``micro_batches`` lists all sizes timed."""
+    alike: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        alike.setdefault((row["layout"], row["length"], row["mode"]), []).append(row)
+    found = []
+    for group in alike.values():
+        standing = [row for row in group if "ways_ms" in row] or group
+        fastest = max(standing, key=lambda row: float(row["tps"]))
+        found.append({**fastest, "micro_batches": sorted(row["micro_batch"] for row in group)})
+    return found

@@ -1,0 +1,165 @@
+"""Does a sharded engine compute what the unsharded model does? Hidden states of every token, at full length.
+
+The reference is transformers' own model with its own attention on one device, written to a file once
+(``python -m benchmarks.layouts.parity``) and read by every layout's run.
+"""
+
+# Shapes: B rows, L tokens, n tokens of all rows at hand, d hidden size or vocabulary.
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ds_ring.api import local_device
+from ds_ring.cli import options
+from ds_ring.engine.batch import pack
+from ds_ring.engine.engine import Engine
+from ds_ring.errors import ConfigError
+from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.dims import read_config
+from ds_ring.utils.corpus import rows_of, token_stream
+
+SDPA = "sdpa_heads_apart"
+"""transformers' SDPA, given each head's rows one behind the other."""
+
+ALL_LOGITS_LIMIT = 1 << 24
+"""Logits of all tokens are compared while a row has no more than this many; else those of the last token."""
+
+TOKENS_AT_A_TIME = 4096
+"""Of a long sequence; each is compared in fp64, on the host."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Relative errors |x - reference| / |reference| (Euclidean norms): of the whole, and of the worst token."""
+
+    rel_error: float
+    max_rel_error: float
+
+
+def load_reference(checkpoint: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The unsharded model, with transformers' own attention."""
+    AttentionInterface.register(SDPA, _heads_apart)
+    AttentionMaskInterface.register(SDPA, sdpa_mask)
+    options = {
+        "dtype": dtype, "device_map": {"": device}, "trust_remote_code": False, "local_files_only": True,
+    }  # fmt: skip
+    # Older transformers drop soft-capping under SDPA without a word.
+    capped = getattr(read_config(checkpoint).get_text_config(), "attn_logit_softcapping", None) is not None
+    try:
+        implementation = "eager" if capped else SDPA
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=implementation, **options)
+    except ValueError:  # a class that has no SDPA, as with attention sinks
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", **options)
+    return model.eval()
+
+
+def write_reference(model: PreTrainedModel, input_ids_BL: Tensor, path: str | Path) -> None:
+    """The unsharded model's final hidden states [B, L, d] and logits, and the tokens they belong to."""
+    every = input_ids_BL.shape[1] * model.config.get_text_config().vocab_size <= ALL_LOGITS_LIMIT
+    hidden, logits = [], []
+    with torch.inference_mode(), Anatomy.of(model).captured_hidden() as found:
+        for row in input_ids_BL:
+            out = model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=0 if every else 1)
+            hidden.append(found.pop().cpu())
+            logits.append(out.logits.cpu())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file({"input_ids": input_ids_BL, "hidden": torch.cat(hidden), "logits": torch.cat(logits)}, path)
+
+
+def _heads_apart(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+    """PyTorch's memory-efficient kernel counts elements in 32 bits (pytorch#187227). In values that lie in a fused
+    projection of 24,576 columns it reads past them from token 87,382 on, and gives wrong results without a word."""
+    return sdpa_attention_forward(module, *(t.contiguous() for t in (query, key, value)), *args, **options)
+
+
+def compare(engine: Engine, path: str | Path) -> Difference:
+    """Run the reference's rows through ``engine``; the same result on every rank.
+
+    Every rank checks what it holds, hidden states of its tokens and logits where it has them; the worst token counts.
+    """
+    tally = _Tally()
+    with safe_open(path, framework="pt") as file:
+        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.shape)
+        every = file.get_slice("logits").get_shape()[1] == batch.length
+        for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
+            rows, hidden = shard.batch.rows, shard.hidden_Bld is not None
+            if shard.hidden_Bld is not None:
+                real = shard.positions_l < batch.length
+                want = file.get_slice("hidden")[rows.start : rows.stop][:, shard.positions_l[real]]
+                tally.add(shard.hidden_Bld[:, real], want)
+            if shard.logits_BkV is not None and len(shard.kept_k):
+                at = shard.kept_k if every else [0]
+                want = file.get_slice("logits")[rows.start : rows.stop][:, at]
+                tally.add(shard.logits_BkV, want, worst_only=hidden)
+    return tally.over(engine)
+
+
+def compare_last(engine: Engine, path: str | Path) -> Difference:
+    """As ``compare`` for what ``prefill_only`` gives: the logits of each row's last token."""
+    tally = _Tally()
+    with safe_open(path, framework="pt") as file:
+        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.shape)
+        logits, row = file.get_slice("logits"), engine.own_rows(batch).start
+        last = logits.get_shape()[1] - 1
+        for part_BV in engine.prefill_only(batch):
+            if part_BV is not None:
+                tally.add(part_BV, logits[row : row + len(part_BV)][:, last])
+                row += len(part_BV)
+    return tally.over(engine)
+
+
+class _Tally:
+    """Errors of what one rank has compared, and over all ranks."""
+
+    def __init__(self) -> None:
+        self._squares, self._worst = torch.zeros(2, dtype=torch.float64), 0.0
+
+    def add(self, got: Tensor, want: Tensor, worst_only: bool = False) -> None:
+        for got_nd, want_nd in zip(*(t.flatten(0, -2).split(TOKENS_AT_A_TIME) for t in (got, want)), strict=True):
+            self._add(got_nd.cpu().double(), want_nd.double(), worst_only)
+
+    def _add(self, got_nd: Tensor, want_nd: Tensor, worst_only: bool) -> None:
+        difference, size = (got_nd - want_nd).square().sum(-1), want_nd.square().sum(-1)
+        self._worst = max(self._worst, float((difference / size).max().sqrt()))
+        if not worst_only:
+            self._squares += torch.stack((difference.sum(), size.sum()))
+        if not torch.isfinite(difference).all():
+            self._worst = float("inf")
+
+    def over(self, engine: Engine) -> Difference:
+        everyone = engine.gather((self._squares.tolist(), self._worst))
+        totals = torch.tensor([pair for pair, _ in everyone]).sum(0)
+        return Difference(float((totals[0] / totals[1]).sqrt()), max(w for _, w in everyone))
+
+
+def main(args: argparse.Namespace) -> None:
+    if len(args.length) != len(args.output):
+        raise ConfigError(f"{len(args.length)} lengths and {len(args.output)} outputs; give each length a file")
+    model = load_reference(args.model, torch_dtype(args.dtype), local_device())
+    stream = token_stream(args.model, args.text)
+    for length, output in zip(args.length, args.output, strict=True):
+        options.say(f"reference: the unsharded model, L = {length}")
+        write_reference(model, rows_of(stream, args.rows, length).contiguous(), output)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--length", type=int, nargs="+", required=True, help="one or more, ascending")
+    parser.add_argument("--text", nargs="*", default=[])
+    parser.add_argument("--output", nargs="+", required=True, help="a file for each length")
+    options.main(main, parser)

@@ -1,0 +1,60 @@
+"""Passes over a batch on all ranks together: how long they take, and what they send."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from ds_ring.engine.deepspeed_backend import AllReduceMeter
+from ds_ring.engine.engine import Engine
+from ds_ring.utils.hardware import synchronize
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each timed pass: the slowest rank's."""
+
+    samples_s: list[float]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.samples_s)
+
+    @property
+    def spread(self) -> float:
+        """(slowest - fastest) / median."""
+        return (max(self.samples_s) - min(self.samples_s)) / self.median_s
+
+
+def time_passes(engine: Engine, step: Callable[[], None], repeats: int, sustain_s: float = 0) -> Timing:
+    """Time ``step`` on all ranks together, ``repeats`` times and for ``sustain_s`` seconds; a pass takes as long as its
+    slowest rank."""
+    own: list[float] = []
+    begun = time.perf_counter()
+    # When enough has passed is rank 0's word, or some would begin a pass that others do not.
+    while len(own) < repeats or engine.gather(time.perf_counter() - begun)[0] < sustain_s:
+        with engine.stall.over("a timed pass"):
+            synchronize(engine.device)
+            engine.meet()
+            started = time.perf_counter()
+            step()
+            synchronize(engine.device)
+            own.append(time.perf_counter() - started)
+    everyone = engine.gather(own)
+    return Timing([max(samples) for samples in zip(*everyone, strict=True)])
+
+
+def count_bytes(engine: Engine, step: Callable[[], None]) -> tuple[float, list[Callable[[], None]]]:
+    """(mean bytes a rank sends in one pass, what this rank does to send and receive them)."""
+    traffic = engine.mesh.traffic
+    traffic.bytes_by_op.clear()
+    journal: list[Callable[[], None]] = []
+    traffic.journal = journal
+    with AllReduceMeter(engine.mesh["tp"]) if engine.mesh.topology.tp > 1 else nullcontext():
+        step()
+    traffic.journal = None
+    everyone = engine.gather(traffic.bytes_sent)
+    return statistics.mean(everyone), journal

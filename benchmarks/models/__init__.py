@@ -1,0 +1,1 @@
+"""Which of transformers' architectures work: checked in small, and written to a page."""

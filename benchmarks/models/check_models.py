@@ -1,0 +1,207 @@
+"""Which of transformers' causal LMs work: each in small with random weights, sharded against unsharded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ds_ring import api
+from ds_ring.config import RunConfig
+from ds_ring.errors import InputError, UserError
+from ds_ring.process.watchdog import outside
+from ds_ring.transport.base import Transport
+
+LENGTH, SEED = 75, 0
+TOLERANCE = 1e-4
+"""On the worst token's relative error, fp32; a token at a wrong place gives errors near 1."""
+TIE = 1e-3
+"""Two best logits nearer than this are a toss-up between sums in another order."""
+LARGEST = 20_000_000
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512, "sliding_window": 24,
+    "ffn_dim": 96, "word_embed_proj_dim": 48, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8,
+    "num_layers": 2, "ffn_hidden_size": 96, "query_pre_attn_scalar": 8, "kv_lora_rank": 16, "q_lora_rank": 16,
+    "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "image_size": 28, "patch_size": 14,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+"""Set where a config has them."""
+NEVER_NONE = {"head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok"}
+"""Set even where the default is None, which some models only know how to fill from a checkpoint's config."""
+LATENT_ATTENTION = {
+    "num_key_value_heads": 6, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
+}  # fmt: skip
+"""Set where keys and values come from one compressed vector: other sizes and no groups."""
+
+
+def check(config: RunConfig, names: list[str], new_tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """``{"layout", "rows": [{model_type, class, outcome, detail, max_rel_error, same_tokens}]}`` for every name.
+
+    Raises:
+        InputError: an unknown name, or more tokens than the small models have positions for.
+    """
+    room = SIZES["max_position_embeddings"] - LENGTH
+    if not 0 < new_tokens <= room:
+        raise InputError(f"new_tokens={new_tokens} must be from 1 to {room}")
+    known = architectures()
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"transformers has no causal LM of type {', '.join(unknown)}")
+    everyone = api.connect(config)["world"]
+    rows = []
+    for name in names or known:
+        rows.append(_row(name, config, new_tokens, everyone))
+        say(f"{name}: {rows[-1]['outcome']} {rows[-1]['detail']}")
+    return {"layout": config.topology.label(), "length": LENGTH, "new_tokens": new_tokens, "rows": rows}
+
+
+def architectures() -> list[str]:
+    return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """The architecture's default config with ``SIZES``, and one layer of each kind where it has several."""
+    return _tiny(CONFIG_MAPPING[model_type])
+
+
+def _tiny(kind: type[PretrainedConfig]) -> PretrainedConfig:
+    default = kind()
+    sizes = {
+        name: value
+        for name, value in SIZES.items()
+        if _sets(default, name) or (name in NEVER_NONE and hasattr(default, name))
+        if not isinstance(getattr(kind, name, None), property)
+    }
+    if _sets(default, "kv_lora_rank"):
+        sizes |= LATENT_ATTENTION
+    # Some derive the kinds of their layers from other fields.
+    if (layer_types := getattr(default, "layer_types", None)) and not isinstance(
+        getattr(kind, "layer_types", None), property
+    ):
+        kinds = list(dict.fromkeys(layer_types))
+        sizes["layer_types"] = (kinds * 2)[: max(2, len(kinds))]
+        sizes["num_hidden_layers"] = len(sizes["layer_types"])
+    for name in kind.sub_configs:
+        if isinstance(part := getattr(default, name, None), PretrainedConfig):
+            sizes[name] = _tiny(type(part)).to_dict()
+    config: PretrainedConfig = kind(**sizes)
+    return config
+
+
+def _sets(config: PretrainedConfig, name: str) -> bool:
+    try:
+        return getattr(config, name, None) is not None
+    except RuntimeError:  # it differs between layers
+        return True
+
+
+def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Weights so large that a token at a wrong place shows: at the usual 0.02 attention is nearly uniform."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if count > LARGEST:
+        raise ValueError(f"{count:,} parameters: some of its sizes have names of their own, and stay large")
+    torch.manual_seed(SEED)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
+    return model
+
+
+def _row(model_type: str, config: RunConfig, new_tokens: int, everyone: Transport) -> dict[str, Any]:
+    row: dict[str, Any] = {"model_type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
+    with _shared_folder(everyone) as folder:
+        try:
+            if everyone.rank == 0:
+                tiny_model(tiny_config(model_type)).save_pretrained(folder)
+            problem = None
+        except Exception as error:  # whatever a config or a model raises about sizes that do not suit it
+            problem = _first_line(error)
+        # Only rank 0 knows.
+        with outside.over("waiting for rank 0's model"):
+            problem = everyone.all_gather_objects(problem)[0]
+        if problem is None:
+            try:
+                want, tokens, margins = _unsharded(folder, new_tokens)
+            except Exception as error:
+                problem = _first_line(error)
+        if problem is not None:
+            return {**row, "outcome": "not tried", "detail": problem}
+        try:
+            got, new = _sharded(folder, config, new_tokens)
+        except UserError as error:
+            return {**row, "outcome": "refused", "detail": str(error)}
+        except Exception as error:
+            return {**row, "outcome": "failed", "detail": _first_line(error)}
+        uncached = tokens if torch.equal(new, tokens) else _unsharded(folder, new_tokens, use_cache=False)[1]
+    difference = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
+    same = int((new == tokens).long().cumprod(1).sum()) - LENGTH
+    detail = ""
+    if same < new_tokens:
+        detail = f"token {same + 1} differs, where the best two logits are {margins[same]:.1e} apart"
+        if torch.equal(new, uncached):
+            detail += "; all equal transformers' own without its cache"
+    works = difference < TOLERANCE and (torch.equal(new, uncached) or margins[same] < TIE)
+    return {
+        **row, "outcome": "works" if works else "differs", "detail": detail, "max_rel_error": difference,
+        "same_tokens": same,
+    }  # fmt: skip
+
+
+def _prompt() -> Tensor:
+    return torch.randint(3, SIZES["vocab_size"], (1, LENGTH), generator=torch.Generator().manual_seed(SEED))
+
+
+def _options(new_tokens: int) -> dict[str, Any]:
+    return {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+def _unsharded(folder: Path, new_tokens: int, use_cache: bool = True) -> tuple[Tensor, Tensor, list[float]]:
+    """(logits, greedy tokens, by how much each of these was the best), on the CPU."""
+    # Eager: older releases drop soft-capping under SDPA without a word.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = _prompt()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), use_cache=use_cache, return_dict_in_generate=True,
+            output_logits=True, **_options(new_tokens),
+        )  # fmt: skip
+    best_two = torch.cat(found.logits).topk(2).values
+    return logits, found.sequences, (best_two[:, 0] - best_two[:, 1]).tolist()
+
+
+def _sharded(folder: Path, config: RunConfig, new_tokens: int) -> tuple[Tensor, Tensor]:
+    engine, ids = api.from_pretrained(folder, config=config), _prompt()
+    logits = engine(ids).logits
+    assert logits is not None
+    tokens = engine.generate(ids, torch.ones_like(ids), **_options(new_tokens))
+    assert isinstance(tokens, Tensor)
+    return logits.cpu(), tokens.cpu()
+
+
+@contextmanager
+def _shared_folder(everyone: Transport) -> Iterator[Path]:
+    """A folder that rank 0 makes, and removes when all are done with it; ranks must share a file system."""
+    with tempfile.TemporaryDirectory() as own:
+        with outside.over("waiting for rank 0's folder"):
+            folder = everyone.all_gather_objects(own)[0]
+        yield Path(folder)
+        with outside.over("waiting for all ranks to be done with a folder"):
+            everyone.barrier()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]

@@ -1,0 +1,86 @@
+"""docs/models.md: what ``check_models`` found in one or several layouts, a line a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.reports.tables import markdown_table
+from ds_ring.errors import InputError
+
+Document = dict[str, Any]
+Found = dict[str, dict[str, Any]]
+"""One model's rows by layout."""
+
+SECTIONS = {
+    "works": "The same logits and tokens as the unsharded model, in every layout.",
+    "works in some layouts": "The others refuse it by name.",
+    "refused": "Named in an error before anything is computed wrongly.",
+    "differs": "Wrong: a fault of ours.",
+    "failed": "An error that is not a refusal.",
+    "not tried": "transformers itself makes no small model of it this way.",
+}
+
+
+def text(documents: Sequence[Document]) -> str:
+    """Raises InputError: documents that do not compare."""
+    first = documents[0]
+    for document in documents:
+        for what in ("length", "new_tokens", "versions"):
+            if document[what] != first[what]:
+                raise InputError(f"{document['layout']} and {first['layout']} differ in {what}: make both again")
+    models: dict[tuple[str, str], Found] = {}
+    for document in documents:
+        for row in document["rows"]:
+            models.setdefault((row["model_type"], row["class"]), {})[document["layout"]] = row
+    layouts = ", ".join(document["layout"] for document in documents)
+    lines = [
+        "# transformers' causal LMs, sharded",
+        "",
+        f"Each in small with random weights, fp32, on {layouts}: logits of {first['length']} tokens and "
+        f"{first['new_tokens']} greedy tokens behind them, against the unsharded model.",
+    ]
+    for section, meaning in SECTIONS.items():
+        cells = [[*name, _last(section, found)] for name, found in models.items() if _section(found) == section]
+        if cells:
+            last = "max error" if section in ("works", "differs") else "why"
+            lines += [
+                "",
+                f"## {section}: {len(cells)}",
+                "",
+                meaning,
+                "",
+                *markdown_table(["type", "class", last], cells),
+            ]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    made = [f"`{document['command']}` at {document['git']}, {document['date']}" for document in documents]
+    return "\n".join([*lines, "", f"{'; '.join(made)}; {versions}", ""])
+
+
+def _section(found: Found) -> str:
+    outcomes = {row["outcome"] for row in found.values()}
+    wrong = next((outcome for outcome in ("differs", "failed") if outcome in outcomes), None)
+    if wrong or len(outcomes) == 1:
+        return wrong or outcomes.pop()
+    return "works in some layouts"
+
+
+def _last(section: str, found: Found) -> str:
+    if section in ("works", "differs"):
+        worst = max(row.get("max_rel_error", 0.0) for row in found.values())
+        return f"{worst:.1e} {_details(found)}".strip()
+    if section == "works in some layouts":
+        working = [layout for layout, row in found.items() if row["outcome"] == "works"]
+        return f"{', '.join(working)}. {_details(found)}"
+    if section == "failed":
+        return _details(found)
+    return next(iter(found.values()))["detail"].replace("|", "\\|")
+
+
+def _details(found: Found) -> str:
+    """What layouts have to say, those together that say the same."""
+    by_detail: dict[str, list[str]] = {}
+    for layout, row in found.items():
+        if row["detail"]:
+            by_detail.setdefault(row["detail"].replace("|", "\\|"), []).append(layout)
+    return "; ".join(f"{', '.join(layouts)}: {detail}" for detail, layouts in by_detail.items())

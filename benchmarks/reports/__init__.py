@@ -1,0 +1,1 @@
+"""Tables, pictures and the performance page, made from records."""

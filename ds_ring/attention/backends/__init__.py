@@ -1,0 +1,1 @@
+"""One block of attention by the fastest kernel that serves it."""

@@ -1,0 +1,136 @@
+"""A rank's whole attention when all the keys it sees are there: runs of queries against segments of keys."""
+
+# Shapes: B batch, L queries, S keys of a segment, H query heads, K key/value heads, D head_dim.
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_ring.attention import sinks
+from ds_ring.attention.backends.base import HOPPER512
+from ds_ring.attention.backends.select import choose
+from ds_ring.attention.block import accumulate_, attend
+from ds_ring.attention.spec import AttentionSpec, BlockSpec
+from ds_ring.kernels import attention512
+from ds_ring.parallel.layout import Run
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Keys and values [B, S, K, D] at the global positions ``start .. stop - 1``."""
+
+    start: int
+    k_BSKD: Tensor
+    v_BSKD: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.k_BSKD.shape[1]
+
+
+def attend_runs(
+    q_BLHD: Tensor,
+    runs: Sequence[Run],
+    segments: Sequence[Segment],
+    spec: AttentionSpec,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Causal attention by global positions.
+
+    Args:
+        q_BLHD: the queries of all runs, one after the other.
+        segments: together they hold every position from 0 to the last query's, each once, in any order.
+        sinks_H: attention sinks, one a head.
+
+    Returns:
+        out [B, L, H, D] in q's dtype.
+    """
+    if _one_launch(q_BLHD, runs, segments, spec):
+        return sinks.apply_(*_attend_segments(q_BLHD, runs, segments, spec), sinks_H)
+    if len(segments) == 1:
+        k_BSKD, v_BSKD = segments[0].k_BSKD, segments[0].v_BSKD
+    else:
+        ordered = sorted(segments, key=lambda segment: segment.start)
+        k_BSKD = torch.cat([segment.k_BSKD for segment in ordered], dim=1)
+        v_BSKD = torch.cat([segment.v_BSKD for segment in ordered], dim=1)
+    out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    done = 0
+    for run in runs:
+        rows = slice(done, done + run.length)
+        _, lse = attend(
+            q_BLHD[:, rows], k_BSKD[:, : run.stop], v_BSKD[:, : run.stop], spec=spec, q_offset=run.start,
+            out=out_BLHD[:, rows],
+        )  # fmt: skip
+        sinks.apply_(out_BLHD[:, rows], lse, sinks_H)
+        done = rows.stop
+    return out_BLHD
+
+
+def accumulate_runs_(
+    out_BLHD: Tensor,
+    lse_BHL: Tensor,
+    q_BLHD: Tensor,
+    runs: Sequence[Run],
+    segments: Sequence[Segment],
+    spec: AttentionSpec,
+) -> None:
+    """Fold segments of other keys into a running fp32 result: in one launch where a kernel can, else in calls of their
+    own. Here keys may be missing: a query sees those of ``segments`` that are not behind it.
+
+    Args:
+        runs: ascending; none of them begins inside a segment.
+    """
+    if not segments:
+        return
+    if _one_launch(q_BLHD, runs, segments, spec):
+        attention512.accumulate_(out_BLHD, lse_BHL, *_arguments(q_BLHD, runs, segments, spec))
+        return
+    done = 0
+    for number, run in enumerate(runs):
+        # All runs from this one on see a segment before it, in one call where their positions do not matter.
+        rows = slice(done, done + run.length if spec.window else None)
+        before = runs[number - 1].start if number and not spec.window else -1
+        for segment in segments:
+            if before < segment.start < run.start and not _out_of_reach(run, segment, spec):
+                accumulate_(
+                    out_BLHD[:, rows], lse_BHL[:, :, rows], q_BLHD[:, rows], segment.k_BSKD, segment.v_BSKD,
+                    spec=spec, causal=spec.window is not None, q_offset=run.start, k_offset=segment.start,
+                )  # fmt: skip
+        done += run.length
+
+
+def _out_of_reach(run: Run, segment: Segment, spec: AttentionSpec) -> bool:
+    return spec.window is not None and segment.stop - 1 <= run.start - spec.window
+
+
+def _one_launch(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> bool:
+    fits = len(runs) <= attention512.MAX_CHUNKS and len(segments) <= attention512.MAX_SEGMENTS
+    return fits and takes_segments(q_BLHD, sum(segment.k_BSKD.shape[1] for segment in segments), spec)
+
+
+def takes_segments(q_BLHD: Tensor, n_keys: int, spec: AttentionSpec) -> bool:
+    """Whether the back-end reads keys from where they lie, so that nothing need be put in order."""
+    return choose(q_BLHD, n_keys, BlockSpec(spec, True, 0)) is HOPPER512
+
+
+def _attend_segments(
+    q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """The segments where they are: nothing is copied into order."""
+    out, lse = attention512.attention512(*_arguments(q_BLHD, runs, segments, spec))
+    return out, lse
+
+
+def _arguments(
+    q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec
+) -> attention512.Call:
+    chunks: list[int] = []
+    done = 0
+    for run in runs:
+        chunks += [done, run.length, run.start]
+        done += run.length
+    keys, values = [s.k_BSKD for s in segments], [s.v_BSKD for s in segments]
+    return q_BLHD, keys, values, [s.start for s in segments], chunks, True, spec.scale

@@ -1,0 +1,160 @@
+"""What the launch scripts share: options derived from the configuration's fields, exit codes, the last line of output.
+
+Exit codes: 0 done, 2 the user's error (said in one line), 3 out of memory, 1 ours (with a traceback). Results go to
+standard output as one JSON document on the last line, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from errno import EISDIR
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
+from ds_ring.errors import DsRingError, InputError, TransportError, UserError, is_out_of_memory
+from ds_ring.process.hostfile import check_hostfile
+from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY
+from ds_ring.process.parent_watch import end_with_launcher
+from ds_ring.utils.results import write_json
+
+_OWN = {name: field for name, field in RingConfig.model_fields.items() if name not in ("parallel", "workload")}
+FIELDS = {**ParallelConfig.model_fields, **WorkloadConfig.model_fields, **_OWN}
+"""Every field of our section, each an option of the launch scripts."""
+
+
+def run_parser(description: str | None) -> argparse.ArgumentParser:
+    """``--config FILE`` and an option for every field that may override the file."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="JSON file of ds_configs/")
+    parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    group = parser.add_argument_group("overrides of the configuration file")
+    group.add_argument("--tp-size", type=int, metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
+    group.add_argument("--dtype", choices=get_args(DType), help="weights and activations")
+    for name, field in FIELDS.items():
+        option = f"--{name.replace('_', '-')}"
+        text = f"{field.description} [{field.default}]".replace("%", "%%")
+        if get_origin(field.annotation) is tuple:
+            kind = get_args(field.annotation)[0]
+            metavar = "N" if kind is int else "FILE"
+            group.add_argument(option, nargs="+", type=kind, metavar=metavar, help=field.description)
+        elif field.annotation is bool:
+            group.add_argument(option, action="store_true", default=None, help=field.description)
+        elif field.annotation is int:
+            group.add_argument(option, type=int, metavar="N", help=text)
+        else:
+            choices = get_args(field.annotation) if str not in get_args(field.annotation) else None
+            group.add_argument(option, choices=choices, help=text)
+    return parser
+
+
+def overrides(args: argparse.Namespace) -> dict[str, Any]:
+    """The configuration's fields that were given as options."""
+    names = {"tp_size", "dtype", *FIELDS}
+    return {name: value for name, value in vars(args).items() if name in names and value is not None}
+
+
+def run_config(args: argparse.Namespace) -> RunConfig:
+    """The configuration that the parsed options describe."""
+    return RunConfig.load(args.config, **overrides(args))
+
+
+def require(offenders: list[str], message: str) -> None:
+    """Fail, as our error, if there are any offenders."""
+    if offenders:
+        raise DsRingError(message.format(", ".join(offenders)))
+
+
+def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: argparse.ArgumentParser) -> None:
+    """Parse, run, print; rank 0 speaks for all."""
+    args = parser.parse_args()
+    end_with_launcher()
+    code = 0
+    try:
+        check_hostfile()
+        if is_first_rank():
+            _check_output(getattr(args, "output", None))
+        document = work(args)
+        if is_first_rank() and document is not None:
+            print(json.dumps(document), flush=True)  # first: a disk may be full by now
+            if args.output:
+                write_json(args.output, document)
+    except UserError as error:
+        if not is_first_rank():
+            time.sleep(2)  # all ranks refuse alike: let rank 0 say it once
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = 2
+    except DsRingError as error:
+        if isinstance(error, TransportError):
+            time.sleep(2)  # where it repeats what a peer failed of, that rank is to say it
+        _say_failed(str(error))
+        code = 1
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        if is_out_of_memory(error):
+            why = "; ".join([first_line.rstrip("."), *getattr(error, "__notes__", [])])
+            print(f"{OUT_OF_MEMORY}rank {os.environ.get('RANK', '0')}: {why}", file=sys.stderr, flush=True)
+            code = 3
+        else:
+            _say_failed(f"{type(error).__name__}: {first_line}")
+            code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    leave(code)
+
+
+def _say_failed(why: str) -> None:
+    print(f"{FAILED}{os.environ.get('RANK', '0')}: {why}", file=sys.stderr, flush=True)
+
+
+def is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """One line of progress, from rank 0."""
+    if is_first_rank():
+        print(f"[ds_ring] {text}", file=sys.stderr, flush=True)
+
+
+def _check_output(output: str | list[str] | None) -> None:
+    """Raise InputError where what is to be written cannot be, before any work is done for it."""
+    for name in [output] if isinstance(output, str) else output or []:
+        _check_file(Path(name))
+
+
+def _check_file(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"--output {file} cannot be written: {error.strerror}") from None
+
+
+def leave(code: int) -> None:
+    """End a launched process, all ranks together where ``code`` is 0.
+
+    Interpreter shutdown would tear down process groups whose threads still run, and abort.
+    """
+    if code == 0 and "ds_ring.api" in sys.modules:
+        from deepspeed import comm
+
+        from ds_ring.process.watchdog import outside
+
+        if comm.is_initialized():
+            with outside.over("leaving"):
+                comm.barrier()
+                comm.destroy_process_group()
+    os._exit(code)

@@ -1,0 +1,51 @@
+"""Whether ranks that share a sequence decode with slices of the weights, and which."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import PreTrainedModel
+
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError, UnsupportedModelError
+from ds_ring.hf.tensor_slices import Slice, slices_of
+from ds_ring.planning.validation import ModelShape
+from ds_ring.transport.base import Transport
+from ds_ring.utils.hardware import Card, card_of
+
+log = logging.getLogger("ds_ring")
+
+COLLECTIVES_A_LAYER = 3
+"""That slices add to a step: queries, keys and values gathered, and the sums behind the attention and the MLP."""
+
+
+def decode_slices(
+    model: PreTrainedModel, config: RunConfig, shape: ModelShape, sp: Transport, device: torch.device
+) -> dict[str, Slice] | None:
+    """This rank's slices, as ``parallel.decode`` wants it; None: every rank computes with whole weights. Collective.
+
+    Raises:
+        ConfigError, UnsupportedModelError: slices are asked for, and cannot be.
+    """
+    wanted = config.parallel.decode
+    if sp.size == 1 or wanted == "whole":
+        return None
+    if wanted == "sliced":
+        return slices_of(model, sp.rank, sp.size, sp)
+    if shape.unlike_layers:
+        return None
+    try:
+        slices = slices_of(model, sp.rank, sp.size, sp)
+    except (ConfigError, UnsupportedModelError) as reason:
+        log.info("every rank decodes with whole weights: %s", reason)
+        return None
+    weights = sum(part.weight.nbytes for part in slices.values()) * sp.size
+    # Of cards that differ, each rank would decide by its own.
+    return slices if all(sp.all_gather_objects(pays(weights, shape.num_layers, sp.size, card_of(device)))) else None
+
+
+def pays(weight_bytes: int, num_layers: int, ranks: int, card: Card) -> bool:
+    """Whether reading ``1 / ranks`` of the layers' weights saves more time a step than its collectives take."""
+    saved_s = weight_bytes * (1 - 1 / ranks) / card.memory_bytes
+    return saved_s > COLLECTIVES_A_LAYER * num_layers * card.collective_s

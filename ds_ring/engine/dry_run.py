@@ -1,0 +1,129 @@
+"""A model's forward without its weights: what cannot be sharded is found before any are read."""
+
+# Shapes: B batch, l tokens, H query heads, K key/value heads, D head_dim.
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from functools import partial
+
+import torch
+from deepspeed.module_inject.auto_tp import AutoTP
+from deepspeed.module_inject.fusedqkv_utils import prepare_tp_fused_qkvw
+from deepspeed.module_inject.layers import LinearAllreduce, TensorParallel_Layer, fused_LinearLayer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from ds_ring.attention.spec import AttentionSpec
+from ds_ring.config import RunConfig
+from ds_ring.engine.deepspeed_backend import cannot_cut, refuse_misread
+from ds_ring.errors import UnsupportedModelError, UserError, in_one_line
+from ds_ring.hf.attention import inject
+from ds_ring.hf.attention_context import Attend, AttentionContext
+from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.dims import model_shape
+from ds_ring.parallel.layout import SequenceLayout
+from ds_ring.transport.mesh import Mesh
+
+LENGTH = 2
+
+
+def rehearse(config: PretrainedConfig, run: RunConfig) -> None:
+    """Run a few tokens through the model of ``config`` on the meta device, with the attention that is to be injected,
+    and once more as AutoTP cuts it. Takes as long as building the layers, whatever their size.
+
+    Raises:
+        UnsupportedModelError: what the first forward would refuse or fail at, by name.
+    """
+    model = _without_weights(config)
+    anatomy, heads = Anatomy.of(model), model_shape(config).num_heads
+    # Its part in a tensor-parallel group is what the second pass is about.
+    context = AttentionContext(Mesh(replace(run.topology, tp=1), 0, {}), run.parallel, heads, block_rows=0)
+    inject(model, context)
+    stopped = _forward(anatomy, context, _nothing)
+    if run.tp_size == 1:
+        return
+    try:
+        with redirect_stdout(sys.stderr):
+            _cut(model, run.tp_size)
+        found = _forward(anatomy, context, partial(_with_heads, heads // run.tp_size))
+    except UserError:
+        raise
+    except Exception as error:
+        raise _uncut(model, error) from None
+    if found is not None and str(found) != str(stopped):
+        raise _uncut(model, found)
+
+
+def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # values that no layer can have end in errors of any kind
+        raise UnsupportedModelError(
+            f"transformers makes no causal LM of this {type(config).__name__}: {in_one_line(error)}"
+        ) from None
+    return model.eval()
+
+
+def _forward(anatomy: Anatomy, context: AttentionContext, attend: Attend) -> Exception | None:
+    """What stopped it: a model may ask the device for numbers, such as which experts are met, and there are none. What
+    comes behind is left to the engine's own forwards."""
+    ids_Bl = torch.zeros(1, LENGTH, dtype=torch.long, device="meta")
+    try:
+        with (
+            torch.inference_mode(),
+            context.forward(SequenceLayout(LENGTH), len(anatomy.layers), type(anatomy.model).__name__),
+            context.attending_by(attend),
+        ):
+            anatomy.model(input_ids=ids_Bl, position_ids=ids_Bl, use_cache=False)
+    except UserError:
+        raise
+    except Exception as error:
+        return error
+    return None
+
+
+def _nothing(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+    return torch.empty_like(q_BlHD)
+
+
+def _with_heads(
+    heads: int, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
+) -> Tensor:
+    if q_BlHD.shape[2] != heads:
+        raise ValueError(f"a rank attends with {q_BlHD.shape[2]} heads instead of {heads}")
+    return torch.empty_like(q_BlHD)
+
+
+def _cut(model: PreTrainedModel, tp: int) -> None:
+    """Let AutoTP put in its layers, without a group, and make these take and leave what a rank's do."""
+    for kind, names in AutoTP.tp_parser(model):
+        for layer in [module for module in model.modules() if type(module) is kind]:
+            cutter = AutoTP(layer, names, "", None, None, kind, model_config=model.config.get_text_config())
+            cutter.set_tensor_parallel_config(tp, None)
+            cutter.update_linear_policies()
+            cutter._replace_module(layer)
+    refuse_misread(model)
+    for name, module in model.named_modules():
+        if isinstance(module, TensorParallel_Layer):
+            vars(module)["forward"] = partial(_share, name, module, tp)
+
+
+def _share(name: str, module: TensorParallel_Layer, tp: int, x: Tensor) -> Tensor:
+    """What a rank's part of a layer makes of ``x``, by shape."""
+    outputs, inputs = module.weight.shape
+    by_rows = isinstance(module, LinearAllreduce)
+    taken = inputs // tp if by_rows else inputs
+    if x.shape[-1] != taken:
+        raise ValueError(f"{name} takes {taken} elements of a token and is given {x.shape[-1]}")
+    if isinstance(module, fused_LinearLayer):
+        outputs = prepare_tp_fused_qkvw(module.fused_module.module, module.weight, tp, 0, module.tp_meta).shape[0]
+    elif not by_rows:
+        outputs //= tp
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _uncut(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
+    return UnsupportedModelError(cannot_cut(model, " ".join(str(error).split())))

@@ -1,0 +1,196 @@
+"""What every engine offers: the forward of a causal LM over many ranks, in transformers' terms.
+
+Every rank is handed the same tokens and, from ``__call__``, gets the same full result. ``prefill`` is the layer below:
+it leaves results where they were made, which is what a benchmark times.
+"""
+
+# Shapes: B rows, T columns of the caller's tensors, L packed tokens, l of them on this rank, k kept ones, V vocabulary.
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
+
+from ds_ring.engine import nan_check, scoring
+from ds_ring.engine.batch import Batch
+from ds_ring.engine.gather import gather_replicas
+from ds_ring.engine.model_runner import NO_POSITIONS, Replica, Shard
+from ds_ring.engine.oom import explained
+from ds_ring.process.watchdog import watched
+
+if TYPE_CHECKING:
+    from transformers import Cache, GenerationConfig
+    from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+
+
+class Engine(Replica):
+    """A causal LM over all ranks of its mesh."""
+
+    @watched
+    @explained
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """The model's logits, on every rank.
+
+        Args:
+            input_ids: [B, T], the same on every rank.
+            attention_mask: [B, T], 1 for tokens and 0 for padding, on either side.
+            position_ids: [B, T]; None: every row counts its own tokens from 0.
+            logits_to_keep: only the last so many columns; 0 for all.
+
+        Returns:
+            CausalLMOutput with logits [B, T or logits_to_keep, V] in the model's dtype; 0 at padding.
+
+        Raises:
+            InputError: unusable tensors (see ``pack``). DisagreementError: ranks were given different tokens.
+            NumericsError: a layer gave NaN or infinity.
+        """
+        batch, columns_BL = self.prepare(input_ids, attention_mask, position_ids)
+        first = 0 if logits_to_keep == 0 else max(0, input_ids.shape[1] - logits_to_keep)
+        micro_batches, mine = self._micro_batches(batch)
+        wanted_BL = columns_BL >= first
+        keep = [torch.nonzero(wanted_BL[_rows(m), : m.length].any(0))[:, 0] for m in micro_batches]
+        shards = self.checked_forward(micro_batches, keep, want_hidden=False)
+        logits_BTV: Tensor | None = None
+        for shard, kept_k, micro_batch in zip(shards, keep, micro_batches, strict=True):
+            part_BkV = self.assemble(shard.logits_BkV, micro_batch, kept_k, (self.shape.vocab_size,))
+            if logits_BTV is None:
+                logits_BTV = part_BkV.new_zeros(len(mine), input_ids.shape[1] - first, self.shape.vocab_size)
+            columns_Bk = columns_BL[_rows(micro_batch)][:, kept_k].to(self.device)
+            row, k = torch.nonzero(columns_Bk >= first, as_tuple=True)
+            own_row = row + (micro_batch.rows.start - mine.start)
+            logits_BTV[own_row, columns_Bk[row, k] - first] = part_BkV[row, k]
+        assert logits_BTV is not None
+        return CausalLMOutput(logits=gather_replicas(logits_BTV, len(batch.rows), self.mesh["dp"]))
+
+    @watched
+    @explained
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        generation_config: GenerationConfig | None = None,
+        past_key_values: Cache | None = None,
+        streamer: BaseStreamer | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """transformers' own ``generate``, greedy or sampling, with the cache spread over the ranks.
+
+        Every rank calls it with the same arguments and gets the same result. Sampling draws from rank 0's generator.
+
+        Args:
+            input_ids: [B, T], rows padded on the left; with ``past_key_values`` the whole conversation, as in
+                transformers, or its new part under a mask of the whole.
+            attention_mask: 1 for tokens and 0 for padding.
+            past_key_values: what an earlier call of this engine gave with ``return_dict_in_generate=True``.
+            streamer: is told the tokens on rank 0.
+            progress: is told on rank 0, after each chunk of the prompts, how many of its replica's tokens its layers
+                have run, and of how many.
+            options: transformers' arguments of ``generate``.
+
+        Raises:
+            InputError: unusable tokens or options, before any work. DisagreementError: ranks were given different ones.
+            NumericsError: a layer gave NaN or infinity.
+        """
+        from ds_ring.engine.generation import generate
+
+        return generate(
+            self, input_ids, attention_mask, generation_config, past_key_values, streamer, progress, options
+        )
+
+    @watched
+    @explained
+    def token_log_likelihoods(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
+        """Log-likelihood in nats of every token of a row given those before it, from the row's second token on.
+
+        Logits exist for a few tokens at a time and only where their hidden states are.
+
+        Returns:
+            On every rank, for each row an fp32 tensor of its number of tokens less one.
+
+        Raises:
+            InputError, DisagreementError, NumericsError: as ``__call__``.
+        """
+        batch, _ = self.prepare(input_ids, attention_mask, None)
+        micro_batches, mine = self._micro_batches(batch)
+        scores_BL = torch.zeros(len(mine), batch.length, device=self.device)
+        nothing = [NO_POSITIONS for _ in micro_batches]
+        for shard in self.checked_forward(micro_batches, nothing, want_hidden=True):
+            local_Bl = None
+            if shard.hidden_Bld is not None:
+                local_Bl = scoring.next_token_log_likelihoods(
+                    self.anatomy, shard.batch, shard.positions_l, shard.hidden_Bld
+                )[:, shard.positions_l < shard.batch.length]
+            length, start = shard.batch.length, shard.batch.rows.start - mine.start
+            whole_BL = self.assemble(local_Bl, shard.batch, torch.arange(length), ())
+            scores_BL[start : start + len(shard.batch.rows), :length] = whole_BL
+        scores_BL = gather_replicas(scores_BL, len(batch.rows), self.mesh["dp"])
+        return [scores[: n - 1].cpu() for scores, n in zip(scores_BL, batch.lengths, strict=True)]
+
+    @watched
+    @explained
+    def prefill(self, batch: Batch, logits: Literal["none", "last", "all"], want_hidden: bool = False) -> list[Shard]:
+        """One forward of this replica's rows; results stay where they are made.
+
+        ``logits``: for no token, for each row's last, or for all.
+        """
+        micro_batches, _ = self._micro_batches(batch)
+        keep = {
+            "none": [NO_POSITIONS for _ in micro_batches],
+            "last": [torch.tensor(sorted({n - 1 for n in m.lengths})) for m in micro_batches],
+            "all": [torch.arange(m.length) for m in micro_batches],
+        }
+        return self.forward(micro_batches, keep[logits], want_hidden)
+
+    @watched
+    @explained
+    def prefill_only(self, batch: Batch) -> list[Tensor | None]:
+        """One forward of this replica's rows for the keys and values of all tokens and the logits that follow each row.
+
+        The last layer makes keys and values for all tokens, and everything else for each row's last token only.
+        Results, [B, V] a micro-batch, stay where they are made: on all ranks that share a sequence, and on the last
+        pipeline stage.
+        """
+        micro_batches, _ = self._micro_batches(batch)
+        return self.forward_last(micro_batches)
+
+    @watched
+    @explained
+    def next_token_logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, V] of the token after each row, on every rank, by ``prefill_only``.
+
+        Arguments and errors as ``__call__``.
+        """
+        batch, _ = self.prepare(input_ids, attention_mask, position_ids)
+        micro_batches, mine = self._micro_batches(batch)
+
+        def run() -> list[Tensor | None]:
+            return self.forward_last(micro_batches)
+
+        parts = self._checked(run, lambda part: nan_check.all_finite(part))
+        whole_BV: Tensor | None = None
+        if parts[0] is not None:
+            whole_BV = torch.cat([part for part in parts if part is not None])
+        else:
+            dtype = next(p.dtype for p in self.model.parameters())
+            whole_BV = torch.zeros(len(mine), self.shape.vocab_size, dtype=dtype, device=self.device)
+        stages = self.mesh["pp"]
+        if stages.size > 1:
+            whole_BV = stages.all_gather(whole_BV)[-1]
+        return gather_replicas(whole_BV, len(batch.rows), self.mesh["dp"])
+
+
+def _rows(batch: Batch) -> slice:
+    return slice(batch.rows.start, batch.rows.stop)

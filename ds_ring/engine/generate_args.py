@@ -1,0 +1,196 @@
+"""What ``generate`` is asked, checked on every rank before any work: settings, mask and cache."""
+
+# Shapes: B rows of the caller's batch, T all columns, those that are cached already among them.
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import Cache, GenerationConfig, TextStreamer
+from transformers.generation import BaseStreamer, GenerationMode
+
+from ds_ring.engine.batch import pack
+from ds_ring.errors import InputError
+from ds_ring.hf.cache import ShardedCache
+from ds_ring.hf.generation_adapter import Facade
+from ds_ring.kv_cache.shard import KVStore
+from ds_ring.planning.validation import check_positions
+
+if TYPE_CHECKING:
+    from ds_ring.engine.engine import Engine
+
+DEFAULT_NEW_TOKENS = 20
+"""transformers' own, where nothing says how long."""
+REFUSED = (
+    "assistant_model", "custom_generate", "negative_prompt_ids", "negative_prompt_attention_mask", "guidance_scale",
+    "prompt_lookup_num_tokens", "cache_implementation", "inputs_embeds", "position_ids", "token_type_ids",
+    "synced_gpus", "output_attentions", "output_hidden_states", "token_healing",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What transformers will go by, which columns hold a token (bool, on the CPU), the cache (the caller's or an empty
+    one), and how many tokens may be generated."""
+
+    settings: GenerationConfig
+    mask_BT: Tensor
+    cache: ShardedCache
+    new_tokens: int
+
+
+def admit(
+    engine: Engine,
+    facade: Facade,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    generation_config: GenerationConfig | None,
+    past_key_values: Cache | None,
+    streamer: BaseStreamer | None,
+    options: dict[str, Any],
+) -> Request:
+    """Check the arguments of ``generate``, and that all ranks were given the same.
+
+    Raises:
+        InputError: what cannot be served, named. DisagreementError: ranks were given different things.
+    """
+    world = engine.mesh["world"]
+    try:
+        settings = _settings(facade, generation_config, options)
+        mask_BT = _mask(facade, settings, input_ids, attention_mask)
+        cache = _cache(engine, past_key_values, mask_BT, input_ids, settings)
+        max_length = _max_length(facade, generation_config, options)
+        new_tokens = _check_length(engine, mask_BT, input_ids, settings.max_new_tokens, max_length)
+        if isinstance(streamer, TextStreamer) and mask_BT.shape[0] > 1:
+            # It would raise on rank 0 alone, with the others on their way.
+            raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BT.shape[0]}")
+        digest = _digest(engine, input_ids, mask_BT, cache)
+        if cache.get_seq_length():
+            cache.revise(mask_BT[:, : cache.get_seq_length()])
+    except InputError as error:
+        # Where only some ranks refuse, the others must hear of it rather than wait for them.
+        world.agree(input_ids=f"unusable ones: {error}")
+        raise
+    plain = {k: v for k, v in vars(settings).items() if isinstance(v, int | float | str | list | None)}
+    plain["max_new_tokens"] = new_tokens
+    world.agree(input_ids=digest, **{f"generate's {name}": value for name, value in plain.items()})
+    return Request(settings, mask_BT, cache, new_tokens)
+
+
+def _settings(facade: Facade, generation_config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+    """Everything transformers will go by, as far as we serve it."""
+    given = {**(generation_config.to_dict() if generation_config is not None else {}), **options}
+    # By identity: tensors that are compared answer with tensors.
+    asked = [name for name in REFUSED if given.get(name) is not None and given[name] is not False]
+    if asked:
+        raise InputError(f"generate does not serve {', '.join(asked)} with a cache that is spread over ranks")
+    settings: GenerationConfig
+    try:
+        settings, _ = facade._prepare_generation_config(generation_config, **options)
+    except ValueError as error:
+        raise InputError(f"transformers refuses the options of generate: {error}") from None
+    mode = settings.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise InputError(
+            f"generate does not serve {mode.value} (num_beams={settings.num_beams}) with a cache that is spread over "
+            f"ranks; it serves greedy search and sampling: num_beams=1"
+        )
+    if settings.use_cache is False:
+        raise InputError("use_cache=False: without a cache every token would cost a forward of the whole text")
+    if settings.prefill_chunk_size is not None:
+        raise InputError(
+            f"prefill_chunk_size={settings.prefill_chunk_size} belongs into the configuration: "
+            f'"workload": {{"prefill_chunk": {settings.prefill_chunk_size}}}'
+        )
+    return settings
+
+
+def _mask(facade: Facade, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, all columns], bool, on the CPU; where none is given, as transformers infers it from padding tokens."""
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
+        raise InputError(
+            f"input_ids must be whole numbers of shape [batch, length], at least one of each, not "
+            f"{tuple(input_ids.shape)} {input_ids.dtype}"
+        )
+    if attention_mask is None:
+        facade._prepare_special_tokens(settings, True, device=input_ids.device, batch_size=input_ids.shape[0])
+        attention_mask = facade._prepare_attention_mask_for_generation(input_ids, settings, {})
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != input_ids.shape[0]:
+        raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
+    mask_BT = attention_mask.cpu() != 0
+    if not mask_BT[:, -1].all():
+        row = int((~mask_BT[:, -1]).nonzero()[0])
+        raise InputError(
+            f"row {row} of the batch ends in padding: generate appends to the last column, so pad on the left "
+            f'(tokenizer.padding_side = "left")'
+        )
+    return mask_BT
+
+
+def _cache(
+    engine: Engine, given: Cache | None, mask_BT: Tensor, input_ids: Tensor, settings: GenerationConfig
+) -> ShardedCache:
+    """The caller's cache, or an empty one."""
+    copies = settings.num_return_sequences or 1
+    rows, columns = copies * mask_BT.shape[0], mask_BT.shape[1]
+    if given is None:
+        if input_ids.shape[1] != columns:
+            raise InputError(f"attention_mask has {columns} columns, input_ids {input_ids.shape[1]}")
+        mine = engine.rows_of(rows)
+        sp = engine.mesh["sp"]
+        store = KVStore(len(mine), len(engine.anatomy.layers), sp.rank, sp.size, engine.device)
+        return ShardedCache(engine, store, mine)
+    if not isinstance(given, ShardedCache) or given.owner is not engine:
+        raise InputError(f"past_key_values is a {type(given).__name__} that another model made; give this engine's own")
+    if not given.whole:
+        raise InputError(
+            "past_key_values is broken: the generate that last wrote to it was interrupted or failed; begin "
+            "without it, from the whole conversation"
+        )
+    past = given.get_seq_length()
+    if past and given.mask_BT.shape[0] != rows:
+        raise InputError(f"past_key_values holds {given.mask_BT.shape[0]} rows, the batch {rows}")
+    if columns <= past:
+        raise InputError(
+            f"past_key_values holds {past} columns already, and the batch has {columns}: give the whole conversation, "
+            f"with at least one token more"
+        )
+    if input_ids.shape[1] not in (columns, columns - past):
+        raise InputError(
+            f"input_ids have {input_ids.shape[1]} columns, where attention_mask has {columns} and past_key_values "
+            f"{past}: give all {columns}, or the last {columns - past}"
+        )
+    return given
+
+
+def _max_length(facade: Facade, generation_config: GenerationConfig | None, options: dict[str, Any]) -> int | None:
+    """As it was given. The settings do not tell: transformers puts its default of new tokens where nobody gave one."""
+    configs = (generation_config, facade.generation_config)
+    given = [options.get("max_length"), *(config.max_length for config in configs if config is not None)]
+    return next((length for length in given if length is not None), None)
+
+
+def _check_length(
+    engine: Engine, mask_BT: Tensor, input_ids: Tensor, max_new_tokens: int | None, max_length: int | None
+) -> int:
+    """How many tokens may be generated."""
+    longest = int(mask_BT.sum(1).max())
+    if max_new_tokens is not None:
+        new = max_new_tokens
+    elif max_length is not None:
+        new = max_length - input_ids.shape[1]
+    else:
+        new = DEFAULT_NEW_TOKENS
+    if new < 1:
+        raise InputError(f"nothing to generate: {input_ids.shape[1]} tokens of input leave max_new_tokens={new}")
+    check_positions(longest, new, engine.shape)
+    return new
+
+
+def _digest(engine: Engine, input_ids: Tensor, mask_BT: Tensor, cache: ShardedCache) -> str:
+    """What ranks compare; checks the new tokens on the way."""
+    new = slice(cache.get_seq_length(), None)
+    ids_BT = input_ids.cpu()[:, -mask_BT[:, new].shape[1] :]
+    batch, _ = pack(ids_BT, mask_BT[:, new], None, engine.shape)
+    return f"{batch.digest()} behind {cache.get_seq_length()} columns"

@@ -1,0 +1,48 @@
+"""NaN and infinity: noticed before a result leaves the engine, and traced to the layer and ranks they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_ring.hf.decoder import Anatomy
+
+
+def all_finite(*tensors: Tensor | None) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t is not None)
+
+
+@contextmanager
+def bad_layers(anatomy: Anatomy) -> Iterator[list[int]]:
+    """Inside the block, collects the numbers (within ``anatomy.layers``) of layers whose output is not finite."""
+    found: list[int] = []
+
+    def watch(number: int) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if not all_finite(out if isinstance(out, Tensor) else out[0]):
+                found.append(number)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(anatomy.layers)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def describe(bad: list[int | None], num_layers: int) -> str:
+    """A sentence from every rank's first bad layer (None: all its layers are fine)."""
+    first = min((layer for layer in bad if layer is not None), default=None)
+    if first is None:
+        return f"the model gave NaN or infinity behind its last layer ({num_layers} layers are finite)"
+    ranks = ", ".join(str(rank) for rank, layer in enumerate(bad) if layer == first)
+    return (
+        f"layer {first} of {num_layers} gave NaN or infinity, on rank {ranks}; check the weights, or, if "
+        f"activations overflow fp16, take dtype bf16 or fp32"
+    )

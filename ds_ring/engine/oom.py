@@ -1,0 +1,92 @@
+"""Out of memory, explained: what was predicted, what was held, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+
+from ds_ring.config import RunConfig
+from ds_ring.errors import is_out_of_memory
+from ds_ring.hf.flops import matrix_elements
+from ds_ring.planning.memory_estimate import cache_bytes, peak_bytes
+from ds_ring.utils.hardware import memory_gib, peak_memory_gib
+
+if TYPE_CHECKING:
+    from ds_ring.engine.engine import Engine
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+GIB = 2**30
+
+
+@contextmanager
+def noted(words: Callable[[], str]) -> Iterator[None]:
+    """Where memory runs out inside the block, the error says ``words()`` in a note (``BaseException.add_note``). Of
+    blocks inside each other the innermost, which knows most, has the word."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) and not getattr(error, "__notes__", None):
+            error.add_note(words())
+        raise
+
+
+def explained(method: Method) -> Method:
+    """An engine's method whose error says what its forward was predicted to take."""
+
+    @wraps(method)
+    def call(engine: Any, *args: Any, **options: Any) -> Any:
+        with noted(lambda: of_forward(engine)):
+            return method(engine, *args, **options)
+
+    return cast(Method, call)
+
+
+def of_forward(engine: Engine) -> str:
+    """One line, about the configuration's own batch and length."""
+    work, micro = engine.config.workload, engine.config.largest_micro_batch
+    predicted = _forward_bytes(engine, engine.config, micro) / GIB
+    return (
+        f"{_held(engine.peak_memory_gib, engine.device)}, {predicted:.1f} are predicted for "
+        f"micro-batches of {micro} x {work.max_length} tokens; lower micro_batch_size or max_length, or share each "
+        f"sequence among more ranks (ring_degree, ulysses_degree)"
+    )
+
+
+def of_generation(engine: Engine, rows: int, prompt: int, length: int) -> str:
+    """One line, about a replica's ``rows``; the longest has ``prompt`` tokens to run, and ``length`` in the end."""
+    work, t = engine.config.workload, engine.mesh.topology
+    micro, chunk = min(work.micro_batch_size, rows), min(work.prefill_chunk or prompt, prompt)
+    # Chunks run one after the other: each needs what earlier ones leave.
+    run = RunConfig.load(engine.config, max_length=chunk, interleave="off")
+    cache = cache_bytes(run, engine.shape, rows, length)
+    predicted = (_forward_bytes(engine, run, micro) + cache) / GIB
+    return (
+        f"{_held(engine.peak_memory_gib, engine.device)}, {predicted:.1f} are predicted: {cache / GIB:.1f} for a cache "
+        f"of {rows} x {length} tokens, the rest for weights and chunks of {micro} x {chunk}; "
+        f"{'lower' if work.prefill_chunk else 'set'} prefill_chunk, give fewer rows or tokens at a time, or share them "
+        f"among more ranks ({'tp_size, pp_size' if t.tp * t.pp > 1 else 'ring_degree, ulysses_degree'})"
+    )
+
+
+def of_weights(weight_bytes: int, run: RunConfig, device: torch.device) -> str:
+    """One line, about weights that this rank loads or moves."""
+    narrower = "take dtype fp16 or bf16, or " if run.dtype == "fp32" else ""
+    return (
+        f"{_held(peak_memory_gib(device), device)}, {weight_bytes / GIB:.1f} are predicted for this rank's weights in "
+        f"{run.dtype}; {narrower}raise pp_size, with more GPUs: a stage loads its own layers alone, which tp_size "
+        f"shares only once they are loaded"
+    )
+
+
+def _forward_bytes(engine: Engine, run: RunConfig, micro: int) -> float:
+    own, t = sum(map(matrix_elements, engine.anatomy.layers)), engine.mesh.topology
+    return peak_bytes(run, engine.shape, own * t.tp * t.pp, micro)
+
+
+def _held(gib: float, device: torch.device) -> str:
+    whole = memory_gib(device)
+    return f"{gib:.1f} GiB were held" + (f" of {whole:.1f}" if whole else "")

@@ -1,0 +1,103 @@
+"""Hidden states from stage to stage of a pipeline, the next ones on their way while a stage computes."""
+
+# Shapes: B rows of a micro-batch, L tokens, d hidden size.
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_ring.transport.base import Done, Pending, Transport
+from ds_ring.transport.shared import Part, Shared
+
+Shape = tuple[int, int, int]
+
+
+class StageLink(ABC):
+    """One pass of this stage. For every micro-batch, in the same order on all stages: ``expect``, at most one ahead,
+    and ``hand_on``."""
+
+    def __init__(self, stages: Transport, shapes: Sequence[Shape], like: Tensor) -> None:
+        """``shapes`` of all that will be expected; ``like`` tells dtype and device."""
+        self._stages, self._like = stages, like
+        self._before = stages.rank - 1 if stages.rank else None
+        self._behind = stages.rank + 1 if stages.rank + 1 < stages.size else None
+
+    @abstractmethod
+    def expect(self, shape: Shape) -> tuple[Tensor | None, Pending]:
+        """Hidden states [B, L, d] of the stage before, to be read when they are there; None on the first."""
+
+    @abstractmethod
+    def hand_on(self, hidden_BLd: Tensor) -> None:
+        """This stage's result of the oldest micro-batch expected, to the stage behind."""
+
+    def finish(self) -> None:  # noqa: B027
+        """All micro-batches are through."""
+
+
+class MessageLink(StageLink):
+    def __init__(self, stages: Transport, shapes: Sequence[Shape], like: Tensor) -> None:
+        super().__init__(stages, shapes, like)
+        self._sent: list[Pending] = []
+
+    def expect(self, shape: Shape) -> tuple[Tensor | None, Pending]:
+        if self._before is None:
+            return None, Done()
+        hidden_BLd = self._like.new_empty(shape)
+        return hidden_BLd, self._stages.exchange([], [(self._before, hidden_BLd)])
+
+    def hand_on(self, hidden_BLd: Tensor) -> None:
+        if self._behind is None:
+            return
+        # Two sends in flight at most: more would hold every micro-batch's hidden states at once.
+        if len(self._sent) > 1:
+            self._sent.pop(0).wait()
+        self._sent.append(self._stages.exchange([(self._behind, hidden_BLd.contiguous())], []))
+
+    def finish(self) -> None:
+        for pending in self._sent:
+            pending.wait()
+
+
+class PullLink(StageLink):
+    """Through memory that the stage behind reads. A message's kernels would wait on SMs, from when it is expected to
+    when it has come, and the products beside them take a wave more.
+
+    A slot is opened one micro-batch ahead of the one that is computed. What a stage then waits for
+    (``peer_buffers.py``) its neighbours queue for earlier micro-batches: that the one behind has read the last but one,
+    which it does before it computes the one before that, and that the one before has written what comes next.
+    """
+
+    def __init__(self, stages: Transport, shapes: Sequence[Shape], like: Tensor) -> None:
+        super().__init__(stages, shapes, like)
+        stages.reserve(shapes, like)
+        self._open: deque[Shared] = deque()
+
+    def expect(self, shape: Shape) -> tuple[Tensor | None, Pending]:
+        shared = self._stages.share(shape, self._like)
+        self._open.append(shared)
+        if self._before is None:
+            return None, Done()
+        if self._stages.muted:  # there are no numbers yet that could stand for those that do not come
+            return self._like.new_empty(shape).normal_(), Done()
+        pending, hidden_BLd = shared.pull(_whole(self._before))
+        return hidden_BLd, pending
+
+    def hand_on(self, hidden_BLd: Tensor) -> None:
+        with self._open.popleft() as shared:
+            if self._behind is not None:
+                shared.own.copy_(hidden_BLd)
+            shared.publish([None if self._behind is None else _whole(self._behind)])
+
+
+def stage_link(stages: Transport, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> StageLink:
+    """For one pass over micro-batches of these shapes, on all stages alike."""
+    kind = PullLink if stages.overlaps else MessageLink
+    return kind(stages, shapes, torch.empty(0, dtype=dtype, device=device))
+
+
+def _whole(stage: int) -> Part:
+    return stage, (slice(None),)

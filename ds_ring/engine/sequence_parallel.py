@@ -1,0 +1,172 @@
+"""The proposed method: weights whole on every rank, the sequence cut over ring x Ulysses. Alone (degree 1), this is
+also one replica of data parallelism."""
+
+# Shapes: B rows, L tokens of the batch, P padded to the layout, l tokens on this rank.
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache, partial
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ds_ring.config import RunConfig
+from ds_ring.engine.batch import Batch
+from ds_ring.engine.batch_overlap import run_interleaved
+from ds_ring.engine.decode_tp import decode_slices
+from ds_ring.engine.deepspeed_backend import serve
+from ds_ring.engine.engine import Engine
+from ds_ring.engine.lockstep import Lockstep
+from ds_ring.engine.model_runner import ONE_TOKEN, Shard
+from ds_ring.hf.last_layer import LastTokens, last_tokens_only
+from ds_ring.hf.tensor_slices import in_slices
+from ds_ring.kv_cache.step import Step
+from ds_ring.parallel.layout import SequenceLayout
+from ds_ring.parallel.topology import Axis
+from ds_ring.planning.validation import ModelShape
+from ds_ring.transport.mesh import Mesh
+from ds_ring.utils.transfer import to_device
+
+SHARING_AXES: tuple[Axis, ...] = ("ring", "ulysses")
+
+
+class SequenceParallelEngine(Engine):
+    """``model`` must be whole; it is served through ``deepspeed.init_inference`` with our attention injected."""
+
+    result_axis = "sp"
+
+    def __init__(
+        self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+    ) -> None:
+        super().__init__(model, config, mesh, shape, device)
+        self._deepspeed = serve(model, config)
+        self._slices = decode_slices(self.model, config, shape, mesh["sp"], device)
+        self._before_layers: list[RemovableHandle] = []
+        self._fuse(in_place=True)
+
+    def layout(self, length: int) -> SequenceLayout:
+        p = self.config.parallel
+        return SequenceLayout(length, p.ring_degree, p.ulysses_degree, p.ring_impl)
+
+    @property
+    def layers(self) -> range:
+        return range(self.shape.num_layers)
+
+    def held_positions(self, length: int, peer: int) -> Tensor:
+        return positions_of(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
+
+    @property
+    def decodes_sliced(self) -> bool:
+        return self._slices is not None
+
+    def slots(self, length: int) -> int:
+        return self.layout(length).local_length
+
+    def tokens_held(self, length: int, tokens: int) -> list[int]:
+        peers = range(self.mesh["sp"].size)
+        return [int((self.held_positions(length, peer) < tokens).sum()) for peer in peers]
+
+    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+        jobs = [partial(self._forward, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+        if not self._in_flight(micro_batches):
+            return [job() for job in jobs]
+        return run_interleaved(jobs, self._on_hand_over, self.lanes)
+
+    @property
+    def lanes(self) -> int:
+        """Beside NCCL's kernels more than one cost more than they hide."""
+        ring = self.config.ring
+        wanted = self.mesh.overlaps if ring.interleave == "auto" else ring.interleave == "on"
+        return ring.in_flight if wanted and self.mesh.topology.sp > 1 else 1
+
+    def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
+        """Two lanes alternate: one's transfers under the other's layer. More go in lockstep."""
+        lockstep = Lockstep(hand_over) if hand_over is not None and self.lanes > 2 else None
+        for axis in SHARING_AXES:
+            self.mesh[axis].beforehand = lockstep.before_transfer if lockstep else None
+            self.mesh[axis].meanwhile = hand_over
+        for hook in self._before_layers:
+            hook.remove()
+        self._before_layers.clear()
+        if lockstep is not None:
+            self._before_layers += lockstep.hook(self.anatomy.layers)
+
+    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        return [self._forward_last(m) for m in micro_batches]
+
+    def mute(self, muted: bool) -> None:
+        for axis in (*SHARING_AXES, "sp"):
+            self.mesh[axis].muted = muted
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
+        positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
+        at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
+        with self.anatomy.captured_hidden() as hidden:
+            logits_BkV = self._run(batch, positions_l, at)
+        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], logits_BkV)
+
+    @torch.inference_mode()
+    def _forward_last(self, batch: Batch) -> Tensor:
+        sp = self.mesh["sp"]
+        tokens = LastTokens(batch.lengths, _everyones_positions(self.layout(batch.length)), sp)
+        with last_tokens_only(self.anatomy, self._context, tokens):
+            positions_l = self.held_positions(batch.length, sp.rank)
+            return self._run(batch, positions_l, torch.zeros(1, dtype=torch.long))[:, 0]
+
+    def _run(self, batch: Batch, positions_l: Tensor, at_k: Tensor) -> Tensor:
+        """The model on this rank's tokens; logits [B, k, V] at places ``at_k`` among them."""
+        layout = self.layout(batch.length)
+        ids_Bl, position_ids_Bl = (self._own(t, layout) for t in (batch.ids_BL, batch.position_ids_BL))
+        step = batch.step(positions_l, self.device)
+        with self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__, step):
+            out = self._deepspeed(
+                input_ids=ids_Bl,
+                position_ids=position_ids_Bl,
+                use_cache=False,
+                logits_to_keep=to_device(at_k, self.device),
+            )
+        logits_BkV: Tensor = out.logits
+        return logits_BkV
+
+    def _own(self, tokens_BL: Tensor, layout: SequenceLayout) -> Tensor:
+        """This rank's part of them, [B, l]. It is taken on the device: on the host, waking a team of threads for it
+        holds up the first kernel of a pass, by tens of milliseconds where ranks have more threads than cores."""
+        tokens_BP = pad(to_device(tokens_BL, self.device), (0, layout.padded_length - tokens_BL.shape[1]))
+        if layout.local_length == layout.padded_length:
+            return tokens_BP
+        place = divmod(self.mesh["sp"].rank, layout.ulysses_degree)
+        return tokens_BP.index_select(1, _positions_on(self.device, layout, *place))
+
+    @torch.inference_mode()
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
+        with (
+            self._context.forward(ONE_TOKEN, len(self.anatomy.layers), type(self.model).__name__, step),
+            nullcontext() if self._slices is None else in_slices(self.anatomy, self._slices),
+        ):
+            out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
+        # Every rank computed them; whether to the last bit is up to its libraries, and tokens must not differ.
+        return self.mesh["sp"].broadcast(out.logits[:, -1], 0)
+
+
+@lru_cache(maxsize=64)
+def positions_of(layout: SequenceLayout, ring_rank: int, ulysses_rank: int) -> Tensor:
+    """``SequenceLayout.positions`` as a tensor."""
+    return torch.tensor(layout.positions(ring_rank, ulysses_rank))
+
+
+@lru_cache(maxsize=4)
+def _positions_on(device: torch.device, layout: SequenceLayout, ring_rank: int, ulysses_rank: int) -> Tensor:
+    return to_device(positions_of(layout, ring_rank, ulysses_rank), device)
+
+
+@lru_cache(maxsize=4)
+def _everyones_positions(layout: SequenceLayout) -> list[list[int]]:
+    """Of all ranks that share a sequence, in the order of the axis ``sp``."""
+    places = product(range(layout.ring_degree), range(layout.ulysses_degree))
+    return [list(layout.positions(*place)) for place in places]

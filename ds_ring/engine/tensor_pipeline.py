@@ -1,0 +1,177 @@
+"""The baseline: tensor x pipeline parallel. DeepSpeed's AutoTP shards each stage's layers; stages hand hidden states
+on while several micro-batches are in flight."""
+
+# Shapes: B rows of a micro-batch, L tokens, d hidden size.
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from deepspeed.module_inject.layers import TensorParallel_Layer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ds_ring.config import RunConfig
+from ds_ring.engine.batch import Batch
+from ds_ring.engine.batch_overlap import run_interleaved
+from ds_ring.engine.deepspeed_backend import muted_tensor_parallel, serve
+from ds_ring.engine.engine import Engine
+from ds_ring.engine.model_runner import NO_POSITIONS, ONE_TOKEN, Shard
+from ds_ring.engine.pipeline_comm import stage_link
+from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.last_layer import LastTokens, last_tokens_only
+from ds_ring.hf.linear import HAND_OVER
+from ds_ring.hf.stage import spliced
+from ds_ring.kv_cache.step import Step
+from ds_ring.parallel.layout import SequenceLayout
+from ds_ring.planning.validation import ModelShape, stage_layers
+from ds_ring.transport.mesh import Mesh
+from ds_ring.utils.transfer import to_device
+
+
+class TensorPipelineEngine(Engine):
+    """``model`` holds this stage's layers only (``hf.loading.load_stage``, ``hf.stage.keep_stage``)."""
+
+    result_axis = "pp"
+
+    def __init__(
+        self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+    ) -> None:
+        super().__init__(model, config, mesh, shape, device)
+        self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
+        self._deepspeed = serve(model, config, tensor_parallel=mesh["tp"])
+        self._fuse(in_place=False)  # hidden states may be on their way to the next stage
+        self._muted = ExitStack()
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    @property
+    def layers(self) -> range:
+        return stage_layers(self.shape.num_layers, self.stages, self.stage)
+
+    def held_positions(self, length: int, peer: int) -> Tensor:
+        return torch.arange(length) if peer == self.stages - 1 else NO_POSITIONS
+
+    def slots(self, length: int) -> int:
+        return length
+
+    def tokens_held(self, length: int, tokens: int) -> tuple[int]:
+        return (tokens,)
+
+    def mute(self, muted: bool) -> None:
+        self.mesh["pp"].muted = muted
+        self._muted.close()
+        if muted:
+            self._muted.enter_context(muted_tensor_parallel(self.model))
+
+    @property
+    def lanes(self) -> int:
+        """Two where asked for: one's layers under the other's all-reduces."""
+        wanted = self.config.ring.interleave == "on"
+        return 2 if wanted and self.stages == 1 and self.fusion is not None else 1
+
+    def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
+        for module in self.model.modules():
+            if isinstance(module, TensorParallel_Layer):
+                setattr(module, HAND_OVER, hand_over)
+
+    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+        if self._in_flight(micro_batches):
+            jobs = [partial(self._pass, [m], [k], want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+            return [shard for (shard,) in run_interleaved(jobs, self._on_hand_over, self.lanes)]
+        return self._pass(micro_batches, keep, want_hidden)
+
+    def _pass(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+        shards: list[Shard] = []
+
+        def stage(number: int, hidden_in: Tensor | None) -> Tensor:
+            batch, kept_k = micro_batches[number], keep[number] if self.is_last else NO_POSITIONS
+            with self.anatomy.captured_hidden() as final:
+                hidden_out, logits_BkV = self._run_stage(batch, kept_k, hidden_in)
+            if self.is_last:
+                hidden_BLd = final[0] if want_hidden else None
+                shards.append(Shard(batch, torch.arange(batch.length), hidden_BLd, kept_k, logits_BkV))
+            else:
+                shards.append(Shard(batch, NO_POSITIONS, None, NO_POSITIONS, None))
+            return hidden_out
+
+        self._pipeline(micro_batches, stage)
+        return shards
+
+    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+
+        def stage(number: int, hidden_in: Tensor | None) -> Tensor:
+            batch = micro_batches[number]
+            if not self.is_last:
+                found.append(None)
+                return self._run_stage(batch, NO_POSITIONS, hidden_in)[0]
+            tokens = LastTokens(batch.lengths, [list(range(batch.length))], self.mesh["sp"])
+            with last_tokens_only(self.anatomy, self._context, tokens):
+                hidden_out, logits_B1V = self._run_stage(batch, torch.zeros(1, dtype=torch.long), hidden_in)
+            found.append(logits_B1V[:, 0])
+            return hidden_out
+
+        self._pipeline(micro_batches, stage)
+        return found
+
+    @torch.inference_mode()
+    def _pipeline(self, micro_batches: list[Batch], stage: Callable[[int, Tensor | None], Tensor]) -> None:
+        """Stage s works on micro-batch m while stage s-1 works on m+1; the next input is already on its way.
+
+        ``stage`` is given a micro-batch's number and its hidden states (None: its tokens), and returns what goes on.
+        """
+        shapes = [(len(m.rows), m.length, self.shape.hidden_size) for m in micro_batches]
+        stages = stage_link(self.mesh["pp"], shapes, torch_dtype(self.config.dtype), self.device)
+        arriving = stages.expect(shapes[0])
+        for number in range(len(micro_batches)):
+            hidden_in, pending = arriving
+            if number + 1 < len(micro_batches):
+                arriving = stages.expect(shapes[number + 1])
+            pending.wait()
+            stages.hand_on(stage(number, hidden_in))
+        stages.finish()
+
+    @torch.inference_mode()
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
+        pp, rows = self.mesh["pp"], ids_B1.shape[0]
+        dtype = torch_dtype(self.config.dtype)
+        hidden_in: Tensor | None = None
+        if self.stage > 0:
+            hidden_in = torch.empty(rows, 1, self.shape.hidden_size, dtype=dtype, device=self.device)
+            pp.exchange([], [(self.stage - 1, hidden_in)]).wait()
+        inputs = {"input_ids": ids_B1} if hidden_in is None else {"inputs_embeds": hidden_in}
+        with (
+            self._context.forward(ONE_TOKEN, len(self.anatomy.layers), type(self.model).__name__, step),
+            spliced(self.anatomy, hidden_in) as behind_layers,
+        ):
+            out = self._deepspeed(**inputs, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
+        if self.is_last:
+            logits_BV = self.mesh["tp"].broadcast(out.logits[:, -1], 0)
+        else:
+            pp.exchange([(self.stage + 1, behind_layers[0].contiguous())], []).wait()
+            logits_BV = torch.empty(rows, self.shape.vocab_size, dtype=dtype, device=self.device)
+        return pp.broadcast(logits_BV, self.stages - 1)
+
+    def _run_stage(self, batch: Batch, kept_k: Tensor, hidden_in: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(hidden states behind this stage's layers, logits [B, k, V] at ``kept_k``; those count on the last stage)."""
+        if hidden_in is None:
+            inputs = {"input_ids": to_device(batch.ids_BL, self.device)}
+        else:
+            inputs = {"inputs_embeds": hidden_in}
+        layout, step = SequenceLayout(batch.length), batch.step(torch.arange(batch.length), self.device)
+        with (
+            self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__, step),
+            spliced(self.anatomy, hidden_in) as behind_layers,
+        ):
+            out = self._deepspeed(
+                **inputs,
+                position_ids=to_device(batch.position_ids_BL, self.device),
+                use_cache=False,
+                logits_to_keep=to_device(kept_k, self.device),
+            )
+        return behind_layers[0], out.logits

@@ -1,0 +1,157 @@
+"""Tensor parallelism over whole weights: inside ``sliced`` every linear layer of a decoder reads its slice, a view.
+
+For steps of decoding, which read all weights for few tokens: ranks that hold the model whole, as sequence parallelism
+has them, each read a share of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from ds_ring.errors import ConfigError, UnsupportedModelError
+from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.dims import model_shape
+from ds_ring.planning.validation import suggest, valid_degrees
+from ds_ring.transport.base import Transport
+
+_MARK = "_ds_ring_in_slices"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A rank's share of a linear layer; a call is the layer's forward.
+
+    Attributes:
+        weight: a view of the layer's [out, in]: rows (column-parallel) or columns (row-parallel).
+        bias: a view of the rows' bias; of a row-parallel layer the whole one, added once to the sum.
+        reduce: sums the ranks' results of a row-parallel layer; None for a column-parallel one, which leaves each rank
+            its own outputs.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    reduce: Transport | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.reduce is None:
+            return linear(x, self.weight, self.bias)
+        total = self.reduce.all_reduce(linear(x, self.weight))
+        return total if self.bias is None else total + self.bias
+
+
+@contextmanager
+def sliced(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transport) -> Iterator[dict[str, Slice]]:
+    """Inside the block, forwards of ``model`` are those of rank ``tp_rank`` in a tensor-parallel group.
+
+    All ranks of the group call the model together, on the same tokens, and get the same logits. The attention runs on
+    the rank's H / tp_size query and K / tp_size key/value heads, those from ``tp_rank * K / tp_size`` on, and so does
+    its cache. Nothing of the weights is copied, and the layers are theirs again after the block.
+
+    Args:
+        transport: among the ``tp_size`` ranks, in any order.
+
+    Yields:
+        what each linear layer became, by its name in the decoder.
+
+    Raises:
+        ConfigError: heads or widths that ``tp_size`` does not divide.
+        UnsupportedModelError: a parameter of whose cut the model's config says nothing, or what slices cannot do.
+    """
+    slices = slices_of(model, tp_rank, tp_size, transport)
+    with in_slices(Anatomy.of(model), slices):
+        yield slices
+
+
+@contextmanager
+def in_slices(anatomy: Anatomy, slices: dict[str, Slice]) -> Iterator[None]:
+    """``sliced`` with slices that were made before, for one step after another."""
+    attributes = [vars(anatomy.decoder.get_submodule(name)) for name in slices]
+    assert not any("forward" in own for own in attributes), "the model is sliced already, or its layers are wrapped"
+    # On the instances, where they hide the class's method: hooks, names and parameters stay as they are.
+    for own, part in zip(attributes, slices.values(), strict=True):
+        own["forward"] = part
+    for layer in anatomy.layers:
+        vars(layer)[_MARK] = True
+    try:
+        yield
+    finally:
+        for own in attributes:
+            del own["forward"]
+        for layer in anatomy.layers:
+            del vars(layer)[_MARK]
+
+
+def is_sliced(layer: nn.Module) -> bool:
+    """Whether a decoder layer is inside such a block: what was made of its whole weights then does not count."""
+    return _MARK in vars(layer)
+
+
+def slices_of(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transport) -> dict[str, Slice]:
+    """The slices by their layers' names in the decoder. Which is cut how is the config's ``base_model_tp_plan``."""
+    assert 0 <= tp_rank < tp_size == transport.size
+    _check_heads(model, tp_size)
+    name_of_model = type(model).__name__
+    plan: dict[str, str] = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
+    if not plan:
+        raise UnsupportedModelError(
+            f"{name_of_model}: transformers' config has no tensor-parallel plan for it, so its weights cannot be sliced"
+        )
+    anatomy = Anatomy.of(model)
+    slices = {}
+    for name, parameter in anatomy.decoder.named_parameters():
+        if not name.startswith(f"{anatomy.layers_name}."):
+            continue
+        owner, _, _ = name.rpartition(".")
+        module = anatomy.decoder.get_submodule(owner)
+        style = plan.get(_pattern(owner)) or plan.get(_pattern(name))
+        if style in ("colwise", "rowwise") and type(module) is nn.Linear:
+            slices[owner] = _cut(module, style, f"{name_of_model}: {owner}", tp_rank, tp_size, transport)
+        elif not _same_on_every_rank(model, parameter, style):
+            how = f"as {style}" if style else "nowhere"
+            raise UnsupportedModelError(
+                f"{name_of_model}: the tensor-parallel plan has {_pattern(name)}, of a {type(module).__name__}, {how}; "
+                f"slices serve linear layers that are colwise or rowwise, and norms"
+            )
+    return slices
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _cut(module: nn.Linear, style: str, name: str, rank: int, size: int, transport: Transport) -> Slice:
+    dim, what = (0, "outputs") if style == "colwise" else (1, "inputs")
+    weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+    width = weight.shape[dim]
+    if width % size:
+        raise ConfigError(
+            f"{name} has {width} {what}, not divisible by tp_size={size}; " + suggest(valid_degrees(width), "use 1")
+        )
+    share = width // size
+    part = weight.narrow(dim, rank * share, share)
+    if style == "rowwise":
+        return Slice(part, bias, transport)
+    return Slice(part, None if bias is None else bias.narrow(0, rank * share, share), None)
+
+
+def _check_heads(model: PreTrainedModel, tp_size: int) -> None:
+    shape = model_shape(model.config)
+    for name in ("num_heads", "num_kv_heads"):
+        count = getattr(shape, name)
+        if count % tp_size:
+            fitting = valid_degrees(shape.num_heads, shape.num_kv_heads)
+            raise ConfigError(f"{name}={count} is not divisible by tp_size={tp_size}; " + suggest(fitting, "use 1"))
+
+
+def _same_on_every_rank(model: PreTrainedModel, parameter: Tensor, style: str | None) -> bool:
+    """Whether it serves any share of the heads as it is: a norm over a token or over a head."""
+    shape = model_shape(model.config)
+    replicated = style is None or style.startswith("replicated")
+    return replicated and parameter.shape in ((shape.hidden_size,), (shape.head_dim,))

@@ -1,0 +1,177 @@
+"""One rank's share of a key/value cache: its own tokens, all the heads it was given, and where each token stands."""
+
+# Shapes: B rows, S slots filled, l tokens written at once, K key/value heads, D head_dim.
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_ring.attention.backends.positions import EMPTY, grown
+from ds_ring.errors import UnsupportedModelError
+from ds_ring.kv_cache.occupancy import FilledSlots
+from ds_ring.kv_cache.sliding_window import WindowSlots
+
+GROWTH = 1.5
+SMALLEST = 64
+"""Slots of an allocation of unknown need, at least."""
+EVERY = slice(None)
+LOOK_AHEAD = 4096
+"""New tokens that room is made for beforehand: a generation may end long before its limit."""
+
+
+class Cached(NamedTuple):
+    """Keys and values [B, S, K, D] and their positions [B, S], int32, ``EMPTY`` where nothing is."""
+
+    k_BSKD: Tensor
+    v_BSKD: Tensor
+    positions_BS: Tensor
+
+
+class KVStore:
+    """Slots for tokens, the same for all rows, and for all layers but those that see a window: those keep what can
+    still be seen (``WindowSlots``).
+
+    Attributes:
+        used: slots filled on every rank of the group. Each rank knows all of them, since who stores what follows from
+            lengths alone.
+        filled: in which of them a row has a token.
+        moves: how often its memory has moved, which a captured graph does not survive.
+    """
+
+    def __init__(self, rows: int, layers: int, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.device = rank, device
+        self.used = [0] * size
+        self.filled = FilledSlots(rows, size)
+        self.moves = 0
+        self._expected = 0
+        self._positions_BS = torch.empty(rows, 0, dtype=torch.int32, device=device)
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._windows: dict[int, WindowSlots] = {}
+        self._window_of: dict[int, int | None] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held on this rank, empty slots included."""
+        held = [t for pair in self._layers if pair is not None for t in pair]
+        windows = sum(slots.nbytes for slots in self._windows.values())
+        return self._positions_BS.nbytes + windows + sum(t.nbytes for t in held)
+
+    @property
+    def next_owner(self) -> int:
+        """Who stores the next token that all ranks hold: the rank with the fewest, so that shares stay equal."""
+        return self.used.index(min(self.used))
+
+    def expect(self, tokens: int) -> None:
+        """So many tokens more will come one by one: the next growth makes room for them, and for no more than that.
+
+        Without it a cache that a prompt fills exactly would be copied into half as much memory again for its first new
+        token.
+        """
+        whole = sum(self.used) + min(tokens, LOOK_AHEAD)
+        self._expected = max(max(self.used), -(-whole // len(self.used))) + 1  # the spare one
+
+    def place(self, rows: slice, start: int, positions_Bl: Tensor) -> None:
+        """Reserve slots from ``start`` on for tokens at ``positions_Bl``; their keys and values follow by layer."""
+        stop = start + positions_Bl.shape[1]
+        self._make_room(stop)
+        self._positions_BS[rows, start:stop] = positions_Bl
+
+    def _make_room(self, slots: int) -> None:
+        capacity = self._positions_BS.shape[1]
+        if slots > capacity:
+            # What was expected is enough, unless it was passed already.
+            capacity = self._expected if slots <= self._expected else max(slots, int(GROWTH * capacity), SMALLEST)
+            self._positions_BS = grown(self._positions_BS, capacity)
+            self.moves += 1
+
+    def write(self, layer: int, rows: slice, start: int, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
+        """One layer's keys and values for slots that were reserved."""
+        self._settle(layer, None)
+        for held, new in zip(self._room_in(layer, k_BlKD, v_BlKD), (k_BlKD, v_BlKD), strict=True):
+            held[rows, start : start + new.shape[1]] = new
+
+    def window(self, window: int) -> WindowSlots:
+        """The slots of layers that see ``window`` positions, with room for what this rank has room for."""
+        if window not in self._windows:
+            self._windows[window] = WindowSlots(self._positions_BS.shape[0], window, self.device)
+        slots = self._windows[window]
+        self.moves += slots.make_room(self._positions_BS.shape[1])
+        return slots
+
+    def write_window(
+        self, layer: int, window: int, rows: slice, slots_Bl: Tensor, k_BlKD: Tensor, v_BlKD: Tensor
+    ) -> None:
+        """``write`` for a layer that sees a window, to the slots that it gave."""
+        self._settle(layer, window)
+        for held, new in zip(self._room_in(layer, k_BlKD, v_BlKD), (k_BlKD, v_BlKD), strict=True):
+            held[rows].scatter_(1, slots_Bl[:, :, None, None].expand_as(new), new)
+
+    def _settle(self, layer: int, window: int | None) -> None:
+        if self._window_of.setdefault(layer, window) != window:
+            raise UnsupportedModelError(
+                f"layer {layer} attends with a window of {window} behind one of {self._window_of[layer]}: what it has "
+                f"let go of cannot be brought back"
+            )
+
+    def _positions_of(self, layer: int) -> Tensor:
+        window = self._window_of[layer]
+        return self._positions_BS if window is None else self._windows[window].positions_BS
+
+    def _room_in(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor) -> tuple[Tensor, Tensor]:
+        pair, (n_rows, capacity) = self._layers[layer], self._positions_of(layer).shape
+        if pair is None or pair[0].shape[1] < capacity:
+            # Zeros, not whatever memory holds: a hidden value is multiplied by 0, which leaves NaN as it is.
+            grown = [t.new_zeros((n_rows, capacity, *t.shape[2:])) for t in (k_BlKD, v_BlKD)]
+            for new, old in zip(grown, pair or (), strict=False):
+                new[:, : old.shape[1]] = old
+            pair = self._layers[layer] = grown[0], grown[1]
+            self.moves += 1
+        return pair
+
+    def take_token(self) -> int:
+        """Give the next token of all rows a slot on one rank, and make room for it; the slot on this rank.
+
+        On the others that is a spare slot, which stays empty, so that all ranks can do the same.
+        """
+        owner = self.next_owner
+        slot = self.used[owner]
+        self.used[owner] += 1
+        self.filled.add_to_all(owner, slot)
+        self._make_room(max(self.used) + 1)
+        return slot if owner == self.rank else self._spare
+
+    def place_token(self, slot_1: Tensor, positions_B1: Tensor) -> None:
+        """``place`` for one token a row in the slot that ``take_token`` gave; asks the device nothing."""
+        self._positions_BS.index_copy_(1, slot_1, torch.where(self.stored_here(slot_1), positions_B1, EMPTY))
+
+    def write_token(self, layer: int, slot_1: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> None:
+        """``write`` for one token a row."""
+        self._settle(layer, None)
+        for held, new in zip(self._room_in(layer, k_B1KD, v_B1KD), (k_B1KD, v_B1KD), strict=True):
+            held.index_copy_(1, slot_1, new)
+
+    def stored_here(self, slot_1: Tensor) -> Tensor:
+        """Whether ``take_token`` gave a slot on this rank, [1] bool."""
+        return slot_1 != self._spare
+
+    @property
+    def _spare(self) -> int:
+        return self._positions_BS.shape[1] - 1
+
+    def read(self, layer: int, rows: slice = EVERY, stop: int | None = None) -> Cached:
+        """The first ``stop`` slots, or all, as views; a layer must have been written once."""
+        pair = self._layers[layer]
+        assert pair is not None
+        return Cached(pair[0][rows, :stop], pair[1][rows, :stop], self._positions_of(layer)[rows, :stop])
+
+    def hide(self, hidden_BT: Tensor, first_B: Tensor) -> None:
+        """Forget the tokens of the columns marked in ``hidden_BT``; ``first_B`` are the columns of position 0; both on
+        the CPU."""
+        self.filled.lose(hidden_BT.any(1).nonzero()[:, 0].tolist())
+        hidden_BT, first_B = hidden_BT.to(self.device), first_B.to(self.device)
+        for positions_BS in (self._positions_BS, *(slots.positions_BS for slots in self._windows.values())):
+            columns_BS = (positions_BS + first_B[:, None]).clamp(max=hidden_BT.shape[1] - 1).long()
+            gone_BS = hidden_BT.gather(1, columns_BS) & (positions_BS != EMPTY)
+            positions_BS.masked_fill_(gone_BS, EMPTY)

@@ -1,0 +1,73 @@
+"""What layers with a sliding window keep of a cache: of each row the last tokens, which take turns in a few slots."""
+
+# Shapes: B rows, S slots, l tokens on this rank.
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_ring.attention.backends.positions import EMPTY, grown
+
+
+class Entry(NamedTuple):
+    """Tokens on their way in: which slot each gets, [B, l] int64, and the positions [B, S] that were there before."""
+
+    slots_Bl: Tensor
+    before_BS: Tensor
+
+
+class WindowSlots:
+    """Slots for all layers with one window, on one rank.
+
+    A row's tokens on this rank are numbered as they come; number n gets slot 1 + n mod window. What it takes the place
+    of is ``window`` of the row's tokens older, so at least as many positions, and no later query sees it. Rows count
+    for themselves: a short row keeps what it has while a longer one goes on. Slot 0 takes whatever is not kept
+    (padding, and what a long chunk outlives itself) and stays empty.
+
+    Attributes:
+        positions_BS: where each slot's token stands, int32.
+    """
+
+    def __init__(self, rows: int, window: int, device: torch.device) -> None:
+        self.window = window
+        self.positions_BS = torch.full((rows, 1), EMPTY, dtype=torch.int32, device=device)
+        self._count_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self.positions_BS.nbytes + self._count_B1.nbytes
+
+    def held(self, used: int) -> int:
+        """Slots that ``used`` tokens of a rank, padding among them, can have filled, slot 0 among them."""
+        return 1 + min(used, self.window)
+
+    def make_room(self, tokens: int) -> bool:
+        """For ``tokens`` of a rank in all, or as many as it keeps; whether memory has moved."""
+        wanted = self.held(tokens)
+        if wanted <= self.positions_BS.shape[1]:
+            return False
+        self.positions_BS = grown(self.positions_BS, wanted)
+        return True
+
+    def enter(self, rows: slice, positions_Bl: Tensor) -> Entry:
+        """Give slots to a chunk's tokens, of which ``EMPTY`` ones are padding; positions ascend along it."""
+        valid_Bl, count_B1 = positions_Bl != EMPTY, self._count_B1[rows]
+        before_BS = self.positions_BS[rows].clone()
+        number_Bl = count_B1 + valid_Bl.cumsum(1) - 1
+        count_B1 += valid_Bl.sum(1, keepdim=True)
+        kept_Bl = valid_Bl & (number_Bl >= count_B1 - self.window)
+        return Entry(self._place(rows, number_Bl, kept_Bl, positions_Bl), before_BS)
+
+    def enter_token(self, stored_1: Tensor, positions_B1: Tensor) -> Tensor:
+        """The slots [B, 1] of one token a row, where ``stored_1`` says that this rank stores it; asks the device
+        nothing."""
+        slots_B1 = self._place(slice(None), self._count_B1, stored_1.expand_as(positions_B1), positions_B1)
+        self._count_B1 += stored_1
+        return slots_B1
+
+    def _place(self, rows: slice, number_Bl: Tensor, kept_Bl: Tensor, positions_Bl: Tensor) -> Tensor:
+        slots_Bl = torch.where(kept_Bl, 1 + number_Bl % self.window, 0)
+        self.positions_BS[rows].scatter_(1, slots_Bl, torch.where(kept_Bl, positions_Bl, EMPTY))
+        return slots_Bl

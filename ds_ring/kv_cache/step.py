@@ -1,0 +1,184 @@
+"""One forward of a generation: its tokens go into a store, and attend to all that is there."""
+
+# Shapes: B rows, l tokens on this rank, H query heads, K key/value heads, D head_dim.
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ds_ring.attention.backends.positions import BLIND, EMPTY
+from ds_ring.attention.spec import AttentionSpec
+from ds_ring.config import RingVariant
+from ds_ring.kv_cache.attention import all_heads, attend_replicated, attend_sliced, attend_spread
+from ds_ring.kv_cache.occupancy import Runs
+from ds_ring.kv_cache.shard import EVERY, Cached, KVStore
+from ds_ring.kv_cache.sliding_window import Entry
+from ds_ring.transport.base import Transport
+
+
+@dataclass(frozen=True)
+class Step(ABC):
+    """Making one reserves its tokens' slots; their keys and values follow by layer."""
+
+    store: KVStore
+
+    is_first = False
+    """Nothing was cached before, so that the tokens attend to each other only."""
+
+    @abstractmethod
+    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, window: int | None) -> None:
+        """Keys and values of tokens that attend to each other only."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        q_BlHD: Tensor,
+        k_BlKD: Tensor,
+        v_BlKD: Tensor,
+        *,
+        spec: AttentionSpec,
+        transport: Transport,
+        sinks_H: Tensor | None,
+        variant: RingVariant,
+    ) -> Tensor:
+        """Store the keys and values, and attend to the store of every rank, these among them; out [B, l, H, D]."""
+
+
+@dataclass(frozen=True)
+class ChunkStep(Step):
+    """Tokens that are spread over the ranks, as many on each.
+
+    Attributes:
+        rows: which of the store's rows these are.
+        positions_Bl: where this rank's tokens stand, int32; ``EMPTY`` for padding.
+        starts, held: the slots filled on every rank before and after.
+        seen: runs of every rank's slots before ``starts`` in which each of the rows has a token; between them none has.
+    """
+
+    rows: slice
+    positions_Bl: Tensor
+    starts: tuple[int, ...]
+    held: tuple[int, ...]
+    seen: tuple[Runs, ...]
+    is_first: bool
+    _entries: dict[int, Entry] = field(default_factory=dict, init=False)
+    """By window; all its layers get the same slots."""
+
+    def __post_init__(self) -> None:
+        if self.positions_Bl.shape[1]:
+            self.store.place(self.rows, self.starts[self.store.rank], self.positions_Bl)
+
+    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, window: int | None) -> None:
+        if window is not None:
+            slots_Bl = self._entry(window).slots_Bl
+            self.store.write_window(layer, window, self.rows, slots_Bl, k_BlKD, v_BlKD)
+        elif self.positions_Bl.shape[1]:
+            self.store.write(layer, self.rows, self.starts[self.store.rank], k_BlKD, v_BlKD)
+
+    def attend(
+        self,
+        layer: int,
+        q_BlHD: Tensor,
+        k_BlKD: Tensor,
+        v_BlKD: Tensor,
+        *,
+        spec: AttentionSpec,
+        transport: Transport,
+        sinks_H: Tensor | None,
+        variant: RingVariant,
+    ) -> Tensor:
+        own = self.store.rank
+        if spec.window is None:
+            self.store_layer(layer, k_BlKD, v_BlKD, None)
+            held, cached = list(self.held), self.store.read(layer, self.rows, self.held[own])
+            seen = self.seen
+        else:
+            # The last of these tokens may take the place of what the first of them see.
+            slots = self.store.window(spec.window)
+            behind = [slots.held(start) for start in self.starts]
+            held = [b + after - before for b, after, before in zip(behind, self.held, self.starts, strict=True)]
+            cached = self._beside(layer, spec.window, behind[own], k_BlKD, v_BlKD)
+            self.store_layer(layer, k_BlKD, v_BlKD, spec.window)
+            seen = ()
+        q_positions_Bl = self.positions_Bl.masked_fill(self.positions_Bl == EMPTY, BLIND)
+        return attend_spread(
+            q_BlHD, cached, q_positions_BL=q_positions_Bl, held=held, spec=spec, transport=transport,
+            seen=seen, sinks_H=sinks_H, variant=variant,
+        )  # fmt: skip
+
+    def _beside(self, layer: int, window: int, behind: int, k_BlKD: Tensor, v_BlKD: Tensor) -> Cached:
+        """What the layer keeps from before, and beside it these tokens."""
+        before_BS = self._entry(window).before_BS[:, :behind]
+        kept = self.store.read(layer, self.rows, behind)
+        return Cached(
+            torch.cat((kept.k_BSKD, k_BlKD), dim=1),
+            torch.cat((kept.v_BSKD, v_BlKD), dim=1),
+            torch.cat((before_BS, self.positions_Bl), dim=1),
+        )
+
+    def _entry(self, window: int) -> Entry:
+        if window not in self._entries:
+            self._entries[window] = self.store.window(window).enter(self.rows, self.positions_Bl)
+        return self._entries[window]
+
+
+@dataclass(frozen=True)
+class TokenStep(Step):
+    """A token in each row, the same on all ranks, of which one stores it.
+
+    Who does, and where it stands, is told by tensors, and shapes depend on the store's capacity alone: the next token
+    takes the same launches, which can be captured in a graph.
+
+    Attributes:
+        positions_B1: where the tokens stand, int32.
+        slot_1: the slot they get on this rank, int64; the store's spare one where another rank stores them.
+        sliced: each rank has its share of the heads.
+    """
+
+    positions_B1: Tensor
+    slot_1: Tensor
+    sliced: bool
+    _slots_B1: dict[int, Tensor] = field(default_factory=dict, init=False)
+    """By window."""
+
+    def __post_init__(self) -> None:
+        self.store.place_token(self.slot_1, self.positions_B1)
+
+    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, window: int | None) -> None:
+        if window is None:
+            self.store.write_token(layer, self.slot_1, k_BlKD, v_BlKD)
+            return
+        if window not in self._slots_B1:
+            stored_1 = self.store.stored_here(self.slot_1)
+            self._slots_B1[window] = self.store.window(window).enter_token(stored_1, self.positions_B1)
+        self.store.write_window(layer, window, EVERY, self._slots_B1[window], k_BlKD, v_BlKD)
+
+    def attend(
+        self,
+        layer: int,
+        q_BlHD: Tensor,
+        k_BlKD: Tensor,
+        v_BlKD: Tensor,
+        *,
+        spec: AttentionSpec,
+        transport: Transport,
+        sinks_H: Tensor | None,
+        variant: RingVariant,
+    ) -> Tensor:
+        if self.sliced:
+            k_BlKD, v_BlKD = all_heads(torch.cat((k_BlKD, v_BlKD), dim=-1), transport).chunk(2, dim=-1)
+        self.store_layer(layer, k_BlKD, v_BlKD, spec.window)
+        cached = self.store.read(layer)
+        if self.sliced:
+            share = q_BlHD.shape[2]
+            own = None if sinks_H is None else sinks_H.narrow(0, transport.rank * share, share)
+            return attend_sliced(
+                q_BlHD, cached, q_positions_BL=self.positions_B1, spec=spec, transport=transport, sinks_h=own
+            )
+        return attend_replicated(
+            q_BlHD, cached, q_positions_BL=self.positions_B1, spec=spec, transport=transport, sinks_H=sinks_H
+        )

@@ -1,0 +1,1 @@
+"""Ranks, groups and who holds which tokens: pure arithmetic, checked by hand."""

@@ -1,1 +1,0 @@
-"""The results page, made from recorded files alone."""

@@ -1,0 +1,1 @@
+"""Arithmetic before a run: which layouts can work, their step time, memory and bytes sent."""

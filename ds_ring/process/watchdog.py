@@ -1,0 +1,92 @@
+"""Ranks that wait for a peer that will not come say so and end, rather than wait for ever.
+
+A rank that is stopped, or hangs in a driver, takes its peers with it: some wait in a process group, whose own time-out
+may be half an hour away, some in a stream that a copy engine's flag would release, which has none.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from ds_ring.process.parent_watch import siblings
+from ds_ring.transport.base import Traffic
+
+PERIOD_S = 1.0
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class StallWatch:
+    """Ends the process when a call lasts ``timeout_s`` seconds in which this rank starts no communication.
+
+    Only a launched rank has peers in other processes; elsewhere nothing is watched.
+
+    Attributes:
+        timeout_s: 0: never.
+    """
+
+    def __init__(self, traffic: Traffic, timeout_s: float) -> None:
+        self.traffic, self.timeout_s = traffic, timeout_s
+        self._calls: list[str] = []
+        self._since = 0.0
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def over(self, call: str) -> Iterator[None]:
+        """Watch the block, which may hold others."""
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if launched and self.timeout_s and self._thread is None:
+            self._thread = threading.Thread(target=self._watch, daemon=True, name="stall_watch")
+            self._thread.start()
+        self._since = time.monotonic()
+        self._calls.append(call)
+        try:
+            yield
+        finally:
+            self._calls.pop()
+            self._since = time.monotonic()
+
+    def stalled_s(self) -> float:
+        """For how long nothing has moved; 0 outside calls."""
+        return time.monotonic() - max(self._since, self.traffic.moved_at) if self._calls else 0.0
+
+    def describe(self) -> str:
+        call = self._calls[-1] if self._calls else "nothing"
+        last = f"the last is {self.traffic.last}, number {self.traffic.count}" if self.traffic.count else "none began"
+        return f"no communication began for {self.stalled_s():.0f} s in {call} ({last})"
+
+    def _watch(self) -> None:
+        while not self.timeout_s or self.stalled_s() <= self.timeout_s:
+            time.sleep(min(PERIOD_S, self.timeout_s or PERIOD_S))
+        stopped = [sibling for sibling in siblings() if sibling.stopped]
+        who = ", ".join(f"rank {sibling.rank}" for sibling in stopped)
+        why = f"{who} of this host is stopped" if who else "a peer hangs: look for one whose last number is lower"
+        print(f"failed on rank {os.environ.get('RANK', '0')}: {self.describe()}; {why}", file=sys.stderr, flush=True)
+        for sibling in stopped:  # a stopped process heeds no other signal, and its launcher waits for it
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(sibling.pid, signal.SIGKILL)
+        os._exit(1)
+
+
+outside = StallWatch(Traffic(), 0)
+"""Over what a rank does outside its engines: connecting, waiting for others to load, leaving. ``runtime.connect`` says
+for how long."""
+
+
+def watched(method: Method) -> Method:
+    """The method of an object whose ``stall`` is to watch its calls."""
+
+    @wraps(method)
+    def call(owner: Any, *args: Any, **options: Any) -> Any:
+        with owner.stall.over(method.__name__):
+            return method(owner, *args, **options)
+
+    return cast(Method, call)

@@ -1,0 +1,1 @@
+"""Transports for tests: ranks as threads, and ranks that share a GPU."""

@@ -1,0 +1,1 @@
+"""Devices, files, text and progress: nothing of attention or models."""

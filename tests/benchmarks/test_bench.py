@@ -1,0 +1,147 @@
+"""What a benchmark runs: the passes that are not timed, and what of a large batch reaches the device."""
+
+import contextlib
+import itertools
+import threading
+import time
+
+import pytest
+
+from benchmarks.layouts import bench
+from benchmarks.layouts.timing import time_passes
+from ds_ring.config import RunConfig
+from ds_ring.engine import sequence_parallel, tensor_pipeline
+from ds_ring.engine.engine import Engine
+from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.planning.validation import check_run
+from ds_ring.process.launcher import ROOT
+from ds_ring.utils.corpus import rows_of
+from tests.helpers.mocked_world import serve
+from tests.helpers.tiny_models import build, gpt_neox
+
+BATCH, LENGTH = 1024, 8
+
+
+@pytest.mark.parametrize(
+    ("workload", "rows"),
+    [
+        ({"batch_size": 32, "micro_batch_size": 2, "ring_degree": 2}, 32),
+        ({"batch_size": 1024, "micro_batch_size": 2, "ring_degree": 2}, 32),
+        ({"batch_size": 1024, "micro_batch_size": 2, "dp_size": 2}, 64),
+        ({"batch_size": 1024, "micro_batch_size": 2, "warmup_batch_size": 8}, 8),
+        ({"batch_size": 1024, "micro_batch_size": 2, "warmup_batch_size": 7}, 8),
+        ({"batch_size": 1024, "micro_batch_size": 2, "warmup_batch_size": 5000}, 1024),
+        # A last micro-batch of another size, or replicas of other sizes: its kernels would be new to the timed passes.
+        ({"batch_size": 1023, "micro_batch_size": 2}, 1023),
+        ({"batch_size": 1022, "micro_batch_size": 2, "dp_size": 2}, 1022),
+        ({"batch_size": 1, "micro_batch_size": 1}, 1),
+    ],
+    ids=str,
+)
+def test_untimed_passes_take_whole_micro_batches_of_every_replica(workload, rows):
+    assert bench.warmup_rows(RunConfig.load({}, **workload)) == rows
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("gpu*/*.json")), ids=lambda file: file.stem)
+def test_every_gpu_layout_runs_the_papers_whole_pass(file):
+    run = RunConfig.load(file, batch_size=1024)
+    check_run(run, model_shape(read_config(ROOT / "ds_configs/models/paper.json")), run.topology.world_size)
+    assert run.workload.max_length == 10000
+    assert bench.warmup_rows(run) <= 32 * run.parallel.dp_size
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"ring_degree": 2}, {"dp_size": 2}, {"pp_size": 2}, {"tp_size": 2}],
+    ids=lambda layout: next(iter(layout)),
+)
+def test_no_more_than_a_micro_batch_reaches_the_device(layout, monkeypatch):
+    model = build(gpt_neox(heads=2, layers=2))
+    ids = rows_of(bench.torch.arange(64), BATCH, LENGTH)
+    sizes = []
+    for module in (sequence_parallel, tensor_pipeline):
+        plain = module.to_device
+        monkeypatch.setattr(
+            module, "to_device", lambda t, device, plain=plain: sizes.append(t.numel()) or plain(t, device)
+        )
+
+    def work(engine):
+        return [shard.logits_BkV for shard in engine.prefill(bench.pack(ids, None, None, engine.shape)[0], "last")]
+
+    kept = serve(model, work, batch_size=BATCH, micro_batch_size=64, max_length=LENGTH, **layout)
+    assert max(sizes) == 64 * LENGTH
+    for logits in kept:
+        assert all(part is None or part.shape[:2] in ((64, 0), (64, 1)) for part in logits)
+
+
+def test_passes_go_on_for_as_long_as_is_asked_on_all_ranks_alike():
+    def work(engine):
+        def step():
+            time.sleep(0.02 if engine.mesh.rank == 0 else 0.001)
+            passes.append(engine.mesh.rank)
+
+        passes = []
+        few, many = (time_passes(engine, step, 2, sustain_s) for sustain_s in (0, 0.2))
+        return len(few.samples_s), len(many.samples_s), len(passes)
+
+    found = serve(build(gpt_neox(heads=2, layers=2)), work, ring_degree=2)
+    assert found[0] == found[1]
+    few, many, passes = found[0]
+    assert few == 2
+    assert 5 <= many <= 10
+    assert passes == few + many
+
+
+def test_the_peak_of_memory_is_that_of_the_timed_passes(monkeypatch):
+    model, muted = build(gpt_neox(heads=2, layers=2)), set()
+    # Fullest is the last rank, and both hold more once they have been muted.
+    held = property(lambda engine: 1.0 + engine.mesh.rank + 10.0 * (engine in muted))
+    monkeypatch.setattr(Engine, "peak_memory_gib", held)
+
+    def work(engine):
+        mute = engine.mute
+        engine.mute = lambda on: muted.add(engine) or mute(on)
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.shape)
+        return bench._measure_length(engine, batch, "full", lambda text: None)
+
+    found = serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2)
+    assert len(muted) == 2
+    assert [each.peak_memory_gib for each in found] == [2.0, 2.0]
+
+
+def test_every_ranks_clock_is_told(monkeypatch):
+    clocks, drawn = threading.local(), itertools.count(1400)
+
+    @contextlib.contextmanager
+    def watched(device):
+        clocks.own = getattr(clocks, "own", None) or next(drawn)
+        yield {"sm_clock_mhz": float(clocks.own), "energy_j": 6.0}
+
+    monkeypatch.setattr(bench, "watched_gpu", watched)
+
+    def work(engine):
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.shape)
+        return bench._measure_length(engine, batch, "full", lambda text: None).gpu
+
+    model = build(gpt_neox(heads=2, layers=2))
+    for speed_only in (True, False):
+        first, second = serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2, speed_only=speed_only)
+        assert first["sm_clock_mhz_by_rank"] == second["sm_clock_mhz_by_rank"]
+        assert first["sm_clock_mhz_by_rank"] == f"{first['sm_clock_mhz']:.2f} {second['sm_clock_mhz']:.2f}"
+        assert first["energy_j"] == 2.0
+        assert ("muted_sm_clock_mhz" in first) is not speed_only
+
+
+def test_speed_alone_takes_no_passes_without_communication():
+    model, reports = build(gpt_neox(heads=2, layers=2)), []
+
+    def work(engine):
+        engine.mute = None  # not to be called
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.shape)
+        return bench._measure_length(engine, batch, "full", reports.append)
+
+    for found in serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2, speed_only=True):
+        assert len(found.step.samples_s) == 3
+        assert found.bytes_sent > 0
+        assert (found.step_without_comm, found.comm_alone) == (None, None)
+    assert not any("without communication" in text for text in reports)

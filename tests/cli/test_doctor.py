@@ -1,0 +1,142 @@
+"""What stands in the way of a run, found before anything is started."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from ds_ring.cli import doctor
+from ds_ring.cli.doctor import Host
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError
+from ds_ring.planning import validation
+from tests.helpers.launching import ROOT
+from tests.helpers.tiny_models import build, llama_gqa
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    build(llama_gqa()).save_pretrained(folder)
+    return str(folder)
+
+
+def found(findings):
+    return {finding.what: finding for finding in findings}
+
+
+def test_packages_that_are_old_or_missing(monkeypatch):
+    versions = {"python": "3.11.7", "torch": "2.9.1+cu128", "transformers": "5.17.0"}
+    monkeypatch.setattr(doctor, "versions", lambda: versions)
+    by_name = found(doctor.packages())
+    assert {name: one.outcome for name, one in by_name.items()} == {
+        "python": "ok", "torch": "problem", "transformers": "ok", "deepspeed": "problem",
+    }  # fmt: skip
+    assert by_name["torch"].detail == "2.9.1+cu128 is older than 2.11"
+    assert by_name["deepspeed"].detail == "not installed"
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        taken = doctor.master_port(port)
+        assert (taken.outcome, taken.detail.split(":")[0]) == ("problem", f"{port} is taken")
+        assert "--master_port" in taken.fix
+    assert doctor.master_port(port).outcome == "ok"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no host"),
+        ("# none\n\n", "names no host"),
+        ("a slots=2\nb 4\n", 'line 2: "b 4" is not NAME slots=N'),
+        ("a slots=two", "is not NAME slots=N"),
+        ("a slots=2\na slots=4", "names a host twice"),
+    ],
+)
+def test_a_hostfile_that_the_launcher_would_not_understand(text, words, tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        doctor.read_hostfile(str(file))
+
+
+def test_hosts(tmp_path, monkeypatch):
+    file = tmp_path / "hosts"
+    file.write_text("localhost slots=8  # here\nno-such-host.invalid slots=8\n")
+    hosts = doctor.read_hostfile(str(file))
+    assert hosts == [Host("localhost", 8), Host("no-such-host.invalid", 8)]
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
+    by_name = found(doctor.reachable(hosts))
+    assert [one.outcome for one in by_name.values()] == ["problem", "ok", "problem"]
+    assert "pdsh" in by_name
+    with pytest.raises(ConfigError, match=r"cannot read .*; the launcher would use this machine alone"):
+        doctor.read_hostfile(str(tmp_path / "none"))
+
+
+@pytest.mark.usefixtures("no_gpu")
+class TestConfiguration:
+    def examined(self, checkpoint, slots=None, **options):
+        return found(doctor.configuration(RunConfig.load({}, model=checkpoint, **options), slots))
+
+    def test_one_that_can_run(self, checkpoint):
+        by_name = self.examined(checkpoint, slots=3, ring_degree=3)
+        assert {one.outcome for one in by_name.values()} == {"ok"}
+        assert by_name["configuration"].detail == "ring3: 3 ranks"
+
+    def test_more_ranks_than_can_be_started(self, checkpoint):
+        ranks = self.examined(checkpoint, slots=2, ring_degree=3)["ranks"]
+        assert (ranks.outcome, ranks.detail) == ("problem", "3 are wanted, and 2 can be started")
+
+    def test_a_rule_that_is_broken(self, checkpoint):
+        broken = self.examined(checkpoint, ulysses_degree=2)["configuration"]
+        assert broken.outcome == "problem"
+        assert "num_heads=9 is not divisible by ulysses_degree=2" in broken.detail
+
+    @pytest.mark.parametrize(
+        ("gpus", "words"),
+        [(0, "its kernels are for GPUs alone; leave it out on CPUs"), (2, "it is not installed; pip install yunchang")],
+    )
+    def test_another_implementation_that_cannot_run_here(self, checkpoint, gpus, words, monkeypatch):
+        monkeypatch.setattr(doctor, "gpu_count", lambda: gpus)
+        monkeypatch.setattr(validation, "find_spec", lambda name: None)
+        broken = self.examined(checkpoint, implementation="yunchang", ring_degree=2)["configuration"]
+        assert (broken.outcome, broken.detail) == ("problem", f"implementation=yunchang: {words}")
+
+    def test_a_batch_smaller_than_the_replicas(self, checkpoint):
+        broken = self.examined(checkpoint, dp_size=2)["configuration"]
+        assert "batch_size=1 leaves some of dp_size=2 replicas without a sequence" in broken.detail
+
+    def test_a_checkpoint_that_is_not_there(self, tmp_path):
+        assert self.examined(str(tmp_path / "none"))["checkpoint"].outcome == "problem"
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize(("ulysses_degree", "code"), [(3, 0), (2, 2)])
+def test_the_script(ulysses_degree, code, checkpoint):
+    command = [sys.executable, "launch/doctor.py", "--model", checkpoint, "--ulysses-degree", str(ulysses_degree)]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [*command, "--master-port", str(port)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["problems"] == (1 if code else 0)
+    assert {check["what"] for check in last["checks"]} >= {"torch", "launcher", "port", "GPUs", "checkpoint"}
+    if code:
+        assert "error: 1 of" in done.stderr
+        assert "problem  configuration: num_heads=9" in done.stderr

@@ -1,0 +1,47 @@
+"""What every script does with its result, and with a place that it cannot be written to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_ring.process.launcher import ROOT
+
+PLAN = [
+    sys.executable, "launch/plan.py", "--model", "ds_configs/models/paper.json", "--ranks", "2", "--card", "H100",
+]  # fmt: skip
+
+
+def plan(*options: object, shell: str = "") -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-c", f'{shell} exec "$@"', "bash", *PLAN, *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (Path("/proc/none/plan.json"), "No such file or directory"),
+        (ROOT, "Is a directory"),
+        (ROOT / "README.md/plan.json", "File exists"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(output, reason):
+    done = plan("--output", output)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: --output {output} cannot be written: {reason}")
+
+
+def test_a_result_that_does_not_fit_the_disk_is_printed_all_the_same(tmp_path):
+    output = tmp_path / "new" / "plan.json"
+    assert plan("--output", output).returncode == 0
+    before = output.read_text()
+    done = plan("--output", output, shell="ulimit -f 0;")
+    assert done.returncode == 1
+    assert json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert "File too large" in done.stderr
+    assert output.read_text() == before
+    assert [file.name for file in output.parent.iterdir()] == ["plan.json"]
