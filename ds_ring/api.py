@@ -1,7 +1,11 @@
-"""From a configuration to an engine inside a launched process: checks, process groups, weights."""
+"""The two doors: ``from_pretrained`` and ``init_inference``, from a configuration to an engine.
+
+Each checks, then connects the ranks of this launch, then loads or takes the weights.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from datetime import timedelta
@@ -11,13 +15,13 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ds_ring.cli.options import say
 from ds_ring.config import RunConfig
 from ds_ring.engine.dry_run import rehearse
 from ds_ring.engine.engine import Engine
+from ds_ring.engine.model_runner import ModelRunner
 from ds_ring.engine.oom import noted, of_weights
-from ds_ring.engine.sequence_parallel import SequenceParallelEngine
-from ds_ring.engine.tensor_pipeline import TensorPipelineEngine
+from ds_ring.engine.sequence_parallel import SequenceParallelRunner
+from ds_ring.engine.tensor_pipeline import TensorPipelineRunner
 from ds_ring.errors import ConfigError
 from ds_ring.hf import fingerprint
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
@@ -26,17 +30,20 @@ from ds_ring.hf.decoder import Anatomy, own_configs
 from ds_ring.hf.dims import model_shape, read_config
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.hf.stage import keep_stage
-from ds_ring.parallel.topology import Topology
+from ds_ring.model_dims import ModelShape
+from ds_ring.parallel.degrees import stage_layers
 from ds_ring.planning import plan
-from ds_ring.planning.validation import ModelShape, check_engine, stage_layers
+from ds_ring.planning.cards import card_of
+from ds_ring.planning.validation import check_layout
 from ds_ring.process.hostfile import check_hostfile
 from ds_ring.process.parent_watch import end_with_launcher
 from ds_ring.process.watchdog import outside
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.process_group import ProcessGroupTransport
 from ds_ring.transport.select import Place, choose, sharing_a_gpu
-from ds_ring.utils.hardware import card_of
 from ds_ring.utils.results import versions
+
+log = logging.getLogger("ds_ring")
 
 HOST_THREADS = 8
 """Of a rank that computes on a GPU, at most: its host's part is small tensors."""
@@ -46,7 +53,11 @@ LONGEST_WAIT_S = 20 * 24 * 3600
 
 
 def from_pretrained(
-    path: str | Path | None = None, config: str | Path | dict[str, Any] | RunConfig | None = None, **overrides: Any
+    path: str | Path | None = None,
+    config: str | Path | dict[str, Any] | RunConfig | None = None,
+    *,
+    runner: type[ModelRunner] | None = None,
+    **overrides: Any,
 ) -> Engine:
     """A checkpoint over all ranks of this launch.
 
@@ -55,6 +66,8 @@ def from_pretrained(
     Args:
         path: checkpoint directory with safetensors; None takes ``ds_ring.model`` of the configuration.
         config: path of a JSON file of ``ds_configs/``, a dict of the same form, a RunConfig, or None for defaults.
+        runner: another layout than those of ``ds_ring.engine``, such as a baseline of ``benchmarks``; it gets the whole
+            model.
         overrides: fields by name, e.g. ``ring_degree=4``; see ``RunConfig.load``.
 
     Raises:
@@ -68,29 +81,31 @@ def from_pretrained(
     run = resolve(run)
     config_of_model = read_config(path)
     shape = model_shape(config_of_model)
-    check_engine(run, shape, world_size(), local_device().type)
-    if run.parallel.implementation == "ds_ring":
+    kind = _checked_runner(run, shape, runner)
+    if runner is None:
         rehearse(config_of_model, run)
-    _say_stages(run, shape)
+    _log_stages(run, shape)
     mesh = connect(run, {**fingerprint.of_config(config_of_model), **fingerprint.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
     layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
     with noted(lambda: of_weights(weight_bytes(config_of_model, dtype, layers), run, device)):
-        kind: type[Engine] = TensorPipelineEngine
         # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched. Stages read other
         # tensors, so that one may lack what others do not miss.
         with mesh["world"].together(outside.over("waiting for all ranks to load")):
-            if is_tensor_pipeline(run.topology):
+            if kind is TensorPipelineRunner:
                 model = load_stage(path, dtype, device, layers)
             else:
-                kind = whole_engine(run)
                 model = load_model(path, dtype, device)
         with outside.over("building the engine"):
-            return kind(model, run, mesh, shape, device)
+            return Engine(kind(model, run, mesh, shape, device))
 
 
 def init_inference(
-    model: PreTrainedModel, config: str | Path | dict[str, Any] | RunConfig | None = None, **overrides: Any
+    model: PreTrainedModel,
+    config: str | Path | dict[str, Any] | RunConfig | None = None,
+    *,
+    runner: type[ModelRunner] | None = None,
+    **overrides: Any,
 ) -> Engine:
     """An engine around a transformers model that is already loaded, whole, on every rank.
 
@@ -103,19 +118,39 @@ def init_inference(
         run = RunConfig.load(run, dtype=str(model.dtype))
     run = resolve(run, model.config)
     shape = model_shape(model.config)
-    check_engine(run, shape, world_size(), local_device().type)
-    _say_stages(run, shape)
+    kind = _checked_runner(run, shape, runner)
+    _log_stages(run, shape)
     mesh = connect(run, {**fingerprint.of_config(model.config), **fingerprint.of_parameters(model)})
     with outside.over("building the engine"):
-        return build_engine(model, run, mesh, shape, local_device())
+        return build_engine(model, run, mesh, shape, local_device(), kind)
 
 
-def _say_stages(run: RunConfig, shape: ModelShape) -> None:
+def _checked_runner(run: RunConfig, shape: ModelShape, given: type[ModelRunner] | None) -> type[ModelRunner]:
+    """The layout that ``run`` asks for, or the one that is ``given``, after all rules that it must satisfy here."""
+    whose = run.parallel.implementation
+    if given is None and whose != "ds_ring":
+        raise ConfigError(
+            f"implementation={whose} is another project's: launch/bench.py and launch/compare.py run it beside ours; "
+            f"leave it out here"
+        )
+    check_layout(run, shape, world_size())
+    kind = given or runner_of(run)
+    kind.check(run, shape, local_device().type)
+    return kind
+
+
+def runner_of(run: RunConfig) -> type[ModelRunner]:
+    """Our layout that ``run`` asks for."""
+    topology = run.topology
+    return TensorPipelineRunner if topology.tp * topology.pp > 1 else SequenceParallelRunner
+
+
+def _log_stages(run: RunConfig, shape: ModelShape) -> None:
     """The pipeline's stages, where they are not of equally many layers."""
     pp = run.parallel.pp_size
     if shape.num_layers % pp:
         counts = [str(len(stage_layers(shape.num_layers, pp, stage))) for stage in range(pp)]
-        say(f"pp_size={pp} does not divide {shape.num_layers} layers: stages of {', '.join(counts)}")
+        log.info("%s", f"pp_size={pp} does not divide {shape.num_layers} layers: stages of {', '.join(counts)}")
 
 
 def resolve(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:
@@ -126,12 +161,19 @@ def resolve(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig
     if not run.parallel.auto:
         return run
     found, reason = plan.resolve(run, config or read_config(run.checkpoint), world_size(), card_of(local_device()))
-    say(f"parallel=auto takes {reason}")
+    log.info("%s", f"parallel=auto takes {reason}")
     return found
 
 
-def build_engine(model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device) -> Engine:
-    """The engine that ``run`` asks for, over an existing mesh; ``model`` is whole."""
+def build_engine(
+    model: PreTrainedModel,
+    run: RunConfig,
+    mesh: Mesh,
+    shape: ModelShape,
+    device: torch.device,
+    runner: type[ModelRunner] | None = None,
+) -> Engine:
+    """The engine that ``run`` asks for, over an existing mesh, around a whole ``model``."""
     own_configs(model)
     layers, dtype = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp")), torch_dtype(run.dtype)
     if len(layers) < shape.num_layers:
@@ -141,29 +183,7 @@ def build_engine(model: PreTrainedModel, run: RunConfig, mesh: Mesh, shape: Mode
     with noted(lambda: of_weights(weights, run, device)):
         with float_buffers_kept(model):
             model = model.to(device=device, dtype=dtype).eval()
-        kind = TensorPipelineEngine if is_tensor_pipeline(run.topology) else whole_engine(run)
-        return kind(model, run, mesh, shape, device)
-
-
-def whole_engine(run: RunConfig) -> type[Engine]:
-    """What runs a model that every rank holds whole. Peers' code is imported where it is asked for."""
-    if run.parallel.implementation == "deepspeed_ulysses":
-        from benchmarks.baselines.deepspeed_ulysses import DeepSpeedUlyssesEngine
-
-        return DeepSpeedUlyssesEngine
-    if run.parallel.implementation == "context_parallel":
-        from benchmarks.baselines.context_parallel import ContextParallelEngine
-
-        return ContextParallelEngine
-    if run.parallel.implementation == "yunchang":
-        from benchmarks.baselines.yunchang import YunchangEngine
-
-        return YunchangEngine
-    return SequenceParallelEngine
-
-
-def is_tensor_pipeline(topology: Topology) -> bool:
-    return topology.tp * topology.pp > 1
+        return Engine((runner or runner_of(run))(model, run, mesh, shape, device))
 
 
 def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
@@ -176,7 +196,7 @@ def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
     outside.timeout_s = run.ring.timeout_s
     with outside.over("connecting"):
         mesh = _connect(run, model or {})
-    outside.traffic = mesh.traffic
+    outside.activity = mesh.traffic
     return mesh
 
 
@@ -216,9 +236,18 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
     ours = run.parallel.implementation == "ds_ring"
     choice = choose(run.ring.transport if ours else "process_group", run.topology, places, sharing_a_gpu())
     if choice.describe():
-        say(f"transport: {choice.describe()}")
+        log.info("%s", f"transport: {choice.describe()}")
     insist = run.ring.transport == "copy_engine"
-    return Mesh.from_process_groups(run.topology, choice.pulled, device, insist)
+    return Mesh.from_process_groups(run.topology, choice.pulled, device, insist, _messages(device))
+
+
+def _messages(device: torch.device) -> type[ProcessGroupTransport]:
+    """How process groups move tensors: NCCL takes no two ranks on one GPU, and gloo only host memory."""
+    if device.type != "cuda" or not sharing_a_gpu():
+        return ProcessGroupTransport
+    from ds_ring.testing.host_staged import HostStagedTransport
+
+    return HostStagedTransport
 
 
 def _group_timeout(timeout_s: int) -> timedelta:

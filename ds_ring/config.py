@@ -27,7 +27,7 @@ FusionChoice = Literal["auto", "none"]
 Mode = Literal["full", "prefill_only"]
 Implementation = Literal["ds_ring", "deepspeed_ulysses", "context_parallel", "yunchang"]
 
-PEER_DEGREES: dict[Implementation, tuple[str, ...]] = {
+BASELINE_DEGREES: dict[Implementation, tuple[str, ...]] = {
     "deepspeed_ulysses": ("ulysses_degree",),
     "context_parallel": ("ring_degree",),
     "yunchang": ("ulysses_degree", "ring_degree"),
@@ -267,7 +267,7 @@ class RunConfig(_Section):
             chosen = [name for name in (p.ring_impl, p.ring_variant) if name not in ("zigzag", "auto")]
             return "_".join([topology.label(), *(chosen if topology.ring > 1 else [])])
         replicas = f"dp{topology.dp}_" if topology.dp > 1 else ""
-        shared = str(topology.sp) if len(PEER_DEGREES[whose]) == 1 else f"_{replace(topology, dp=1).label()}"
+        shared = str(topology.sp) if len(BASELINE_DEGREES[whose]) == 1 else f"_{replace(topology, dp=1).label()}"
         return f"{replicas}{whose}{shared}"
 
     def facts(self) -> dict[str, Any]:

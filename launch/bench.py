@@ -31,6 +31,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(config: RunConfig, references: list[str], output: str | None, trace: str | None) -> dict[str, Any]:
+    from benchmarks.baselines import load
     from benchmarks.layouts import bench
     from ds_ring import api
     from ds_ring.utils import results
@@ -38,7 +39,7 @@ def measure(config: RunConfig, references: list[str], output: str | None, trace:
     config = api.resolve(config)
     bench.check(config)
     options.say(f"{config.label}: load {config.ring.model}")
-    engine = api.from_pretrained(config=config)
+    engine = load.from_pretrained(config)
     lengths = config.workload.lengths
     if len(references) > len(lengths):
         raise ConfigError(f"{len(references)} references for {len(lengths)} lengths; give at most one a length")

@@ -22,12 +22,12 @@ from ds_ring.cli import options
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     config = options.run_config(args)
+    from benchmarks.baselines import load
     from benchmarks.layouts import max_length
-    from ds_ring import api
     from ds_ring.utils import progress, results
 
     if args.trial:
-        return asdict(max_length.trial(api.from_pretrained(config=config), args.memory_limit))
+        return asdict(max_length.trial(load.from_pretrained(config), args.memory_limit))
     console = progress.make_console()
     return max_length.find(
         config, granularity=args.granularity, memory_limit_gib=args.memory_limit, limit_s=args.limit,

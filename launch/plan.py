@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring.cli import options
-from ds_ring.utils.hardware import CARDS
+from ds_ring.planning.cards import CARDS
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:

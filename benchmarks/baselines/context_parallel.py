@@ -16,11 +16,11 @@ from torch.distributed.tensor.experimental import _attention, context_parallel
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.baselines.engine import PeerEngine, replaced
+from benchmarks.baselines.runner import BaselineRunner, replaced
 from ds_ring.config import RunConfig
 from ds_ring.errors import DsRingError
+from ds_ring.model_dims import ModelShape
 from ds_ring.parallel.layout import SequenceLayout
-from ds_ring.planning.validation import ModelShape
 from ds_ring.transport.base import blank
 from ds_ring.transport.mesh import Mesh
 
@@ -33,13 +33,13 @@ ROTATION = {"auto": "allgather", "gather_kv": "allgather", "pass_kv": "alltoall"
 _create_rotater: Any = getattr(_ring, "_create_rotater", None)
 
 
-class ContextParallelEngine(PeerEngine):
+class ContextParallelRunner(BaselineRunner):
     """``ring_impl`` is its load balancing: on for zigzag, off for contiguous."""
 
     def __init__(
-        self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
-        super().__init__(model, config, mesh, shape, device)
+        super().__init__(model, run_config, mesh, shape, device)
         if _create_rotater is None:
             raise DsRingError(f"what context_parallel sends is not to be seen in PyTorch {torch.__version__}")
         group: ProcessGroup = mesh["sp"].group  # type: ignore[attr-defined]
@@ -47,12 +47,12 @@ class ContextParallelEngine(PeerEngine):
         self._cut_alike: set[int] = set()
 
     def layout(self, length: int) -> SequenceLayout:
-        p = self.config.parallel
+        p = self.run_config.parallel
         return self._mergeable(SequenceLayout(length, p.ring_degree, ring_impl=p.ring_impl))
 
     @contextmanager
     def _shared(self, ids_BP: Tensor, position_ids_BP: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        parallel = self.config.parallel
+        parallel = self.run_config.parallel
         padded = ids_BP.shape[1]
         at_1P = torch.arange(padded, device=self.device)[None]
         buffers = [ids_BP.clone(), position_ids_BP.clone(), at_1P]  # which it cuts in place
@@ -84,7 +84,7 @@ class ContextParallelEngine(PeerEngine):
         return _Rotater(_create_rotater(group, seq_dim, method), self._account, self._muted)
 
     def _account(self, buffer: Tensor, is_first: bool) -> None:
-        gathers = ROTATION[self.config.parallel.ring_variant] == "allgather"
+        gathers = ROTATION[self.run_config.parallel.ring_variant] == "allgather"
         if gathers and not is_first:
             return
         sent, group = blank([(0, buffer)]), self._device_mesh.get_group()

@@ -18,18 +18,18 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.baselines.engine import PeerEngine, replaced
+from benchmarks.baselines.runner import BaselineRunner, replaced
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.base import blank, void
 
 
-class DeepSpeedUlyssesEngine(PeerEngine):
+class DeepSpeedUlyssesRunner(BaselineRunner):
     """Heads against tokens by ``deepspeed.comm``'s all-to-all; every rank holds neighbouring tokens."""
 
     _position_ids_Bl: Tensor
 
     def layout(self, length: int) -> SequenceLayout:
-        return SequenceLayout(length, ulysses_degree=self.config.parallel.ulysses_degree)
+        return SequenceLayout(length, ulysses_degree=self.run_config.parallel.ulysses_degree)
 
     @contextmanager
     def _shared(self, ids_BP: Tensor, position_ids_BP: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

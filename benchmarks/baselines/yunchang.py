@@ -20,27 +20,28 @@ from yunchang import LongContextAttention
 from yunchang.globals import HAS_FLASH_ATTN, PROCESS_GROUP
 from yunchang.kernels import AttnType
 
-from benchmarks.baselines.engine import PeerEngine, replaced
+from benchmarks.baselines.runner import BaselineRunner, replaced
 from ds_ring.config import RunConfig
+from ds_ring.model_dims import ModelShape
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
-from ds_ring.planning.validation import ModelShape
 from ds_ring.transport.base import blank
 from ds_ring.transport.mesh import Mesh
-from ds_ring.utils.transfer import to_device
+from ds_ring.utils.hardware import to_device
 
 
-class YunchangEngine(PeerEngine):
+class YunchangRunner(BaselineRunner):
     """``ring_impl`` is its zigzag ring or its basic one; ring and Ulysses ranks lie as ours do."""
 
     def __init__(
-        self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
-        super().__init__(model, config, mesh, shape, device)
+        super().__init__(model, run_config, mesh, shape, device)
         # It takes its groups from the process. Its own function would make more, each of which costs GPU memory.
         with replaced(PROCESS_GROUP, ULYSSES_PG=self._group("ulysses"), RING_PG=self._group("ring")):
             self._attention = LongContextAttention(
-                ring_impl_type="zigzag" if config.parallel.ring_impl == "zigzag" else "basic", attn_type=self._kernel
+                ring_impl_type="zigzag" if run_config.parallel.ring_impl == "zigzag" else "basic",
+                attn_type=self._kernel,
             )
 
     def _group(self, axis: Axis) -> Any:
@@ -57,7 +58,7 @@ class YunchangEngine(PeerEngine):
         return AttnType.FA if HAS_FLASH_ATTN else AttnType.TORCH_FLASH
 
     def layout(self, length: int) -> SequenceLayout:
-        p = self.config.parallel
+        p = self.run_config.parallel
         return self._mergeable(SequenceLayout(length, p.ring_degree, p.ulysses_degree, p.ring_impl))
 
     @contextmanager

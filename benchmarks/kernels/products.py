@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.kernels import cublaslt
 from benchmarks.kernels.attention_timing import quick_seconds, stopwatch, time_in_turn
-from ds_ring.planning.validation import ModelShape
+from ds_ring.model_dims import ModelShape
 from ds_ring.utils.hardware import synchronize
 
 Call = Callable[[], object]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.kernels.products import Case, as_pytorch, cases, tensors
 from benchmarks.layouts.gpu_telemetry import watched_gpu
-from ds_ring.planning.validation import ModelShape
+from ds_ring.model_dims import ModelShape
 from ds_ring.transport.cuda_memory import CudaQueue
 from ds_ring.utils.hardware import synchronize
 

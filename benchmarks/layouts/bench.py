@@ -62,7 +62,7 @@ def measure(
         references: files of ``parity.write_reference`` by length.
         trace: where one more untimed pass over the longest, in the smallest micro-batches, leaves its Chrome trace.
     """
-    config, dtype = engine.config, torch_dtype(engine.config.dtype)
+    config, dtype = engine.run_config, torch_dtype(engine.run_config.dtype)
     stream = token_stream(config.checkpoint, config.workload.text)
     layers = layer_parameters(read_config(config.checkpoint))
     peak, peak_source = peak_flops(engine.device, dtype)
@@ -70,14 +70,14 @@ def measure(
     differences: dict[tuple[int, Mode], parity.Difference | None] = {}
     traced = config.workload.micro_batches[0], config.workload.lengths[-1], config.workload.modes[0]
     for size, length in product(config.workload.micro_batches, config.workload.lengths):
-        engine.config = RunConfig.load(config, micro_batch_size=size)
+        engine.runner.run_config = RunConfig.load(config, micro_batch_size=size)
         ids = rows_of(stream, config.workload.batch_size, length)
-        batch, _ = pack(ids, None, None, engine.shape)
-        with engine.stall.over("agreeing on the batch"):
+        batch, _ = pack(ids, None, None, engine.runner.shape)
+        with engine.watchdog.over("agreeing on the batch"):
             engine.mesh["world"].agree(input_ids=batch.digest())
         for mode in config.workload.modes:
             last = layers[-1] if mode == "prefill_only" else None
-            work = Work(engine.shape, sum(layers), config.workload.batch_size, length, last)
+            work = Work(engine.runner.shape, sum(layers), config.workload.batch_size, length, last)
             if (length, mode) not in differences:  # of single rows, so that any micro-batch gives the same
                 differences[length, mode] = _difference(engine, length, mode, references.get(length), report)
             found = _measure_length(engine, batch, mode, report)
@@ -86,8 +86,8 @@ def measure(
                 report(f"{config.label}, L = {length}: trace one pass")
                 row |= _trace(engine, batch, trace)
             yield row
-    if engine.fusion is not None:
-        report(str(engine.fusion))
+    if engine.runner.fusion is not None:
+        report(str(engine.runner.fusion))
 
 
 def warmup_rows(config: RunConfig) -> int:
@@ -103,10 +103,14 @@ def warmup_rows(config: RunConfig) -> int:
 
 def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
     """Figures of ``trace.summary``, means over ranks; of some each rank's too, as whoever is faster waits."""
-    first_rows = batch.split(range(warmup_rows(engine.config)))
+    first_rows = batch.split(range(warmup_rows(engine.run_config)))
     engine.meet()
     own = trace_step(
-        lambda: void(engine.prefill(first_rows, "last")), engine.device, file, engine.mesh.rank, len(engine.layers)
+        lambda: void(engine.prefill(first_rows, "last")),
+        engine.device,
+        file,
+        engine.mesh.rank,
+        len(engine.runner.layers),
     )
     everyone = engine.gather(own)
     apart = {
@@ -130,16 +134,16 @@ def _difference(
 ) -> parity.Difference | None:
     if reference is None:
         return None
-    report(f"{engine.config.label}, L = {length}, {mode}: compare with the unsharded model")
+    report(f"{engine.run_config.label}, L = {length}, {mode}: compare with the unsharded model")
     return (parity.compare if mode == "full" else parity.compare_last)(engine, reference)
 
 
 def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) -> _Findings:
-    work = engine.config.workload
-    label = f"{engine.config.label}, L = {batch.length}, {mode}"
+    work = engine.run_config.workload
+    label = f"{engine.run_config.label}, L = {batch.length}, {mode}"
     if work.micro_batch_sizes:
         label += f", micro-batches of {work.micro_batch_size}"
-    first_rows = batch.split(range(warmup_rows(engine.config)))
+    first_rows = batch.split(range(warmup_rows(engine.run_config)))
     scale = len(batch.rows) / len(first_rows.rows)
 
     def step(rows: Batch = batch) -> None:
@@ -164,15 +168,15 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     clocks = [clock for clock in engine.gather(gpu.get("sm_clock_mhz")) if clock is not None]
     figures = _of_a_pass(gpu, timing) | ({"sm_clock_mhz_by_rank": _each(clocks)} if clocks else {})
     # Before the passes without communication, which hold memory of their own beside what peers can read.
-    peak_memory_gib = max(engine.gather(engine.peak_memory_gib))
+    peak_memory_gib = max(engine.gather(engine.runner.peak_memory_gib))
     if work.speed_only:
         return _Findings(bytes_sent * scale, peak_memory_gib, timing, None, None, figures)
     report(f"{label}: without communication")
-    engine.mute(True)
+    engine.runner.mute(True)
     step(first_rows)
     with watched_gpu(engine.device) as muted_gpu:
         muted = time_passes(engine, step, work.repeats)
-    engine.mute(False)
+    engine.runner.mute(False)
     report(f"{label}: communication alone")
 
     def replay() -> None:
@@ -199,7 +203,7 @@ def _row(
     engine: Engine, work: Work, mode: Mode, found: _Findings, difference: parity.Difference | None, peak: float,
     peak_source: str,
 ) -> dict[str, Any]:  # fmt: skip
-    config, topology = engine.config, engine.mesh.topology
+    config, topology = engine.run_config, engine.mesh.topology
     step = found.step.median_s
     tps = work.tps(step)
     itemsize = torch_dtype(config.dtype).itemsize
@@ -215,13 +219,13 @@ def _row(
         "ring_impl": config.parallel.ring_impl,
         "ring_variant": config.parallel.ring_variant,
         "transport": engine.mesh.transport_names,
-        "in_flight": min(engine.lanes, config.micro_batches(config.workload.micro_batch_size)),
+        "in_flight": min(engine.runner.lanes, config.micro_batches(config.workload.micro_batch_size)),
         "batch": work.batch,
         "micro_batch": config.workload.micro_batch_size,
         "warmup_batch": warmup_rows(config),
         "length": work.length,
         "dtype": config.dtype,
-        "fusion": config.ring.fusion if engine.fusion is not None else "none",
+        "fusion": config.ring.fusion if engine.runner.fusion is not None else "none",
         "device": device_name(engine.device),
         "tps": tps,
         "tps_per_gpu": tps / topology.world_size,
@@ -237,7 +241,7 @@ def _row(
         "bytes_sent_per_rank": found.bytes_sent,
         # What prefill_only sends in its last layer depends on the model's own arguments to it: no closed form, nor for
         # what others' code sends.
-        "bytes_formula": bytes_sent_per_rank(config, engine.shape, work.batch, work.length, itemsize)
+        "bytes_formula": bytes_sent_per_rank(config, engine.runner.shape, work.batch, work.length, itemsize)
         if mode == "full" and config.parallel.implementation == "ds_ring"
         else None,
         "comm_alone_ms": 1e3 * found.comm_alone.median_s if found.comm_alone else None,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.baselines import rules
 from benchmarks.layouts import counterbalance
 from benchmarks.layouts.micro_batches import missing
 from benchmarks.layouts.run_queue import Job, Outcome, Report, rows_of, run_first
@@ -15,7 +16,8 @@ from ds_ring.cli.make_checkpoint import make_checkpoint
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, OutOfMemory
 from ds_ring.hf.dims import model_shape, read_config
-from ds_ring.planning.validation import check_device, check_run, suggest
+from ds_ring.parallel.degrees import suggest
+from ds_ring.planning.validation import check_run
 from ds_ring.process import launcher
 
 
@@ -56,8 +58,10 @@ class Plan:
                 raise ConfigError(
                     f"{file} says parallel=auto; what is compared needs degrees (launch/plan.py has them)"
                 )
-            check_run(run, model_shape(read_config(model_source(run))), run.topology.world_size)
-            check_device(run, "cuda" if launcher.gpu_count() else "cpu")
+            shape = model_shape(read_config(model_source(run)))
+            check_run(run, shape, run.topology.world_size)
+            rules.check(run, shape)
+            rules.check_device(run, "cuda" if launcher.gpu_count() else "cpu")
         return cls(runs)
 
     def check_baseline(self, name: str) -> None:

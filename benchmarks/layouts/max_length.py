@@ -175,10 +175,10 @@ def trial(engine: Engine, memory_limit_gib: float | None) -> Trial:
     Raises:
         what PyTorch raises on the rank whose memory runs out, alone. NumericsError: logits that are not finite.
     """
-    config, device = engine.config, engine.device
+    config, device = engine.run_config, engine.device
     length = config.workload.max_length
     stream = token_stream(config.checkpoint, config.workload.text)
-    short, whole = (pack(rows_of(stream, 1, n), None, None, engine.shape)[0] for n in (WARMUP_TOKENS, length))
+    short, whole = (pack(rows_of(stream, 1, n), None, None, engine.runner.shape)[0] for n in (WARMUP_TOKENS, length))
     if length > WARMUP_TOKENS:
         engine.prefill(short, "last")
     if memory_limit_gib is not None:
@@ -190,5 +190,5 @@ def trial(engine: Engine, memory_limit_gib: float | None) -> Trial:
     timing = time_passes(engine, lambda: shards.extend(engine.prefill(whole, "last")), 1)
     if not all(all_finite(shard.logits_BkV) for shard in shards):
         raise NumericsError(f"logits behind {length} tokens are not finite")
-    held = tuple(engine.gather(engine.peak_memory_gib))
+    held = tuple(engine.gather(engine.runner.peak_memory_gib))
     return Trial(length, timing.median_s, held, memory_gib(device, memory_limit_gib), device_name(device))

@@ -91,7 +91,7 @@ def compare(engine: Engine, path: str | Path) -> Difference:
     """
     tally = _Tally()
     with safe_open(path, framework="pt") as file:
-        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.shape)
+        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.shape)
         every = file.get_slice("logits").get_shape()[1] == batch.length
         for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
             rows, hidden = shard.batch.rows, shard.hidden_Bld is not None
@@ -110,8 +110,8 @@ def compare_last(engine: Engine, path: str | Path) -> Difference:
     """As ``compare`` for what ``prefill_only`` gives: the logits of each row's last token."""
     tally = _Tally()
     with safe_open(path, framework="pt") as file:
-        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.shape)
-        logits, row = file.get_slice("logits"), engine.own_rows(batch).start
+        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.shape)
+        logits, row = file.get_slice("logits"), engine.runner.sequences_of_replica(len(batch.rows)).start
         last = logits.get_shape()[1] - 1
         for part_BV in engine.prefill_only(batch):
             if part_BV is not None:

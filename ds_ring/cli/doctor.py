@@ -20,7 +20,7 @@ from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.dims import model_shape, read_config
 from ds_ring.kernels import triton_attention
 from ds_ring.kernels.jit import unavailable
-from ds_ring.planning.validation import check_engine, check_workload
+from ds_ring.planning.validation import check_layout, check_workload
 from ds_ring.process.launcher import deepspeed_command, gpu_count
 from ds_ring.transport.select import Place, choose
 from ds_ring.utils.hardware import device_name
@@ -191,7 +191,7 @@ def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
     wanted = run.topology.world_size
     if not run.parallel.auto:
         try:
-            check_engine(run, shape, wanted, "cuda" if gpu_count() else "cpu")
+            check_layout(run, shape, wanted)
             check_workload(run, shape)
         except UserError as error:
             yield Finding("configuration", "problem", str(error))

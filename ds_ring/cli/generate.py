@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer
 
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
+from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.hf.checkpoint import Checkpoint
@@ -124,6 +125,7 @@ def run(
         None for a single step; the same over ``step_floor_s``; tokens of all rows over the whole time.
     """
     topology = engine.mesh.topology
+    assert isinstance(engine.runner, CachedRunner)
     ends = _ids(engine.model.generation_config.eos_token_id) or _ids(tokenizer.eos_token_id)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     # Replicas without a prompt of their own repeat the first; what they find is left out.
@@ -152,10 +154,10 @@ def run(
     decode_s = (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None
     return {
         "layout": topology.label(),
-        "decode": "sliced" if engine.decodes_sliced else "whole",
+        "decode": "sliced" if engine.runner.decodes_sliced else "whole",
         "gpus": topology.world_size,
         "device": device_name(engine.device),
-        "dtype": engine.config.dtype,
+        "dtype": engine.run_config.dtype,
         "ttft_ms": 1e3 * clock.ttft_s,
         "decode_tpot_ms": None if decode_s is None else 1e3 * decode_s,
         "decode_floor_ms": 1e3 * floor_s,

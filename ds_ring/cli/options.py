@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -21,9 +22,11 @@ from typing import Any, get_args, get_origin
 from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
 from ds_ring.errors import DsRingError, InputError, TransportError, UserError, is_out_of_memory
 from ds_ring.process.hostfile import check_hostfile
-from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY
+from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
 from ds_ring.process.parent_watch import end_with_launcher
 from ds_ring.utils.results import write_json
+
+log = logging.getLogger("ds_ring")
 
 _OWN = {name: field for name, field in RingConfig.model_fields.items() if name not in ("parallel", "workload")}
 FIELDS = {**ParallelConfig.model_fields, **WorkloadConfig.model_fields, **_OWN}
@@ -77,6 +80,7 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
     """Parse, run, print; rank 0 speaks for all."""
     args = parser.parse_args()
     end_with_launcher()
+    _show_log()
     code = 0
     try:
         check_hostfile()
@@ -122,8 +126,22 @@ def is_first_rank() -> bool:
 
 def say(text: str) -> None:
     """One line of progress, from rank 0."""
-    if is_first_rank():
-        print(f"[ds_ring] {text}", file=sys.stderr, flush=True)
+    log.info("%s", text)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        return f"{PROGRESS}{text}" if record.levelno < logging.WARNING else text
+
+
+def _show_log() -> None:
+    """What the package says goes to standard error: progress from rank 0, warnings from every rank."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
+    log.propagate = False
 
 
 def _check_output(output: str | list[str] | None) -> None:

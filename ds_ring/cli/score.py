@@ -50,7 +50,7 @@ def score(engine: Engine, documents: list[Document], show_progress: bool) -> dic
     exponential, ``log_likelihood`` the sum.
     """
     replicas = engine.mesh.topology.dp
-    at_a_time = replicas * engine.config.workload.micro_batch_size
+    at_a_time = replicas * engine.run_config.workload.micro_batch_size
     # Neighbours of like length waste the least padding.
     order = sorted(range(len(documents)), key=lambda i: len(documents[i][1]))
     found: dict[int, dict[str, Any]] = {}
@@ -64,7 +64,7 @@ def score(engine: Engine, documents: list[Document], show_progress: bool) -> dic
             for i, scores in zip(group, engine.token_log_likelihoods(ids, mask), strict=False):
                 found[i] = entry(documents[i][0], scores)
             progress.advance(bar, sum(map(len, rows)))
-    return {"layout": engine.config.label, "documents": [found[i] for i in range(len(documents))]}
+    return {"layout": engine.run_config.label, "documents": [found[i] for i in range(len(documents))]}
 
 
 def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_ring.errors import InputError
 from ds_ring.kv_cache.step import Step
-from ds_ring.planning.validation import ModelShape
+from ds_ring.model_dims import ModelShape
 
 
 @dataclass(frozen=True)

@@ -3,25 +3,13 @@
 # Shapes: b rows of this replica, V vocabulary.
 from __future__ import annotations
 
-import logging
-import time
-from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ds_ring.errors import DsRingError
+from ds_ring.engine.cuda_graph import Run
+from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.kv_cache.shard import KVStore
 from ds_ring.kv_cache.step import TokenStep
-
-if TYPE_CHECKING:
-    from ds_ring.engine.model_runner import Replica
-
-log = logging.getLogger("ds_ring")
-
-Run = Callable[[], Tensor]
 
 
 class Decoding:
@@ -36,11 +24,11 @@ class Decoding:
         places_b1: the next token's position in the cache, int32. Both are counted on in place.
     """
 
-    def __init__(self, engine: Replica, store: KVStore, seen_b1: Tensor, places_b1: Tensor) -> None:
-        self._engine, self._store = engine, store
+    def __init__(self, runner: CachedRunner, store: KVStore, seen_b1: Tensor, places_b1: Tensor) -> None:
+        self._runner, self._store = runner, store
         self._seen_b1, self._places_b1 = seen_b1, places_b1
         self._ids_b1 = torch.zeros_like(seen_b1)
-        self._slot_1 = torch.zeros(1, dtype=torch.long, device=engine.device)
+        self._slot_1 = torch.zeros(1, dtype=torch.long, device=runner.device)
         self._replay: Run | None = None
         self._settled = -1
         """``store.moves`` behind the last step that was not a replay."""
@@ -58,7 +46,7 @@ class Decoding:
             self._settled = self._store.moves
             return logits_bV
         if self._replay is None:
-            self._replay = self._engine.capture(self._run)
+            self._replay = self._runner.capture(self._run)
         return self._run() if self._replay is None else self._replay().clone()
 
     @torch.inference_mode()
@@ -69,63 +57,9 @@ class Decoding:
         self._run()
 
     def _run(self) -> Tensor:
-        engine = self._engine
-        step = TokenStep(self._store, self._places_b1, self._slot_1, engine.decodes_sliced)
-        logits_bV = engine.decode(self._ids_b1, self._seen_b1, step)
+        runner = self._runner
+        step = TokenStep(self._store, self._places_b1, self._slot_1, runner.decodes_sliced)
+        logits_bV = runner.decode(self._ids_b1, self._seen_b1, step)
         self._seen_b1 += 1
         self._places_b1 += 1
         return logits_bV
-
-
-class Capture:
-    """Turns a step into a graph of its launches, where the settings and the device allow.
-
-    Args:
-        insist: raise where it cannot be done; otherwise a warning says why, once, and steps run as they are.
-    """
-
-    def __init__(self, engine: Replica, insist: bool) -> None:
-        self._engine, self._insist = engine, insist
-        self._works = True
-
-    def __call__(self, run: Run) -> Run | None:
-        """What does ``run`` again, in the same memory; None: ``run`` itself must.
-
-        Raises:
-            DsRingError: the model asks the device for something in the middle of a step, and ``insist`` is set.
-        """
-        if not self._works:
-            return None
-        traffic = self._engine.mesh.traffic
-        sent = traffic.bytes_by_op
-        before, graph = Counter(sent), torch.cuda.CUDAGraph()
-        try:
-            # NCCL's own threads may ask the device meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                out = run()
-        except Exception as error:  # whatever a model's code trips over
-            reason = f"{type(self._engine.model).__name__} cannot be captured in a CUDA graph: {_cause(error)}"
-            if self._insist:
-                raise DsRingError(f"{reason}; take decode_graph=off") from error
-            log.warning("decoding without a CUDA graph: %s", reason)
-            self._works = False
-            return None
-        # A capture counted its bytes and sent none; each replay sends them.
-        once = sent - before
-        sent.clear()
-        sent.update(before)
-
-        def replay() -> Tensor:
-            graph.replay()
-            sent.update(once)
-            traffic.moved_at = time.monotonic()
-            return out
-
-        return replay
-
-
-def _cause(error: BaseException) -> str:
-    """What went wrong first; that the capture is void then is only its consequence."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.tensor_slices import Slice, slices_of
-from ds_ring.planning.validation import ModelShape
+from ds_ring.model_dims import ModelShape
+from ds_ring.planning.cards import Card, card_of
 from ds_ring.transport.base import Transport
-from ds_ring.utils.hardware import Card, card_of
 
 log = logging.getLogger("ds_ring")
 

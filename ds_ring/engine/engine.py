@@ -8,26 +8,101 @@ it leaves results where they were made, which is what a benchmark times.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutput
 
+from ds_ring.config import RunConfig
 from ds_ring.engine import nan_check, scoring
-from ds_ring.engine.batch import Batch
+from ds_ring.engine.batch import Batch, pack
 from ds_ring.engine.gather import gather_replicas
-from ds_ring.engine.model_runner import NO_POSITIONS, Replica, Shard
+from ds_ring.engine.generation import generate
+from ds_ring.engine.model_runner import NO_POSITIONS, CachedRunner, ModelRunner, Shard
 from ds_ring.engine.oom import explained
-from ds_ring.process.watchdog import watched
+from ds_ring.errors import InputError
+from ds_ring.process.watchdog import StallWatch, watched
+from ds_ring.transport.mesh import Mesh
+from ds_ring.utils.hardware import synchronize
 
-if TYPE_CHECKING:
-    from transformers import Cache, GenerationConfig
-    from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
+T = TypeVar("T")
 
 
-class Engine(Replica):
-    """A causal LM over all ranks of its mesh."""
+class Engine:
+    """A causal LM over all ranks of its mesh.
+
+    Attributes:
+        runner: the layout: how this rank's part of the model runs. What only a layout knows is asked of it.
+    """
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model, or this rank's part of it."""
+        return self.runner.model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's config, as transformers' models have it."""
+        return self.runner.model.config
+
+    @property
+    def run_config(self) -> RunConfig:
+        """How this run is laid out."""
+        return self.runner.run_config
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.runner.mesh
+
+    @property
+    def device(self) -> torch.device:
+        return self.runner.device
+
+    @property
+    def watchdog(self) -> StallWatch:
+        return self.runner.watchdog
+
+    def settle(self) -> None:
+        """Wait until everything queued on this rank's device has run."""
+        with self.watchdog.over("waiting for the device"):
+            synchronize(self.device)
+
+    @watched
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        self.mesh["world"].barrier()
+
+    @watched
+    def gather(self, value: T) -> list[T]:
+        """Every rank's small Python value, in rank order."""
+        return self.mesh["world"].all_gather_objects(value)
+
+    def prepare(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+    ) -> tuple[Batch, Tensor]:
+        """Check and pack the caller's tensors; all ranks must have been given the same."""
+        try:
+            batch, columns_BL = pack(input_ids.cpu(), attention_mask, position_ids, self.runner.shape)
+        except InputError as error:
+            # Where only some ranks refuse, the others must hear of it rather than wait for them.
+            self.mesh["world"].agree(input_ids=f"unusable ones: {error}")
+            raise
+        self.mesh["world"].agree(input_ids=batch.digest())
+        return batch, columns_BL
+
+    def _cached_runner(self, wanted: str) -> CachedRunner:
+        if not isinstance(self.runner, CachedRunner):
+            raise InputError(
+                f"implementation={self.run_config.parallel.implementation} has no {wanted}, only whole forwards; take "
+                f"implementation=ds_ring"
+            )
+        return self.runner
 
     @watched
     @explained
@@ -55,15 +130,15 @@ class Engine(Replica):
         """
         batch, columns_BL = self.prepare(input_ids, attention_mask, position_ids)
         first = 0 if logits_to_keep == 0 else max(0, input_ids.shape[1] - logits_to_keep)
-        micro_batches, mine = self._micro_batches(batch)
+        micro_batches, mine = self.runner.micro_batches(batch)
         wanted_BL = columns_BL >= first
         keep = [torch.nonzero(wanted_BL[_rows(m), : m.length].any(0))[:, 0] for m in micro_batches]
-        shards = self.checked_forward(micro_batches, keep, want_hidden=False)
+        shards = nan_check.checked_run(self.runner, micro_batches, keep, want_hidden=False)
         logits_BTV: Tensor | None = None
         for shard, kept_k, micro_batch in zip(shards, keep, micro_batches, strict=True):
-            part_BkV = self.assemble(shard.logits_BkV, micro_batch, kept_k, (self.shape.vocab_size,))
+            part_BkV = self.runner.assemble(shard.logits_BkV, micro_batch, kept_k, (self.runner.shape.vocab_size,))
             if logits_BTV is None:
-                logits_BTV = part_BkV.new_zeros(len(mine), input_ids.shape[1] - first, self.shape.vocab_size)
+                logits_BTV = part_BkV.new_zeros(len(mine), input_ids.shape[1] - first, self.runner.shape.vocab_size)
             columns_Bk = columns_BL[_rows(micro_batch)][:, kept_k].to(self.device)
             row, k = torch.nonzero(columns_Bk >= first, as_tuple=True)
             own_row = row + (micro_batch.rows.start - mine.start)
@@ -102,10 +177,15 @@ class Engine(Replica):
             InputError: unusable tokens or options, before any work. DisagreementError: ranks were given different ones.
             NumericsError: a layer gave NaN or infinity.
         """
-        from ds_ring.engine.generation import generate
-
         return generate(
-            self, input_ids, attention_mask, generation_config, past_key_values, streamer, progress, options
+            self._cached_runner("generate"),
+            input_ids,
+            attention_mask,
+            generation_config,
+            past_key_values,
+            streamer,
+            progress,
+            options,
         )
 
     @watched
@@ -122,17 +202,17 @@ class Engine(Replica):
             InputError, DisagreementError, NumericsError: as ``__call__``.
         """
         batch, _ = self.prepare(input_ids, attention_mask, None)
-        micro_batches, mine = self._micro_batches(batch)
+        micro_batches, mine = self.runner.micro_batches(batch)
         scores_BL = torch.zeros(len(mine), batch.length, device=self.device)
         nothing = [NO_POSITIONS for _ in micro_batches]
-        for shard in self.checked_forward(micro_batches, nothing, want_hidden=True):
+        for shard in nan_check.checked_run(self.runner, micro_batches, nothing, want_hidden=True):
             local_Bl = None
             if shard.hidden_Bld is not None:
                 local_Bl = scoring.next_token_log_likelihoods(
-                    self.anatomy, shard.batch, shard.positions_l, shard.hidden_Bld
+                    self.runner.anatomy, shard.batch, shard.positions_l, shard.hidden_Bld
                 )[:, shard.positions_l < shard.batch.length]
             length, start = shard.batch.length, shard.batch.rows.start - mine.start
-            whole_BL = self.assemble(local_Bl, shard.batch, torch.arange(length), ())
+            whole_BL = self.runner.assemble(local_Bl, shard.batch, torch.arange(length), ())
             scores_BL[start : start + len(shard.batch.rows), :length] = whole_BL
         scores_BL = gather_replicas(scores_BL, len(batch.rows), self.mesh["dp"])
         return [scores[: n - 1].cpu() for scores, n in zip(scores_BL, batch.lengths, strict=True)]
@@ -144,13 +224,13 @@ class Engine(Replica):
 
         ``logits``: for no token, for each row's last, or for all.
         """
-        micro_batches, _ = self._micro_batches(batch)
+        micro_batches, _ = self.runner.micro_batches(batch)
         keep = {
             "none": [NO_POSITIONS for _ in micro_batches],
             "last": [torch.tensor(sorted({n - 1 for n in m.lengths})) for m in micro_batches],
             "all": [torch.arange(m.length) for m in micro_batches],
         }
-        return self.forward(micro_batches, keep[logits], want_hidden)
+        return self.runner.run_micro_batches(micro_batches, keep[logits], want_hidden)
 
     @watched
     @explained
@@ -161,8 +241,9 @@ class Engine(Replica):
         Results, [B, V] a micro-batch, stay where they are made: on all ranks that share a sequence, and on the last
         pipeline stage.
         """
-        micro_batches, _ = self._micro_batches(batch)
-        return self.forward_last(micro_batches)
+        runner = self._cached_runner("prefill_only")
+        micro_batches, _ = runner.micro_batches(batch)
+        return runner.run_for_last_tokens(micro_batches)
 
     @watched
     @explained
@@ -173,19 +254,18 @@ class Engine(Replica):
 
         Arguments and errors as ``__call__``.
         """
+        runner = self._cached_runner("prefill_only")
         batch, _ = self.prepare(input_ids, attention_mask, position_ids)
-        micro_batches, mine = self._micro_batches(batch)
-
-        def run() -> list[Tensor | None]:
-            return self.forward_last(micro_batches)
-
-        parts = self._checked(run, lambda part: nan_check.all_finite(part))
+        micro_batches, mine = runner.micro_batches(batch)
+        parts = nan_check.checked(
+            runner, lambda: runner.run_for_last_tokens(micro_batches), lambda part: nan_check.all_finite(part)
+        )
         whole_BV: Tensor | None = None
         if parts[0] is not None:
             whole_BV = torch.cat([part for part in parts if part is not None])
         else:
             dtype = next(p.dtype for p in self.model.parameters())
-            whole_BV = torch.zeros(len(mine), self.shape.vocab_size, dtype=dtype, device=self.device)
+            whole_BV = torch.zeros(len(mine), self.runner.shape.vocab_size, dtype=dtype, device=self.device)
         stages = self.mesh["pp"]
         if stages.size > 1:
             whole_BV = stages.all_gather(whole_BV)[-1]

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache, GenerationConfig, TextStreamer
 from transformers.generation import BaseStreamer, GenerationMode
 
 from ds_ring.engine.batch import pack
+from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.hf.generation_adapter import Facade
 from ds_ring.kv_cache.shard import KVStore
 from ds_ring.planning.validation import check_positions
-
-if TYPE_CHECKING:
-    from ds_ring.engine.engine import Engine
 
 DEFAULT_NEW_TOKENS = 20
 """transformers' own, where nothing says how long."""
@@ -41,7 +39,7 @@ class Request:
 
 
 def admit(
-    engine: Engine,
+    runner: CachedRunner,
     facade: Facade,
     input_ids: Tensor,
     attention_mask: Tensor | None,
@@ -55,17 +53,17 @@ def admit(
     Raises:
         InputError: what cannot be served, named. DisagreementError: ranks were given different things.
     """
-    world = engine.mesh["world"]
+    world = runner.mesh["world"]
     try:
         settings = _settings(facade, generation_config, options)
         mask_BT = _mask(facade, settings, input_ids, attention_mask)
-        cache = _cache(engine, past_key_values, mask_BT, input_ids, settings)
+        cache = _cache(runner, past_key_values, mask_BT, input_ids, settings)
         max_length = _max_length(facade, generation_config, options)
-        new_tokens = _check_length(engine, mask_BT, input_ids, settings.max_new_tokens, max_length)
+        new_tokens = _check_length(runner, mask_BT, input_ids, settings.max_new_tokens, max_length)
         if isinstance(streamer, TextStreamer) and mask_BT.shape[0] > 1:
             # It would raise on rank 0 alone, with the others on their way.
             raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BT.shape[0]}")
-        digest = _digest(engine, input_ids, mask_BT, cache)
+        digest = _digest(runner, input_ids, mask_BT, cache)
         if cache.get_seq_length():
             cache.revise(mask_BT[:, : cache.get_seq_length()])
     except InputError as error:
@@ -129,7 +127,7 @@ def _mask(facade: Facade, settings: GenerationConfig, input_ids: Tensor, attenti
 
 
 def _cache(
-    engine: Engine, given: Cache | None, mask_BT: Tensor, input_ids: Tensor, settings: GenerationConfig
+    runner: CachedRunner, given: Cache | None, mask_BT: Tensor, input_ids: Tensor, settings: GenerationConfig
 ) -> ShardedCache:
     """The caller's cache, or an empty one."""
     copies = settings.num_return_sequences or 1
@@ -137,11 +135,11 @@ def _cache(
     if given is None:
         if input_ids.shape[1] != columns:
             raise InputError(f"attention_mask has {columns} columns, input_ids {input_ids.shape[1]}")
-        mine = engine.rows_of(rows)
-        sp = engine.mesh["sp"]
-        store = KVStore(len(mine), len(engine.anatomy.layers), sp.rank, sp.size, engine.device)
-        return ShardedCache(engine, store, mine)
-    if not isinstance(given, ShardedCache) or given.owner is not engine:
+        mine = runner.sequences_of_replica(rows)
+        sp = runner.mesh["sp"]
+        store = KVStore(len(mine), len(runner.anatomy.layers), sp.rank, sp.size, runner.device)
+        return ShardedCache(runner, store, mine)
+    if not isinstance(given, ShardedCache) or given.owner is not runner:
         raise InputError(f"past_key_values is a {type(given).__name__} that another model made; give this engine's own")
     if not given.whole:
         raise InputError(
@@ -172,7 +170,7 @@ def _max_length(facade: Facade, generation_config: GenerationConfig | None, opti
 
 
 def _check_length(
-    engine: Engine, mask_BT: Tensor, input_ids: Tensor, max_new_tokens: int | None, max_length: int | None
+    runner: CachedRunner, mask_BT: Tensor, input_ids: Tensor, max_new_tokens: int | None, max_length: int | None
 ) -> int:
     """How many tokens may be generated."""
     longest = int(mask_BT.sum(1).max())
@@ -184,13 +182,13 @@ def _check_length(
         new = DEFAULT_NEW_TOKENS
     if new < 1:
         raise InputError(f"nothing to generate: {input_ids.shape[1]} tokens of input leave max_new_tokens={new}")
-    check_positions(longest, new, engine.shape)
+    check_positions(longest, new, runner.shape)
     return new
 
 
-def _digest(engine: Engine, input_ids: Tensor, mask_BT: Tensor, cache: ShardedCache) -> str:
+def _digest(runner: CachedRunner, input_ids: Tensor, mask_BT: Tensor, cache: ShardedCache) -> str:
     """What ranks compare; checks the new tokens on the way."""
     new = slice(cache.get_seq_length(), None)
     ids_BT = input_ids.cpu()[:, -mask_BT[:, new].shape[1] :]
-    batch, _ = pack(ids_BT, mask_BT[:, new], None, engine.shape)
+    batch, _ = pack(ids_BT, mask_BT[:, new], None, runner.shape)
     return f"{batch.digest()} behind {cache.get_seq_length()} columns"

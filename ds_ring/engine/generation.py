@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +15,25 @@ from transformers import Cache, GenerationConfig
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ds_ring.attention.backends.positions import EMPTY
+from ds_ring.engine import nan_check
 from ds_ring.engine.batch import pack
 from ds_ring.engine.chunked_prefill import CachedBatch, chunks
 from ds_ring.engine.decode_loop import Decoding
 from ds_ring.engine.gather import gather_replicas
 from ds_ring.engine.generate_args import admit
+from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.engine.oom import noted, of_generation
 from ds_ring.errors import NumericsError
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.hf.generation_adapter import Facade
 from ds_ring.transport.base import Transport
 
-if TYPE_CHECKING:
-    from ds_ring.engine.engine import Engine
-
 Progress = Callable[[int, int], None]
 """(tokens done, all of them) -> None"""
 
 
 def generate(
-    engine: Engine,
+    runner: CachedRunner,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     generation_config: GenerationConfig | None,
@@ -44,31 +43,31 @@ def generate(
     options: dict[str, Any],
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """See ``Engine.generate``."""
-    world = engine.mesh["world"]
-    run = _Run(engine, progress if world.rank == 0 else None)
-    facade = Facade(engine.model, engine.device, run, world, run.fine)
-    request = admit(engine, facade, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
-    run.new_tokens = request.new_tokens
+    world = runner.mesh["world"]
+    forward = _GenerationForward(runner, progress if world.rank == 0 else None)
+    facade = Facade(runner.model, runner.device, forward, world, forward.fine)
+    request = admit(runner, facade, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
+    forward.new_tokens = request.new_tokens
     past, mask_BT = request.cache.get_seq_length(), request.mask_BT
 
     def words() -> str:
         prompt, length = int(mask_BT[:, past:].sum(1).max()), int(mask_BT.sum(1).max()) + request.new_tokens
-        return of_generation(engine, len(request.cache.rows), prompt, length)
+        return of_generation(runner, len(request.cache.rows), prompt, length)
 
     with (
         noted(words),
-        _one_generator(world, engine.device, request.settings.do_sample),
+        _one_generator(world, runner.device, request.settings.do_sample),
     ):
         result: Tensor | GenerateDecoderOnlyOutput = facade.generate(
-            input_ids.to(engine.device),
-            attention_mask=mask_BT.long().to(engine.device),
+            input_ids.to(runner.device),
+            attention_mask=mask_BT.long().to(runner.device),
             generation_config=generation_config,
             past_key_values=request.cache,
-            streamer=_Finite(streamer, run.fine) if world.rank == 0 and streamer is not None else None,
+            streamer=_Finite(streamer, forward.fine) if world.rank == 0 and streamer is not None else None,
             **options,
         )
-    if not bool(run.fine):
-        raise run.traced()
+    if not bool(forward.fine):
+        raise forward.located()
     request.cache.whole = True
     return result
 
@@ -88,12 +87,12 @@ class _Finite(BaseStreamer):
         self._streamer.end()
 
 
-class _Run:
+class _GenerationForward:
     """The facade's forward: new columns of all rows in, logits of the last column out, alike on every rank."""
 
-    def __init__(self, engine: Engine, progress: Progress | None) -> None:
-        self._engine, self._progress = engine, progress
-        self.fine = torch.ones((), dtype=torch.bool, device=engine.device)
+    def __init__(self, runner: CachedRunner, progress: Progress | None) -> None:
+        self._runner, self._progress = runner, progress
+        self.fine = torch.ones((), dtype=torch.bool, device=runner.device)
         """Whether all logits so far are finite, which all ranks find alike. It stays on the device, where it is a
         stopping criterion: transformers waits for those once a step anyway, and no step waits twice."""
         self.new_tokens = 0
@@ -110,40 +109,40 @@ class _Run:
             cache.extend(torch.ones(ids_BT.shape, dtype=torch.bool))
         else:
             logits_bV = self._prefill(ids_BT, mask_BT, cache)
-        logits_BV = gather_replicas(logits_bV, ids_BT.shape[0], self._engine.mesh["dp"])
+        logits_BV = gather_replicas(logits_bV, ids_BT.shape[0], self._runner.mesh["dp"])
         self.fine &= torch.isfinite(logits_BV).all()
         # What is drawn from NaN is an error of its own, on GPUs one that nothing can follow.
         return logits_BV.where(self.fine, 0)
 
-    def traced(self) -> NumericsError:
+    def located(self) -> NumericsError:
         """Where the last step's NaN or infinity came from, by taking it once more, on every rank."""
         assert self._decoding is not None
-        return self._engine.traced(self._decoding.again)
+        return nan_check.located(self._runner, self._decoding.again)
 
     def _prefill(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: ShardedCache) -> Tensor:
-        engine, past = self._engine, cache.get_seq_length()
+        runner, past = self._runner, cache.get_seq_length()
         ids_BT = ids_BT.cpu()
         if mask_BT is None:
             mask_BT = torch.ones(ids_BT.shape[0], past + ids_BT.shape[1], dtype=torch.bool)
         mask_BT = mask_BT.cpu().bool()
         new_BT = mask_BT[:, past:]
         positions_BT = (mask_BT.long().cumsum(1) - 1)[:, past:] * new_BT
-        whole, columns_BL = pack(ids_BT, new_BT, positions_BT, engine.shape)
+        whole, columns_BL = pack(ids_BT, new_BT, positions_BT, runner.shape)
         cache.extend(new_BT)
         places_BL = torch.where(columns_BL < 0, EMPTY, columns_BL + past - cache.first_B[:, None]).int()
         batch, own = whole.split(cache.rows), slice(cache.rows.start, cache.rows.stop)
         work = [
             part
             for parts in chunks(
-                batch, places_BL[own], cache.store, size=engine.config.workload.prefill_chunk,
-                rows_at_a_time=engine.config.workload.micro_batch_size, slots=engine.slots,
-                tokens_held=engine.tokens_held,
+                batch, places_BL[own], cache.store, size=runner.run_config.workload.prefill_chunk,
+                rows_at_a_time=runner.run_config.workload.micro_batch_size, slots=runner.slots,
+                tokens_held=runner.tokens_held,
             )
             for part in parts
         ]  # fmt: skip
         cache.store.expect(self.new_tokens)
         seen_b1, places_b1 = mask_BT[own].sum(1, keepdim=True), cache.get_seq_length() - cache.first_B[own, None].int()
-        self._decoding = Decoding(engine, cache.store, seen_b1.to(engine.device), places_b1.to(engine.device))
+        self._decoding = Decoding(runner, cache.store, seen_b1.to(runner.device), places_b1.to(runner.device))
         self._prefilled = cache
         return self._last_logits(work, batch.lengths)
 
@@ -160,20 +159,20 @@ class _Run:
             last.append(found)
         keep = [torch.tensor(sorted({at for _, at in found}), dtype=torch.long) for found in last]
         logits: dict[int, Tensor] = {}
-        with _told(self._progress, self._engine, [sum(part.lengths) for part in work]):
-            shards = self._engine.checked_forward(list(work), keep, want_hidden=False)
+        with _told(self._progress, self._runner, [sum(part.lengths) for part in work]):
+            shards = nan_check.checked_run(self._runner, list(work), keep, want_hidden=False)
         for shard, part, kept_k, found in zip(shards, work, keep, last, strict=True):
             if not found:
                 continue
-            whole_BkV = self._engine.assemble(shard.logits_BkV, part, kept_k, (self._engine.shape.vocab_size,))
+            whole_BkV = self._runner.assemble(shard.logits_BkV, part, kept_k, (self._runner.shape.vocab_size,))
             for row, at in found:
                 logits[row] = whole_BkV[row - part.store_rows.start, int((kept_k == at).nonzero()[0])]
         # Pipeline stages pass results on by themselves; tensor-parallel ranks each computed their own.
-        return self._engine.mesh["tp"].broadcast(torch.stack([logits[row] for row in range(len(lengths))]), 0)
+        return self._runner.mesh["tp"].broadcast(torch.stack([logits[row] for row in range(len(lengths))]), 0)
 
 
 @contextmanager
-def _told(progress: Progress | None, engine: Engine, tokens: list[int]) -> Iterator[None]:
+def _told(progress: Progress | None, runner: CachedRunner, tokens: list[int]) -> Iterator[None]:
     """Inside the block ``progress`` hears of every micro-batch of so many tokens that is through this rank's layers.
 
     A GPU is not waited for: what it has finished is noticed when the next micro-batch has been queued.
@@ -184,14 +183,14 @@ def _told(progress: Progress | None, engine: Engine, tokens: list[int]) -> Itera
     totals, under_way = accumulate(tokens), deque[tuple[int, torch.cuda.Event | None]]()
 
     def queued(module: nn.Module, args: Any, out: Any) -> None:
-        event = torch.cuda.Event() if engine.device.type == "cuda" else None
+        event = torch.cuda.Event() if runner.device.type == "cuda" else None
         if event is not None:
             event.record()
         under_way.append((next(totals, sum(tokens)), event))  # NaN is looked for in a second pass
         while under_way and ((behind := under_way[0][1]) is None or behind.query()):
             progress(under_way.popleft()[0], sum(tokens))
 
-    handle = engine.anatomy.layers[-1].register_forward_hook(queued)
+    handle = runner.anatomy.layers[-1].register_forward_hook(queued)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
-"""A causal LM over the ranks of replicas: what every layout has to offer, and what all of them share.
+"""A layout: this rank's part of a causal LM over the ranks of a mesh.
 
-Results stay where they were made; ``engine.py`` makes whole ones of them.
+``ModelRunner`` runs micro-batches and leaves results where they are made. ``CachedRunner`` also runs them against a
+cache, which generation needs. ``engine.Engine`` makes whole results of either.
 """
 
 # Shapes: B rows, L packed tokens, l of them on this rank, k kept ones, V vocabulary.
@@ -9,32 +10,29 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ds_ring.config import RunConfig
-from ds_ring.engine import nan_check
-from ds_ring.engine.batch import Batch, pack
-from ds_ring.engine.decode_loop import Capture, Run
+from ds_ring.engine.batch import Batch
+from ds_ring.engine.cuda_graph import Capture, Run
 from ds_ring.engine.gather import assemble, row_starts
-from ds_ring.errors import InputError, NumericsError
+from ds_ring.errors import InputError
 from ds_ring.fusion.fuse import Fusion
 from ds_ring.hf.attention import inject
 from ds_ring.hf.attention_context import AttentionContext
 from ds_ring.hf.decoder import Anatomy
 from ds_ring.kv_cache.step import Step
+from ds_ring.model_dims import ModelShape
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
-from ds_ring.planning.validation import ModelShape
-from ds_ring.process.watchdog import StallWatch, watched
+from ds_ring.process.watchdog import StallWatch
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.select import sharing_a_gpu
-from ds_ring.utils.hardware import peak_memory_gib, synchronize
+from ds_ring.utils.hardware import peak_memory_gib
 
-T = TypeVar("T")
 NO_POSITIONS = torch.empty(0, dtype=torch.long)
 ONE_TOKEN = SequenceLayout(1)
 
@@ -59,34 +57,28 @@ class Shard:
     logits_BkV: Tensor | None
 
 
-class Replica(ABC):
+class ModelRunner(ABC):
     """This rank's part of a causal LM over all ranks of ``mesh``."""
 
     result_axis: Axis
     """The axis of a replica over which results are spread."""
 
     def __init__(
-        self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
-        self.config, self.mesh, self.shape, self.device = config, mesh, shape, device
-        self._context = AttentionContext(mesh, config.parallel, shape.num_heads, config.workload.block_rows)
+        self.run_config, self.mesh, self.shape, self.device = run_config, mesh, shape, device
         self._inject(model)
         self.anatomy = Anatomy.of(model)
         self.fusion: Fusion | None = None
-        self.stall = StallWatch(mesh.traffic, config.ring.timeout_s)
-        self.capture: Callable[[Run], Run | None] = lambda run: None
-        """Gives what repeats a step of a generation, where that is not the step itself."""
-        if self._captures:
-            self.capture = Capture(self, insist=config.ring.decode_graph == "on")
+        self.watchdog = StallWatch(mesh.traffic, run_config.ring.timeout_s)
 
+    @classmethod  # noqa: B027
+    def check(cls, run_config: RunConfig, shape: ModelShape, device_type: str) -> None:
+        """Refuse, before ranks connect, what this layout cannot do; beside ``planning.validation.check_layout``."""
+
+    @abstractmethod
     def _inject(self, model: PreTrainedModel) -> None:
         """Put the attention that shares sequences into ``model``."""
-        inject(model, self._context)
-
-    def _fuse(self, in_place: bool) -> None:
-        """To be called once the model is as DeepSpeed serves it; ``in_place``: nobody else needs a layer's input."""
-        if self.config.ring.fusion == "auto":
-            self.fusion = Fusion(self.anatomy, self.config.workload.block_rows, in_place)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -99,21 +91,82 @@ class Replica(ABC):
         """The numbers of the model's layers that this rank runs."""
 
     @abstractmethod
-    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+    def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         """Run this replica's micro-batches; ``keep`` lists for each, ascending, the positions that need logits."""
 
     @abstractmethod
-    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
-        """Logits [B, V] of each row's last token, where they are made, with the last layer run for those alone."""
+    def held_positions(self, length: int, rank: int) -> Tensor:
+        """Positions, in order, of the tokens whose results ``rank`` of ``result_axis`` holds."""
 
     @abstractmethod
-    def held_positions(self, length: int, peer: int) -> Tensor:
-        """Positions, in order, of the tokens whose results rank ``peer`` of ``result_axis`` holds."""
+    def mute(self, muted: bool) -> None:
+        """Leave out all communication inside layers; results are then meaningless, their time is not."""
 
     @property
     def lanes(self) -> int:
         """How many micro-batches may be in flight."""
         return 1
+
+    @property
+    def peak_memory_gib(self) -> float:
+        """The most this rank has held, what peers can read included."""
+        # Shared memory changes with the form of micro-batches alone: what it is now is the peak of the last ones. On a
+        # CPU it is among the process's own.
+        shared = self.mesh.shared_bytes if self.device.type == "cuda" else 0
+        return peak_memory_gib(self.device) + shared / 2**30
+
+    def sequences_of_replica(self, count: int) -> range:
+        """The sequences of this replica, of ``count``.
+
+        Raises:
+            InputError: there are fewer sequences than replicas.
+        """
+        replicas = self.mesh.topology.dp
+        if count < replicas:
+            raise InputError(
+                f"a batch of {count} rows leaves some of dp_size={replicas} replicas without a sequence; "
+                f"give at least {replicas} rows or lower dp_size"
+            )
+        starts = row_starts(count, replicas)
+        index = self.mesh.coordinate("dp")
+        return range(starts[index], starts[index + 1])
+
+    def micro_batches(self, batch: Batch) -> tuple[list[Batch], range]:
+        """This replica's part of ``batch`` in micro-batches; which of its sequences they are."""
+        mine = self.sequences_of_replica(len(batch.rows))
+        return batch.split(mine).micro_batches(self.run_config.workload.micro_batch_size), mine
+
+    def assemble(self, local: Tensor | None, batch: Batch, kept_k: Tensor, trailing: tuple[int, ...]) -> Tensor:
+        """[B, k, *trailing] on every rank of the replica; ``local`` is None where nothing is held."""
+        transport = self.mesh[self.result_axis]
+        if local is None:
+            dtype = next(p.dtype for p in self.model.parameters()) if trailing else torch.float32
+            local = torch.zeros(len(batch.rows), 0, *trailing, dtype=dtype, device=self.device)
+        held = [self.held_positions(batch.length, rank) for rank in range(transport.size)]
+        return assemble(local, held, kept_k, transport)
+
+
+class CachedRunner(ModelRunner):
+    """A layout of ours: it can also keep keys and values, and shorten the last layer to what a next token needs."""
+
+    def __init__(
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+    ) -> None:
+        self._context = AttentionContext(mesh, run_config.parallel, shape.num_heads, run_config.workload.block_rows)
+        super().__init__(model, run_config, mesh, shape, device)
+        self.capture: Callable[[Run], Run | None] = lambda run: None
+        """Gives what repeats a step of a generation, where that is not the step itself."""
+        if self._captures:
+            insist = run_config.ring.decode_graph == "on"
+            self.capture = Capture(mesh.traffic, type(model).__name__, insist)
+
+    def _inject(self, model: PreTrainedModel) -> None:
+        inject(model, self._context)
+
+    def _fuse(self, in_place: bool) -> None:
+        """To be called once the model is as DeepSpeed serves it; ``in_place``: nobody else needs a layer's input."""
+        if self.run_config.ring.fusion == "auto":
+            self.fusion = Fusion(self.anatomy, self.run_config.workload.block_rows, in_place)
 
     def _in_flight(self, micro_batches: list[Batch]) -> bool:
         """Whether these may be: there are several, and none needs what another leaves."""
@@ -121,7 +174,7 @@ class Replica(ABC):
 
     @property
     def _captures(self) -> bool:
-        topology, wanted = self.mesh.topology, self.config.ring.decode_graph
+        topology, wanted = self.mesh.topology, self.run_config.ring.decode_graph
         # NCCL's calls can be captured; AutoTP's and a pipeline's have not been tried on GPUs.
         fit = topology.tp * topology.pp == 1 and not sharing_a_gpu()
         return self.device.type == "cuda" and (wanted == "on" or (wanted == "auto" and fit))
@@ -130,6 +183,10 @@ class Replica(ABC):
     def decodes_sliced(self) -> bool:
         """Whether ``decode`` gives each rank of ``sp`` a share of the heads."""
         return False
+
+    @abstractmethod
+    def run_for_last_tokens(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        """Logits [B, V] of each row's last token, where they are made, with the last layer run for those alone."""
 
     @abstractmethod
     def slots(self, length: int) -> int:
@@ -142,93 +199,3 @@ class Replica(ABC):
     @abstractmethod
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
         """One token more in each row of this replica; their logits [B, V], the same on every rank of the replica."""
-
-    @abstractmethod
-    def mute(self, muted: bool) -> None:
-        """Leave out all communication inside layers; results are then meaningless, their time is not."""
-
-    @property
-    def peak_memory_gib(self) -> float:
-        """The most this rank has held, what peers can read included."""
-        # Shared memory changes with the form of micro-batches alone: what it is now is the peak of the last ones. On a
-        # CPU it is among the process's own.
-        shared = self.mesh.shared_bytes if self.device.type == "cuda" else 0
-        return peak_memory_gib(self.device) + shared / 2**30
-
-    def settle(self) -> None:
-        """Wait until everything queued on this rank's device has run."""
-        with self.stall.over("waiting for the device"):
-            synchronize(self.device)
-
-    @watched
-    def meet(self) -> None:
-        """Wait until all ranks are here."""
-        self.mesh["world"].barrier()
-
-    @watched
-    def gather(self, value: T) -> list[T]:
-        """Every rank's small Python value, in rank order."""
-        return self.mesh["world"].all_gather_objects(value)
-
-    def prepare(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
-    ) -> tuple[Batch, Tensor]:
-        """Check and pack the caller's tensors; all ranks must have been given the same."""
-        try:
-            batch, columns_BL = pack(input_ids.cpu(), attention_mask, position_ids, self.shape)
-        except InputError as error:
-            # Where only some ranks refuse, the others must hear of it rather than wait for them.
-            self.mesh["world"].agree(input_ids=f"unusable ones: {error}")
-            raise
-        self.mesh["world"].agree(input_ids=batch.digest())
-        return batch, columns_BL
-
-    def own_rows(self, batch: Batch) -> range:
-        """The rows of this replica."""
-        return self.rows_of(len(batch.rows))
-
-    def rows_of(self, count: int) -> range:
-        """The rows of this replica, of ``count``."""
-        replicas = self.mesh.topology.dp
-        if count < replicas:
-            raise InputError(
-                f"a batch of {count} rows leaves some of dp_size={replicas} replicas without a sequence; "
-                f"give at least {replicas} rows or lower dp_size"
-            )
-        starts = row_starts(count, replicas)
-        index = self.mesh.coordinate("dp")
-        return range(starts[index], starts[index + 1])
-
-    def _micro_batches(self, batch: Batch) -> tuple[list[Batch], range]:
-        mine = self.own_rows(batch)
-        return batch.split(mine).micro_batches(self.config.workload.micro_batch_size), mine
-
-    def checked_forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        """``forward``, refusing results that are not finite."""
-        return self._checked(
-            lambda: self.forward(micro_batches, keep, want_hidden),
-            lambda shard: nan_check.all_finite(shard.logits_BkV, shard.hidden_Bld),
-        )
-
-    def _checked(self, run: Callable[[], list[T]], fine: Callable[[T], bool]) -> list[T]:
-        """``run``, refusing results that are not finite; all ranks raise together and name where it began."""
-        results = run()
-        if all(self.mesh["world"].all_gather_objects(all(map(fine, results)))):
-            return results
-        raise self.traced(run)
-
-    def traced(self, run: Callable[[], object]) -> NumericsError:
-        """What to raise where ``run`` gave NaN or infinity: every rank runs it once more, to name where it began."""
-        with nan_check.bad_layers(self.anatomy) as found:
-            run()
-        own = self.layers[min(found)] if found else None
-        return NumericsError(nan_check.describe(self.mesh["world"].all_gather_objects(own), self.shape.num_layers))
-
-    def assemble(self, local: Tensor | None, batch: Batch, kept_k: Tensor, trailing: tuple[int, ...]) -> Tensor:
-        """[B, k, *trailing] on every rank of the replica; ``local`` is None where nothing is held."""
-        transport = self.mesh[self.result_axis]
-        if local is None:
-            dtype = next(p.dtype for p in self.model.parameters()) if trailing else torch.float32
-            local = torch.zeros(len(batch.rows), 0, *trailing, dtype=dtype, device=self.device)
-        held = [self.held_positions(batch.length, peer) for peer in range(transport.size)]
-        return assemble(local, held, kept_k, transport)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ds_ring.engine.batch import Batch
+from ds_ring.engine.model_runner import ModelRunner, Shard
+from ds_ring.errors import NumericsError
 from ds_ring.hf.decoder import Anatomy
+
+T = TypeVar("T")
 
 
 def all_finite(*tensors: Tensor | None) -> bool:
@@ -46,3 +51,32 @@ def describe(bad: list[int | None], num_layers: int) -> str:
         f"layer {first} of {num_layers} gave NaN or infinity, on rank {ranks}; check the weights, or, if "
         f"activations overflow fp16, take dtype bf16 or fp32"
     )
+
+
+def checked_run(runner: ModelRunner, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+    """``runner.run_micro_batches``, refusing results that are not finite."""
+    return checked(
+        runner,
+        lambda: runner.run_micro_batches(micro_batches, keep, want_hidden),
+        lambda shard: all_finite(shard.logits_BkV, shard.hidden_Bld),
+    )
+
+
+def checked(runner: ModelRunner, run: Callable[[], list[T]], fine: Callable[[T], bool]) -> list[T]:
+    """What ``run`` gives, refusing results that are not finite; all ranks raise together and name where it began.
+
+    Raises:
+        NumericsError: some result is not ``fine`` on some rank.
+    """
+    results = run()
+    if all(runner.mesh["world"].all_gather_objects(all(map(fine, results)))):
+        return results
+    raise located(runner, run)
+
+
+def located(runner: ModelRunner, run: Callable[[], object]) -> NumericsError:
+    """What to raise where ``run`` gave NaN or infinity: every rank runs it once more, to name where it began."""
+    with bad_layers(runner.anatomy) as found:
+        run()
+    own = runner.layers[min(found)] if found else None
+    return NumericsError(describe(runner.mesh["world"].all_gather_objects(own), runner.shape.num_layers))

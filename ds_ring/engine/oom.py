@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from ds_ring.config import RunConfig
+from ds_ring.engine.model_runner import ModelRunner
 from ds_ring.errors import is_out_of_memory
 from ds_ring.hf.flops import matrix_elements
 from ds_ring.planning.memory_estimate import cache_bytes, peak_bytes
 from ds_ring.utils.hardware import memory_gib, peak_memory_gib
-
-if TYPE_CHECKING:
-    from ds_ring.engine.engine import Engine
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 GIB = 2**30
@@ -39,33 +37,33 @@ def explained(method: Method) -> Method:
 
     @wraps(method)
     def call(engine: Any, *args: Any, **options: Any) -> Any:
-        with noted(lambda: of_forward(engine)):
+        with noted(lambda: of_forward(engine.runner)):
             return method(engine, *args, **options)
 
     return cast(Method, call)
 
 
-def of_forward(engine: Engine) -> str:
+def of_forward(runner: ModelRunner) -> str:
     """One line, about the configuration's own batch and length."""
-    work, micro = engine.config.workload, engine.config.largest_micro_batch
-    predicted = _forward_bytes(engine, engine.config, micro) / GIB
+    work, micro = runner.run_config.workload, runner.run_config.largest_micro_batch
+    predicted = _forward_bytes(runner, runner.run_config, micro) / GIB
     return (
-        f"{_held(engine.peak_memory_gib, engine.device)}, {predicted:.1f} are predicted for "
+        f"{_held(runner.peak_memory_gib, runner.device)}, {predicted:.1f} are predicted for "
         f"micro-batches of {micro} x {work.max_length} tokens; lower micro_batch_size or max_length, or share each "
         f"sequence among more ranks (ring_degree, ulysses_degree)"
     )
 
 
-def of_generation(engine: Engine, rows: int, prompt: int, length: int) -> str:
+def of_generation(runner: ModelRunner, rows: int, prompt: int, length: int) -> str:
     """One line, about a replica's ``rows``; the longest has ``prompt`` tokens to run, and ``length`` in the end."""
-    work, t = engine.config.workload, engine.mesh.topology
+    work, t = runner.run_config.workload, runner.mesh.topology
     micro, chunk = min(work.micro_batch_size, rows), min(work.prefill_chunk or prompt, prompt)
     # Chunks run one after the other: each needs what earlier ones leave.
-    run = RunConfig.load(engine.config, max_length=chunk, interleave="off")
-    cache = cache_bytes(run, engine.shape, rows, length)
-    predicted = (_forward_bytes(engine, run, micro) + cache) / GIB
+    run = RunConfig.load(runner.run_config, max_length=chunk, interleave="off")
+    cache = cache_bytes(run, runner.shape, rows, length)
+    predicted = (_forward_bytes(runner, run, micro) + cache) / GIB
     return (
-        f"{_held(engine.peak_memory_gib, engine.device)}, {predicted:.1f} are predicted: {cache / GIB:.1f} for a cache "
+        f"{_held(runner.peak_memory_gib, runner.device)}, {predicted:.1f} are predicted: {cache / GIB:.1f} for a cache "
         f"of {rows} x {length} tokens, the rest for weights and chunks of {micro} x {chunk}; "
         f"{'lower' if work.prefill_chunk else 'set'} prefill_chunk, give fewer rows or tokens at a time, or share them "
         f"among more ranks ({'tp_size, pp_size' if t.tp * t.pp > 1 else 'ring_degree, ulysses_degree'})"
@@ -82,9 +80,9 @@ def of_weights(weight_bytes: int, run: RunConfig, device: torch.device) -> str:
     )
 
 
-def _forward_bytes(engine: Engine, run: RunConfig, micro: int) -> float:
-    own, t = sum(map(matrix_elements, engine.anatomy.layers)), engine.mesh.topology
-    return peak_bytes(run, engine.shape, own * t.tp * t.pp, micro)
+def _forward_bytes(runner: ModelRunner, run: RunConfig, micro: int) -> float:
+    own, t = sum(map(matrix_elements, runner.anatomy.layers)), runner.mesh.topology
+    return peak_bytes(run, runner.shape, own * t.tp * t.pp, micro)
 
 
 def _held(gib: float, device: torch.device) -> str:

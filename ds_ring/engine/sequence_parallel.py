@@ -20,45 +20,44 @@ from ds_ring.engine.batch import Batch
 from ds_ring.engine.batch_overlap import run_interleaved
 from ds_ring.engine.decode_tp import decode_slices
 from ds_ring.engine.deepspeed_backend import serve
-from ds_ring.engine.engine import Engine
 from ds_ring.engine.lockstep import Lockstep
-from ds_ring.engine.model_runner import ONE_TOKEN, Shard
+from ds_ring.engine.model_runner import ONE_TOKEN, CachedRunner, Shard
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.tensor_slices import in_slices
 from ds_ring.kv_cache.step import Step
+from ds_ring.model_dims import ModelShape
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
-from ds_ring.planning.validation import ModelShape
 from ds_ring.transport.mesh import Mesh
-from ds_ring.utils.transfer import to_device
+from ds_ring.utils.hardware import to_device
 
 SHARING_AXES: tuple[Axis, ...] = ("ring", "ulysses")
 
 
-class SequenceParallelEngine(Engine):
+class SequenceParallelRunner(CachedRunner):
     """``model`` must be whole; it is served through ``deepspeed.init_inference`` with our attention injected."""
 
     result_axis = "sp"
 
     def __init__(
-        self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
-        super().__init__(model, config, mesh, shape, device)
-        self._deepspeed = serve(model, config)
-        self._slices = decode_slices(self.model, config, shape, mesh["sp"], device)
+        super().__init__(model, run_config, mesh, shape, device)
+        self._deepspeed = serve(model, run_config)
+        self._slices = decode_slices(self.model, run_config, shape, mesh["sp"], device)
         self._before_layers: list[RemovableHandle] = []
         self._fuse(in_place=True)
 
     def layout(self, length: int) -> SequenceLayout:
-        p = self.config.parallel
+        p = self.run_config.parallel
         return SequenceLayout(length, p.ring_degree, p.ulysses_degree, p.ring_impl)
 
     @property
     def layers(self) -> range:
         return range(self.shape.num_layers)
 
-    def held_positions(self, length: int, peer: int) -> Tensor:
-        return positions_of(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
+    def held_positions(self, length: int, rank: int) -> Tensor:
+        return positions_of(self.layout(length), *divmod(rank, self.run_config.parallel.ulysses_degree))
 
     @property
     def decodes_sliced(self) -> bool:
@@ -68,11 +67,10 @@ class SequenceParallelEngine(Engine):
         return self.layout(length).local_length
 
     def tokens_held(self, length: int, tokens: int) -> list[int]:
-        peers = range(self.mesh["sp"].size)
-        return [int((self.held_positions(length, peer) < tokens).sum()) for peer in peers]
+        return [int((self.held_positions(length, rank) < tokens).sum()) for rank in range(self.mesh["sp"].size)]
 
-    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        jobs = [partial(self._forward, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+    def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+        jobs = [partial(self._run_micro_batch, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
         if not self._in_flight(micro_batches):
             return [job() for job in jobs]
         return run_interleaved(jobs, self._on_hand_over, self.lanes)
@@ -80,7 +78,7 @@ class SequenceParallelEngine(Engine):
     @property
     def lanes(self) -> int:
         """Beside NCCL's kernels more than one cost more than they hide."""
-        ring = self.config.ring
+        ring = self.run_config.ring
         wanted = self.mesh.overlaps if ring.interleave == "auto" else ring.interleave == "on"
         return ring.in_flight if wanted and self.mesh.topology.sp > 1 else 1
 
@@ -96,30 +94,30 @@ class SequenceParallelEngine(Engine):
         if lockstep is not None:
             self._before_layers += lockstep.hook(self.anatomy.layers)
 
-    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
-        return [self._forward_last(m) for m in micro_batches]
+    def run_for_last_tokens(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+        return [self._run_for_last_tokens(m) for m in micro_batches]
 
     def mute(self, muted: bool) -> None:
         for axis in (*SHARING_AXES, "sp"):
             self.mesh[axis].muted = muted
 
     @torch.inference_mode()
-    def _forward(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
+    def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
         positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
         at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
         with self.anatomy.captured_hidden() as hidden:
-            logits_BkV = self._run(batch, positions_l, at)
+            logits_BkV = self._call_model(batch, positions_l, at)
         return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], logits_BkV)
 
     @torch.inference_mode()
-    def _forward_last(self, batch: Batch) -> Tensor:
+    def _run_for_last_tokens(self, batch: Batch) -> Tensor:
         sp = self.mesh["sp"]
         tokens = LastTokens(batch.lengths, _everyones_positions(self.layout(batch.length)), sp)
         with last_tokens_only(self.anatomy, self._context, tokens):
             positions_l = self.held_positions(batch.length, sp.rank)
-            return self._run(batch, positions_l, torch.zeros(1, dtype=torch.long))[:, 0]
+            return self._call_model(batch, positions_l, torch.zeros(1, dtype=torch.long))[:, 0]
 
-    def _run(self, batch: Batch, positions_l: Tensor, at_k: Tensor) -> Tensor:
+    def _call_model(self, batch: Batch, positions_l: Tensor, at_k: Tensor) -> Tensor:
         """The model on this rank's tokens; logits [B, k, V] at places ``at_k`` among them."""
         layout = self.layout(batch.length)
         ids_Bl, position_ids_Bl = (self._own(t, layout) for t in (batch.ids_BL, batch.position_ids_BL))

@@ -17,31 +17,31 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
 from ds_ring.engine.batch_overlap import run_interleaved
 from ds_ring.engine.deepspeed_backend import muted_tensor_parallel, serve
-from ds_ring.engine.engine import Engine
-from ds_ring.engine.model_runner import NO_POSITIONS, ONE_TOKEN, Shard
+from ds_ring.engine.model_runner import NO_POSITIONS, ONE_TOKEN, CachedRunner, Shard
 from ds_ring.engine.pipeline_comm import stage_link
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.linear import HAND_OVER
 from ds_ring.hf.stage import spliced
 from ds_ring.kv_cache.step import Step
+from ds_ring.model_dims import ModelShape
+from ds_ring.parallel.degrees import stage_layers
 from ds_ring.parallel.layout import SequenceLayout
-from ds_ring.planning.validation import ModelShape, stage_layers
 from ds_ring.transport.mesh import Mesh
-from ds_ring.utils.transfer import to_device
+from ds_ring.utils.hardware import to_device
 
 
-class TensorPipelineEngine(Engine):
+class TensorPipelineRunner(CachedRunner):
     """``model`` holds this stage's layers only (``hf.loading.load_stage``, ``hf.stage.keep_stage``)."""
 
     result_axis = "pp"
 
     def __init__(
-        self, model: PreTrainedModel, config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
     ) -> None:
-        super().__init__(model, config, mesh, shape, device)
+        super().__init__(model, run_config, mesh, shape, device)
         self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
-        self._deepspeed = serve(model, config, tensor_parallel=mesh["tp"])
+        self._deepspeed = serve(model, run_config, tensor_parallel=mesh["tp"])
         self._fuse(in_place=False)  # hidden states may be on their way to the next stage
         self._muted = ExitStack()
 
@@ -53,8 +53,8 @@ class TensorPipelineEngine(Engine):
     def layers(self) -> range:
         return stage_layers(self.shape.num_layers, self.stages, self.stage)
 
-    def held_positions(self, length: int, peer: int) -> Tensor:
-        return torch.arange(length) if peer == self.stages - 1 else NO_POSITIONS
+    def held_positions(self, length: int, rank: int) -> Tensor:
+        return torch.arange(length) if rank == self.stages - 1 else NO_POSITIONS
 
     def slots(self, length: int) -> int:
         return length
@@ -71,7 +71,7 @@ class TensorPipelineEngine(Engine):
     @property
     def lanes(self) -> int:
         """Two where asked for: one's layers under the other's all-reduces."""
-        wanted = self.config.ring.interleave == "on"
+        wanted = self.run_config.ring.interleave == "on"
         return 2 if wanted and self.stages == 1 and self.fusion is not None else 1
 
     def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
@@ -79,7 +79,7 @@ class TensorPipelineEngine(Engine):
             if isinstance(module, TensorParallel_Layer):
                 setattr(module, HAND_OVER, hand_over)
 
-    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+    def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         if self._in_flight(micro_batches):
             jobs = [partial(self._pass, [m], [k], want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
             return [shard for (shard,) in run_interleaved(jobs, self._on_hand_over, self.lanes)]
@@ -102,7 +102,7 @@ class TensorPipelineEngine(Engine):
         self._pipeline(micro_batches, stage)
         return shards
 
-    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
+    def run_for_last_tokens(self, micro_batches: list[Batch]) -> list[Tensor | None]:
         found: list[Tensor | None] = []
 
         def stage(number: int, hidden_in: Tensor | None) -> Tensor:
@@ -126,7 +126,7 @@ class TensorPipelineEngine(Engine):
         ``stage`` is given a micro-batch's number and its hidden states (None: its tokens), and returns what goes on.
         """
         shapes = [(len(m.rows), m.length, self.shape.hidden_size) for m in micro_batches]
-        stages = stage_link(self.mesh["pp"], shapes, torch_dtype(self.config.dtype), self.device)
+        stages = stage_link(self.mesh["pp"], shapes, torch_dtype(self.run_config.dtype), self.device)
         arriving = stages.expect(shapes[0])
         for number in range(len(micro_batches)):
             hidden_in, pending = arriving
@@ -139,7 +139,7 @@ class TensorPipelineEngine(Engine):
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
         pp, rows = self.mesh["pp"], ids_B1.shape[0]
-        dtype = torch_dtype(self.config.dtype)
+        dtype = torch_dtype(self.run_config.dtype)
         hidden_in: Tensor | None = None
         if self.stage > 0:
             hidden_in = torch.empty(rows, 1, self.shape.hidden_size, dtype=dtype, device=self.device)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ds_ring.errors import CheckpointError, UnsupportedModelError, in_one_line
-from ds_ring.planning.validation import ModelShape
+from ds_ring.model_dims import ModelShape
 
 
 def read_config(path: str | Path) -> PretrainedConfig:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.decoder import Anatomy
 from ds_ring.hf.dims import model_shape
-from ds_ring.planning.validation import suggest, valid_degrees
+from ds_ring.parallel.degrees import suggest, valid_degrees
 from ds_ring.transport.base import Transport
 
 _MARK = "_ds_ring_in_slices"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ds_ring.attention import ulysses
 from ds_ring.config import RunConfig
+from ds_ring.model_dims import ModelShape
 from ds_ring.parallel.layout import SequenceLayout
-from ds_ring.planning.validation import ModelShape
 
 
 def bytes_sent_per_rank(config: RunConfig, shape: ModelShape, batch: int, length: int, itemsize: int) -> float:

@@ -41,8 +41,9 @@ from __future__ import annotations
 
 from ds_ring.config import RunConfig
 from ds_ring.kernels.attention512 import HEAD_DIM
+from ds_ring.model_dims import ModelShape
+from ds_ring.parallel.degrees import stage_layers
 from ds_ring.parallel.layout import SequenceLayout
-from ds_ring.planning.validation import ModelShape, stage_layers
 from ds_ring.transport.peer_buffers import LARGE, MIN_SLOTS
 
 

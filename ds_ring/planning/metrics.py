@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_ring.planning.validation import ModelShape
+from ds_ring.model_dims import ModelShape
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,13 @@ from ds_ring.errors import ConfigError, UserError
 from ds_ring.hf.dims import model_shape
 from ds_ring.hf.flops import linear_parameters
 from ds_ring.kernels.attention512 import HEAD_DIM
+from ds_ring.model_dims import ModelShape
 from ds_ring.parallel.layout import SequenceLayout
+from ds_ring.planning.cards import Card
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
 from ds_ring.planning.memory_estimate import in_flight, peak_bytes
 from ds_ring.planning.metrics import Work
-from ds_ring.planning.validation import ModelShape, check_run
-from ds_ring.utils.hardware import Card
+from ds_ring.planning.validation import check_run
 
 EXPOSED = {"sp": 0.6, "tp": 1.3, "tp in flight": 0.7, "pp": 0.2}
 """Seconds that show for a second that the bytes take at the link's rate, inside a host: K/V or heads by copy engine

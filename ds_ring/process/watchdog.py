@@ -13,15 +13,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from ds_ring.process.parent_watch import siblings
-from ds_ring.transport.base import Traffic
 
 PERIOD_S = 1.0
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class Activity(Protocol):
+    """What a rank has begun to send: how many operations, the last one's name, and when (``time.monotonic``)."""
+
+    count: int
+    last: str
+    moved_at: float
+
+
+@dataclass
+class NoActivity:
+    """Of a rank that is not connected yet."""
+
+    count: int = 0
+    last: str = ""
+    moved_at: float = 0.0
 
 
 class StallWatch:
@@ -33,8 +50,8 @@ class StallWatch:
         timeout_s: 0: never.
     """
 
-    def __init__(self, traffic: Traffic, timeout_s: float) -> None:
-        self.traffic, self.timeout_s = traffic, timeout_s
+    def __init__(self, activity: Activity, timeout_s: float) -> None:
+        self.activity, self.timeout_s = activity, timeout_s
         self._calls: list[str] = []
         self._since = 0.0
         self._thread: threading.Thread | None = None
@@ -56,11 +73,13 @@ class StallWatch:
 
     def stalled_s(self) -> float:
         """For how long nothing has moved; 0 outside calls."""
-        return time.monotonic() - max(self._since, self.traffic.moved_at) if self._calls else 0.0
+        return time.monotonic() - max(self._since, self.activity.moved_at) if self._calls else 0.0
 
     def describe(self) -> str:
         call = self._calls[-1] if self._calls else "nothing"
-        last = f"the last is {self.traffic.last}, number {self.traffic.count}" if self.traffic.count else "none began"
+        last = (
+            f"the last is {self.activity.last}, number {self.activity.count}" if self.activity.count else "none began"
+        )
         return f"no communication began for {self.stalled_s():.0f} s in {call} ({last})"
 
     def _watch(self) -> None:
@@ -76,17 +95,17 @@ class StallWatch:
         os._exit(1)
 
 
-outside = StallWatch(Traffic(), 0)
-"""Over what a rank does outside its engines: connecting, waiting for others to load, leaving. ``runtime.connect`` says
+outside = StallWatch(NoActivity(), 0)
+"""Over what a rank does outside its engines: connecting, waiting for others to load, leaving. ``api.connect`` says
 for how long."""
 
 
 def watched(method: Method) -> Method:
-    """The method of an object whose ``stall`` is to watch its calls."""
+    """The method of an object whose ``watchdog`` is to watch its calls."""
 
     @wraps(method)
     def call(owner: Any, *args: Any, **options: Any) -> Any:
-        with owner.stall.over(method.__name__):
+        with owner.watchdog.over(method.__name__):
             return method(owner, *args, **options)
 
     return cast(Method, call)

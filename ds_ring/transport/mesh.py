@@ -12,7 +12,7 @@ import torch
 from ds_ring.errors import TransportError, reason_of
 from ds_ring.parallel.topology import Axis, Topology
 from ds_ring.transport.base import Traffic, Transport
-from ds_ring.transport.select import PULLED_AXES, sharing_a_gpu
+from ds_ring.transport.select import PULLED_AXES
 from ds_ring.transport.solo import SoloTransport
 
 if TYPE_CHECKING:
@@ -82,8 +82,10 @@ class Mesh:
         pulled: frozenset[Axis] = frozenset(),
         device: torch.device = CPU,
         insist: bool = False,
+        messages: type[ProcessGroupTransport] | None = None,
     ) -> Mesh:
-        """Process groups of ``deepspeed.comm``, which must be initialised; axes in ``pulled`` use copy engines.
+        """Process groups of ``deepspeed.comm``, which must be initialised; axes in ``pulled`` use copy engines,
+        all else ``messages``.
 
         Where those fail their self-test on any rank, process groups take over on all, with a warning.
 
@@ -92,11 +94,10 @@ class Mesh:
         """
         from deepspeed import comm as dist
 
-        from ds_ring.testing.host_staged import HostStagedTransport
         from ds_ring.transport.process_group import ProcessGroupTransport
 
         rank = dist.get_rank()
-        over = HostStagedTransport if device.type == "cuda" and sharing_a_gpu() else ProcessGroupTransport
+        over = messages or ProcessGroupTransport
         # Axes that join the same ranks share a group: each costs GPU memory once it has been used.
         groups: dict[tuple[int, ...], Any] = {tuple(range(topology.world_size)): dist.get_world_group()}
 

@@ -261,7 +261,7 @@ def test_flex_fails_when_no_option_works(monkeypatch):
 
 
 def test_what_a_gpu_is_offered(monkeypatch):
-    monkeypatch.setattr(attention_implementations.portable, "unavailable", lambda device: None)
+    monkeypatch.setattr(attention_implementations.triton_attention, "unavailable", lambda device: None)
     monkeypatch.setattr(
         attention_implementations, "_module", lambda name: types.SimpleNamespace() if name == "flash_attn" else None
     )

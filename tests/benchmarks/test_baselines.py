@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.baselines import rules
+from benchmarks.baselines.load import init_inference
+from benchmarks.baselines.rules import check_device, check_installed
 from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.dims import model_shape, read_config
-from ds_ring.planning import validation
-from ds_ring.planning.validation import check_device, check_installed
 from tests.helpers.launching import ROOT, agree_on_two_gpus, deepspeed, last_line, run, wide_head_llama
 from tests.helpers.shapes import SHAPE, check
 from tests.helpers.tiny_models import build, llama_mqa
@@ -72,7 +73,7 @@ def test_what_they_can_do_passes(options):
 )
 def test_what_they_cannot_do_is_refused(options, text):
     with pytest.raises(ConfigError, match=text):
-        check(**options)
+        rules.check(RunConfig.load(None, **options), SHAPE)
 
 
 def test_models_whose_attention_they_would_get_wrong_are_refused():
@@ -83,8 +84,8 @@ def test_models_whose_attention_they_would_get_wrong_are_refused():
     }.items():
         for options in (ULYSSES, RING, YUNCHANG):
             with pytest.raises(UnsupportedModelError, match=f"has no {lacking}, which llama asks for"):
-                check(shape, **options)
-    check(replace(SHAPE, sliding_window=8, layer_types=("full_attention",)), **RING)
+                rules.check(RunConfig.load(None, **options), shape)
+    rules.check(RunConfig.load(None, **RING), replace(SHAPE, sliding_window=8, layer_types=("full_attention",)))
 
 
 def test_what_needs_gpus_is_refused_on_cpus(monkeypatch):
@@ -95,15 +96,15 @@ def test_what_needs_gpus_is_refused_on_cpus(monkeypatch):
     check_device(RunConfig.load({}, **ULYSSES), "cpu")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="PyTorch has it for GPUs alone"):
-        api.init_inference(build(llama_mqa()), **RING)
+        init_inference(build(llama_mqa()), **RING)
 
 
 def test_a_peer_that_is_not_installed_is_refused_and_said_how_to_get(monkeypatch):
-    monkeypatch.setattr(validation, "find_spec", lambda name: None)
+    monkeypatch.setattr(rules, "find_spec", lambda name: None)
     monkeypatch.setattr(api, "local_device", lambda: torch.device("cuda"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="yunchang: it is not installed; pip install yunchang"):
-        api.init_inference(build(llama_mqa()), **YUNCHANG | {"ulysses_degree": 1})
+        init_inference(build(llama_mqa()), **YUNCHANG | {"ulysses_degree": 1})
     check_installed(RunConfig.load({}, **RING))
 
 
@@ -159,6 +160,7 @@ def test_context_parallel_computes_the_model(tmp_path):
 import json, sys, torch
 from tests.helpers.tiny_models import build, llama_gqa, logits, tokens
 from torch.distributed.tensor import DTensor
+from benchmarks.baselines.load import baseline_of
 from benchmarks.layouts import bench
 from ds_ring import api
 from ds_ring.cli.options import leave
@@ -181,16 +183,16 @@ want, mesh, found = logits(model, ids), None, []
 for options in ({{}}, {{"ring_impl": "contiguous", "ring_variant": "pass_kv"}}):
     run = RunConfig.load({{"dtype": "fp32"}}, micro_batch_size=2, **{RING}, **options)
     mesh = mesh or api.connect(run)
-    engine = api.build_engine(model, run, mesh, model_shape(model.config), torch.device("cpu"))
+    engine = api.build_engine(model, run, mesh, model_shape(model.config), torch.device("cpu"), baseline_of(run))
     got = engine(ids).logits
     error = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
-    batch, _ = bench.pack(ids, None, None, engine.shape)
+    batch, _ = bench.pack(ids, None, None, engine.runner.shape)
     sent, journal = bench.count_bytes(engine, lambda: engine.prefill(batch, "last"))
     for again in journal:
         again()
-    engine.mute(True)
+    engine.runner.mute(True)
     muted = float((engine(ids).logits - want).norm())
-    found.append({{"error": error, "sent": sent, "muted": muted, "local": len(engine.held_positions(101, 0))}})
+    found.append({{"error": error, "sent": sent, "muted": muted, "local": len(engine.runner.held_positions(101, 0))}})
 if mesh.rank == 0:
     print(json.dumps(found), flush=True)
 leave(0)

@@ -66,7 +66,9 @@ def test_no_more_than_a_micro_batch_reaches_the_device(layout, monkeypatch):
         )
 
     def work(engine):
-        return [shard.logits_BkV for shard in engine.prefill(bench.pack(ids, None, None, engine.shape)[0], "last")]
+        return [
+            shard.logits_BkV for shard in engine.prefill(bench.pack(ids, None, None, engine.runner.shape)[0], "last")
+        ]
 
     kept = serve(model, work, batch_size=BATCH, micro_batch_size=64, max_length=LENGTH, **layout)
     assert max(sizes) == 64 * LENGTH
@@ -99,9 +101,9 @@ def test_the_peak_of_memory_is_that_of_the_timed_passes(monkeypatch):
     monkeypatch.setattr(Engine, "peak_memory_gib", held)
 
     def work(engine):
-        mute = engine.mute
-        engine.mute = lambda on: muted.add(engine) or mute(on)
-        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.shape)
+        mute = engine.runner.mute
+        engine.runner.mute = lambda on: muted.add(engine) or mute(on)
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.shape)
         return bench._measure_length(engine, batch, "full", lambda text: None)
 
     found = serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2)
@@ -120,7 +122,7 @@ def test_every_ranks_clock_is_told(monkeypatch):
     monkeypatch.setattr(bench, "watched_gpu", watched)
 
     def work(engine):
-        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.shape)
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.shape)
         return bench._measure_length(engine, batch, "full", lambda text: None).gpu
 
     model = build(gpt_neox(heads=2, layers=2))
@@ -136,8 +138,8 @@ def test_speed_alone_takes_no_passes_without_communication():
     model, reports = build(gpt_neox(heads=2, layers=2)), []
 
     def work(engine):
-        engine.mute = None  # not to be called
-        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.shape)
+        engine.runner.mute = None  # not to be called
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.shape)
         return bench._measure_length(engine, batch, "full", reports.append)
 
     for found in serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2, speed_only=True):

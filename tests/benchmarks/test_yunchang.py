@@ -21,6 +21,7 @@ import json, sys, torch
 from tests.helpers.tiny_models import build, gpt_neox, llama_gqa, logits, tokens
 from torch.nn.functional import pad
 from yunchang.kernels import attention as kernels
+from benchmarks.baselines.load import baseline_of
 from benchmarks.layouts import bench
 from ds_ring import api
 from ds_ring.cli.options import leave
@@ -41,9 +42,9 @@ def merged(engine):
     '''Relative errors on this rank in fp16: of its ring, and of the kernel alone.'''
     generator, length = torch.Generator().manual_seed(0), 1024
     q, k, v = (torch.randn(1, 2, length, 64, generator=generator).half() for _ in range(3))
-    at_l = engine.held_positions(length, engine.mesh["sp"].rank)
+    at_l = engine.runner.held_positions(length, engine.mesh["sp"].rank)
     local = (t[:, :, at_l].transpose(1, 2) for t in (q, k, v))
-    ring = engine._attention(*local, causal=True).transpose(1, 2)
+    ring = engine.runner._attention(*local, causal=True).transpose(1, 2)
     want = flash(q.double(), k.double(), v.double(), is_causal=True)[0][:, :, at_l]
     alone = flash(q, k, v, is_causal=True)[0][:, :, at_l]
     return [float((got - want).norm() / want.norm()) for got in (ring, alone)]
@@ -60,18 +61,18 @@ for config, dtype, options in (
     mesh = api.connect(run)
     model = build(config)
     want = logits(model, ids)
-    engine = api.build_engine(model, run, mesh, model_shape(model.config), torch.device("cpu"))
+    engine = api.build_engine(model, run, mesh, model_shape(model.config), torch.device("cpu"), baseline_of(run))
     got = engine(ids).logits.float()
     error = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
-    batch, _ = bench.pack(ids, None, None, engine.shape)
+    batch, _ = bench.pack(ids, None, None, engine.runner.shape)
     sent, journal = bench.count_bytes(engine, lambda: engine.prefill(batch, "last"))
     for again in journal:
         again()
-    found.append({"error": error, "sent": sent, "local": len(engine.held_positions(101, 0))})
+    found.append({"error": error, "sent": sent, "local": len(engine.runner.held_positions(101, 0))})
     if dtype == "fp16":
         errors = mesh["world"].all_gather_objects(merged(engine))
         found[-1]["ring"], found[-1]["alone"] = (max(e) for e in zip(*errors))
-    engine.mute(True)
+    engine.runner.mute(True)
     found[-1]["muted"] = float((engine(ids).logits - want).norm())
     assert torch.distributed.batch_isend_irecv.__module__.startswith("torch.")
 if mesh.rank == 0:

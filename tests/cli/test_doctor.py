@@ -12,7 +12,6 @@ from ds_ring.cli import doctor
 from ds_ring.cli.doctor import Host
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
-from ds_ring.planning import validation
 from tests.helpers.launching import ROOT
 from tests.helpers.tiny_models import build, llama_gqa
 
@@ -103,16 +102,6 @@ class TestConfiguration:
         broken = self.examined(checkpoint, ulysses_degree=2)["configuration"]
         assert broken.outcome == "problem"
         assert "num_heads=9 is not divisible by ulysses_degree=2" in broken.detail
-
-    @pytest.mark.parametrize(
-        ("gpus", "words"),
-        [(0, "its kernels are for GPUs alone; leave it out on CPUs"), (2, "it is not installed; pip install yunchang")],
-    )
-    def test_another_implementation_that_cannot_run_here(self, checkpoint, gpus, words, monkeypatch):
-        monkeypatch.setattr(doctor, "gpu_count", lambda: gpus)
-        monkeypatch.setattr(validation, "find_spec", lambda name: None)
-        broken = self.examined(checkpoint, implementation="yunchang", ring_degree=2)["configuration"]
-        assert (broken.outcome, broken.detail) == ("problem", f"implementation=yunchang: {words}")
 
     def test_a_batch_smaller_than_the_replicas(self, checkpoint):
         broken = self.examined(checkpoint, dp_size=2)["configuration"]

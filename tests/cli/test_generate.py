@@ -171,7 +171,7 @@ def test_the_floor_of_a_step_is_what_all_stages_read_one_after_the_other(tied, m
     model = build(llama_gqa(vocab_size=257, tie_word_embeddings=tied))
 
     def work(engine):
-        return generate.step_floor_s(engine, 1000 * len(engine.layers)), generate.share_of_weights(engine)
+        return generate.step_floor_s(engine, 1000 * len(engine.runner.layers)), generate.share_of_weights(engine)
 
     ((alone_s, weights),) = serve(model, work)
     embedding = 257 * 72 * 4

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_ring.engine.batch import Batch, pack
 from ds_ring.errors import InputError
-from ds_ring.planning.validation import ModelShape
+from ds_ring.model_dims import ModelShape
 
 SHAPE = ModelShape(
     model_type="llama", num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=2, head_dim=4,

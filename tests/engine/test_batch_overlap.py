@@ -177,7 +177,7 @@ def order_of_layers(rows: int = 2, **options) -> list[tuple[int, int]]:
 
     def work(engine: Engine) -> list[tuple[int, int]]:
         order: list[tuple[greenlet, int]] = []
-        for number, layer in enumerate(engine.anatomy.layers):
+        for number, layer in enumerate(engine.runner.anatomy.layers):
             layer.register_forward_pre_hook(lambda module, args, number=number: order.append((getcurrent(), number)))
         engine(ids, mask)
         lanes = list(dict.fromkeys(lane for lane, _ in order))

@@ -53,7 +53,7 @@ class Recorder:
 @pytest.mark.parametrize("layout", [{}, {"ring_degree": 3}], ids=["single", "ring3"])
 def test_a_step_is_captured_again_only_when_the_cache_moves(little_room, layout):
     def work(engine: Engine) -> tuple[Tensor, int, int, int]:
-        recorder = engine.capture = Recorder()
+        recorder = engine.runner.capture = Recorder()
         found = engine.generate(IDS, MASK, max_new_tokens=60, **OPTIONS)
         return found.sequences, recorder.captured, recorder.replayed, found.past_key_values.store.moves
 

@@ -275,7 +275,7 @@ def test_two_models_with_other_head_counts_do_not_meet(layout):
 
     def work(engine: Engine) -> list[Tensor]:
         model = others[engine.mesh.rank]
-        second = build_engine(model, engine.config, engine.mesh, model_shape(model.config), engine.device)
+        second = build_engine(model, engine.run_config, engine.mesh, model_shape(model.config), engine.device)
         return [e(ids).logits for e in (engine, second, engine)]
 
     for first, second, again in serve(small_model(), work, **layout):
@@ -292,9 +292,9 @@ def test_a_muted_engine_talks_to_nobody(layout):
         batch, _ = engine.prepare(ids, None, None)
         if engine.mesh.rank in (0, 3):
             # Were anything sent, these ranks would wait for the others.
-            engine.mute(True)
+            engine.runner.mute(True)
             engine.prefill(batch, "last")
-            engine.mute(False)
+            engine.runner.mute(False)
         return engine(ids).logits
 
     results = serve(small_model(), work, **layout)

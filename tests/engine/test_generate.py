@@ -10,7 +10,7 @@ import pytest
 
 from ds_ring.engine import decode_tp
 from ds_ring.errors import DsRingError
-from ds_ring.utils.hardware import CARDS
+from ds_ring.planning.cards import CARDS
 from tests.helpers.generated import (
     GREEDY,
     LAYOUTS,
@@ -65,7 +65,7 @@ def test_decoding_with_slices_of_the_weights(name, layout):
     want = unsharded(model, ids, **options)
 
     def work(engine):
-        assert engine.decodes_sliced
+        assert engine.runner.decodes_sliced
         return engine.generate(ids, **options, **GREEDY)
 
     assert_same(on_all_ranks_alike(serve(model, work, decode="sliced", batch_size=2, **layout)), want)
@@ -75,7 +75,9 @@ def test_auto_slices_where_that_pays_and_can_be(monkeypatch, caplog):
     """By what a card reads and a collective takes; on CPUs a tiny model is not worth it."""
 
     def sliced(name: str, **options: Any) -> list[bool]:
-        return serve(build(ARCHITECTURES[name]()), lambda engine: engine.decodes_sliced, ring_degree=2, **options)
+        return serve(
+            build(ARCHITECTURES[name]()), lambda engine: engine.runner.decodes_sliced, ring_degree=2, **options
+        )
 
     assert sliced("llama_gqa") == [False, False]
     monkeypatch.setattr(decode_tp, "card_of", lambda device: replace(CARDS["H100"], collective_s=0.0))

@@ -184,7 +184,7 @@ def test_the_cache_of_an_interrupted_turn_is_refused(when):
             if when == "prompt" or out.shape[1] == 1:
                 raise KeyboardInterrupt
 
-        handle = engine.anatomy.layers[1].register_forward_hook(interrupt)
+        handle = engine.runner.anatomy.layers[1].register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.generate(ids[:, :30], past_key_values=cache, max_new_tokens=4, **GREEDY)
         handle.remove()

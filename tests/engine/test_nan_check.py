@@ -18,7 +18,7 @@ LAYERS = 3
 
 def spoil(engine: Engine, layer: int, value: float, rank: int | None = None) -> None:
     """Make one of the model's layers give ``value`` for one token, on one rank or on all."""
-    if layer not in engine.layers or rank not in (None, engine.mesh.rank):
+    if layer not in engine.runner.layers or rank not in (None, engine.mesh.rank):
         return
 
     def hook(module: nn.Module, args: Any, out: Any) -> Any:
@@ -26,7 +26,7 @@ def spoil(engine: Engine, layer: int, value: float, rank: int | None = None) -> 
         first[0, 0, 0] = value
         return out
 
-    engine.model.get_submodule("gpt_neox.layers")[engine.layers.index(layer)].register_forward_hook(hook)
+    engine.model.get_submodule("gpt_neox.layers")[engine.runner.layers.index(layer)].register_forward_hook(hook)
 
 
 def refusals(work, **layout) -> list[str]:

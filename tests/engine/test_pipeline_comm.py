@@ -42,7 +42,7 @@ def test_a_muted_pipeline_counts_as_much_and_moves_nothing():
     def work(engine: Engine) -> tuple[int, int, bool]:
         batch, counts = engine.prepare(ids, None, None)[0], []
         for muted in (False, True):
-            engine.mute(muted)
+            engine.runner.mute(muted)
             engine.mesh.traffic.bytes_by_op.clear()
             shards = engine.prefill(batch, "last")
             counts.append(engine.mesh.traffic.bytes_by_op["exchange"])

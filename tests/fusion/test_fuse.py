@@ -99,8 +99,8 @@ def test_every_layout_fuses_alike(config, layout):
 
     def work(engine: Engine) -> tuple[Tensor, dict[str, int], int]:
         got = engine(ids).logits
-        assert engine.fusion is not None
-        return got, {k: n for k, n in engine.fusion.done.items() if n}, len(engine.anatomy.layers)
+        assert engine.runner.fusion is not None
+        return got, {k: n for k, n in engine.runner.fusion.done.items() if n}, len(engine.runner.anatomy.layers)
 
     alone = serve(model, work)[0][1]
     for got, done, layers in serve(model, work, batch_size=2, **layout):
@@ -117,7 +117,7 @@ def test_without_fusion_the_model_is_untouched(layout):
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(2, LENGTH)
 
     def work(engine: Engine) -> Tensor:
-        assert engine.fusion is None
+        assert engine.runner.fusion is None
         assert not [name for name, module in engine.model.named_modules() if "forward" in vars(module)]
         return engine(ids).logits
 

@@ -70,7 +70,7 @@ def test_segments_apart_hold_what_one_segment_holds(ranks, muted, monkeypatch):
     """For kernels that take several, own keys stay where they were made; for others they are copied among the rest."""
 
     def work(engine: Engine) -> tuple[Tensor, dict[str, int], set[int]]:
-        engine.mute(muted)
+        engine.runner.mute(muted)
         engine.mesh.traffic.bytes_by_op.clear()
         shards = engine.prefill(engine.prepare(tokens(3, LENGTH), None, None)[0], "all")
         found = torch.cat([shard.logits_BkV for shard in shards])
@@ -156,7 +156,7 @@ def test_the_shared_tensor_is_what_was_written(config, value, query, wire, seen)
 def test_a_query_projection_of_its_own_runs_when_keys_are_under_way(seen):
     def work(engine: Engine) -> list[str]:
         own = seen[threading.get_ident()]
-        for layer in engine.anatomy.layers:
+        for layer in engine.runner.anatomy.layers:
             layer.self_attn.q_proj.register_forward_hook(lambda *_: own.append(("q_proj",)))
         engine(tokens(1, LENGTH))
         return [event[0] for event in own if event[0] in ("start", "q_proj")]
@@ -193,7 +193,7 @@ def test_a_muted_forward_writes_as_much_and_moves_nothing(layout):
     def work(engine: Engine) -> tuple[dict[str, int], dict[str, int], bool]:
         batches, counts = engine.prepare(tokens(3, LENGTH), None, None)[0], []
         for muted in (False, True):
-            engine.mute(muted)
+            engine.runner.mute(muted)
             engine.mesh.traffic.bytes_by_op.clear()
             shards = engine.prefill(batches, "last")
             counts.append(dict(engine.mesh.traffic.bytes_by_op))

@@ -37,7 +37,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 )
 from transformers import PreTrainedModel
 
-from ds_ring.api import build_engine, is_tensor_pipeline
+from ds_ring.api import build_engine
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import TransportError
@@ -82,7 +82,7 @@ def serve(
         return work(build_engine(copies[mesh.rank], run, mesh, shape, torch.device("cpu")))
 
     with one_process():
-        if wire == "process_groups" or (is_tensor_pipeline(run.topology) and wire != "copy_engine"):
+        if wire == "process_groups" or (run.topology.tp * run.topology.pp > 1 and wire != "copy_engine"):
             return ProcessGroupWorld(size).run(lambda rank: on_rank(Mesh.from_process_groups(run.topology)))
         world = ThreadedWorld(size, TIMEOUT_S)
         mesh_of = copy_engine_mesh() if wire == "copy_engine" else threaded_mesh

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ds_ring.config import RunConfig
-from ds_ring.planning.validation import ModelShape, check_run
+from ds_ring.model_dims import ModelShape
+from ds_ring.planning.validation import check_run
 
 SHAPE = ModelShape(
     model_type="llama", num_layers=4, hidden_size=512, num_heads=28, num_kv_heads=4, head_dim=64,

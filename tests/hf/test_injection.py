@@ -20,7 +20,7 @@ from ds_ring.attention import sinks
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import ParallelConfig, RunConfig
 from ds_ring.engine.engine import Engine
-from ds_ring.engine.sequence_parallel import SequenceParallelEngine
+from ds_ring.engine.sequence_parallel import SequenceParallelRunner
 from ds_ring.errors import DsRingError, UnsupportedModelError
 from ds_ring.hf.attention import NAME, register
 from ds_ring.hf.attention_context import AttentionContext
@@ -49,8 +49,10 @@ def count_own_tokens(engine: Engine) -> None:
 
 def leave_order_as_it_is(engine: Engine) -> None:
     """Zigzag chunks come back as if they had been contiguous."""
-    assert isinstance(engine, SequenceParallelEngine)
-    engine.held_positions = lambda length, peer: torch.arange(engine.layout(length).padded_length).chunk(3)[peer]
+    assert isinstance(engine.runner, SequenceParallelRunner)
+    engine.runner.held_positions = lambda length, peer: torch.arange(engine.runner.layout(length).padded_length).chunk(
+        3
+    )[peer]
 
 
 @pytest.mark.parametrize("mutate", [count_own_tokens, leave_order_as_it_is], ids=lambda f: f.__name__)

@@ -88,10 +88,10 @@ def test_it_leaves_the_engine_as_it_was(layout):
     ids = tokens(2, 63)
 
     def work(engine: Engine) -> list[Tensor]:
-        forward = vars(engine.anatomy.layers[-1])["forward"]
+        forward = vars(engine.runner.anatomy.layers[-1])["forward"]
         before = engine(ids).logits
         engine.next_token_logits(ids)
-        assert vars(engine.anatomy.layers[-1])["forward"] is forward
+        assert vars(engine.runner.anatomy.layers[-1])["forward"] is forward
         return [before, engine(ids).logits]
 
     for before, after in serve(small_model(), work, batch_size=2, **layout):
@@ -103,7 +103,7 @@ def test_the_last_layer_sees_its_mlp_run_for_one_token_a_row(layout):
     ids, seen = tokens(2, 63), []
 
     def work(engine: Engine) -> list[Tensor | None]:
-        layer = engine.anatomy.layers[-1]
+        layer = engine.runner.anatomy.layers[-1]
         layer.attention.dense.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
         batch, _ = engine.prepare(ids, None, None)
         return engine.prefill_only(batch)
@@ -141,9 +141,9 @@ def test_muted_it_talks_to_nobody(layout):
     def work(engine: Engine) -> Tensor:
         batch, _ = engine.prepare(ids, None, None)
         if engine.mesh.rank in (0, 3):
-            engine.mute(True)
+            engine.runner.mute(True)
             engine.prefill_only(batch)
-            engine.mute(False)
+            engine.runner.mute(False)
         return engine.next_token_logits(ids)
 
     for got in serve(small_model(), work, **layout):
@@ -159,10 +159,10 @@ def test_keys_and_values_of_all_tokens_reach_the_cache():
 
     def work(engine: Engine) -> Tensor:
         tokens_ = LastTokens((17, 17), [list(range(17))], SoloTransport())
-        context = engine._context
+        context = engine.runner._context
         with (
             torch.inference_mode(),
-            last_tokens_only(engine.anatomy, context, tokens_),
+            last_tokens_only(engine.runner.anatomy, context, tokens_),
             context.forward(SequenceLayout(17), 3, "model"),
         ):
             return engine.model(ids, past_key_values=got, logits_to_keep=1).logits[:, -1]
@@ -179,7 +179,7 @@ def test_a_layer_without_attention_is_named():
             return hidden_states
 
     def work(engine: Engine) -> Exception | None:
-        engine.anatomy.layers[-1] = Plain()
+        engine.runner.anatomy.layers[-1] = Plain()
         return outcome(lambda: engine.next_token_logits(tokens(1, 9)))
 
     (error,) = serve(build(llama_gqa()), work)

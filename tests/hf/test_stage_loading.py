@@ -22,7 +22,7 @@ from ds_ring.errors import CheckpointError
 from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint
 from ds_ring.hf.decoder import Anatomy
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
-from ds_ring.planning.validation import stage_layers
+from ds_ring.parallel.degrees import stage_layers
 from tests.helpers.mocked_world import relative_error
 from tests.helpers.starts import launched
 from tests.helpers.tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, logits, tokens

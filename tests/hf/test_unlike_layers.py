@@ -53,7 +53,7 @@ def test_logits_and_tokens_are_the_unsharded_model_s(layout):
     def work(engine: Engine) -> tuple[Tensor, Tensor, float]:
         found = engine(ids).logits
         engine.mesh.traffic.bytes_by_op.clear()
-        engine.prefill(pack(ids, None, None, engine.shape)[0], "none")
+        engine.prefill(pack(ids, None, None, engine.runner.shape)[0], "none")
         sent = engine.mesh["world"].all_gather_objects(engine.mesh.traffic.bytes_sent)
         return found, engine.generate(ids, **options), sum(sent) / len(sent)
 

@@ -1,6 +1,7 @@
 """The planner: what it takes for which batch, length and memory, and that it never takes what cannot run."""
 
 import json
+import logging
 import math
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from transformers import GPTNeoXConfig
 from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
+from ds_ring.model_dims import ModelShape
+from ds_ring.planning.cards import CARDS, Card
 from ds_ring.planning.plan import Plan, choose, plans, resolve
-from ds_ring.planning.validation import ModelShape, check_run
-from ds_ring.utils.hardware import CARDS, Card
+from ds_ring.planning.validation import check_run
 
 ROOT = Path(__file__).parents[2]
 H100 = CARDS["H100"]
@@ -161,13 +163,14 @@ SMALL = GPTNeoXConfig(
 )  # fmt: skip
 
 
-def test_auto_in_a_configuration_becomes_degrees(monkeypatch, capsys):
+def test_auto_in_a_configuration_becomes_degrees(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "ds_ring")
     config = RunConfig.load({"ds_ring": {"parallel": "auto", "workload": {"batch_size": 4}}})
     assert config.parallel.auto
     monkeypatch.setenv("WORLD_SIZE", "4")
     found = api.resolve(config, SMALL)
     assert (found.parallel.auto, found.parallel.dp_size) == (False, 4)
-    assert "parallel=auto takes dp4: 4 sequences keep 4 ranks busy" in capsys.readouterr().err
+    assert "parallel=auto takes dp4: 4 sequences keep 4 ranks busy" in caplog.text
     assert api.resolve(found, SMALL) is found
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from ds_ring.hf.dims import model_shape, read_config
 from ds_ring.hf.flops import linear_parameters
+from ds_ring.planning.cards import CARDS
 from ds_ring.planning.plan import Plan, _predict
 from ds_ring.process.launcher import ROOT
-from ds_ring.utils.hardware import CARDS
 from tests.helpers.recorded_rows import rows_of, run_of
 
 RECORDS = {

@@ -8,7 +8,8 @@ import pytest
 
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError, UserError
-from ds_ring.planning.validation import check_run, stage_layers, valid_degrees
+from ds_ring.parallel.degrees import stage_layers, valid_degrees
+from ds_ring.planning.validation import check_run
 from tests.helpers.shapes import SHAPE, check
 
 

@@ -11,22 +11,24 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
+from benchmarks.baselines import rules
 from benchmarks.baselines.attention import attach
+from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
-from ds_ring.engine.engine import Engine
-from ds_ring.engine.model_runner import Shard
+from ds_ring.engine.model_runner import ModelRunner, Shard
 from ds_ring.engine.sequence_parallel import positions_of
-from ds_ring.errors import InputError, UnsupportedModelError
+from ds_ring.errors import UnsupportedModelError
+from ds_ring.model_dims import ModelShape
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.base import blank
-from ds_ring.utils.transfer import to_device
+from ds_ring.utils.hardware import to_device
 
 Shared = AbstractContextManager[tuple[Tensor, Tensor]]
 
@@ -36,7 +38,7 @@ LSE_ROWS = 32
 needs as many as there are queries."""
 
 
-class PeerEngine(Engine):
+class BaselineRunner(ModelRunner):
     """Whole forwards by another implementation; ``model`` must be whole."""
 
     result_axis = "sp"
@@ -57,8 +59,13 @@ class PeerEngine(Engine):
     ) -> tuple[Tensor, None]:
         """The peer's attention, as transformers calls one."""
 
+    @classmethod
+    def check(cls, run_config: RunConfig, shape: ModelShape, device_type: str) -> None:
+        rules.check(run_config, shape)
+        rules.check_device(run_config, device_type)
+
     def _inject(self, model: PreTrainedModel) -> None:
-        attach(model, self.config.parallel.implementation, self._counted)
+        attach(model, self.run_config.parallel.implementation, self._counted)
 
     def _counted(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
         self._calls += 1
@@ -68,8 +75,8 @@ class PeerEngine(Engine):
     def layers(self) -> range:
         return range(self.shape.num_layers)
 
-    def held_positions(self, length: int, peer: int) -> Tensor:
-        return positions_of(self.layout(length), *divmod(peer, self.config.parallel.ulysses_degree))
+    def held_positions(self, length: int, rank: int) -> Tensor:
+        return positions_of(self.layout(length), *divmod(rank, self.run_config.parallel.ulysses_degree))
 
     def mute(self, muted: bool) -> None:
         self._muted = muted
@@ -77,7 +84,7 @@ class PeerEngine(Engine):
     @property
     def _takes_flash(self) -> bool:
         """Whether PyTorch's flash kernel serves this model; otherwise its memory-efficient one does."""
-        return self.shape.head_dim <= FLASH_HEAD_DIM and self.config.dtype != "fp32"
+        return self.shape.head_dim <= FLASH_HEAD_DIM and self.run_config.dtype != "fp32"
 
     def _mergeable(self, layout: SequenceLayout) -> SequenceLayout:
         """``layout`` of a sequence so long that a ring over PyTorch's kernels can merge its chunks."""
@@ -99,12 +106,12 @@ class PeerEngine(Engine):
             return output.copy_(tensor)  # arithmetic on garbage takes another time than on numbers
         return own(output, tensor, group=group, **options)
 
-    def forward(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        return [self._forward(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+    def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+        return [self._run_micro_batch(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
 
     # Not inference_mode: PyTorch's DTensor, which context_parallel is made of, resizes and views in place.
     @torch.no_grad()
-    def _forward(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
+    def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
         padding = (0, self.layout(batch.length).padded_length - batch.length)
         given = (to_device(pad(t, padding), self.device) for t in (batch.ids_BL, batch.position_ids_BL))
         positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
@@ -123,28 +130,9 @@ class PeerEngine(Engine):
         if self._calls != len(self.layers):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} attended {self._calls} times through transformers' interface for "
-                f"{len(self.layers)} layers, so {self.config.parallel.implementation} cannot serve it"
+                f"{len(self.layers)} layers, so {self.run_config.parallel.implementation} cannot serve it"
             )
         return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at_k], out.logits)
-
-    def forward_last(self, micro_batches: list[Batch]) -> list[Tensor | None]:
-        self._refuse("prefill_only")
-
-    def slots(self, length: int) -> int:
-        self._refuse("a cache")
-
-    def tokens_held(self, length: int, tokens: int) -> NoReturn:
-        self._refuse("a cache")
-
-    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Any) -> Tensor:
-        self._refuse("decoding")
-
-    def generate(self, *args: Any, **options: Any) -> NoReturn:
-        self._refuse("generate")
-
-    def _refuse(self, what: str) -> NoReturn:
-        whose = self.config.parallel.implementation
-        raise InputError(f"implementation={whose} has no {what}, only whole forwards; take implementation=ds_ring")
 
 
 @contextmanager
