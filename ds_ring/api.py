@@ -16,21 +16,21 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_ring.config import RunConfig
-from ds_ring.engine.dry_run import rehearse
+from ds_ring.engine.dry_run import dry_run
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import ModelRunner
-from ds_ring.engine.oom import noted, of_weights
+from ds_ring.engine.oom import of_weights, with_memory_note
 from ds_ring.engine.sequence_parallel import SequenceParallelRunner
 from ds_ring.engine.tensor_pipeline import TensorPipelineRunner
 from ds_ring.errors import ConfigError
 from ds_ring.hf import fingerprint
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.decoder import Anatomy, own_configs
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.decoder import Decoder, own_configs
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.hf.stage import keep_stage
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import stage_layers
 from ds_ring.planning import plan
 from ds_ring.planning.cards import card_of
@@ -40,7 +40,7 @@ from ds_ring.process.parent_watch import end_with_launcher
 from ds_ring.process.watchdog import outside
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.process_group import ProcessGroupTransport
-from ds_ring.transport.select import Place, choose, sharing_a_gpu
+from ds_ring.transport.select import Location, select_transports, sharing_a_gpu
 from ds_ring.utils.results import versions
 
 log = logging.getLogger("ds_ring")
@@ -78,17 +78,17 @@ def from_pretrained(
     run = RunConfig.load(config, **{"model": str(path) if path else None, **overrides})
     path = run.checkpoint
     checkpoint = Checkpoint.open(path)
-    run = resolve(run)
+    run = with_planned_degrees(run)
     config_of_model = read_config(path)
-    shape = model_shape(config_of_model)
-    kind = _checked_runner(run, shape, runner)
+    dims = model_dims(config_of_model)
+    kind = _checked_runner(run, dims, runner)
     if runner is None:
-        rehearse(config_of_model, run)
-    _log_stages(run, shape)
+        dry_run(config_of_model, run)
+    _log_stages(run, dims)
     mesh = connect(run, {**fingerprint.of_config(config_of_model), **fingerprint.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
-    layers = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
-    with noted(lambda: of_weights(weight_bytes(config_of_model, dtype, layers), run, device)):
+    layers = stage_layers(dims.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
+    with with_memory_note(lambda: of_weights(weight_bytes(config_of_model, dtype, layers), run, device)):
         # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched. Stages read other
         # tensors, so that one may lack what others do not miss.
         with mesh["world"].together(outside.over("waiting for all ranks to load")):
@@ -97,7 +97,7 @@ def from_pretrained(
             else:
                 model = load_model(path, dtype, device)
         with outside.over("building the engine"):
-            return Engine(kind(model, run, mesh, shape, device))
+            return Engine(kind(model, run, mesh, dims, device))
 
 
 def init_inference(
@@ -116,16 +116,16 @@ def init_inference(
     run = RunConfig.load(config, **overrides)
     if "dtype" not in run.deepspeed:
         run = RunConfig.load(run, dtype=str(model.dtype))
-    run = resolve(run, model.config)
-    shape = model_shape(model.config)
-    kind = _checked_runner(run, shape, runner)
-    _log_stages(run, shape)
+    run = with_planned_degrees(run, model.config)
+    dims = model_dims(model.config)
+    kind = _checked_runner(run, dims, runner)
+    _log_stages(run, dims)
     mesh = connect(run, {**fingerprint.of_config(model.config), **fingerprint.of_parameters(model)})
     with outside.over("building the engine"):
-        return build_engine(model, run, mesh, shape, local_device(), kind)
+        return build_engine(model, run, mesh, dims, local_device(), kind)
 
 
-def _checked_runner(run: RunConfig, shape: ModelShape, given: type[ModelRunner] | None) -> type[ModelRunner]:
+def _checked_runner(run: RunConfig, dims: ModelDims, given: type[ModelRunner] | None) -> type[ModelRunner]:
     """The layout that ``run`` asks for, or the one that is ``given``, after all rules that it must satisfy here."""
     whose = run.parallel.implementation
     if given is None and whose != "ds_ring":
@@ -133,9 +133,9 @@ def _checked_runner(run: RunConfig, shape: ModelShape, given: type[ModelRunner] 
             f"implementation={whose} is another project's: launch/bench.py and launch/compare.py run it beside ours; "
             f"leave it out here"
         )
-    check_layout(run, shape, world_size())
+    check_layout(run, dims, world_size())
     kind = given or runner_of(run)
-    kind.check(run, shape, local_device().type)
+    kind.check(run, dims, local_device().type)
     return kind
 
 
@@ -145,22 +145,24 @@ def runner_of(run: RunConfig) -> type[ModelRunner]:
     return TensorPipelineRunner if topology.tp * topology.pp > 1 else SequenceParallelRunner
 
 
-def _log_stages(run: RunConfig, shape: ModelShape) -> None:
+def _log_stages(run: RunConfig, dims: ModelDims) -> None:
     """The pipeline's stages, where they are not of equally many layers."""
     pp = run.parallel.pp_size
-    if shape.num_layers % pp:
-        counts = [str(len(stage_layers(shape.num_layers, pp, stage))) for stage in range(pp)]
-        log.info("%s", f"pp_size={pp} does not divide {shape.num_layers} layers: stages of {', '.join(counts)}")
+    if dims.num_layers % pp:
+        counts = [str(len(stage_layers(dims.num_layers, pp, stage))) for stage in range(pp)]
+        log.info("%s", f"pp_size={pp} does not divide {dims.num_layers} layers: stages of {', '.join(counts)}")
 
 
-def resolve(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:
+def with_planned_degrees(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:
     """``run`` with degrees for the ranks of this launch, where it says ``"parallel": "auto"``; says which and why.
 
     ``config``: the model's; None reads it from the checkpoint.
     """
     if not run.parallel.auto:
         return run
-    found, reason = plan.resolve(run, config or read_config(run.checkpoint), world_size(), card_of(local_device()))
+    found, reason = plan.with_planned_degrees(
+        run, config or read_config(run.checkpoint), world_size(), card_of(local_device())
+    )
     log.info("%s", f"parallel=auto takes {reason}")
     return found
 
@@ -169,21 +171,21 @@ def build_engine(
     model: PreTrainedModel,
     run: RunConfig,
     mesh: Mesh,
-    shape: ModelShape,
+    dims: ModelDims,
     device: torch.device,
     runner: type[ModelRunner] | None = None,
 ) -> Engine:
     """The engine that ``run`` asks for, over an existing mesh, around a whole ``model``."""
     own_configs(model)
-    layers, dtype = stage_layers(shape.num_layers, run.parallel.pp_size, mesh.coordinate("pp")), torch_dtype(run.dtype)
-    if len(layers) < shape.num_layers:
+    layers, dtype = stage_layers(dims.num_layers, run.parallel.pp_size, mesh.coordinate("pp")), torch_dtype(run.dtype)
+    if len(layers) < dims.num_layers:
         # First: a device may have room for this stage alone.
-        keep_stage(Anatomy.of(model), layers)
+        keep_stage(Decoder.of(model), layers)
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    with noted(lambda: of_weights(weights, run, device)):
+    with with_memory_note(lambda: of_weights(weights, run, device)):
         with float_buffers_kept(model):
             model = model.to(device=device, dtype=dtype).eval()
-        return Engine((runner or runner_of(run))(model, run, mesh, shape, device))
+        return Engine((runner or runner_of(run))(model, run, mesh, dims, device))
 
 
 def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
@@ -230,11 +232,13 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
     everyone = ProcessGroupTransport(deepspeed.comm.get_world_group(), world, deepspeed.comm.get_rank())
     packages = {f"the version of {name}": value for name, value in versions().items()}
     everyone.agree(**run.facts(), **packages, **model)
-    places = everyone.all_gather_objects(Place.of(device))
+    locations = everyone.all_gather_objects(Location.of(device))
     if device.type == "cuda":
-        _share_cores(sum(place.host == places[everyone.rank].host for place in places))
+        _share_cores(sum(location.host == locations[everyone.rank].host for location in locations))
     ours = run.parallel.implementation == "ds_ring"
-    choice = choose(run.ring.transport if ours else "process_group", run.topology, places, sharing_a_gpu())
+    choice = select_transports(
+        run.ring.transport if ours else "process_group", run.topology, locations, sharing_a_gpu()
+    )
     if choice.describe():
         log.info("%s", f"transport: {choice.describe()}")
     insist = run.ring.transport == "copy_engine"

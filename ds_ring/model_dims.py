@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelDims:
     """What layouts need to know of a model.
 
     Attributes:

@@ -36,7 +36,7 @@ def measure(config: RunConfig, references: list[str], output: str | None, trace:
     from ds_ring import api
     from ds_ring.utils import results
 
-    config = api.resolve(config)
+    config = api.with_planned_degrees(config)
     bench.check(config)
     options.say(f"{config.label}: load {config.ring.model}")
     engine = load.from_pretrained(config)

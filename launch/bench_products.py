@@ -23,13 +23,13 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.kernels import products
     from benchmarks.reports import tables
     from ds_ring.hf.attention import torch_dtype
-    from ds_ring.hf.dims import model_shape, read_config
+    from ds_ring.hf.dims import model_dims, read_config
     from ds_ring.utils import hardware, results
     from ds_ring.utils.progress import make_console
 
     if min([1, *args.panels, *args.rows]) < 1 or args.finalists < 0:
         raise ConfigError(f"rows={args.rows}, panels={args.panels} or finalists={args.finalists} is too small")
-    cases = products.cases(model_shape(read_config(args.model)))
+    cases = products.cases(model_dims(read_config(args.model)))
     if not torch.cuda.is_available():
         raise ConfigError("no CUDA GPU; this benchmark needs one")
     device = torch.device("cuda")

@@ -24,18 +24,18 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.layouts import gpu_telemetry
     from benchmarks.reports import tables
     from ds_ring.hf.attention import torch_dtype
-    from ds_ring.hf.dims import model_shape, read_config
+    from ds_ring.hf.dims import model_dims, read_config
     from ds_ring.utils import hardware, results
     from ds_ring.utils.progress import make_console
 
-    shape = model_shape(read_config(args.model))
+    dims = model_dims(read_config(args.model))
     if args.gpus < 2:
         raise ConfigError(f"gpus={args.gpus}: it takes two to pull from one another")
     if (count := torch.cuda.device_count()) < args.gpus:
         raise ConfigError(f"{count} CUDA GPUs, {args.gpus} are wanted; they must reach each other's memory")
     devices = [torch.device("cuda", index) for index in range(args.gpus)]
     torch.manual_seed(0)
-    rows = transfers.run(shape, args.rows, torch_dtype(args.dtype), devices, args.seconds, args.warm_s, options.say)
+    rows = transfers.run(dims, args.rows, torch_dtype(args.dtype), devices, args.seconds, args.warm_s, options.say)
     general = {
         "device": hardware.device_name(devices[0]), "gpus": args.gpus, "dtype": args.dtype, "tokens": args.rows,
         "link_sleeps_after_ms": gpu_telemetry.link_sleeps_after_ms(devices[0]),

@@ -33,13 +33,13 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
     overrides = options.overrides(args)
     files = args.layouts or ([args.config] if args.config else compare.default_layouts())
-    plan = latency.plan(files, args.latency, overrides) if args.latency else compare.Plan.make(files, overrides)
+    plan = latency.plan(files, args.latency, overrides) if args.latency else compare.Comparison.make(files, overrides)
     plan = replace(plan, there_and_back=args.there_and_back)
     if args.baseline is not None:
         plan.check_baseline(args.baseline)
     output, console, provenance = Path(args.output), progress.make_console(), results.provenance()
 
-    def keep(found: run_queue.Outcome) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def keep(found: run_queue.Findings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         failed = found.without_row
         options.require([] if found.rows else list(map(said, failed)), "no layout ran: {}; see the logs by the output")
         rows = rank_rows.judge(found.rows, args.baseline, found.unchecked)

@@ -33,7 +33,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     generate.check(args.max_new_tokens, sampling, args.passes)
     tokenizer, prompts = generate.read_prompts(config, args.prompt, args.prompt_file)
     generate.check_lengths(config, prompts, args.max_new_tokens)
-    config = api.resolve(generate.sized(config, prompts, args.max_new_tokens))
+    config = api.with_planned_degrees(generate.sized(config, prompts, args.max_new_tokens))
     engine = api.from_pretrained(config=config)
     looked_at, held = generate.passes_to_look_at(args.passes), {}
     for number in range(1, args.passes + 1):

@@ -21,7 +21,7 @@ from ds_ring.planning.cards import CARDS
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.reports import tables
-    from ds_ring.hf.dims import model_shape, read_config
+    from ds_ring.hf.dims import model_dims, read_config
     from ds_ring.hf.flops import linear_parameters
     from ds_ring.planning import plan
     from ds_ring.utils import progress, results
@@ -29,7 +29,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     run = options.run_config(args)
     config = read_config(run.checkpoint)
     card, weights = CARDS[args.card], linear_parameters(config)
-    found = plan.plans(run, model_shape(config), weights, args.ranks, card)
+    found = plan.plans(run, model_dims(config), weights, args.ranks, card)
     rows = [plan.row(each) for each in found]
     progress.make_console().print(tables.plan_table(rows))
     chosen, reason = plan.best_of(found, args.ranks, card)

@@ -22,7 +22,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.utils import results
 
     documents = score.read_documents(config)
-    config = api.resolve(config)
+    config = api.with_planned_degrees(config)
     engine = api.from_pretrained(config=config)
     found = score.score(engine, documents, show_progress=options.is_first_rank())
     return {**results.provenance(), "config": config.document(), **found}

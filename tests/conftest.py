@@ -13,14 +13,14 @@ if not torch.cuda.is_available():
 @pytest.fixture
 def late_writer(monkeypatch):
     """Rank 0 takes its time between having a slot and writing into it."""
-    from ds_ring.transport.peer_buffers import Slots
+    from ds_ring.transport.peer_buffers import BufferPool
     from tests.helpers.peer_threads import LATE_S
 
-    acquire = Slots.acquire
+    acquire = BufferPool.acquire
 
     def late(self, needed):
-        slot = acquire(self, needed)
+        buffer = acquire(self, needed)
         time.sleep(2 * LATE_S if self._rank == 0 else 0.0)
-        return slot
+        return buffer
 
-    monkeypatch.setattr(Slots, "acquire", late)
+    monkeypatch.setattr(BufferPool, "acquire", late)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ds_ring.config import ParallelConfig, RunConfig, WorkloadConfig
 from ds_ring.errors import ConfigError
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.parallel.topology import Topology
 from ds_ring.planning.validation import check_run
 
@@ -308,7 +308,7 @@ def test_configurations_are_shipped():
 def test_every_shipped_configuration_loads_and_documents_itself(file):
     config = RunConfig.load(file)
     assert RunConfig.load(config.document()).document() == config.document()
-    model = model_shape(read_config(SHIPPED / "models" / f"{Path(config.ring.model).name}.json"))
+    model = model_dims(read_config(SHIPPED / "models" / f"{Path(config.ring.model).name}.json"))
     assert check_run(config, model, config.topology.world_size) is None
 
 

@@ -15,7 +15,7 @@ _ATTRIBUTE = "_ds_ring_peer"
 _DROPPED = ("softcap", "sliding_window", "s_aux", "position_bias")
 
 Attend = Callable[..., tuple[Tensor, None]]
-"""As transformers calls an attention: (module, query, key, value, mask, **options), tensors [B, heads, l, D]."""
+"""As transformers calls an attention: (module, query, key, value, mask, **options), tensors [B, heads, T, D]."""
 
 
 def attach(model: PreTrainedModel, name: str, attend: Attend) -> None:

@@ -1,6 +1,6 @@
 """PyTorch's ``context_parallel``, ring attention under SDPA, as a peer."""
 
-# Shapes: B rows, P padded tokens, l of them on this rank.
+# Shapes: B rows, P padded tokens, T of them on this rank.
 from __future__ import annotations
 
 import sys
@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from benchmarks.baselines.runner import BaselineRunner, replaced
 from ds_ring.config import RunConfig
 from ds_ring.errors import DsRingError
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.base import blank
 from ds_ring.transport.mesh import Mesh
@@ -37,9 +37,9 @@ class ContextParallelRunner(BaselineRunner):
     """``ring_impl`` is its load balancing: on for zigzag, off for contiguous."""
 
     def __init__(
-        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
     ) -> None:
-        super().__init__(model, run_config, mesh, shape, device)
+        super().__init__(model, run_config, mesh, dims, device)
         if _create_rotater is None:
             raise DsRingError(f"what context_parallel sends is not to be seen in PyTorch {torch.__version__}")
         group: ProcessGroup = mesh["sp"].group  # type: ignore[attr-defined]
@@ -67,11 +67,11 @@ class ContextParallelRunner(BaselineRunner):
             self._check_cut(padded, at_1P)
             yield buffers[0], buffers[1]
 
-    def _check_cut(self, length: int, at_1l: Tensor) -> None:
+    def _check_cut(self, length: int, at_1T: Tensor) -> None:
         """Once a length: that PyTorch cut the sequence as our layout has it."""
         if length in self._cut_alike:
             return
-        if not torch.equal(at_1l[0].cpu(), self.held_positions(length, self.mesh["sp"].rank)):
+        if not torch.equal(at_1T[0].cpu(), self.held_positions(length, self.mesh["sp"].rank)):
             raise DsRingError(f"PyTorch {torch.__version__} cuts sequences for context_parallel in an unknown way")
         self._cut_alike.add(length)
 

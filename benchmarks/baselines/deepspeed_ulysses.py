@@ -4,7 +4,7 @@ Its attention is used as it is. What its registration does around it is left out
 process, and reads a field of the config that not every model has.
 """
 
-# Shapes: B rows, P padded tokens, l of them on this rank.
+# Shapes: B rows, P padded tokens, T of them on this rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from ds_ring.transport.base import blank, void
 class DeepSpeedUlyssesRunner(BaselineRunner):
     """Heads against tokens by ``deepspeed.comm``'s all-to-all; every rank holds neighbouring tokens."""
 
-    _position_ids_Bl: Tensor
+    _position_ids_BT: Tensor
 
     def layout(self, length: int) -> SequenceLayout:
         return SequenceLayout(length, ulysses_degree=self.run_config.parallel.ulysses_degree)
@@ -34,21 +34,21 @@ class DeepSpeedUlyssesRunner(BaselineRunner):
     @contextmanager
     def _shared(self, ids_BP: Tensor, position_ids_BP: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         rank, size = self.mesh["sp"].rank, self.mesh["sp"].size
-        ids_Bl, self._position_ids_Bl = (t.chunk(size, dim=1)[rank].contiguous() for t in (ids_BP, position_ids_BP))
-        self._attention = self._attention_for(len(ids_Bl))
+        ids_BT, self._position_ids_BT = (t.chunk(size, dim=1)[rank].contiguous() for t in (ids_BP, position_ids_BP))
+        self._attention = self._attention_for(len(ids_BT))
         all_to_all_single = partial(self._all_to_all, _all_to_all_single)
         with replaced(deepspeed.comm, all_to_all_single=all_to_all_single, all_gather=self._all_gather):
-            yield ids_Bl, self._position_ids_Bl
+            yield ids_BT, self._position_ids_BT
 
     def _attention_for(self, rows: int) -> UlyssesSPAttentionHF:
         """It is made for one number of rows; it has no parameters, so a new one costs nothing."""
         return UlyssesSPAttentionHF(
             attn=sdpa_attention_forward,
             batch_size=rows,
-            attn_head_count=self.shape.num_heads,
-            attn_head_size=self.shape.head_dim,
-            kv_head_count=self.shape.num_kv_heads,
-            num_hidden_layers=self.shape.num_layers,
+            attn_head_count=self.dims.num_heads,
+            attn_head_size=self.dims.head_dim,
+            kv_head_count=self.dims.num_kv_heads,
+            num_hidden_layers=self.dims.num_layers,
             process_group=self.mesh["sp"].group,  # type: ignore[attr-defined]
             seq_length_is_variable=True,
         )
@@ -57,7 +57,7 @@ class DeepSpeedUlyssesRunner(BaselineRunner):
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any
     ) -> tuple[Tensor, None]:
         # Not every model hands them on to its attention, and without them it refuses.
-        options["position_ids"] = self._position_ids_Bl
+        options["position_ids"] = self._position_ids_BT
         return self._attention(module, query, key, value, mask, **options)
 
     def _all_gather(self, outputs: list[Tensor], tensor: Tensor, group: Any = None, **options: Any) -> Any:

@@ -7,14 +7,14 @@ from math import prod
 
 from ds_ring.config import BASELINE_DEGREES, RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import suggest
 
 GPU_ONLY = {"context_parallel": "PyTorch has it", "yunchang": "its kernels are"}
 """What does not run on CPUs, and why."""
 
 
-def check(config: RunConfig, shape: ModelShape) -> None:
+def check(config: RunConfig, dims: ModelDims) -> None:
     """Refuse what another implementation cannot do, and would leave out silently or fail at; nothing where it is ours.
 
     Raises:
@@ -23,9 +23,9 @@ def check(config: RunConfig, shape: ModelShape) -> None:
     if config.parallel.implementation == "ds_ring":
         return
     p, whose = config.parallel, config.parallel.implementation
-    if shape.unlike_layers:
+    if dims.unlike_layers:
         raise UnsupportedModelError(
-            f"implementation={whose}: {shape.model_type} has layers with unlike heads, which only ours serve; take "
+            f"implementation={whose}: {dims.model_type} has layers with unlike heads, which only ours serve; take "
             f"implementation=ds_ring"
         )
     degrees = {name: getattr(p, name) for name in BASELINE_DEGREES[whose]}
@@ -49,7 +49,7 @@ def check(config: RunConfig, shape: ModelShape) -> None:
             raise ConfigError(f"implementation={whose} has no {name}={value}; {suggest(sorted(possible), '')}")
     if config.ring.in_flight > 2:
         raise ConfigError(f"implementation={whose} has no in_flight={config.ring.in_flight}; leave it out")
-    kv_heads, ulysses = shape.num_kv_heads, p.ulysses_degree
+    kv_heads, ulysses = dims.num_kv_heads, p.ulysses_degree
     if whose == "deepspeed_ulysses" and kv_heads % ulysses and ulysses % kv_heads:
         raise ConfigError(
             f"implementation={whose}: num_kv_heads={kv_heads} and ulysses_degree={ulysses} must divide one another; "
@@ -60,11 +60,11 @@ def check(config: RunConfig, shape: ModelShape) -> None:
             f"implementation={whose}: num_kv_heads={kv_heads} is not divisible by ulysses_degree={ulysses}; "
             f"use ring_degree instead, or implementation=ds_ring, which takes any"
         )
-    windowed = any(window is not None for window in shape.windows)
-    unseen = [name for name, asked in (("sliding windows", windowed), ("soft-capping", shape.softcap)) if asked]
+    windowed = any(window is not None for window in dims.windows)
+    unseen = [name for name, asked in (("sliding windows", windowed), ("soft-capping", dims.softcap)) if asked]
     if unseen:
         raise UnsupportedModelError(
-            f"implementation={whose} has no {' or '.join(unseen)}, which {shape.model_type} asks for; "
+            f"implementation={whose} has no {' or '.join(unseen)}, which {dims.model_type} asks for; "
             f"implementation=ds_ring has"
         )
 

@@ -4,7 +4,7 @@ They run transformers' own layers with its SDPA; only how ranks share a sequence
 through us, so that bytes are counted and communication can be left out as in our engines.
 """
 
-# Shapes: B rows, L tokens of the batch, P padded to the layout, l tokens on this rank, k kept ones.
+# Shapes: B rows, L tokens of the batch, P padded to the layout, T tokens on this rank, k kept ones.
 from __future__ import annotations
 
 from abc import abstractmethod
@@ -25,7 +25,7 @@ from ds_ring.engine.batch import Batch
 from ds_ring.engine.model_runner import ModelRunner, Shard
 from ds_ring.engine.sequence_parallel import positions_of
 from ds_ring.errors import UnsupportedModelError
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.base import blank
 from ds_ring.utils.hardware import to_device
@@ -51,7 +51,7 @@ class BaselineRunner(ModelRunner):
 
     @abstractmethod
     def _shared(self, ids_BP: Tensor, position_ids_BP: Tensor) -> Shared:
-        """This rank's part [B, l] of both inside a block in which the peer's attention works."""
+        """This rank's part [B, T] of both inside a block in which the peer's attention works."""
 
     @abstractmethod
     def _attend(
@@ -60,8 +60,8 @@ class BaselineRunner(ModelRunner):
         """The peer's attention, as transformers calls one."""
 
     @classmethod
-    def check(cls, run_config: RunConfig, shape: ModelShape, device_type: str) -> None:
-        rules.check(run_config, shape)
+    def check(cls, run_config: RunConfig, dims: ModelDims, device_type: str) -> None:
+        rules.check(run_config, dims)
         rules.check_device(run_config, device_type)
 
     def _inject(self, model: PreTrainedModel) -> None:
@@ -73,7 +73,7 @@ class BaselineRunner(ModelRunner):
 
     @property
     def layers(self) -> range:
-        return range(self.shape.num_layers)
+        return range(self.dims.num_layers)
 
     def held_positions(self, length: int, rank: int) -> Tensor:
         return positions_of(self.layout(length), *divmod(rank, self.run_config.parallel.ulysses_degree))
@@ -84,7 +84,7 @@ class BaselineRunner(ModelRunner):
     @property
     def _takes_flash(self) -> bool:
         """Whether PyTorch's flash kernel serves this model; otherwise its memory-efficient one does."""
-        return self.shape.head_dim <= FLASH_HEAD_DIM and self.run_config.dtype != "fp32"
+        return self.dims.head_dim <= FLASH_HEAD_DIM and self.run_config.dtype != "fp32"
 
     def _mergeable(self, layout: SequenceLayout) -> SequenceLayout:
         """``layout`` of a sequence so long that a ring over PyTorch's kernels can merge its chunks."""
@@ -114,16 +114,16 @@ class BaselineRunner(ModelRunner):
     def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
         padding = (0, self.layout(batch.length).padded_length - batch.length)
         given = (to_device(pad(t, padding), self.device) for t in (batch.ids_BL, batch.position_ids_BL))
-        positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
-        at_k = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
+        positions_T = self.held_positions(batch.length, self.mesh["sp"].rank)
+        at_k = torch.nonzero(torch.isin(positions_T, keep))[:, 0]
         self._calls = 0
         with (
-            self.anatomy.captured_hidden() as hidden,
-            self._shared(*given) as (ids_Bl, position_ids_Bl),
+            self.decoder.captured_hidden() as hidden,
+            self._shared(*given) as (ids_BT, position_ids_BT),
         ):
             out = self.model(
-                input_ids=ids_Bl,
-                position_ids=position_ids_Bl,
+                input_ids=ids_BT,
+                position_ids=position_ids_BT,
                 use_cache=False,
                 logits_to_keep=to_device(at_k, self.device),
             )
@@ -132,7 +132,7 @@ class BaselineRunner(ModelRunner):
                 f"{type(self.model).__name__} attended {self._calls} times through transformers' interface for "
                 f"{len(self.layers)} layers, so {self.run_config.parallel.implementation} cannot serve it"
             )
-        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at_k], out.logits)
+        return Shard(batch, positions_T, hidden[0] if want_hidden else None, positions_T[at_k], out.logits)
 
 
 @contextmanager

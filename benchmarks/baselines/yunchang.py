@@ -4,7 +4,7 @@ Its ring keeps the log-sum-exp of PyTorch's kernels in the model's dtype while i
 digits, and it is held to the same limit as all others.
 """
 
-# Shapes: B rows, P padded tokens, l of them on this rank.
+# Shapes: B rows, P padded tokens, T of them on this rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from yunchang.kernels import AttnType
 
 from benchmarks.baselines.runner import BaselineRunner, replaced
 from ds_ring.config import RunConfig
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
 from ds_ring.transport.base import blank
@@ -34,9 +34,9 @@ class YunchangRunner(BaselineRunner):
     """``ring_impl`` is its zigzag ring or its basic one; ring and Ulysses ranks lie as ours do."""
 
     def __init__(
-        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
     ) -> None:
-        super().__init__(model, run_config, mesh, shape, device)
+        super().__init__(model, run_config, mesh, dims, device)
         # It takes its groups from the process. Its own function would make more, each of which costs GPU memory.
         with replaced(PROCESS_GROUP, ULYSSES_PG=self._group("ulysses"), RING_PG=self._group("ring")):
             self._attention = LongContextAttention(
@@ -63,10 +63,10 @@ class YunchangRunner(BaselineRunner):
 
     @contextmanager
     def _shared(self, ids_BP: Tensor, position_ids_BP: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        held_l = to_device(self.held_positions(ids_BP.shape[1], self.mesh["sp"].rank), self.device)
+        held_T = to_device(self.held_positions(ids_BP.shape[1], self.mesh["sp"].rank), self.device)
         all_to_all_single = partial(self._all_to_all, _all_to_all_single)
         with replaced(torch.distributed, all_to_all_single=all_to_all_single, batch_isend_irecv=self._exchange):
-            yield ids_BP[:, held_l], position_ids_BP[:, held_l]
+            yield ids_BP[:, held_T], position_ids_BP[:, held_T]
 
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any

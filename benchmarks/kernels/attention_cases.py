@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ds_ring.parallel.layout import Run, SequenceLayout
+from ds_ring.parallel.layout import SequenceLayout, TokenRange
 
 Kind = Literal["self", "zigzag half block", "carry", "zigzag rank", "decode", "back-ends"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -57,11 +57,11 @@ class Case:
         return self.ranks // 2
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[TokenRange, ...]:
         """The global positions of the queries; those of the keys are 0 .. seq_k - 1."""
         if self.ranks > 1:
-            return self.layout.slice_runs(self.rank)
-        return (Run(self.seq_k - self.seq_q, self.seq_q),)
+            return self.layout.slice_ranges(self.rank)
+        return (TokenRange(self.seq_k - self.seq_q, self.seq_q),)
 
     @property
     def edges(self) -> list[int]:
@@ -86,7 +86,7 @@ class Case:
 
 def zigzag_rank(head_dim: int, batch: int, heads: int, length: int, ranks: int) -> Case:
     layout = SequenceLayout(length, ring_degree=ranks)
-    seen = layout.slice_runs(ranks // 2)[-1].stop
+    seen = layout.slice_ranges(ranks // 2)[-1].stop
     return Case(head_dim, True, batch, heads, heads, layout.slice_length, seen, "zigzag rank", ranks)
 
 

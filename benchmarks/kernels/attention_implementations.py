@@ -19,10 +19,10 @@ from benchmarks.kernels.attention_cases import Case, Inputs
 from ds_ring.attention.backends import pytorch
 from ds_ring.attention.backends.base import CUDNN, FLASH, Backend
 from ds_ring.attention.backends.positions import attend_positions, uses_kernel
-from ds_ring.attention.backends.select import choose
+from ds_ring.attention.backends.select import select_backend
 from ds_ring.attention.block import accumulate_, attend
 from ds_ring.attention.merge import merge_plainly
-from ds_ring.attention.segments import Segment, attend_runs
+from ds_ring.attention.segments import Segment, attend_ranges
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 from ds_ring.kernels import decode, triton_attention
 
@@ -142,13 +142,13 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Resu
 
 
 def _ds_ring(inputs: Inputs) -> Prepared:
-    """What an engine would run: ``local.attend``, or for a ring's rank ``runs.attend_runs``."""
+    """What an engine would run: ``local.attend``, or for a ring's rank ``runs.attend_ranges``."""
     case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
     spec = AttentionSpec(case.scale)
     if case.ranks > 1:
         keys = [Segment(a, k[:, a:b], v[:, a:b]) for a, b in pairwise(case.edges)]
         detail = f"{_backends(inputs)}, {len(keys)} segments"
-        return Prepared(lambda: (attend_runs(q, case.runs, keys, spec), None), detail)
+        return Prepared(lambda: (attend_ranges(q, case.runs, keys, spec), None), detail)
     offset = case.runs[0].start
     return Prepared(lambda: attend(q, k, v, spec=spec, causal=case.causal, q_offset=offset), _backends(inputs))
 
@@ -233,7 +233,7 @@ def _ds_ring_merging(inputs: Inputs) -> Prepared:
 
 def _backends(inputs: Inputs) -> str:
     case, spec = inputs.case, AttentionSpec(inputs.case.scale)
-    chosen = [choose(inputs.q[:, : r.length], r.stop, BlockSpec(spec, case.causal, r.start)) for r in case.runs]
+    chosen = [select_backend(inputs.q[:, : r.length], r.stop, BlockSpec(spec, case.causal, r.start)) for r in case.runs]
     return ", ".join(dict.fromkeys(backend.name for backend in chosen))
 
 

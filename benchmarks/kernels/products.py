@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.kernels import cublaslt
 from benchmarks.kernels.attention_timing import quick_seconds, stopwatch, time_in_turn
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.utils.hardware import synchronize
 
 Call = Callable[[], object]
@@ -43,10 +43,10 @@ class Case:
         return 2.0 * rows * self.columns_in * self.columns_out
 
 
-def cases(shape: ModelShape) -> list[Case]:
+def cases(dims: ModelDims) -> list[Case]:
     """Those of one layer whose MLP has a GELU between two projections."""
-    d, wide = shape.hidden_size, shape.intermediate_size
-    q, kv = (heads * shape.head_dim for heads in (shape.num_heads, 2 * shape.num_kv_heads))
+    d, wide = dims.hidden_size, dims.intermediate_size
+    q, kv = (heads * dims.head_dim for heads in (dims.num_heads, 2 * dims.num_kv_heads))
     return [
         Case("q, k and v", d, q + kv),
         Case("attention's result", q, d),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.kernels.products import Case, as_pytorch, cases, tensors
 from benchmarks.layouts.gpu_telemetry import watched_gpu
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.transport.cuda_memory import CudaQueue
 from ds_ring.utils.hardware import synchronize
 
@@ -97,7 +97,7 @@ class _Gpu:
 
 
 def run(
-    shape: ModelShape, rows: int, dtype: torch.dtype, devices: Sequence[torch.device], seconds: float, warm_s: float,
+    dims: ModelDims, rows: int, dtype: torch.dtype, devices: Sequence[torch.device], seconds: float, warm_s: float,
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row of each second of ``warm_s`` without transfers, and then of each traffic, twice: there and back.
@@ -105,8 +105,8 @@ def run(
     Args:
         seconds: how long each is sustained.
     """
-    chosen = [case for case in cases(shape) if case.name != "attention's result"]
-    several = traffics(2 * shape.num_kv_heads * shape.head_dim * dtype.itemsize, rows)
+    chosen = [case for case in cases(dims) if case.name != "attention's result"]
+    several = traffics(2 * dims.num_kv_heads * dims.head_dim * dtype.itemsize, rows)
     room = 2 * max(t.nbytes for t in several)
     gpus = [_Gpu(device, chosen, rows, dtype, room) for device in devices]
     for gpu, peer in zip(gpus, gpus[1:] + gpus[:1], strict=True):

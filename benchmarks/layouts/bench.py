@@ -30,7 +30,7 @@ from ds_ring.config import Mode, RunConfig
 from ds_ring.engine.batch import Batch, pack
 from ds_ring.engine.engine import Engine
 from ds_ring.hf.attention import torch_dtype
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.flops import layer_parameters
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
 from ds_ring.planning.metrics import Work
@@ -50,7 +50,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError, CheckpointError: no model, more tokens than positions, fewer rows than replicas.
     """
-    check_workload(config, model_shape(read_config(config.checkpoint)))
+    check_workload(config, model_dims(read_config(config.checkpoint)))
 
 
 def measure(
@@ -72,12 +72,12 @@ def measure(
     for size, length in product(config.workload.micro_batches, config.workload.lengths):
         engine.runner.run_config = RunConfig.load(config, micro_batch_size=size)
         ids = rows_of(stream, config.workload.batch_size, length)
-        batch, _ = pack(ids, None, None, engine.runner.shape)
+        batch, _ = pack(ids, None, None, engine.runner.dims)
         with engine.watchdog.over("agreeing on the batch"):
             engine.mesh["world"].agree(input_ids=batch.digest())
         for mode in config.workload.modes:
             last = layers[-1] if mode == "prefill_only" else None
-            work = Work(engine.runner.shape, sum(layers), config.workload.batch_size, length, last)
+            work = Work(engine.runner.dims, sum(layers), config.workload.batch_size, length, last)
             if (length, mode) not in differences:  # of single rows, so that any micro-batch gives the same
                 differences[length, mode] = _difference(engine, length, mode, references.get(length), report)
             found = _measure_length(engine, batch, mode, report)
@@ -241,7 +241,7 @@ def _row(
         "bytes_sent_per_rank": found.bytes_sent,
         # What prefill_only sends in its last layer depends on the model's own arguments to it: no closed form, nor for
         # what others' code sends.
-        "bytes_formula": bytes_sent_per_rank(config, engine.runner.shape, work.batch, work.length, itemsize)
+        "bytes_formula": bytes_sent_per_rank(config, engine.runner.dims, work.batch, work.length, itemsize)
         if mode == "full" and config.parallel.implementation == "ds_ring"
         else None,
         "comm_alone_ms": 1e3 * found.comm_alone.median_s if found.comm_alone else None,

@@ -11,30 +11,30 @@ from typing import Any
 from benchmarks.baselines import rules
 from benchmarks.layouts import counterbalance
 from benchmarks.layouts.micro_batches import missing
-from benchmarks.layouts.run_queue import Job, Outcome, Report, rows_of, run_first
+from benchmarks.layouts.run_queue import Findings, Job, Report, rows_of, run_first
 from ds_ring.cli.make_checkpoint import make_checkpoint
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, OutOfMemory
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.parallel.degrees import suggest
 from ds_ring.planning.validation import check_run
 from ds_ring.process import launcher
 
 
 @dataclass(frozen=True)
-class Plan:
+class Comparison:
     """What will be run: layouts by file, with the same model and workload, micro-batches of their own size."""
 
     runs: list[tuple[Path, RunConfig]]
     there_and_back: bool = False
 
     @classmethod
-    def make(cls, files: Sequence[str], overrides: dict[str, Any]) -> Plan:
+    def make(cls, files: Sequence[str], overrides: dict[str, Any]) -> Comparison:
         """Load every layout; otherwise as ``checked``."""
         return cls.checked([(Path(file), RunConfig.load(file, **overrides)) for file in files])
 
     @classmethod
-    def checked(cls, runs: list[tuple[Path, RunConfig]]) -> Plan:
+    def checked(cls, runs: list[tuple[Path, RunConfig]]) -> Comparison:
         """Refuse, before anything runs, layouts that cannot work or do not compare.
 
         Raises:
@@ -58,9 +58,9 @@ class Plan:
                 raise ConfigError(
                     f"{file} says parallel=auto; what is compared needs degrees (launch/plan.py has them)"
                 )
-            shape = model_shape(read_config(model_source(run)))
-            check_run(run, shape, run.topology.world_size)
-            rules.check(run, shape)
+            dims = model_dims(read_config(model_source(run)))
+            check_run(run, dims, run.topology.world_size)
+            rules.check(run, dims)
             rules.check_device(run, "cuda" if launcher.gpu_count() else "cpu")
         return cls(runs)
 
@@ -119,12 +119,12 @@ def ensure_checkpoint(run: RunConfig, report: Report) -> None:
 
 
 def run_all(
-    plan: Plan,
+    plan: Comparison,
     logs: Path,
     advance: Callable[[], None],
     report: Report,
-    keep: Callable[[Outcome], object] = lambda found: None,
-) -> Outcome:
+    keep: Callable[[Findings], object] = lambda found: None,
+) -> Findings:
     """Run the reference and every layout.
 
     Args:
@@ -136,7 +136,7 @@ def run_all(
         ConfigError: a run refused. DsRingError: there is no reference to compare with.
     """
     runs = counterbalance.way_there(plan.runs) if plan.there_and_back else plan.runs
-    found, waiting = Outcome(), [Job(file, run) for file, run in runs]
+    found, waiting = Findings(), [Job(file, run) for file, run in runs]
     for job in waiting:  # an earlier run's result must not pass for this one's
         job.output(logs).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -162,9 +162,9 @@ def run_all(
     return found
 
 
-def _go_back(plan: Plan, logs: Path, found: Outcome, report: Report) -> None:
+def _go_back(plan: Comparison, logs: Path, found: Findings, report: Report) -> None:
     """Time once more what counts, and put the means into ``found``."""
-    again, waiting = Outcome(), counterbalance.jobs(plan.runs, found.rows)
+    again, waiting = Findings(), counterbalance.jobs(plan.runs, found.rows)
     for job in waiting:
         job.output(logs).unlink(missing_ok=True)
     labels = dict.fromkeys(job.run.label for job in waiting)
@@ -179,7 +179,7 @@ def _go_back(plan: Plan, logs: Path, found: Outcome, report: Report) -> None:
     found.failures.extend({**what, "reason": f"on the way back: {what['reason']}"} for what in again.without_row)
 
 
-def _write_references(plan: Plan, folder: Path, logs: Path, report: Report) -> list[str]:
+def _write_references(plan: Comparison, folder: Path, logs: Path, report: Report) -> list[str]:
     """Files of the unsharded model's results, for the shortest lengths: one device must hold it."""
     run = plan.first
     outputs = [folder / f"reference_{length}.safetensors" for length in plan.lengths]

@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.layouts.compare import Plan
-from benchmarks.layouts.run_queue import Outcome
+from benchmarks.layouts.compare import Comparison
+from benchmarks.layouts.run_queue import Findings
 from benchmarks.reports.tables import markdown_table, name_of, origin, plain_table
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
@@ -25,7 +25,7 @@ ONE_RANK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def plan(files: Sequence[str], lengths: Sequence[int], overrides: dict[str, Any]) -> Plan:
+def plan(files: Sequence[str], lengths: Sequence[int], overrides: dict[str, Any]) -> Comparison:
     """``files``' layouts without their data parallelism on one sequence of each length, and one rank alone, first.
 
     Raises:
@@ -40,7 +40,7 @@ def plan(files: Sequence[str], lengths: Sequence[int], overrides: dict[str, Any]
     runs: dict[str, tuple[Path, RunConfig]] = {}
     for file, run in [(loaded[0][0], RunConfig.load(loaded[0][1], **ONE_RANK)), *loaded] if loaded else []:
         runs.setdefault(run.label, (file.with_stem(run.label), run))
-    return Plan.checked(list(runs.values()))
+    return Comparison.checked(list(runs.values()))
 
 
 def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -53,7 +53,7 @@ def judge(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def document(plan: Plan, found: Outcome, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def document(plan: Comparison, found: Findings, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """``rows``: judged ones of every layout and length; ``unfit``: what did not fit; ``unchecked``: lengths at which
     there was nothing to hold results against; ``failed``: layouts that ended otherwise."""
     return {

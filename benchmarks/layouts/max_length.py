@@ -23,7 +23,7 @@ from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import Shard
 from ds_ring.engine.nan_check import all_finite
 from ds_ring.errors import ConfigError, DsRingError, NumericsError, OutOfMemory
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.planning.validation import check_run
 from ds_ring.process import launcher
 from ds_ring.utils.corpus import rows_of, token_stream
@@ -123,14 +123,14 @@ def find(
     if not 0 < granularity <= 1:
         raise ConfigError(f"granularity={granularity} must be above 0 and at most 1; 0.02 is two percent")
     config = RunConfig.load(config, batch_size=1, micro_batch_size=1, micro_batch_sizes=(), sweep=())
-    shape = model_shape(read_config(model_source(config)))
-    check_run(config, shape, config.topology.world_size)
+    dims = model_dims(read_config(model_source(config)))
+    check_run(config, dims, config.topology.world_size)
     ensure_checkpoint(config, report)
     rows: list[dict[str, Any]] = []
     document = {
         **provenance, "config": config.document(), "layout": config.label,
         "gpus": config.topology.world_size, "dtype": config.dtype, "granularity": granularity,
-        "memory_limit_gib": memory_limit_gib, "max_positions": shape.max_positions, "rows": rows,
+        "memory_limit_gib": memory_limit_gib, "max_positions": dims.max_positions, "rows": rows,
     }  # fmt: skip
 
     def attempt(length: int) -> Trial:
@@ -140,7 +140,7 @@ def find(
         write_json(output, document)
         return trial
 
-    most = shape.max_positions or 1 << 40
+    most = dims.max_positions or 1 << 40
     fits, does_not = search(attempt, config.workload.max_length, most, granularity)
     if fits is None:
         raise DsRingError(f"not even one token fits; see {output.with_suffix('.logs')}")
@@ -178,7 +178,7 @@ def trial(engine: Engine, memory_limit_gib: float | None) -> Trial:
     config, device = engine.run_config, engine.device
     length = config.workload.max_length
     stream = token_stream(config.checkpoint, config.workload.text)
-    short, whole = (pack(rows_of(stream, 1, n), None, None, engine.runner.shape)[0] for n in (WARMUP_TOKENS, length))
+    short, whole = (pack(rows_of(stream, 1, n), None, None, engine.runner.dims)[0] for n in (WARMUP_TOKENS, length))
     if length > WARMUP_TOKENS:
         engine.prefill(short, "last")
     if memory_limit_gib is not None:

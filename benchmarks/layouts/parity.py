@@ -26,7 +26,7 @@ from ds_ring.engine.batch import pack
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import ConfigError
 from ds_ring.hf.attention import torch_dtype
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import read_config
 from ds_ring.utils.corpus import rows_of, token_stream
 
@@ -69,7 +69,7 @@ def write_reference(model: PreTrainedModel, input_ids_BL: Tensor, path: str | Pa
     """The unsharded model's final hidden states [B, L, d] and logits, and the tokens they belong to."""
     every = input_ids_BL.shape[1] * model.config.get_text_config().vocab_size <= ALL_LOGITS_LIMIT
     hidden, logits = [], []
-    with torch.inference_mode(), Anatomy.of(model).captured_hidden() as found:
+    with torch.inference_mode(), Decoder.of(model).captured_hidden() as found:
         for row in input_ids_BL:
             out = model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=0 if every else 1)
             hidden.append(found.pop().cpu())
@@ -91,14 +91,14 @@ def compare(engine: Engine, path: str | Path) -> Difference:
     """
     tally = _Tally()
     with safe_open(path, framework="pt") as file:
-        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.shape)
+        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
         every = file.get_slice("logits").get_shape()[1] == batch.length
         for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
-            rows, hidden = shard.batch.rows, shard.hidden_Bld is not None
-            if shard.hidden_Bld is not None:
-                real = shard.positions_l < batch.length
-                want = file.get_slice("hidden")[rows.start : rows.stop][:, shard.positions_l[real]]
-                tally.add(shard.hidden_Bld[:, real], want)
+            rows, hidden = shard.batch.rows, shard.hidden_BTd is not None
+            if shard.hidden_BTd is not None:
+                real = shard.positions_T < batch.length
+                want = file.get_slice("hidden")[rows.start : rows.stop][:, shard.positions_T[real]]
+                tally.add(shard.hidden_BTd[:, real], want)
             if shard.logits_BkV is not None and len(shard.kept_k):
                 at = shard.kept_k if every else [0]
                 want = file.get_slice("logits")[rows.start : rows.stop][:, at]
@@ -110,7 +110,7 @@ def compare_last(engine: Engine, path: str | Path) -> Difference:
     """As ``compare`` for what ``prefill_only`` gives: the logits of each row's last token."""
     tally = _Tally()
     with safe_open(path, framework="pt") as file:
-        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.shape)
+        batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
         logits, row = file.get_slice("logits"), engine.runner.sequences_of_replica(len(batch.rows)).start
         last = logits.get_shape()[1] - 1
         for part_BV in engine.prefill_only(batch):

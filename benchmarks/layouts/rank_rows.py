@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.layouts.micro_batches import best
 
 if TYPE_CHECKING:
-    from benchmarks.layouts.compare import Plan
+    from benchmarks.layouts.compare import Comparison
 
 TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3, "bf16": 4e-2}
 """Largest relative error against the unsharded model that counts as the same computation."""
@@ -45,7 +45,7 @@ def judge(
     return judged
 
 
-def document(plan: Plan, rows: list[dict[str, Any]], failed: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+def document(plan: Comparison, rows: list[dict[str, Any]], failed: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
     """``rows``: a row a layout, at the workload's own length; ``sweep``: every length; ``micro_batches``, where several
     sizes were tried: every row, of which the others are the fastest; ``failed``: ``Outcome.without_row``."""
     work = plan.first.workload

@@ -24,7 +24,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Findings:
     """What ``run_all`` found. A layout that fails takes neither the others' results with it nor what it had itself.
 
     Attributes:
@@ -78,7 +78,7 @@ class Job:
 
 
 def run_first(
-    waiting: list[Job], references: list[str], logs: Path, found: Outcome, advance: Callable[[], None], report: Report
+    waiting: list[Job], references: list[str], logs: Path, found: Findings, advance: Callable[[], None], report: Report
 ) -> list[Job]:
     """Launch the first, and what can run with it; what waits afterwards."""
     first = waiting[0]
@@ -101,7 +101,7 @@ def run_first(
     return behind_them
 
 
-def _blame(job: Job, rows: list[dict[str, Any]], error: DsRingError, found: Outcome, report: Report) -> Job | None:
+def _blame(job: Job, rows: list[dict[str, Any]], error: DsRingError, found: Findings, report: Report) -> Job | None:
     """Note what ended ``job`` behind its ``rows``; what of it is left to launch."""
     whose = {"layout": job.run.label, "implementation": job.run.parallel.implementation}
     if not isinstance(error, OutOfMemory):

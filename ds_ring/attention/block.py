@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_ring.attention.backends.select import choose
+from ds_ring.attention.backends.select import select_backend
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 
 
@@ -37,7 +37,7 @@ def attend(
         gives out 0 and lse -inf.
     """
     block = BlockSpec(spec, causal, q_offset - k_offset)
-    backend = choose(q_BLHD, k_BSKD.shape[1], block)
+    backend = select_backend(q_BLHD, k_BSKD.shape[1], block)
     if out is not None:
         return out, backend.attend_into_(out, q_BLHD, k_BSKD, v_BSKD, block)
     return backend.attend(q_BLHD, k_BSKD, v_BSKD, block, out_dtype or q_BLHD.dtype)
@@ -63,4 +63,4 @@ def accumulate_(
         the rest: as ``attend``.
     """
     block = BlockSpec(spec, causal, q_offset - k_offset)
-    choose(q_BLHD, k_BSKD.shape[1], block).accumulate_(out_BLHD, lse_BHL, q_BLHD, k_BSKD, v_BSKD, block)
+    select_backend(q_BLHD, k_BSKD.shape[1], block).accumulate_(out_BLHD, lse_BHL, q_BLHD, k_BSKD, v_BSKD, block)

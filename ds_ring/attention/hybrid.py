@@ -1,6 +1,6 @@
 """Ulysses around ring: the two-dimensional sequence-parallel attention, with either axis of degree 1 allowed."""
 
-# Shapes: B batch, l tokens on this rank, H query heads, K key/value heads, D head_dim.
+# Shapes: B batch, T tokens on this rank, H query heads, K key/value heads, D head_dim.
 from functools import partial
 
 from torch import Tensor
@@ -15,9 +15,9 @@ from ds_ring.transport.base import Transport
 
 
 def sequence_parallel_attention(
-    q_BlHD: Tensor,
-    k_BlKD: Tensor,
-    v_BlKD: Tensor,
+    q_BTHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
     *,
     layout: SequenceLayout,
     spec: AttentionSpec,
@@ -30,7 +30,7 @@ def sequence_parallel_attention(
     """Causal attention of this rank's tokens (``layout.positions``) against the whole sequence.
 
     The all-to-all makes whole ring slices with a share of the heads; the ring then runs on those, once for each share
-    in parallel. ``sinks_H``, the attention sinks, are those of all heads on every rank. Returns out [B, l, H, D] in q's
+    in parallel. ``sinks_H``, the attention sinks, are those of all heads on every rank. Returns out [B, T, H, D] in q's
     dtype.
     """
     inner = partial(
@@ -38,4 +38,4 @@ def sequence_parallel_attention(
         layout=layout, spec=spec, transport=ring, sinks_H=own_sinks(sinks_H, ulysses),
         variant=variant, gather_limit_bytes=gather_limit_bytes,
     )  # fmt: skip
-    return ulysses_attention(q_BlHD, k_BlKD, v_BlKD, transport=ulysses, inner=inner)
+    return ulysses_attention(q_BTHD, k_BTKD, v_BTKD, transport=ulysses, inner=inner)

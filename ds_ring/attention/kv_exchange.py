@@ -18,21 +18,21 @@ from torch import Tensor
 
 from ds_ring.attention.segments import Segment
 from ds_ring.config import RingVariant
-from ds_ring.parallel.layout import Run, SequenceLayout
+from ds_ring.parallel.layout import SequenceLayout, TokenRange
 from ds_ring.transport.base import Transport
-from ds_ring.transport.shared import Part, Pending, Within
+from ds_ring.transport.shared import PeerPart, Pending, ViewOf
 
 Variant = Literal["pass_kv", "gather_kv", "local_first"]
 
 
-class Round:
+class KVExchange:
     """A context manager; the order of use is
 
-        with Round(shape, like, ...) as travelling:
-            ...                                  write travelling.own_2BLKD, or the memory that it is a part of
-            travelling.start()                   from here on it must stay as it is; transfers begin
-            for source, block in travelling.blocks(): ...        pass_kv, or
-            segments = travelling.all_segments(...)              one of the two that gather
+        with Round(shape, like, ...) as exchange:
+            ...                                  write exchange.own_2BLKD, or the memory that it is a part of
+            exchange.start()                   from here on it must stay as it is; transfers begin
+            for source, block in exchange.blocks(): ...        pass_kv, or
+            segments = exchange.all_segments(...)              one of the two that gather
 
     Where the transport can put parts where they are wanted, what is gathered lies in the sequence's order, with room
     for this rank's own: few segments, whatever the number of ranks. A kernel works in blocks of keys, and every segment
@@ -59,7 +59,7 @@ class Round:
         transport: Transport,
         variant: RingVariant = "auto",
         gather_limit_bytes: int = 2 << 30,
-        within: Within | None = None,
+        within: ViewOf | None = None,
     ) -> None:
         """``within``: where keys and values, [2, *shape_BLKD], lie in ``memory``."""
         assert transport.size == layout.ring_degree
@@ -81,7 +81,7 @@ class Round:
 
     def start(self) -> None:
         """Publish, and begin to take what this variant holds at a time: one block ahead, or all."""
-        self.transport.gather_up()
+        self.transport.meet_lanes()
         rank, size = self.transport.rank, self.transport.size
         targets = [(rank + hop) % size for hop in range(1, size)]
         self._shared.publish([self._visible(target, rank, target) for target in targets])
@@ -108,7 +108,7 @@ class Round:
             return [segment for source, block in self.blocks() for segment in self._segments(source, *block)]
         for pending in self._pendings:
             pending.wait()
-        edges = [0, *(edge for run in self._own_runs for edge in (run.start, run.stop))]
+        edges = [0, *(edge for token_range in self._own_ranges for edge in (token_range.start, token_range.stop))]
         between = [(start, stop) for start, stop in zip(edges[0::2], edges[1::2], strict=False) if start < stop]
         return [Segment(start, *self._whole_2BSKD[:, :, start:stop]) for start, stop in between]
 
@@ -123,32 +123,34 @@ class Round:
         return [Segment(0, *self._whole_2BSKD)]
 
     @property
-    def _own_runs(self) -> tuple[Run, ...]:
-        return self.layout.slice_runs(self.transport.rank)
+    def _own_ranges(self) -> tuple[TokenRange, ...]:
+        return self.layout.slice_ranges(self.transport.rank)
 
     def _segments(self, source: int, k_BSKD: Tensor, v_BSKD: Tensor) -> list[Segment]:
         """The runs of a slice, as far as they are there: what is visible is a prefix, in whole runs. Neighbours are one
         segment."""
         found: list[tuple[int, slice]] = []
         stop = taken = 0
-        for run in self.layout.slice_runs(source):
+        for token_range in self.layout.slice_ranges(source):
             if taken < k_BSKD.shape[1]:
-                start, rows = found.pop() if run.start == stop and found else (run.start, slice(taken, taken))
-                taken, stop = taken + run.length, run.stop
+                start, rows = (
+                    found.pop() if token_range.start == stop and found else (token_range.start, slice(taken, taken))
+                )
+                taken, stop = taken + token_range.length, token_range.stop
                 found.append((start, slice(rows.start, taken)))
         return [Segment(start, k_BSKD[:, rows], v_BSKD[:, rows]) for start, rows in found]
 
     def _pull_in_order(self) -> Tensor:
         """[2, B, S, K, D] of all positions that this rank sees; its own are left blank."""
-        rank, size, end = self.transport.rank, self.transport.size, self._own_runs[-1].stop
+        rank, size, end = self.transport.rank, self.transport.size, self._own_ranges[-1].stop
         _, batch, _, *rest = self.own_2BLKD.shape
         whole_2BSKD = self._shared.room((2, batch, end, *rest))
         for hop in range(1, size):
             source = (rank - hop) % size
             incoming = self._visible(rank, source, source)
             if incoming is not None:
-                seen = [run for run in self.layout.slice_runs(source) if run.start < end]
-                targets = [whole_2BSKD[:, :, run.start : run.stop] for run in seen]
+                seen = [token_range for token_range in self.layout.slice_ranges(source) if token_range.start < end]
+                targets = [whole_2BSKD[:, :, token_range.start : token_range.stop] for token_range in seen]
                 self._pendings.append(self._shared.pull_into(incoming, targets, dim=2))
         return whole_2BSKD
 
@@ -161,7 +163,7 @@ class Round:
             pending, block_2BSKD = self._shared.pull(incoming)
             self._arriving.append((source, pending, block_2BSKD if incoming else self.own_2BLKD[:, :, :0]))
 
-    def _visible(self, q_rank: int, k_rank: int, peer: int) -> Part | None:
+    def _visible(self, q_rank: int, k_rank: int, peer: int) -> PeerPart | None:
         """Each peer's part is the prefix of rows that its queries see."""
         rows = self.layout.visible_rows(q_rank, k_rank)
         return (peer, (slice(None), slice(None), slice(0, rows))) if rows else None

@@ -4,7 +4,7 @@ The query is on every rank, so no key or value moves: each rank attends to what 
 token a row, are merged by log-sum-exp. Ring, Ulysses and both together look alike here.
 """
 
-# Shapes: B batch, l tokens on this rank, H query heads, K key/value heads, D head_dim, N ranks.
+# Shapes: B batch, T tokens on this rank, H query heads, K key/value heads, D head_dim, N ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from ds_ring.transport.base import Transport
 
 def last_token_attention(
     q_B1HD: Tensor,
-    k_BlKD: Tensor,
-    v_BlKD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
     *,
     seen: Sequence[range],
     spec: AttentionSpec,
@@ -35,7 +35,7 @@ def last_token_attention(
 
     Args:
         q_B1HD: the same on every rank.
-        k_BlKD, v_BlKD: this rank's tokens, all heads.
+        k_BTKD, v_BTKD: this rank's tokens, all heads.
         seen: for each row, which of this rank's tokens the query sees, window and all; may be none.
         transport: the ranks that hold a sequence together.
 
@@ -51,7 +51,7 @@ def last_token_attention(
         if len(keys):
             at = rows, slice(keys.start, keys.stop)
             out_B1HD[rows], lse_BH1[rows] = attend(
-                q_B1HD[rows], k_BlKD[at], v_BlKD[at], spec=unwindowed, causal=False, out_dtype=torch.float32
+                q_B1HD[rows], k_BTKD[at], v_BTKD[at], spec=unwindowed, causal=False, out_dtype=torch.float32
             )
     if transport.size > 1:
         (out_B1HD, *outs), (lse_BH1, *lses) = everyones(out_B1HD, transport), everyones(lse_BH1, transport)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ds_ring.attention import sinks
 from ds_ring.attention.block import accumulate_, attend
-from ds_ring.attention.kv_exchange import Round
-from ds_ring.attention.segments import accumulate_runs_, attend_runs, takes_segments
+from ds_ring.attention.kv_exchange import KVExchange
+from ds_ring.attention.segments import accumulate_ranges_, attend_ranges, takes_segments
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
 from ds_ring.parallel.layout import Block, SequenceLayout
@@ -36,7 +36,7 @@ def ring_attention(
     """Causal attention of this rank's slice against the whole sequence.
 
     Args:
-        q_BLHD, k_BLKD, v_BLKD: this ring rank's slice, tokens in the order of ``layout.slice_runs``.
+        q_BLHD, k_BLKD, v_BLKD: this ring rank's slice, tokens in the order of ``layout.slice_ranges``.
         transport: the ring axis; its rank and size are the ring rank and ``layout.ring_degree``.
         sinks_H: attention sinks, one a head of ``q_BLHD``.
         variant: ``pass_kv`` holds two foreign blocks at a time, ``gather_kv`` all visible K/V of the sequence, in
@@ -50,55 +50,55 @@ def ring_attention(
     """
     if transport.size == 1:
         return sinks.apply_(*attend(q_BLHD, k_BLKD, v_BLKD, spec=spec, out=out), sinks_H)
-    with Round(
+    with KVExchange(
         k_BLKD.shape, k_BLKD,
         layout=layout, transport=transport, variant=variant, gather_limit_bytes=gather_limit_bytes,
-    ) as travelling:  # fmt: skip
-        travelling.write(k_BLKD, v_BLKD)
-        travelling.start()
-        result = attend_round(q_BLHD, travelling, spec, sinks_H)
+    ) as exchange:  # fmt: skip
+        exchange.write(k_BLKD, v_BLKD)
+        exchange.start()
+        result = attend_exchange(q_BLHD, exchange, spec, sinks_H)
         return result if out is None else out.copy_(result)
 
 
-def attend_round(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None = None) -> Tensor:
-    """As ``ring_attention``, of keys and values that are on their way already: ``travelling`` has been started."""
-    if travelling.transport.size == 1:
-        return sinks.apply_(*attend(q_BLHD, *travelling.own_2BLKD, spec=spec), sinks_H)
-    assert q_BLHD.shape[1] == travelling.layout.slice_length
-    travelling.transport.turn()
-    run = {"pass_kv": pass_kv, "gather_kv": gather_kv, "local_first": local_first}[travelling.variant]
-    return run(q_BLHD, travelling, spec, sinks_H)
+def attend_exchange(q_BLHD: Tensor, exchange: KVExchange, spec: AttentionSpec, sinks_H: Tensor | None = None) -> Tensor:
+    """As ``ring_attention``, of keys and values that are on their way already: ``exchange`` has been started."""
+    if exchange.transport.size == 1:
+        return sinks.apply_(*attend(q_BLHD, *exchange.own_2BLKD, spec=spec), sinks_H)
+    assert q_BLHD.shape[1] == exchange.layout.slice_length
+    exchange.transport.yield_lane()
+    token_range = {"pass_kv": pass_kv, "gather_kv": gather_kv, "local_first": local_first}[exchange.variant]
+    return token_range(q_BLHD, exchange, spec, sinks_H)
 
 
-def pass_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+def pass_kv(q_BLHD: Tensor, exchange: KVExchange, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
     """Block by block into one running result, fp32: the next block travels while the present one is computed.
 
     Where one peer's block is all there is, and a kernel takes it beside the own one, a large fp32 result is saved, at
     the price of waiting for that block.
     """
-    layout, rank = travelling.layout, travelling.transport.rank
-    large = q_BLHD.numel() * torch.float32.itemsize > travelling.limit_bytes
-    if large and travelling.may_gather and takes_segments(q_BLHD, layout.slice_runs(rank)[-1].stop, spec):
-        return gather_kv(q_BLHD, travelling, spec, sinks_H)
-    out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own_2BLKD, layout, spec, rank)
-    for source, block_2BSKD in travelling.blocks():
+    layout, rank = exchange.layout, exchange.transport.rank
+    large = q_BLHD.numel() * torch.float32.itemsize > exchange.limit_bytes
+    if large and exchange.may_gather and takes_segments(q_BLHD, layout.slice_ranges(rank)[-1].stop, spec):
+        return gather_kv(q_BLHD, exchange, spec, sinks_H)
+    out_BLHD, lse_BHL = _own_block(q_BLHD, exchange.own_2BLKD, layout, spec, rank)
+    for source, block_2BSKD in exchange.blocks():
         _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, source), spec)
         del block_2BSKD  # a third one would be held while the next is asked for
     return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
 
 
-def gather_kv(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+def gather_kv(q_BLHD: Tensor, exchange: KVExchange, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
     """All visible K/V first, then one call for all runs of queries: no merge."""
-    runs = travelling.layout.slice_runs(travelling.transport.rank)
-    joined = not takes_segments(q_BLHD, runs[-1].stop, spec)
-    return attend_runs(q_BLHD, runs, travelling.all_segments(joined), spec, sinks_H)
+    token_ranges = exchange.layout.slice_ranges(exchange.transport.rank)
+    joined = not takes_segments(q_BLHD, token_ranges[-1].stop, spec)
+    return attend_ranges(q_BLHD, token_ranges, exchange.all_segments(joined), spec, sinks_H)
 
 
-def local_first(q_BLHD: Tensor, travelling: Round, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+def local_first(q_BLHD: Tensor, exchange: KVExchange, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
     """The own block, which needs nobody, while all visible K/V arrive; then those, continuing its result."""
-    layout, rank = travelling.layout, travelling.transport.rank
-    out_BLHD, lse_BHL = _own_block(q_BLHD, travelling.own_2BLKD, layout, spec, rank)
-    accumulate_runs_(out_BLHD, lse_BHL, q_BLHD, layout.slice_runs(rank), travelling.foreign_segments(), spec)
+    layout, rank = exchange.layout, exchange.transport.rank
+    out_BLHD, lse_BHL = _own_block(q_BLHD, exchange.own_2BLKD, layout, spec, rank)
+    accumulate_ranges_(out_BLHD, lse_BHL, q_BLHD, layout.slice_ranges(rank), exchange.foreign_segments(), spec)
     return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ds_ring.attention import sinks
-from ds_ring.attention.backends.base import HOPPER512
-from ds_ring.attention.backends.select import choose
+from ds_ring.attention.backends.base import ATTENTION512
+from ds_ring.attention.backends.select import select_backend
 from ds_ring.attention.block import accumulate_, attend
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 from ds_ring.kernels import attention512
-from ds_ring.parallel.layout import Run
+from ds_ring.parallel.layout import TokenRange
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Segment:
         return self.start + self.k_BSKD.shape[1]
 
 
-def attend_runs(
+def attend_ranges(
     q_BLHD: Tensor,
-    runs: Sequence[Run],
+    token_ranges: Sequence[TokenRange],
     segments: Sequence[Segment],
     spec: AttentionSpec,
     sinks_H: Tensor | None = None,
@@ -48,8 +48,8 @@ def attend_runs(
     Returns:
         out [B, L, H, D] in q's dtype.
     """
-    if _one_launch(q_BLHD, runs, segments, spec):
-        return sinks.apply_(*_attend_segments(q_BLHD, runs, segments, spec), sinks_H)
+    if _one_launch(q_BLHD, token_ranges, segments, spec):
+        return sinks.apply_(*_attend_segments(q_BLHD, token_ranges, segments, spec), sinks_H)
     if len(segments) == 1:
         k_BSKD, v_BSKD = segments[0].k_BSKD, segments[0].v_BSKD
     else:
@@ -58,22 +58,22 @@ def attend_runs(
         v_BSKD = torch.cat([segment.v_BSKD for segment in ordered], dim=1)
     out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
     done = 0
-    for run in runs:
-        rows = slice(done, done + run.length)
+    for token_range in token_ranges:
+        rows = slice(done, done + token_range.length)
         _, lse = attend(
-            q_BLHD[:, rows], k_BSKD[:, : run.stop], v_BSKD[:, : run.stop], spec=spec, q_offset=run.start,
-            out=out_BLHD[:, rows],
+            q_BLHD[:, rows], k_BSKD[:, : token_range.stop], v_BSKD[:, : token_range.stop],
+            spec=spec, q_offset=token_range.start, out=out_BLHD[:, rows],
         )  # fmt: skip
         sinks.apply_(out_BLHD[:, rows], lse, sinks_H)
         done = rows.stop
     return out_BLHD
 
 
-def accumulate_runs_(
+def accumulate_ranges_(
     out_BLHD: Tensor,
     lse_BHL: Tensor,
     q_BLHD: Tensor,
-    runs: Sequence[Run],
+    token_ranges: Sequence[TokenRange],
     segments: Sequence[Segment],
     spec: AttentionSpec,
 ) -> None:
@@ -85,52 +85,54 @@ def accumulate_runs_(
     """
     if not segments:
         return
-    if _one_launch(q_BLHD, runs, segments, spec):
-        attention512.accumulate_(out_BLHD, lse_BHL, *_arguments(q_BLHD, runs, segments, spec))
+    if _one_launch(q_BLHD, token_ranges, segments, spec):
+        attention512.accumulate_(out_BLHD, lse_BHL, *_arguments(q_BLHD, token_ranges, segments, spec))
         return
     done = 0
-    for number, run in enumerate(runs):
+    for number, token_range in enumerate(token_ranges):
         # All runs from this one on see a segment before it, in one call where their positions do not matter.
-        rows = slice(done, done + run.length if spec.window else None)
-        before = runs[number - 1].start if number and not spec.window else -1
+        rows = slice(done, done + token_range.length if spec.window else None)
+        before = token_ranges[number - 1].start if number and not spec.window else -1
         for segment in segments:
-            if before < segment.start < run.start and not _out_of_reach(run, segment, spec):
+            if before < segment.start < token_range.start and not _out_of_reach(token_range, segment, spec):
                 accumulate_(
                     out_BLHD[:, rows], lse_BHL[:, :, rows], q_BLHD[:, rows], segment.k_BSKD, segment.v_BSKD,
-                    spec=spec, causal=spec.window is not None, q_offset=run.start, k_offset=segment.start,
+                    spec=spec, causal=spec.window is not None, q_offset=token_range.start, k_offset=segment.start,
                 )  # fmt: skip
-        done += run.length
+        done += token_range.length
 
 
-def _out_of_reach(run: Run, segment: Segment, spec: AttentionSpec) -> bool:
-    return spec.window is not None and segment.stop - 1 <= run.start - spec.window
+def _out_of_reach(token_range: TokenRange, segment: Segment, spec: AttentionSpec) -> bool:
+    return spec.window is not None and segment.stop - 1 <= token_range.start - spec.window
 
 
-def _one_launch(q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec) -> bool:
-    fits = len(runs) <= attention512.MAX_CHUNKS and len(segments) <= attention512.MAX_SEGMENTS
+def _one_launch(
+    q_BLHD: Tensor, token_ranges: Sequence[TokenRange], segments: Sequence[Segment], spec: AttentionSpec
+) -> bool:
+    fits = len(token_ranges) <= attention512.MAX_CHUNKS and len(segments) <= attention512.MAX_SEGMENTS
     return fits and takes_segments(q_BLHD, sum(segment.k_BSKD.shape[1] for segment in segments), spec)
 
 
 def takes_segments(q_BLHD: Tensor, n_keys: int, spec: AttentionSpec) -> bool:
     """Whether the back-end reads keys from where they lie, so that nothing need be put in order."""
-    return choose(q_BLHD, n_keys, BlockSpec(spec, True, 0)) is HOPPER512
+    return select_backend(q_BLHD, n_keys, BlockSpec(spec, True, 0)) is ATTENTION512
 
 
 def _attend_segments(
-    q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec
+    q_BLHD: Tensor, token_ranges: Sequence[TokenRange], segments: Sequence[Segment], spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
     """The segments where they are: nothing is copied into order."""
-    out, lse = attention512.attention512(*_arguments(q_BLHD, runs, segments, spec))
+    out, lse = attention512.attention512(*_arguments(q_BLHD, token_ranges, segments, spec))
     return out, lse
 
 
 def _arguments(
-    q_BLHD: Tensor, runs: Sequence[Run], segments: Sequence[Segment], spec: AttentionSpec
+    q_BLHD: Tensor, token_ranges: Sequence[TokenRange], segments: Sequence[Segment], spec: AttentionSpec
 ) -> attention512.Call:
     chunks: list[int] = []
     done = 0
-    for run in runs:
-        chunks += [done, run.length, run.start]
-        done += run.length
+    for token_range in token_ranges:
+        chunks += [done, token_range.length, token_range.start]
+        done += token_range.length
     keys, values = [s.k_BSKD for s in segments], [s.v_BSKD for s in segments]
     return q_BLHD, keys, values, [s.start for s in segments], chunks, True, spec.scale

@@ -4,7 +4,7 @@
 receiving just the ones its query heads attend to.
 """
 
-# Shapes: B batch, l tokens on this rank, L = U l tokens of the slice, H query heads, K key/value heads, h and k a
+# Shapes: B batch, T tokens on this rank, L = U T tokens of the slice, H query heads, K key/value heads, h and k a
 # rank's share of them, U ranks, D head_dim.
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ds_ring.attention.qkv_layout import Lying, Shares
+from ds_ring.attention.qkv_layout import QKVLayout, Shares
 from ds_ring.transport.base import Transport
 
 
@@ -36,8 +36,8 @@ def kv_heads_of(ulysses_rank: int, num_heads: int, num_kv_heads: int, degree: in
     return needed
 
 
-HeadPart = tuple[slice, Tensor]
-"""Some neighbouring heads of all, and the memory [B, l, n, D] they belong in, its last dimension contiguous."""
+HeadSlice = tuple[slice, Tensor]
+"""Some neighbouring heads of all, and the memory [B, T, n, D] they belong in, its last dimension contiguous."""
 
 
 class Trade:
@@ -57,16 +57,16 @@ class Trade:
         n = len(wanted[0])
         send = transport.send_buffer((degree, batch, local, share + 2 * n, head_dim), like)
         self._transport, self._send, self._sizes = transport, send, (share, n, n)
-        self.q: list[HeadPart] = [(slice(u * share, (u + 1) * share), send[u, :, :, :share]) for u in range(degree)]
-        self.k: list[HeadPart] = []
-        self.v: list[HeadPart] = []
+        self.q: list[HeadSlice] = [(slice(u * share, (u + 1) * share), send[u, :, :, :share]) for u in range(degree)]
+        self.k: list[HeadSlice] = []
+        self.v: list[HeadSlice] = []
         for u, kv in enumerate(wanted):
             for first, heads_u in _neighbours(kv):
                 for parts, at in ((self.k, share + first), (self.v, share + n + first)):
                     parts.append((heads_u, send[u, :, :, at : at + heads_u.stop - heads_u.start]))
 
     def attend(self, inner: Inner) -> Tensor:
-        """``inner`` on whole slices and a share of the heads; out [B, l, H, D] for this rank's tokens."""
+        """``inner`` on whole slices and a share of the heads; out [B, T, H, D] for this rank's tokens."""
         transport = self._transport
         q, k, v = transport.all_to_all_side_by_side(self._send).split(self._sizes, dim=2)
         # Where it is not a transport's own, the send buffer's memory is free from here on.
@@ -75,7 +75,7 @@ class Trade:
 
 
 class ProjectionTrade:
-    """The same of a projection as it lies: peers take the columns of their heads out of ``memory``, [B, l, W].
+    """The same of a projection as it lies: peers take the columns of their heads out of ``memory``, [B, T, W].
 
     ``memory`` is to be written, and queries and keys turned in it, before ``attend``.
     """
@@ -83,9 +83,9 @@ class ProjectionTrade:
     def __init__(self, shares: Shares, like: Tensor, transport: Transport) -> None:
         self._shares, self._transport = shares.by_rank, transport
         self.memory: Tensor | None = transport.send_buffer(shares.shape, like)
-        self.q: list[HeadPart] = []
-        self.k: list[HeadPart] = []
-        self.v: list[HeadPart] = []
+        self.q: list[HeadSlice] = []
+        self.k: list[HeadSlice] = []
+        self.v: list[HeadSlice] = []
 
     def attend(self, inner: Inner) -> Tensor:
         """As ``Trade.attend``."""
@@ -96,17 +96,17 @@ class ProjectionTrade:
         return _attend(inner, q, k, v, self._transport)
 
 
-def shares_of(lying: Lying, num_heads: int, num_kv_heads: int, transport: Transport) -> Shares | None:
+def shares_of(qkv_layout: QKVLayout, num_heads: int, num_kv_heads: int, transport: Transport) -> Shares | None:
     """Each rank's columns; None where it has to be ``Trade``."""
     degree, share = transport.size, num_heads // transport.size
     if not transport.trades_columns:
         return None
     q_heads = [range(u * share, (u + 1) * share) for u in range(degree)]
-    return lying.shares([(q, kv_heads_of(u, num_heads, num_kv_heads, degree)) for u, q in enumerate(q_heads)])
+    return qkv_layout.shares([(q, kv_heads_of(u, num_heads, num_kv_heads, degree)) for u, q in enumerate(q_heads)])
 
 
 def _attend(inner: Inner, q_BLhD: Tensor, k_BLkD: Tensor, v_BLkD: Tensor, transport: Transport) -> Tensor:
-    """[B, l, H, D] of this rank's tokens. The result of all tokens is written where peers take it."""
+    """[B, T, H, D] of this rank's tokens. The result of all tokens is written where peers take it."""
     send_BLhD = transport.send_buffer(q_BLhD.shape, q_BLhD)
     return transport.all_to_all_joined(inner(q_BLhD, k_BLkD, v_BLkD, out=send_BLhD))
 
@@ -120,21 +120,21 @@ def _neighbours(heads: Sequence[int]) -> Iterator[tuple[int, slice]]:
             first = i
 
 
-def ulysses_attention(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, *, transport: Transport, inner: Inner) -> Tensor:
+def ulysses_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, *, transport: Transport, inner: Inner) -> Tensor:
     """``inner`` on whole slices and a share of the heads.
 
     Args:
-        q_BlHD, k_BlKD, v_BlKD: this rank's tokens, all heads; H is a multiple of the group's size.
+        q_BTHD, k_BTKD, v_BTKD: this rank's tokens, all heads; H is a multiple of the group's size.
         transport: the Ulysses axis, in the order in which the ranks' tokens follow each other in the slice.
         inner: of q [B, L, h, D], k [B, L, k, D] and v.
 
     Returns:
-        out [B, l, H, D] for this rank's tokens.
+        out [B, T, H, D] for this rank's tokens.
     """
     if transport.size == 1:
-        return inner(q_BlHD, k_BlKD, v_BlKD)
-    trade = Trade(q_BlHD.shape, k_BlKD.shape[2], q_BlHD, transport)
-    for x, parts in ((q_BlHD, trade.q), (k_BlKD, trade.k), (v_BlKD, trade.v)):
+        return inner(q_BTHD, k_BTKD, v_BTKD)
+    trade = Trade(q_BTHD.shape, k_BTKD.shape[2], q_BTHD, transport)
+    for x, parts in ((q_BTHD, trade.q), (k_BTKD, trade.k), (v_BTKD, trade.v)):
         for heads, memory in parts:
             memory.copy_(x[:, :, heads])
     return trade.attend(inner)

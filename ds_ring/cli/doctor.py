@@ -17,12 +17,12 @@ from packaging.version import Version
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.kernels import triton_attention
 from ds_ring.kernels.jit import unavailable
 from ds_ring.planning.validation import check_layout, check_workload
 from ds_ring.process.launcher import deepspeed_command, gpu_count
-from ds_ring.transport.select import Place, choose
+from ds_ring.transport.select import Location, select_transports
 from ds_ring.utils.hardware import device_name
 from ds_ring.utils.results import versions
 
@@ -183,16 +183,16 @@ def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
     try:
         path = run.checkpoint
         Checkpoint.open(path)
-        shape = model_shape(read_config(path))
+        dims = model_dims(read_config(path))
     except UserError as error:
         yield Finding("checkpoint", "problem", str(error))
         return
-    yield Finding("checkpoint", "ok", f"{path}: {shape.model_type}, {shape.num_layers} layers")
+    yield Finding("checkpoint", "ok", f"{path}: {dims.model_type}, {dims.num_layers} layers")
     wanted = run.topology.world_size
     if not run.parallel.auto:
         try:
-            check_layout(run, shape, wanted)
-            check_workload(run, shape)
+            check_layout(run, dims, wanted)
+            check_workload(run, dims)
         except UserError as error:
             yield Finding("configuration", "problem", str(error))
             return
@@ -201,9 +201,11 @@ def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
             fix = f"lower the degrees, or add {wanted - slots} GPUs"
             yield Finding("ranks", "problem", f"{wanted} are wanted, and {slots} can be started", fix)
     if gpu_count() > 1 and not run.parallel.auto and wanted <= gpu_count():
-        places = [Place.of(torch.device("cuda", rank)) for rank in range(wanted)]
+        locations = [Location.of(torch.device("cuda", rank)) for rank in range(wanted)]
         yield Finding(
-            "transport", "ok", choose(run.ring.transport, run.topology, places).describe() or "none is needed"
+            "transport",
+            "ok",
+            select_transports(run.ring.transport, run.topology, locations).describe() or "none is needed",
         )
 
 

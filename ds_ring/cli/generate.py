@@ -19,7 +19,7 @@ from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.planning.validation import check_positions
 from ds_ring.utils.corpus import load_tokenizer, read_text
 from ds_ring.utils.hardware import copy_rate, device_name, held_memory_gib
@@ -86,7 +86,7 @@ def read_prompts(config: RunConfig, prompts: Sequence[str], files: Sequence[str]
 
 def check_lengths(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Raise InputError where the model has too few positions; before any weight is read."""
-    check_positions(max(map(len, prompts)), max_new_tokens, model_shape(read_config(config.checkpoint)))
+    check_positions(max(map(len, prompts)), max_new_tokens, model_dims(read_config(config.checkpoint)))
 
 
 def sized(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> RunConfig:
@@ -99,7 +99,7 @@ def sized(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: i
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(token ids, mask), both [B, T], of rows padded at their beginnings."""
+    """(token ids, mask), both [B, C], of rows padded at their beginnings."""
     columns = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (columns - len(row)) + list(row) for row in rows])
     return ids, torch.tensor([[0] * (columns - len(row)) + [1] * len(row) for row in rows])

@@ -1,6 +1,6 @@
 """A batch as the engines run it: checked, and packed so that every row's tokens start at its left edge."""
 
-# Shapes: B rows, T columns of the caller's tensors, L tokens of the longest row.
+# Shapes: B rows, C columns of the caller's tensors, L tokens of the longest row.
 from __future__ import annotations
 
 import hashlib
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_ring.errors import InputError
 from ds_ring.kv_cache.step import Step
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Batch:
         count = len(self.rows)
         return [self.split(range(i, min(i + size, count))) for i in range(0, count, size)]
 
-    def step(self, positions_l: Tensor, device: torch.device) -> Step | None:
+    def step(self, positions_T: Tensor, device: torch.device) -> Step | None:
         """What the attention does with a cache, for the packed positions on this rank; None: there is no cache."""
         return None
 
@@ -61,14 +61,14 @@ class Batch:
 
 
 def pack(
-    input_ids_BT: Tensor, attention_mask_BT: Tensor | None, position_ids_BT: Tensor | None, shape: ModelShape
+    input_ids_BC: Tensor, attention_mask_BC: Tensor | None, position_ids_BC: Tensor | None, dims: ModelDims
 ) -> tuple[Batch, Tensor]:
     """Check the caller's tensors and move every row's tokens to the left edge.
 
     Args:
-        input_ids_BT: token ids, padded on either side where rows are unequal.
-        attention_mask_BT: 1 for tokens, 0 for padding; None: no padding.
-        position_ids_BT: positions for the model; None: every row counts its own tokens from 0, as ``generate`` does.
+        input_ids_BC: token ids, padded on either side where rows are unequal.
+        attention_mask_BC: 1 for tokens, 0 for padding; None: no padding.
+        position_ids_BC: positions for the model; None: every row counts its own tokens from 0, as ``generate`` does.
 
     Returns:
         The batch, and columns_BL: the caller's column of every packed token, -1 at padding.
@@ -76,53 +76,51 @@ def pack(
     Raises:
         InputError: tensors of wrong shape, empty rows, ids outside the vocabulary, or more tokens than positions.
     """
-    if input_ids_BT.dim() != 2 or input_ids_BT.is_floating_point():
+    if input_ids_BC.dim() != 2 or input_ids_BC.is_floating_point():
         raise InputError(
-            f"input_ids must be whole numbers of shape [batch, length], not {tuple(input_ids_BT.shape)} "
-            f"{input_ids_BT.dtype}"
+            f"input_ids must be whole numbers of shape [batch, length], not {tuple(input_ids_BC.shape)} "
+            f"{input_ids_BC.dtype}"
         )
-    count, columns = input_ids_BT.shape
+    count, columns = input_ids_BC.shape
     if count == 0 or columns == 0:
-        raise InputError(f"input_ids of shape {tuple(input_ids_BT.shape)} hold no token")
-    device = input_ids_BT.device
-    for name, tensor in (("attention_mask", attention_mask_BT), ("position_ids", position_ids_BT)):
-        if tensor is not None and tensor.shape != input_ids_BT.shape:
-            raise InputError(f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(input_ids_BT.shape)}")
-    if attention_mask_BT is None:
+        raise InputError(f"input_ids of shape {tuple(input_ids_BC.shape)} hold no token")
+    device = input_ids_BC.device
+    for name, tensor in (("attention_mask", attention_mask_BC), ("position_ids", position_ids_BC)):
+        if tensor is not None and tensor.shape != input_ids_BC.shape:
+            raise InputError(f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(input_ids_BC.shape)}")
+    if attention_mask_BC is None:
         columns_BL = torch.arange(columns, device=device).expand(count, columns)
         lengths = [columns] * count
     else:
-        visible_BT = attention_mask_BT.to(device) != 0
-        lengths = visible_BT.sum(1).tolist()
+        visible_BC = attention_mask_BC.to(device) != 0
+        lengths = visible_BC.sum(1).tolist()
         if min(lengths) == 0:
             raise InputError(f"row {lengths.index(0)} of the batch is empty: its attention_mask has no 1")
         # A stable sort keeps tokens in order and puts them before the padding.
-        order_BT = torch.sort((~visible_BT).to(torch.int8), dim=1, stable=True).indices[:, : max(lengths)]
-        columns_BL = torch.where(visible_BT.gather(1, order_BT), order_BT, -1)
+        order_BC = torch.sort((~visible_BC).to(torch.int8), dim=1, stable=True).indices[:, : max(lengths)]
+        columns_BL = torch.where(visible_BC.gather(1, order_BC), order_BC, -1)
         span_B = columns_BL.max(1).values - columns_BL[:, 0] + 1
-        if shape.sliding_window is not None and span_B.tolist() != lengths:
+        if dims.sliding_window is not None and span_B.tolist() != lengths:
             raise InputError("attention_mask has holes inside a row, which a sliding window cannot be packed over")
     at_BL = columns_BL.clamp(min=0)
     real_BL = columns_BL >= 0
-    ids_BL = input_ids_BT.gather(1, at_BL) * real_BL
+    ids_BL = input_ids_BC.gather(1, at_BL) * real_BL
     lowest, highest = int(ids_BL.min()), int(ids_BL.max())
-    if lowest < 0 or highest >= shape.vocab_size:
-        raise InputError(
-            f"token id {lowest if lowest < 0 else highest} is outside the vocabulary of {shape.vocab_size}"
-        )
-    if position_ids_BT is not None and attention_mask_BT is None and (position_ids_BT.diff(dim=1) != 1).any():
+    if lowest < 0 or highest >= dims.vocab_size:
+        raise InputError(f"token id {lowest if lowest < 0 else highest} is outside the vocabulary of {dims.vocab_size}")
+    if position_ids_BC is not None and attention_mask_BC is None and (position_ids_BC.diff(dim=1) != 1).any():
         raise InputError(
             "position_ids do not count up by 1: transformers would take the rows for packed sequences that do not see "
             "each other, which cannot be sharded yet; give every sequence a row of its own"
         )
-    if position_ids_BT is None:
+    if position_ids_BC is None:
         positions_BL = torch.arange(ids_BL.shape[1], device=device) * real_BL
     else:
-        positions_BL = position_ids_BT.to(device).gather(1, at_BL) * real_BL
+        positions_BL = position_ids_BC.to(device).gather(1, at_BL) * real_BL
     lowest, highest = int(positions_BL.min()), int(positions_BL.max())
-    if lowest < 0 or (shape.max_positions is not None and highest >= shape.max_positions):
+    if lowest < 0 or (dims.max_positions is not None and highest >= dims.max_positions):
         raise InputError(
             f"position {lowest if lowest < 0 else highest} is outside the model's "
-            f"max_position_embeddings={shape.max_positions}"
+            f"max_position_embeddings={dims.max_positions}"
         )
     return Batch(ids_BL, positions_BL, tuple(lengths), range(count)), columns_BL

@@ -1,6 +1,6 @@
 """Prompts on their way into a cache: the rows of a batch, cut into chunks that run one after the other."""
 
-# Shapes: B rows, L tokens of the chunk, l of them on this rank.
+# Shapes: B rows, L tokens of the chunk, T of them on this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +13,13 @@ from torch.nn.functional import pad
 
 from ds_ring.attention.backends.positions import EMPTY
 from ds_ring.engine.batch import Batch
-from ds_ring.kv_cache.occupancy import Runs
-from ds_ring.kv_cache.shard import KVStore
+from ds_ring.kv_cache.occupancy import SlotRanges
+from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.kv_cache.step import ChunkStep, Step
 
 
 @dataclass(frozen=True)
-class CachedBatch(Batch):
+class PrefillChunk(Batch):
     """A batch whose keys and values are kept.
 
     Attributes:
@@ -31,32 +31,34 @@ class CachedBatch(Batch):
         is_first: nothing is cached yet.
     """
 
-    places_BL: Tensor
-    store: KVStore
-    store_rows: slice
+    cache_positions_BL: Tensor
+    cache_shard: KVCacheShard
+    cache_rows: slice
     starts: tuple[int, ...]
     held: tuple[int, ...]
-    seen: tuple[Runs, ...]
+    seen: tuple[SlotRanges, ...]
     is_first: bool
 
     in_order: ClassVar[bool] = True
 
-    def step(self, positions_l: Tensor, device: torch.device) -> Step | None:
-        beyond = max(0, int(positions_l.max()) + 1 - self.length)
-        places_Bl = pad(self.places_BL, (0, beyond), value=EMPTY)[:, positions_l].to(device)
-        return ChunkStep(self.store, self.store_rows, places_Bl, self.starts, self.held, self.seen, self.is_first)
+    def step(self, positions_T: Tensor, device: torch.device) -> Step | None:
+        beyond = max(0, int(positions_T.max()) + 1 - self.length)
+        cache_positions_BT = pad(self.cache_positions_BL, (0, beyond), value=EMPTY)[:, positions_T].to(device)
+        return ChunkStep(
+            self.cache_shard, self.cache_rows, cache_positions_BT, self.starts, self.held, self.seen, self.is_first
+        )
 
 
 def chunks(
     batch: Batch,
-    places_BL: Tensor,
-    store: KVStore,
+    cache_positions_BL: Tensor,
+    cache_shard: KVCacheShard,
     *,
     size: int,
     rows_at_a_time: int,
     slots: Callable[[int], int],
     tokens_held: Callable[[int, int], Sequence[int]],
-) -> Iterator[list[CachedBatch]]:
+) -> Iterator[list[PrefillChunk]]:
     """Lists of micro-batches, a list for each chunk: ``size`` tokens a row, or what more divides among ranks; 0: all.
 
     ``batch`` and ``places_BL`` are this replica's rows, ``slots(length)`` the slots that a chunk takes on each rank, of
@@ -64,10 +66,10 @@ def chunks(
     Where each goes is settled here, so that they may be run list by list or, in order, all in one pipeline.
     """
     # So many tokens take the slots of a whole number a rank: with those filled, chunks leave no gaps.
-    size = slots(size) * len(store.used) if size else batch.length
+    size = slots(size) * len(cache_shard.used) if size else batch.length
     for start in range(0, batch.length, size):
         columns = slice(start, min(start + size, batch.length))
-        starts, is_first, found = tuple(store.used), max(store.used) == 0, []
+        starts, is_first, found = tuple(cache_shard.used), max(cache_shard.used) == 0, []
         for micro_batch in batch.micro_batches(rows_at_a_time):
             length = min(micro_batch.length, columns.stop) - start
             if length <= 0:
@@ -75,25 +77,25 @@ def chunks(
             rows = slice(micro_batch.rows.start - batch.rows.start, micro_batch.rows.stop - batch.rows.start)
             held = tuple(s + slots(length) for s in starts)
             lengths = tuple(min(max(n - start, 0), length) for n in micro_batch.lengths)
-            seen = tuple(store.filled.of(rows, rank) for rank in range(len(starts)))
+            seen = tuple(cache_shard.occupancy.of(rows, rank) for rank in range(len(starts)))
             by_rank = {n: tokens_held(length, n) for n in set(lengths)}
             for row, n in zip(range(rows.start, rows.stop), lengths, strict=True):
                 for rank, count in enumerate(by_rank[n]):
-                    store.filled.add(row, rank, starts[rank], count)
+                    cache_shard.occupancy.add(row, rank, starts[rank], count)
             found.append(
-                CachedBatch(
+                PrefillChunk(
                     ids_BL=micro_batch.ids_BL[:, columns],
                     position_ids_BL=micro_batch.position_ids_BL[:, columns],
                     lengths=lengths,
                     rows=micro_batch.rows,
-                    places_BL=places_BL[rows, start : start + length],
-                    store=store,
-                    store_rows=rows,
+                    cache_positions_BL=cache_positions_BL[rows, start : start + length],
+                    cache_shard=cache_shard,
+                    cache_rows=rows,
                     starts=starts,
                     held=held,
                     seen=seen,
                     is_first=is_first,
                 )
             )
-        store.used = [s + max(slots(m.length) for m in found) for s in starts]
+        cache_shard.used = [s + max(slots(m.length) for m in found) for s in starts]
         yield found

@@ -15,7 +15,7 @@ from ds_ring.transport.base import Traffic
 
 log = logging.getLogger("ds_ring")
 
-Run = Callable[[], Tensor]
+DecodeStep = Callable[[], Tensor]
 
 
 class Capture:
@@ -31,7 +31,7 @@ class Capture:
         self._traffic, self._model_class, self._insist = traffic, model_class, insist
         self._works = True
 
-    def __call__(self, run: Run) -> Run | None:
+    def __call__(self, run: DecodeStep) -> DecodeStep | None:
         """What does ``run`` again, in the same memory; None: ``run`` itself must.
 
         Raises:

@@ -6,13 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_ring.engine.cuda_graph import Run
+from ds_ring.engine.cuda_graph import DecodeStep
 from ds_ring.engine.model_runner import CachedRunner
-from ds_ring.kv_cache.shard import KVStore
+from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.kv_cache.step import TokenStep
 
 
-class Decoding:
+class DecodeLoop:
     """One token more in each row, a call.
 
     Whatever changes from step to step is in tensors of its own, which the launches read: the tokens, their positions,
@@ -24,12 +24,14 @@ class Decoding:
         places_b1: the next token's position in the cache, int32. Both are counted on in place.
     """
 
-    def __init__(self, runner: CachedRunner, store: KVStore, seen_b1: Tensor, places_b1: Tensor) -> None:
-        self._runner, self._store = runner, store
-        self._seen_b1, self._places_b1 = seen_b1, places_b1
+    def __init__(
+        self, runner: CachedRunner, cache_shard: KVCacheShard, seen_b1: Tensor, cache_positions_b1: Tensor
+    ) -> None:
+        self._runner, self._cache_shard = runner, cache_shard
+        self._seen_b1, self._cache_positions_b1 = seen_b1, cache_positions_b1
         self._ids_b1 = torch.zeros_like(seen_b1)
         self._slot_1 = torch.zeros(1, dtype=torch.long, device=runner.device)
-        self._replay: Run | None = None
+        self._replay: DecodeStep | None = None
         self._settled = -1
         """``store.moves`` behind the last step that was not a replay."""
 
@@ -37,13 +39,13 @@ class Decoding:
     def __call__(self, ids_b1: Tensor) -> Tensor:
         """Logits [b, V], the same on every rank of the replica, in memory of their own. Nothing waits for the device:
         what is needed on the host is known beforehand."""
-        slot = self._store.take_token()
+        slot = self._cache_shard.take_token()
         self._ids_b1.copy_(ids_b1)
         self._slot_1.fill_(slot)
-        if self._store.moves != self._settled:
+        if self._cache_shard.moves != self._settled:
             self._replay = None
             logits_bV = self._run()
-            self._settled = self._store.moves
+            self._settled = self._cache_shard.moves
             return logits_bV
         if self._replay is None:
             self._replay = self._runner.capture(self._run)
@@ -53,13 +55,13 @@ class Decoding:
     def again(self) -> None:
         """The last step once more in the slot it had, never as a graph, so that hooks of layers hear of it."""
         self._seen_b1 -= 1
-        self._places_b1 -= 1
+        self._cache_positions_b1 -= 1
         self._run()
 
     def _run(self) -> Tensor:
         runner = self._runner
-        step = TokenStep(self._store, self._places_b1, self._slot_1, runner.decodes_sliced)
+        step = TokenStep(self._cache_shard, self._cache_positions_b1, self._slot_1, runner.decodes_sliced)
         logits_bV = runner.decode(self._ids_b1, self._seen_b1, step)
         self._seen_b1 += 1
-        self._places_b1 += 1
+        self._cache_positions_b1 += 1
         return logits_bV

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.tensor_slices import Slice, slices_of
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.planning.cards import Card, card_of
 from ds_ring.transport.base import Transport
 
@@ -21,7 +21,7 @@ COLLECTIVES_A_LAYER = 3
 
 
 def decode_slices(
-    model: PreTrainedModel, config: RunConfig, shape: ModelShape, sp: Transport, device: torch.device
+    model: PreTrainedModel, config: RunConfig, dims: ModelDims, sp: Transport, device: torch.device
 ) -> dict[str, Slice] | None:
     """This rank's slices, as ``parallel.decode`` wants it; None: every rank computes with whole weights. Collective.
 
@@ -33,7 +33,7 @@ def decode_slices(
         return None
     if wanted == "sliced":
         return slices_of(model, sp.rank, sp.size, sp)
-    if shape.unlike_layers:
+    if dims.unlike_layers:
         return None
     try:
         slices = slices_of(model, sp.rank, sp.size, sp)
@@ -42,7 +42,7 @@ def decode_slices(
         return None
     weights = sum(part.weight.nbytes for part in slices.values()) * sp.size
     # Of cards that differ, each rank would decide by its own.
-    return slices if all(sp.all_gather_objects(pays(weights, shape.num_layers, sp.size, card_of(device)))) else None
+    return slices if all(sp.all_gather_objects(pays(weights, dims.num_layers, sp.size, card_of(device)))) else None
 
 
 def pays(weight_bytes: int, num_layers: int, ranks: int, card: Card) -> bool:

@@ -1,6 +1,6 @@
 """A model's forward without its weights: what cannot be sharded is found before any are read."""
 
-# Shapes: B batch, l tokens, H query heads, K key/value heads, D head_dim.
+# Shapes: B batch, T tokens, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
 import sys
@@ -21,15 +21,15 @@ from ds_ring.engine.deepspeed_backend import cannot_cut, refuse_misread
 from ds_ring.errors import UnsupportedModelError, UserError, in_one_line
 from ds_ring.hf.attention import inject
 from ds_ring.hf.attention_context import Attend, AttentionContext
-from ds_ring.hf.decoder import Anatomy
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.dims import model_dims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
 
 LENGTH = 2
 
 
-def rehearse(config: PretrainedConfig, run: RunConfig) -> None:
+def dry_run(config: PretrainedConfig, run: RunConfig) -> None:
     """Run a few tokens through the model of ``config`` on the meta device, with the attention that is to be injected,
     and once more as AutoTP cuts it. Takes as long as building the layers, whatever their size.
 
@@ -37,17 +37,17 @@ def rehearse(config: PretrainedConfig, run: RunConfig) -> None:
         UnsupportedModelError: what the first forward would refuse or fail at, by name.
     """
     model = _without_weights(config)
-    anatomy, heads = Anatomy.of(model), model_shape(config).num_heads
+    decoder, heads = Decoder.of(model), model_dims(config).num_heads
     # Its part in a tensor-parallel group is what the second pass is about.
     context = AttentionContext(Mesh(replace(run.topology, tp=1), 0, {}), run.parallel, heads, block_rows=0)
     inject(model, context)
-    stopped = _forward(anatomy, context, _nothing)
+    stopped = _forward(decoder, context, _nothing)
     if run.tp_size == 1:
         return
     try:
         with redirect_stdout(sys.stderr):
             _cut(model, run.tp_size)
-        found = _forward(anatomy, context, partial(_with_heads, heads // run.tp_size))
+        found = _forward(decoder, context, partial(_with_heads, heads // run.tp_size))
     except UserError:
         raise
     except Exception as error:
@@ -67,17 +67,17 @@ def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval()
 
 
-def _forward(anatomy: Anatomy, context: AttentionContext, attend: Attend) -> Exception | None:
+def _forward(decoder: Decoder, context: AttentionContext, attend: Attend) -> Exception | None:
     """What stopped it: a model may ask the device for numbers, such as which experts are met, and there are none. What
     comes behind is left to the engine's own forwards."""
-    ids_Bl = torch.zeros(1, LENGTH, dtype=torch.long, device="meta")
+    ids_BT = torch.zeros(1, LENGTH, dtype=torch.long, device="meta")
     try:
         with (
             torch.inference_mode(),
-            context.forward(SequenceLayout(LENGTH), len(anatomy.layers), type(anatomy.model).__name__),
+            context.forward(SequenceLayout(LENGTH), len(decoder.layers), type(decoder.model).__name__),
             context.attending_by(attend),
         ):
-            anatomy.model(input_ids=ids_Bl, position_ids=ids_Bl, use_cache=False)
+            decoder.model(input_ids=ids_BT, position_ids=ids_BT, use_cache=False)
     except UserError:
         raise
     except Exception as error:
@@ -85,16 +85,16 @@ def _forward(anatomy: Anatomy, context: AttentionContext, attend: Attend) -> Exc
     return None
 
 
-def _nothing(q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
-    return torch.empty_like(q_BlHD)
+def _nothing(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+    return torch.empty_like(q_BTHD)
 
 
 def _with_heads(
-    heads: int, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
+    heads: int, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
 ) -> Tensor:
-    if q_BlHD.shape[2] != heads:
-        raise ValueError(f"a rank attends with {q_BlHD.shape[2]} heads instead of {heads}")
-    return torch.empty_like(q_BlHD)
+    if q_BTHD.shape[2] != heads:
+        raise ValueError(f"a rank attends with {q_BTHD.shape[2]} heads instead of {heads}")
+    return torch.empty_like(q_BTHD)
 
 
 def _cut(model: PreTrainedModel, tp: int) -> None:

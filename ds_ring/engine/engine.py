@@ -4,7 +4,7 @@ Every rank is handed the same tokens and, from ``__call__``, gets the same full 
 it leaves results where they were made, which is what a benchmark times.
 """
 
-# Shapes: B rows, T columns of the caller's tensors, L packed tokens, l of them on this rank, k kept ones, V vocabulary.
+# Shapes: B rows, C columns of the caller's tensors, L packed tokens, T of them on this rank, k kept ones, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from ds_ring.engine.batch import Batch, pack
 from ds_ring.engine.gather import gather_replicas
 from ds_ring.engine.generation import generate
 from ds_ring.engine.model_runner import NO_POSITIONS, CachedRunner, ModelRunner, Shard
-from ds_ring.engine.oom import explained
+from ds_ring.engine.oom import explain_oom
 from ds_ring.errors import InputError
-from ds_ring.process.watchdog import StallWatch, watched
+from ds_ring.process.watchdog import Watchdog, watched
 from ds_ring.transport.mesh import Mesh
 from ds_ring.utils.hardware import synchronize
 
@@ -65,7 +65,7 @@ class Engine:
         return self.runner.device
 
     @property
-    def watchdog(self) -> StallWatch:
+    def watchdog(self) -> Watchdog:
         return self.runner.watchdog
 
     def settle(self) -> None:
@@ -88,7 +88,7 @@ class Engine:
     ) -> tuple[Batch, Tensor]:
         """Check and pack the caller's tensors; all ranks must have been given the same."""
         try:
-            batch, columns_BL = pack(input_ids.cpu(), attention_mask, position_ids, self.runner.shape)
+            batch, columns_BL = pack(input_ids.cpu(), attention_mask, position_ids, self.runner.dims)
         except InputError as error:
             # Where only some ranks refuse, the others must hear of it rather than wait for them.
             self.mesh["world"].agree(input_ids=f"unusable ones: {error}")
@@ -105,7 +105,7 @@ class Engine:
         return self.runner
 
     @watched
-    @explained
+    @explain_oom
     def __call__(
         self,
         input_ids: Tensor,
@@ -116,13 +116,13 @@ class Engine:
         """The model's logits, on every rank.
 
         Args:
-            input_ids: [B, T], the same on every rank.
-            attention_mask: [B, T], 1 for tokens and 0 for padding, on either side.
-            position_ids: [B, T]; None: every row counts its own tokens from 0.
+            input_ids: [B, C], the same on every rank.
+            attention_mask: [B, C], 1 for tokens and 0 for padding, on either side.
+            position_ids: [B, C]; None: every row counts its own tokens from 0.
             logits_to_keep: only the last so many columns; 0 for all.
 
         Returns:
-            CausalLMOutput with logits [B, T or logits_to_keep, V] in the model's dtype; 0 at padding.
+            CausalLMOutput with logits [B, C or logits_to_keep, V] in the model's dtype; 0 at padding.
 
         Raises:
             InputError: unusable tensors (see ``pack``). DisagreementError: ranks were given different tokens.
@@ -134,20 +134,20 @@ class Engine:
         wanted_BL = columns_BL >= first
         keep = [torch.nonzero(wanted_BL[_rows(m), : m.length].any(0))[:, 0] for m in micro_batches]
         shards = nan_check.checked_run(self.runner, micro_batches, keep, want_hidden=False)
-        logits_BTV: Tensor | None = None
+        logits_BCV: Tensor | None = None
         for shard, kept_k, micro_batch in zip(shards, keep, micro_batches, strict=True):
-            part_BkV = self.runner.assemble(shard.logits_BkV, micro_batch, kept_k, (self.runner.shape.vocab_size,))
-            if logits_BTV is None:
-                logits_BTV = part_BkV.new_zeros(len(mine), input_ids.shape[1] - first, self.runner.shape.vocab_size)
+            part_BkV = self.runner.assemble(shard.logits_BkV, micro_batch, kept_k, (self.runner.dims.vocab_size,))
+            if logits_BCV is None:
+                logits_BCV = part_BkV.new_zeros(len(mine), input_ids.shape[1] - first, self.runner.dims.vocab_size)
             columns_Bk = columns_BL[_rows(micro_batch)][:, kept_k].to(self.device)
             row, k = torch.nonzero(columns_Bk >= first, as_tuple=True)
             own_row = row + (micro_batch.rows.start - mine.start)
-            logits_BTV[own_row, columns_Bk[row, k] - first] = part_BkV[row, k]
-        assert logits_BTV is not None
-        return CausalLMOutput(logits=gather_replicas(logits_BTV, len(batch.rows), self.mesh["dp"]))
+            logits_BCV[own_row, columns_Bk[row, k] - first] = part_BkV[row, k]
+        assert logits_BCV is not None
+        return CausalLMOutput(logits=gather_replicas(logits_BCV, len(batch.rows), self.mesh["dp"]))
 
     @watched
-    @explained
+    @explain_oom
     def generate(
         self,
         input_ids: Tensor,
@@ -164,7 +164,7 @@ class Engine:
         Every rank calls it with the same arguments and gets the same result. Sampling draws from rank 0's generator.
 
         Args:
-            input_ids: [B, T], rows padded on the left; with ``past_key_values`` the whole conversation, as in
+            input_ids: [B, C], rows padded on the left; with ``past_key_values`` the whole conversation, as in
                 transformers, or its new part under a mask of the whole.
             attention_mask: 1 for tokens and 0 for padding.
             past_key_values: what an earlier call of this engine gave with ``return_dict_in_generate=True``.
@@ -189,7 +189,7 @@ class Engine:
         )
 
     @watched
-    @explained
+    @explain_oom
     def token_log_likelihoods(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
         """Log-likelihood in nats of every token of a row given those before it, from the row's second token on.
 
@@ -206,19 +206,19 @@ class Engine:
         scores_BL = torch.zeros(len(mine), batch.length, device=self.device)
         nothing = [NO_POSITIONS for _ in micro_batches]
         for shard in nan_check.checked_run(self.runner, micro_batches, nothing, want_hidden=True):
-            local_Bl = None
-            if shard.hidden_Bld is not None:
-                local_Bl = scoring.next_token_log_likelihoods(
-                    self.runner.anatomy, shard.batch, shard.positions_l, shard.hidden_Bld
-                )[:, shard.positions_l < shard.batch.length]
+            local_BT = None
+            if shard.hidden_BTd is not None:
+                local_BT = scoring.next_token_log_likelihoods(
+                    self.runner.decoder, shard.batch, shard.positions_T, shard.hidden_BTd
+                )[:, shard.positions_T < shard.batch.length]
             length, start = shard.batch.length, shard.batch.rows.start - mine.start
-            whole_BL = self.runner.assemble(local_Bl, shard.batch, torch.arange(length), ())
+            whole_BL = self.runner.assemble(local_BT, shard.batch, torch.arange(length), ())
             scores_BL[start : start + len(shard.batch.rows), :length] = whole_BL
         scores_BL = gather_replicas(scores_BL, len(batch.rows), self.mesh["dp"])
         return [scores[: n - 1].cpu() for scores, n in zip(scores_BL, batch.lengths, strict=True)]
 
     @watched
-    @explained
+    @explain_oom
     def prefill(self, batch: Batch, logits: Literal["none", "last", "all"], want_hidden: bool = False) -> list[Shard]:
         """One forward of this replica's rows; results stay where they are made.
 
@@ -233,7 +233,7 @@ class Engine:
         return self.runner.run_micro_batches(micro_batches, keep[logits], want_hidden)
 
     @watched
-    @explained
+    @explain_oom
     def prefill_only(self, batch: Batch) -> list[Tensor | None]:
         """One forward of this replica's rows for the keys and values of all tokens and the logits that follow each row.
 
@@ -246,7 +246,7 @@ class Engine:
         return runner.run_for_last_tokens(micro_batches)
 
     @watched
-    @explained
+    @explain_oom
     def next_token_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
@@ -265,7 +265,7 @@ class Engine:
             whole_BV = torch.cat([part for part in parts if part is not None])
         else:
             dtype = next(p.dtype for p in self.model.parameters())
-            whole_BV = torch.zeros(len(mine), self.runner.shape.vocab_size, dtype=dtype, device=self.device)
+            whole_BV = torch.zeros(len(mine), self.runner.dims.vocab_size, dtype=dtype, device=self.device)
         stages = self.mesh["pp"]
         if stages.size > 1:
             whole_BV = stages.all_gather(whole_BV)[-1]

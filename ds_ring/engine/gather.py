@@ -1,6 +1,6 @@
 """From what each rank holds of a result to the whole of it on every rank."""
 
-# Shapes: B rows, l tokens held by one rank, k kept tokens, * whatever trails.
+# Shapes: B rows, T tokens held by one rank, k kept tokens, * whatever trails.
 from __future__ import annotations
 
 import torch
@@ -10,11 +10,11 @@ from ds_ring.transport.base import Transport
 from ds_ring.utils.hardware import to_device
 
 
-def assemble(local_Bl: Tensor, held: list[Tensor], kept_k: Tensor, transport: Transport) -> Tensor:
+def assemble(local_BT: Tensor, held: list[Tensor], kept_k: Tensor, transport: Transport) -> Tensor:
     """Values of all kept tokens, on every rank of the group.
 
     Args:
-        local_Bl: [B, l, *], this rank's values at the kept tokens it holds, in the order in which it holds them; l = 0
+        local_BT: [B, T, *], this rank's values at the kept tokens it holds, in the order in which it holds them; l = 0
             on a rank that holds none.
         held: for every rank of the group the positions of the tokens it holds, kept or not.
         kept_k: ascending positions of the tokens wanted.
@@ -24,8 +24,8 @@ def assemble(local_Bl: Tensor, held: list[Tensor], kept_k: Tensor, transport: Tr
     """
     places = [torch.searchsorted(kept_k, positions[torch.isin(positions, kept_k)]) for positions in held]
     most = max(len(place) for place in places)
-    buffer = local_Bl.new_zeros(local_Bl.shape[0], most, *local_Bl.shape[2:])
-    buffer[:, : local_Bl.shape[1]] = local_Bl
+    buffer = local_BT.new_zeros(local_BT.shape[0], most, *local_BT.shape[2:])
+    buffer[:, : local_BT.shape[1]] = local_BT
     whole_Bk = buffer.new_zeros(buffer.shape[0], len(kept_k), *buffer.shape[2:])
     for place, part in zip(places, transport.all_gather(buffer), strict=True):
         whole_Bk[:, to_device(place, whole_Bk.device)] = part[:, : len(place)]

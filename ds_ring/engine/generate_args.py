@@ -1,6 +1,6 @@
 """What ``generate`` is asked, checked on every rank before any work: settings, mask and cache."""
 
-# Shapes: B rows of the caller's batch, T all columns, those that are cached already among them.
+# Shapes: B rows of the caller's batch, C all columns, those that are cached already among them.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from ds_ring.engine.batch import pack
 from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
-from ds_ring.hf.generation_adapter import Facade
-from ds_ring.kv_cache.shard import KVStore
+from ds_ring.hf.generation_adapter import GenerationAdapter
+from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.planning.validation import check_positions
 
 DEFAULT_NEW_TOKENS = 20
@@ -28,26 +28,26 @@ REFUSED = (
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerateArgs:
     """What transformers will go by, which columns hold a token (bool, on the CPU), the cache (the caller's or an empty
     one), and how many tokens may be generated."""
 
     settings: GenerationConfig
-    mask_BT: Tensor
+    mask_BC: Tensor
     cache: ShardedCache
     new_tokens: int
 
 
-def admit(
+def check_generate_args(
     runner: CachedRunner,
-    facade: Facade,
+    adapter: GenerationAdapter,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     generation_config: GenerationConfig | None,
     past_key_values: Cache | None,
     streamer: BaseStreamer | None,
     options: dict[str, Any],
-) -> Request:
+) -> GenerateArgs:
     """Check the arguments of ``generate``, and that all ranks were given the same.
 
     Raises:
@@ -55,17 +55,17 @@ def admit(
     """
     world = runner.mesh["world"]
     try:
-        settings = _settings(facade, generation_config, options)
-        mask_BT = _mask(facade, settings, input_ids, attention_mask)
-        cache = _cache(runner, past_key_values, mask_BT, input_ids, settings)
-        max_length = _max_length(facade, generation_config, options)
-        new_tokens = _check_length(runner, mask_BT, input_ids, settings.max_new_tokens, max_length)
-        if isinstance(streamer, TextStreamer) and mask_BT.shape[0] > 1:
+        settings = _settings(adapter, generation_config, options)
+        mask_BC = _mask(adapter, settings, input_ids, attention_mask)
+        cache = _cache(runner, past_key_values, mask_BC, input_ids, settings)
+        max_length = _max_length(adapter, generation_config, options)
+        new_tokens = _check_length(runner, mask_BC, input_ids, settings.max_new_tokens, max_length)
+        if isinstance(streamer, TextStreamer) and mask_BC.shape[0] > 1:
             # It would raise on rank 0 alone, with the others on their way.
-            raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BT.shape[0]}")
-        digest = _digest(runner, input_ids, mask_BT, cache)
+            raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BC.shape[0]}")
+        digest = _digest(runner, input_ids, mask_BC, cache)
         if cache.get_seq_length():
-            cache.revise(mask_BT[:, : cache.get_seq_length()])
+            cache.revise(mask_BC[:, : cache.get_seq_length()])
     except InputError as error:
         # Where only some ranks refuse, the others must hear of it rather than wait for them.
         world.agree(input_ids=f"unusable ones: {error}")
@@ -73,10 +73,12 @@ def admit(
     plain = {k: v for k, v in vars(settings).items() if isinstance(v, int | float | str | list | None)}
     plain["max_new_tokens"] = new_tokens
     world.agree(input_ids=digest, **{f"generate's {name}": value for name, value in plain.items()})
-    return Request(settings, mask_BT, cache, new_tokens)
+    return GenerateArgs(settings, mask_BC, cache, new_tokens)
 
 
-def _settings(facade: Facade, generation_config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+def _settings(
+    adapter: GenerationAdapter, generation_config: GenerationConfig | None, options: dict[str, Any]
+) -> GenerationConfig:
     """Everything transformers will go by, as far as we serve it."""
     given = {**(generation_config.to_dict() if generation_config is not None else {}), **options}
     # By identity: tensors that are compared answer with tensors.
@@ -85,7 +87,7 @@ def _settings(facade: Facade, generation_config: GenerationConfig | None, option
         raise InputError(f"generate does not serve {', '.join(asked)} with a cache that is spread over ranks")
     settings: GenerationConfig
     try:
-        settings, _ = facade._prepare_generation_config(generation_config, **options)
+        settings, _ = adapter._prepare_generation_config(generation_config, **options)
     except ValueError as error:
         raise InputError(f"transformers refuses the options of generate: {error}") from None
     mode = settings.get_generation_mode()
@@ -104,7 +106,9 @@ def _settings(facade: Facade, generation_config: GenerationConfig | None, option
     return settings
 
 
-def _mask(facade: Facade, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def _mask(
+    adapter: GenerationAdapter, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor | None
+) -> Tensor:
     """[B, all columns], bool, on the CPU; where none is given, as transformers infers it from padding tokens."""
     if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
         raise InputError(
@@ -112,33 +116,33 @@ def _mask(facade: Facade, settings: GenerationConfig, input_ids: Tensor, attenti
             f"{tuple(input_ids.shape)} {input_ids.dtype}"
         )
     if attention_mask is None:
-        facade._prepare_special_tokens(settings, True, device=input_ids.device, batch_size=input_ids.shape[0])
-        attention_mask = facade._prepare_attention_mask_for_generation(input_ids, settings, {})
+        adapter._prepare_special_tokens(settings, True, device=input_ids.device, batch_size=input_ids.shape[0])
+        attention_mask = adapter._prepare_attention_mask_for_generation(input_ids, settings, {})
     if attention_mask.dim() != 2 or attention_mask.shape[0] != input_ids.shape[0]:
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
-    mask_BT = attention_mask.cpu() != 0
-    if not mask_BT[:, -1].all():
-        row = int((~mask_BT[:, -1]).nonzero()[0])
+    mask_BC = attention_mask.cpu() != 0
+    if not mask_BC[:, -1].all():
+        row = int((~mask_BC[:, -1]).nonzero()[0])
         raise InputError(
             f"row {row} of the batch ends in padding: generate appends to the last column, so pad on the left "
             f'(tokenizer.padding_side = "left")'
         )
-    return mask_BT
+    return mask_BC
 
 
 def _cache(
-    runner: CachedRunner, given: Cache | None, mask_BT: Tensor, input_ids: Tensor, settings: GenerationConfig
+    runner: CachedRunner, given: Cache | None, mask_BC: Tensor, input_ids: Tensor, settings: GenerationConfig
 ) -> ShardedCache:
     """The caller's cache, or an empty one."""
     copies = settings.num_return_sequences or 1
-    rows, columns = copies * mask_BT.shape[0], mask_BT.shape[1]
+    rows, columns = copies * mask_BC.shape[0], mask_BC.shape[1]
     if given is None:
         if input_ids.shape[1] != columns:
             raise InputError(f"attention_mask has {columns} columns, input_ids {input_ids.shape[1]}")
         mine = runner.sequences_of_replica(rows)
         sp = runner.mesh["sp"]
-        store = KVStore(len(mine), len(runner.anatomy.layers), sp.rank, sp.size, runner.device)
-        return ShardedCache(runner, store, mine)
+        cache_shard = KVCacheShard(len(mine), len(runner.decoder.layers), sp.rank, sp.size, runner.device)
+        return ShardedCache(runner, cache_shard, mine)
     if not isinstance(given, ShardedCache) or given.owner is not runner:
         raise InputError(f"past_key_values is a {type(given).__name__} that another model made; give this engine's own")
     if not given.whole:
@@ -147,8 +151,8 @@ def _cache(
             "without it, from the whole conversation"
         )
     past = given.get_seq_length()
-    if past and given.mask_BT.shape[0] != rows:
-        raise InputError(f"past_key_values holds {given.mask_BT.shape[0]} rows, the batch {rows}")
+    if past and given.mask_BC.shape[0] != rows:
+        raise InputError(f"past_key_values holds {given.mask_BC.shape[0]} rows, the batch {rows}")
     if columns <= past:
         raise InputError(
             f"past_key_values holds {past} columns already, and the batch has {columns}: give the whole conversation, "
@@ -162,18 +166,20 @@ def _cache(
     return given
 
 
-def _max_length(facade: Facade, generation_config: GenerationConfig | None, options: dict[str, Any]) -> int | None:
+def _max_length(
+    adapter: GenerationAdapter, generation_config: GenerationConfig | None, options: dict[str, Any]
+) -> int | None:
     """As it was given. The settings do not tell: transformers puts its default of new tokens where nobody gave one."""
-    configs = (generation_config, facade.generation_config)
+    configs = (generation_config, adapter.generation_config)
     given = [options.get("max_length"), *(config.max_length for config in configs if config is not None)]
     return next((length for length in given if length is not None), None)
 
 
 def _check_length(
-    runner: CachedRunner, mask_BT: Tensor, input_ids: Tensor, max_new_tokens: int | None, max_length: int | None
+    runner: CachedRunner, mask_BC: Tensor, input_ids: Tensor, max_new_tokens: int | None, max_length: int | None
 ) -> int:
     """How many tokens may be generated."""
-    longest = int(mask_BT.sum(1).max())
+    longest = int(mask_BC.sum(1).max())
     if max_new_tokens is not None:
         new = max_new_tokens
     elif max_length is not None:
@@ -182,13 +188,13 @@ def _check_length(
         new = DEFAULT_NEW_TOKENS
     if new < 1:
         raise InputError(f"nothing to generate: {input_ids.shape[1]} tokens of input leave max_new_tokens={new}")
-    check_positions(longest, new, runner.shape)
+    check_positions(longest, new, runner.dims)
     return new
 
 
-def _digest(runner: CachedRunner, input_ids: Tensor, mask_BT: Tensor, cache: ShardedCache) -> str:
+def _digest(runner: CachedRunner, input_ids: Tensor, mask_BC: Tensor, cache: ShardedCache) -> str:
     """What ranks compare; checks the new tokens on the way."""
     new = slice(cache.get_seq_length(), None)
-    ids_BT = input_ids.cpu()[:, -mask_BT[:, new].shape[1] :]
-    batch, _ = pack(ids_BT, mask_BT[:, new], None, runner.shape)
+    ids_BC = input_ids.cpu()[:, -mask_BC[:, new].shape[1] :]
+    batch, _ = pack(ids_BC, mask_BC[:, new], None, runner.dims)
     return f"{batch.digest()} behind {cache.get_seq_length()} columns"

@@ -1,6 +1,6 @@
 """transformers' ``generate`` over an engine: each step's forward, and one generator for all ranks."""
 
-# Shapes: B rows of the caller's batch, b of this replica, T columns, L packed tokens of the longest row, V vocabulary.
+# Shapes: B rows of the caller's batch, b of this replica, C columns, L packed tokens of the longest row, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
@@ -17,15 +17,15 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 from ds_ring.attention.backends.positions import EMPTY
 from ds_ring.engine import nan_check
 from ds_ring.engine.batch import pack
-from ds_ring.engine.chunked_prefill import CachedBatch, chunks
-from ds_ring.engine.decode_loop import Decoding
+from ds_ring.engine.chunked_prefill import PrefillChunk, chunks
+from ds_ring.engine.decode_loop import DecodeLoop
 from ds_ring.engine.gather import gather_replicas
-from ds_ring.engine.generate_args import admit
+from ds_ring.engine.generate_args import check_generate_args
 from ds_ring.engine.model_runner import CachedRunner
-from ds_ring.engine.oom import noted, of_generation
+from ds_ring.engine.oom import of_generation, with_memory_note
 from ds_ring.errors import NumericsError
 from ds_ring.hf.cache import ShardedCache
-from ds_ring.hf.generation_adapter import Facade
+from ds_ring.hf.generation_adapter import GenerationAdapter
 from ds_ring.transport.base import Transport
 
 Progress = Callable[[int, int], None]
@@ -45,25 +45,27 @@ def generate(
     """See ``Engine.generate``."""
     world = runner.mesh["world"]
     forward = _GenerationForward(runner, progress if world.rank == 0 else None)
-    facade = Facade(runner.model, runner.device, forward, world, forward.fine)
-    request = admit(runner, facade, input_ids, attention_mask, generation_config, past_key_values, streamer, options)
+    adapter = GenerationAdapter(runner.model, runner.device, forward, world, forward.fine)
+    request = check_generate_args(
+        runner, adapter, input_ids, attention_mask, generation_config, past_key_values, streamer, options
+    )
     forward.new_tokens = request.new_tokens
-    past, mask_BT = request.cache.get_seq_length(), request.mask_BT
+    past, mask_BC = request.cache.get_seq_length(), request.mask_BC
 
     def words() -> str:
-        prompt, length = int(mask_BT[:, past:].sum(1).max()), int(mask_BT.sum(1).max()) + request.new_tokens
+        prompt, length = int(mask_BC[:, past:].sum(1).max()), int(mask_BC.sum(1).max()) + request.new_tokens
         return of_generation(runner, len(request.cache.rows), prompt, length)
 
     with (
-        noted(words),
+        with_memory_note(words),
         _one_generator(world, runner.device, request.settings.do_sample),
     ):
-        result: Tensor | GenerateDecoderOnlyOutput = facade.generate(
+        result: Tensor | GenerateDecoderOnlyOutput = adapter.generate(
             input_ids.to(runner.device),
-            attention_mask=mask_BT.long().to(runner.device),
+            attention_mask=mask_BC.long().to(runner.device),
             generation_config=generation_config,
             past_key_values=request.cache,
-            streamer=_Finite(streamer, forward.fine) if world.rank == 0 and streamer is not None else None,
+            streamer=_CheckedStreamer(streamer, forward.fine) if world.rank == 0 and streamer is not None else None,
             **options,
         )
     if not bool(forward.fine):
@@ -72,7 +74,7 @@ def generate(
     return result
 
 
-class _Finite(BaseStreamer):
+class _CheckedStreamer(BaseStreamer):
     """Hands on the tokens that finite logits gave."""
 
     def __init__(self, streamer: BaseStreamer, fine: Tensor) -> None:
@@ -98,18 +100,18 @@ class _GenerationForward:
         self.new_tokens = 0
         """How many may come, for the cache to make room for."""
         self._prefilled: ShardedCache | None = None
-        self._decoding: Decoding | None = None
+        self._decoding: DecodeLoop | None = None
 
     @torch.inference_mode()
-    def __call__(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: ShardedCache) -> Tensor:
+    def __call__(self, ids_BC: Tensor, mask_BC: Tensor | None, cache: ShardedCache) -> Tensor:
         cache.whole = False
-        if ids_BT.shape[1] == 1 and cache is self._prefilled:
+        if ids_BC.shape[1] == 1 and cache is self._prefilled:
             assert self._decoding is not None
-            logits_bV = self._decoding(ids_BT[cache.rows.start : cache.rows.stop])
-            cache.extend(torch.ones(ids_BT.shape, dtype=torch.bool))
+            logits_bV = self._decoding(ids_BC[cache.rows.start : cache.rows.stop])
+            cache.extend(torch.ones(ids_BC.shape, dtype=torch.bool))
         else:
-            logits_bV = self._prefill(ids_BT, mask_BT, cache)
-        logits_BV = gather_replicas(logits_bV, ids_BT.shape[0], self._runner.mesh["dp"])
+            logits_bV = self._prefill(ids_BC, mask_BC, cache)
+        logits_BV = gather_replicas(logits_bV, ids_BC.shape[0], self._runner.mesh["dp"])
         self.fine &= torch.isfinite(logits_BV).all()
         # What is drawn from NaN is an error of its own, on GPUs one that nothing can follow.
         return logits_BV.where(self.fine, 0)
@@ -119,40 +121,45 @@ class _GenerationForward:
         assert self._decoding is not None
         return nan_check.located(self._runner, self._decoding.again)
 
-    def _prefill(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: ShardedCache) -> Tensor:
+    def _prefill(self, ids_BC: Tensor, mask_BC: Tensor | None, cache: ShardedCache) -> Tensor:
         runner, past = self._runner, cache.get_seq_length()
-        ids_BT = ids_BT.cpu()
-        if mask_BT is None:
-            mask_BT = torch.ones(ids_BT.shape[0], past + ids_BT.shape[1], dtype=torch.bool)
-        mask_BT = mask_BT.cpu().bool()
-        new_BT = mask_BT[:, past:]
-        positions_BT = (mask_BT.long().cumsum(1) - 1)[:, past:] * new_BT
-        whole, columns_BL = pack(ids_BT, new_BT, positions_BT, runner.shape)
-        cache.extend(new_BT)
-        places_BL = torch.where(columns_BL < 0, EMPTY, columns_BL + past - cache.first_B[:, None]).int()
+        ids_BC = ids_BC.cpu()
+        if mask_BC is None:
+            mask_BC = torch.ones(ids_BC.shape[0], past + ids_BC.shape[1], dtype=torch.bool)
+        mask_BC = mask_BC.cpu().bool()
+        new_BC = mask_BC[:, past:]
+        positions_BC = (mask_BC.long().cumsum(1) - 1)[:, past:] * new_BC
+        whole, columns_BL = pack(ids_BC, new_BC, positions_BC, runner.dims)
+        cache.extend(new_BC)
+        cache_positions_BL = torch.where(columns_BL < 0, EMPTY, columns_BL + past - cache.first_B[:, None]).int()
         batch, own = whole.split(cache.rows), slice(cache.rows.start, cache.rows.stop)
         work = [
             part
             for parts in chunks(
-                batch, places_BL[own], cache.store, size=runner.run_config.workload.prefill_chunk,
+                batch, cache_positions_BL[own], cache.cache_shard, size=runner.run_config.workload.prefill_chunk,
                 rows_at_a_time=runner.run_config.workload.micro_batch_size, slots=runner.slots,
                 tokens_held=runner.tokens_held,
             )
             for part in parts
         ]  # fmt: skip
-        cache.store.expect(self.new_tokens)
-        seen_b1, places_b1 = mask_BT[own].sum(1, keepdim=True), cache.get_seq_length() - cache.first_B[own, None].int()
-        self._decoding = Decoding(runner, cache.store, seen_b1.to(runner.device), places_b1.to(runner.device))
+        cache.cache_shard.expect(self.new_tokens)
+        seen_b1, cache_positions_b1 = (
+            mask_BC[own].sum(1, keepdim=True),
+            cache.get_seq_length() - cache.first_B[own, None].int(),
+        )
+        self._decoding = DecodeLoop(
+            runner, cache.cache_shard, seen_b1.to(runner.device), cache_positions_b1.to(runner.device)
+        )
         self._prefilled = cache
         return self._last_logits(work, batch.lengths)
 
-    def _last_logits(self, work: list[CachedBatch], lengths: tuple[int, ...]) -> Tensor:
+    def _last_logits(self, work: list[PrefillChunk], lengths: tuple[int, ...]) -> Tensor:
         """Run all chunks; logits [b, V] of each row's last token."""
         done = [0] * len(lengths)
         last: list[list[tuple[int, int]]] = []
         for part in work:
             found = []
-            for row, n in zip(range(part.store_rows.start, part.store_rows.stop), part.lengths, strict=True):
+            for row, n in zip(range(part.cache_rows.start, part.cache_rows.stop), part.lengths, strict=True):
                 done[row] += n
                 if n and done[row] == lengths[row]:
                     found.append((row, n - 1))
@@ -164,9 +171,9 @@ class _GenerationForward:
         for shard, part, kept_k, found in zip(shards, work, keep, last, strict=True):
             if not found:
                 continue
-            whole_BkV = self._runner.assemble(shard.logits_BkV, part, kept_k, (self._runner.shape.vocab_size,))
+            whole_BkV = self._runner.assemble(shard.logits_BkV, part, kept_k, (self._runner.dims.vocab_size,))
             for row, at in found:
-                logits[row] = whole_BkV[row - part.store_rows.start, int((kept_k == at).nonzero()[0])]
+                logits[row] = whole_BkV[row - part.cache_rows.start, int((kept_k == at).nonzero()[0])]
         # Pipeline stages pass results on by themselves; tensor-parallel ranks each computed their own.
         return self._runner.mesh["tp"].broadcast(torch.stack([logits[row] for row in range(len(lengths))]), 0)
 
@@ -190,7 +197,7 @@ def _told(progress: Progress | None, runner: CachedRunner, tokens: list[int]) ->
         while under_way and ((behind := under_way[0][1]) is None or behind.query()):
             progress(under_way.popleft()[0], sum(tokens))
 
-    handle = runner.anatomy.layers[-1].register_forward_hook(queued)
+    handle = runner.decoder.layers[-1].register_forward_hook(queued)
     try:
         yield
     finally:

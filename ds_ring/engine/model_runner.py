@@ -4,7 +4,7 @@
 cache, which generation needs. ``engine.Engine`` makes whole results of either.
 """
 
-# Shapes: B rows, L packed tokens, l of them on this rank, k kept ones, V vocabulary.
+# Shapes: B rows, L packed tokens, T of them on this rank, k kept ones, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -17,18 +17,18 @@ from transformers import PreTrainedModel
 
 from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
-from ds_ring.engine.cuda_graph import Capture, Run
+from ds_ring.engine.cuda_graph import Capture, DecodeStep
 from ds_ring.engine.gather import assemble, row_starts
 from ds_ring.errors import InputError
 from ds_ring.fusion.fuse import Fusion
 from ds_ring.hf.attention import inject
 from ds_ring.hf.attention_context import AttentionContext
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 from ds_ring.kv_cache.step import Step
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
-from ds_ring.process.watchdog import StallWatch
+from ds_ring.process.watchdog import Watchdog
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.select import sharing_a_gpu
 from ds_ring.utils.hardware import peak_memory_gib
@@ -43,16 +43,16 @@ class Shard:
 
     Attributes:
         batch: the micro-batch.
-        positions_l: the packed positions of the tokens held here; those >= batch.length are padding. Empty on ranks
+        positions_T: the packed positions of the tokens held here; those >= batch.length are padding. Empty on ranks
             that hold no result (earlier pipeline stages).
-        hidden_Bld: final hidden states at ``positions_l``, where they were asked for.
+        hidden_BTd: final hidden states at ``positions_T``, where they were asked for.
         kept_k: the positions, among these, for which logits were made.
         logits_BkV: their logits.
     """
 
     batch: Batch
-    positions_l: Tensor
-    hidden_Bld: Tensor | None
+    positions_T: Tensor
+    hidden_BTd: Tensor | None
     kept_k: Tensor
     logits_BkV: Tensor | None
 
@@ -64,16 +64,16 @@ class ModelRunner(ABC):
     """The axis of a replica over which results are spread."""
 
     def __init__(
-        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
     ) -> None:
-        self.run_config, self.mesh, self.shape, self.device = run_config, mesh, shape, device
+        self.run_config, self.mesh, self.dims, self.device = run_config, mesh, dims, device
         self._inject(model)
-        self.anatomy = Anatomy.of(model)
+        self.decoder = Decoder.of(model)
         self.fusion: Fusion | None = None
-        self.watchdog = StallWatch(mesh.traffic, run_config.ring.timeout_s)
+        self.watchdog = Watchdog(mesh.traffic, run_config.ring.timeout_s)
 
     @classmethod  # noqa: B027
-    def check(cls, run_config: RunConfig, shape: ModelShape, device_type: str) -> None:
+    def check(cls, run_config: RunConfig, dims: ModelDims, device_type: str) -> None:
         """Refuse, before ranks connect, what this layout cannot do; beside ``planning.validation.check_layout``."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class ModelRunner(ABC):
     @property
     def model(self) -> PreTrainedModel:
         """The transformers model, or this rank's part of it."""
-        return self.anatomy.model
+        return self.decoder.model
 
     @property
     @abstractmethod
@@ -150,11 +150,11 @@ class CachedRunner(ModelRunner):
     """A layout of ours: it can also keep keys and values, and shorten the last layer to what a next token needs."""
 
     def __init__(
-        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
     ) -> None:
-        self._context = AttentionContext(mesh, run_config.parallel, shape.num_heads, run_config.workload.block_rows)
-        super().__init__(model, run_config, mesh, shape, device)
-        self.capture: Callable[[Run], Run | None] = lambda run: None
+        self._context = AttentionContext(mesh, run_config.parallel, dims.num_heads, run_config.workload.block_rows)
+        super().__init__(model, run_config, mesh, dims, device)
+        self.capture: Callable[[DecodeStep], DecodeStep | None] = lambda run: None
         """Gives what repeats a step of a generation, where that is not the step itself."""
         if self._captures:
             insist = run_config.ring.decode_graph == "on"
@@ -166,7 +166,7 @@ class CachedRunner(ModelRunner):
     def _fuse(self, in_place: bool) -> None:
         """To be called once the model is as DeepSpeed serves it; ``in_place``: nobody else needs a layer's input."""
         if self.run_config.ring.fusion == "auto":
-            self.fusion = Fusion(self.anatomy, self.run_config.workload.block_rows, in_place)
+            self.fusion = Fusion(self.decoder, self.run_config.workload.block_rows, in_place)
 
     def _in_flight(self, micro_batches: list[Batch]) -> bool:
         """Whether these may be: there are several, and none needs what another leaves."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ds_ring.engine.batch import Batch
 from ds_ring.engine.model_runner import ModelRunner, Shard
 from ds_ring.errors import NumericsError
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ def all_finite(*tensors: Tensor | None) -> bool:
 
 
 @contextmanager
-def bad_layers(anatomy: Anatomy) -> Iterator[list[int]]:
+def bad_layers(decoder: Decoder) -> Iterator[list[int]]:
     """Inside the block, collects the numbers (within ``anatomy.layers``) of layers whose output is not finite."""
     found: list[int] = []
 
@@ -33,7 +33,7 @@ def bad_layers(anatomy: Anatomy) -> Iterator[list[int]]:
 
         return hook
 
-    handles = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(anatomy.layers)]
+    handles = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(decoder.layers)]
     try:
         yield found
     finally:
@@ -58,7 +58,7 @@ def checked_run(runner: ModelRunner, micro_batches: list[Batch], keep: list[Tens
     return checked(
         runner,
         lambda: runner.run_micro_batches(micro_batches, keep, want_hidden),
-        lambda shard: all_finite(shard.logits_BkV, shard.hidden_Bld),
+        lambda shard: all_finite(shard.logits_BkV, shard.hidden_BTd),
     )
 
 
@@ -76,7 +76,7 @@ def checked(runner: ModelRunner, run: Callable[[], list[T]], fine: Callable[[T],
 
 def located(runner: ModelRunner, run: Callable[[], object]) -> NumericsError:
     """What to raise where ``run`` gave NaN or infinity: every rank runs it once more, to name where it began."""
-    with bad_layers(runner.anatomy) as found:
+    with bad_layers(runner.decoder) as found:
         run()
     own = runner.layers[min(found)] if found else None
-    return NumericsError(describe(runner.mesh["world"].all_gather_objects(own), runner.shape.num_layers))
+    return NumericsError(describe(runner.mesh["world"].all_gather_objects(own), runner.dims.num_layers))

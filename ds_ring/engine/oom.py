@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 @contextmanager
-def noted(words: Callable[[], str]) -> Iterator[None]:
+def with_memory_note(words: Callable[[], str]) -> Iterator[None]:
     """Where memory runs out inside the block, the error says ``words()`` in a note (``BaseException.add_note``). Of
     blocks inside each other the innermost, which knows most, has the word."""
     try:
@@ -32,12 +32,12 @@ def noted(words: Callable[[], str]) -> Iterator[None]:
         raise
 
 
-def explained(method: Method) -> Method:
+def explain_oom(method: Method) -> Method:
     """An engine's method whose error says what its forward was predicted to take."""
 
     @wraps(method)
     def call(engine: Any, *args: Any, **options: Any) -> Any:
-        with noted(lambda: of_forward(engine.runner)):
+        with with_memory_note(lambda: of_forward(engine.runner)):
             return method(engine, *args, **options)
 
     return cast(Method, call)
@@ -60,7 +60,7 @@ def of_generation(runner: ModelRunner, rows: int, prompt: int, length: int) -> s
     micro, chunk = min(work.micro_batch_size, rows), min(work.prefill_chunk or prompt, prompt)
     # Chunks run one after the other: each needs what earlier ones leave.
     run = RunConfig.load(runner.run_config, max_length=chunk, interleave="off")
-    cache = cache_bytes(run, runner.shape, rows, length)
+    cache = cache_bytes(run, runner.dims, rows, length)
     predicted = (_forward_bytes(runner, run, micro) + cache) / GIB
     return (
         f"{_held(runner.peak_memory_gib, runner.device)}, {predicted:.1f} are predicted: {cache / GIB:.1f} for a cache "
@@ -81,8 +81,8 @@ def of_weights(weight_bytes: int, run: RunConfig, device: torch.device) -> str:
 
 
 def _forward_bytes(runner: ModelRunner, run: RunConfig, micro: int) -> float:
-    own, t = sum(map(matrix_elements, runner.anatomy.layers)), runner.mesh.topology
-    return peak_bytes(run, runner.shape, own * t.tp * t.pp, micro)
+    own, t = sum(map(matrix_elements, runner.decoder.layers)), runner.mesh.topology
+    return peak_bytes(run, runner.dims, own * t.tp * t.pp, micro)
 
 
 def _held(gib: float, device: torch.device) -> str:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ds_ring.transport.base import Done, Pending, Transport
-from ds_ring.transport.shared import Part, Shared
+from ds_ring.transport.shared import PeerPart, SharedTensor
 
 Shape = tuple[int, int, int]
 
 
-class StageLink(ABC):
+class PipelineComm(ABC):
     """One pass of this stage. For every micro-batch, in the same order on all stages: ``expect``, at most one ahead,
     and ``hand_on``."""
 
@@ -38,7 +38,7 @@ class StageLink(ABC):
         """All micro-batches are through."""
 
 
-class MessageLink(StageLink):
+class MessagePipelineComm(PipelineComm):
     def __init__(self, stages: Transport, shapes: Sequence[Shape], like: Tensor) -> None:
         super().__init__(stages, shapes, like)
         self._sent: list[Pending] = []
@@ -62,7 +62,7 @@ class MessageLink(StageLink):
             pending.wait()
 
 
-class PullLink(StageLink):
+class PulledPipelineComm(PipelineComm):
     """Through memory that the stage behind reads. A message's kernels would wait on SMs, from when it is expected to
     when it has come, and the products beside them take a wave more.
 
@@ -74,7 +74,7 @@ class PullLink(StageLink):
     def __init__(self, stages: Transport, shapes: Sequence[Shape], like: Tensor) -> None:
         super().__init__(stages, shapes, like)
         stages.reserve(shapes, like)
-        self._open: deque[Shared] = deque()
+        self._open: deque[SharedTensor] = deque()
 
     def expect(self, shape: Shape) -> tuple[Tensor | None, Pending]:
         shared = self._stages.share(shape, self._like)
@@ -93,11 +93,11 @@ class PullLink(StageLink):
             shared.publish([None if self._behind is None else _whole(self._behind)])
 
 
-def stage_link(stages: Transport, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> StageLink:
+def pipeline_comm(stages: Transport, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> PipelineComm:
     """For one pass over micro-batches of these shapes, on all stages alike."""
-    kind = PullLink if stages.overlaps else MessageLink
+    kind = PulledPipelineComm if stages.overlaps else MessagePipelineComm
     return kind(stages, shapes, torch.empty(0, dtype=dtype, device=device))
 
 
-def _whole(stage: int) -> Part:
+def _whole(stage: int) -> PeerPart:
     return stage, (slice(None),)

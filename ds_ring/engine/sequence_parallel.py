@@ -1,7 +1,7 @@
 """The proposed method: weights whole on every rank, the sequence cut over ring x Ulysses. Alone (degree 1), this is
 also one replica of data parallelism."""
 
-# Shapes: B rows, L tokens of the batch, P padded to the layout, l tokens on this rank.
+# Shapes: B rows, L tokens of the batch, P padded to the layout, T tokens on this rank.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from ds_ring.engine.model_runner import ONE_TOKEN, CachedRunner, Shard
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.tensor_slices import in_slices
 from ds_ring.kv_cache.step import Step
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
 from ds_ring.transport.mesh import Mesh
@@ -40,11 +40,11 @@ class SequenceParallelRunner(CachedRunner):
     result_axis = "sp"
 
     def __init__(
-        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
     ) -> None:
-        super().__init__(model, run_config, mesh, shape, device)
+        super().__init__(model, run_config, mesh, dims, device)
         self._deepspeed = serve(model, run_config)
-        self._slices = decode_slices(self.model, run_config, shape, mesh["sp"], device)
+        self._slices = decode_slices(self.model, run_config, dims, mesh["sp"], device)
         self._before_layers: list[RemovableHandle] = []
         self._fuse(in_place=True)
 
@@ -54,7 +54,7 @@ class SequenceParallelRunner(CachedRunner):
 
     @property
     def layers(self) -> range:
-        return range(self.shape.num_layers)
+        return range(self.dims.num_layers)
 
     def held_positions(self, length: int, rank: int) -> Tensor:
         return positions_of(self.layout(length), *divmod(rank, self.run_config.parallel.ulysses_degree))
@@ -92,7 +92,7 @@ class SequenceParallelRunner(CachedRunner):
             hook.remove()
         self._before_layers.clear()
         if lockstep is not None:
-            self._before_layers += lockstep.hook(self.anatomy.layers)
+            self._before_layers += lockstep.hook(self.decoder.layers)
 
     def run_for_last_tokens(self, micro_batches: list[Batch]) -> list[Tensor | None]:
         return [self._run_for_last_tokens(m) for m in micro_batches]
@@ -103,29 +103,29 @@ class SequenceParallelRunner(CachedRunner):
 
     @torch.inference_mode()
     def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
-        positions_l = self.held_positions(batch.length, self.mesh["sp"].rank)
-        at = torch.nonzero(torch.isin(positions_l, keep))[:, 0]
-        with self.anatomy.captured_hidden() as hidden:
-            logits_BkV = self._call_model(batch, positions_l, at)
-        return Shard(batch, positions_l, hidden[0] if want_hidden else None, positions_l[at], logits_BkV)
+        positions_T = self.held_positions(batch.length, self.mesh["sp"].rank)
+        at = torch.nonzero(torch.isin(positions_T, keep))[:, 0]
+        with self.decoder.captured_hidden() as hidden:
+            logits_BkV = self._call_model(batch, positions_T, at)
+        return Shard(batch, positions_T, hidden[0] if want_hidden else None, positions_T[at], logits_BkV)
 
     @torch.inference_mode()
     def _run_for_last_tokens(self, batch: Batch) -> Tensor:
         sp = self.mesh["sp"]
         tokens = LastTokens(batch.lengths, _everyones_positions(self.layout(batch.length)), sp)
-        with last_tokens_only(self.anatomy, self._context, tokens):
-            positions_l = self.held_positions(batch.length, sp.rank)
-            return self._call_model(batch, positions_l, torch.zeros(1, dtype=torch.long))[:, 0]
+        with last_tokens_only(self.decoder, self._context, tokens):
+            positions_T = self.held_positions(batch.length, sp.rank)
+            return self._call_model(batch, positions_T, torch.zeros(1, dtype=torch.long))[:, 0]
 
-    def _call_model(self, batch: Batch, positions_l: Tensor, at_k: Tensor) -> Tensor:
+    def _call_model(self, batch: Batch, positions_T: Tensor, at_k: Tensor) -> Tensor:
         """The model on this rank's tokens; logits [B, k, V] at places ``at_k`` among them."""
         layout = self.layout(batch.length)
-        ids_Bl, position_ids_Bl = (self._own(t, layout) for t in (batch.ids_BL, batch.position_ids_BL))
-        step = batch.step(positions_l, self.device)
-        with self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__, step):
+        ids_BT, position_ids_BT = (self._own(t, layout) for t in (batch.ids_BL, batch.position_ids_BL))
+        step = batch.step(positions_T, self.device)
+        with self._context.forward(layout, len(self.decoder.layers), type(self.model).__name__, step):
             out = self._deepspeed(
-                input_ids=ids_Bl,
-                position_ids=position_ids_Bl,
+                input_ids=ids_BT,
+                position_ids=position_ids_BT,
                 use_cache=False,
                 logits_to_keep=to_device(at_k, self.device),
             )
@@ -133,7 +133,7 @@ class SequenceParallelRunner(CachedRunner):
         return logits_BkV
 
     def _own(self, tokens_BL: Tensor, layout: SequenceLayout) -> Tensor:
-        """This rank's part of them, [B, l]. It is taken on the device: on the host, waking a team of threads for it
+        """This rank's part of them, [B, T]. It is taken on the device: on the host, waking a team of threads for it
         holds up the first kernel of a pass, by tens of milliseconds where ranks have more threads than cores."""
         tokens_BP = pad(to_device(tokens_BL, self.device), (0, layout.padded_length - tokens_BL.shape[1]))
         if layout.local_length == layout.padded_length:
@@ -144,8 +144,8 @@ class SequenceParallelRunner(CachedRunner):
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
         with (
-            self._context.forward(ONE_TOKEN, len(self.anatomy.layers), type(self.model).__name__, step),
-            nullcontext() if self._slices is None else in_slices(self.anatomy, self._slices),
+            self._context.forward(ONE_TOKEN, len(self.decoder.layers), type(self.model).__name__, step),
+            nullcontext() if self._slices is None else in_slices(self.decoder, self._slices),
         ):
             out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
         # Every rank computed them; whether to the last bit is up to its libraries, and tokens must not differ.

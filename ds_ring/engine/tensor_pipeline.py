@@ -18,13 +18,13 @@ from ds_ring.engine.batch import Batch
 from ds_ring.engine.batch_overlap import run_interleaved
 from ds_ring.engine.deepspeed_backend import muted_tensor_parallel, serve
 from ds_ring.engine.model_runner import NO_POSITIONS, ONE_TOKEN, CachedRunner, Shard
-from ds_ring.engine.pipeline_comm import stage_link
+from ds_ring.engine.pipeline_comm import pipeline_comm
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.linear import HAND_OVER
 from ds_ring.hf.stage import spliced
 from ds_ring.kv_cache.step import Step
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import stage_layers
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
@@ -37,9 +37,9 @@ class TensorPipelineRunner(CachedRunner):
     result_axis = "pp"
 
     def __init__(
-        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, shape: ModelShape, device: torch.device
+        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
     ) -> None:
-        super().__init__(model, run_config, mesh, shape, device)
+        super().__init__(model, run_config, mesh, dims, device)
         self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
         self._deepspeed = serve(model, run_config, tensor_parallel=mesh["tp"])
         self._fuse(in_place=False)  # hidden states may be on their way to the next stage
@@ -51,7 +51,7 @@ class TensorPipelineRunner(CachedRunner):
 
     @property
     def layers(self) -> range:
-        return stage_layers(self.shape.num_layers, self.stages, self.stage)
+        return stage_layers(self.dims.num_layers, self.stages, self.stage)
 
     def held_positions(self, length: int, rank: int) -> Tensor:
         return torch.arange(length) if rank == self.stages - 1 else NO_POSITIONS
@@ -90,7 +90,7 @@ class TensorPipelineRunner(CachedRunner):
 
         def stage(number: int, hidden_in: Tensor | None) -> Tensor:
             batch, kept_k = micro_batches[number], keep[number] if self.is_last else NO_POSITIONS
-            with self.anatomy.captured_hidden() as final:
+            with self.decoder.captured_hidden() as final:
                 hidden_out, logits_BkV = self._run_stage(batch, kept_k, hidden_in)
             if self.is_last:
                 hidden_BLd = final[0] if want_hidden else None
@@ -111,7 +111,7 @@ class TensorPipelineRunner(CachedRunner):
                 found.append(None)
                 return self._run_stage(batch, NO_POSITIONS, hidden_in)[0]
             tokens = LastTokens(batch.lengths, [list(range(batch.length))], self.mesh["sp"])
-            with last_tokens_only(self.anatomy, self._context, tokens):
+            with last_tokens_only(self.decoder, self._context, tokens):
                 hidden_out, logits_B1V = self._run_stage(batch, torch.zeros(1, dtype=torch.long), hidden_in)
             found.append(logits_B1V[:, 0])
             return hidden_out
@@ -125,8 +125,8 @@ class TensorPipelineRunner(CachedRunner):
 
         ``stage`` is given a micro-batch's number and its hidden states (None: its tokens), and returns what goes on.
         """
-        shapes = [(len(m.rows), m.length, self.shape.hidden_size) for m in micro_batches]
-        stages = stage_link(self.mesh["pp"], shapes, torch_dtype(self.run_config.dtype), self.device)
+        shapes = [(len(m.rows), m.length, self.dims.hidden_size) for m in micro_batches]
+        stages = pipeline_comm(self.mesh["pp"], shapes, torch_dtype(self.run_config.dtype), self.device)
         arriving = stages.expect(shapes[0])
         for number in range(len(micro_batches)):
             hidden_in, pending = arriving
@@ -142,19 +142,19 @@ class TensorPipelineRunner(CachedRunner):
         dtype = torch_dtype(self.run_config.dtype)
         hidden_in: Tensor | None = None
         if self.stage > 0:
-            hidden_in = torch.empty(rows, 1, self.shape.hidden_size, dtype=dtype, device=self.device)
+            hidden_in = torch.empty(rows, 1, self.dims.hidden_size, dtype=dtype, device=self.device)
             pp.exchange([], [(self.stage - 1, hidden_in)]).wait()
         inputs = {"input_ids": ids_B1} if hidden_in is None else {"inputs_embeds": hidden_in}
         with (
-            self._context.forward(ONE_TOKEN, len(self.anatomy.layers), type(self.model).__name__, step),
-            spliced(self.anatomy, hidden_in) as behind_layers,
+            self._context.forward(ONE_TOKEN, len(self.decoder.layers), type(self.model).__name__, step),
+            spliced(self.decoder, hidden_in) as behind_layers,
         ):
             out = self._deepspeed(**inputs, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
         if self.is_last:
             logits_BV = self.mesh["tp"].broadcast(out.logits[:, -1], 0)
         else:
             pp.exchange([(self.stage + 1, behind_layers[0].contiguous())], []).wait()
-            logits_BV = torch.empty(rows, self.shape.vocab_size, dtype=dtype, device=self.device)
+            logits_BV = torch.empty(rows, self.dims.vocab_size, dtype=dtype, device=self.device)
         return pp.broadcast(logits_BV, self.stages - 1)
 
     def _run_stage(self, batch: Batch, kept_k: Tensor, hidden_in: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -165,8 +165,8 @@ class TensorPipelineRunner(CachedRunner):
             inputs = {"inputs_embeds": hidden_in}
         layout, step = SequenceLayout(batch.length), batch.step(torch.arange(batch.length), self.device)
         with (
-            self._context.forward(layout, len(self.anatomy.layers), type(self.model).__name__, step),
-            spliced(self.anatomy, hidden_in) as behind_layers,
+            self._context.forward(layout, len(self.decoder.layers), type(self.model).__name__, step),
+            spliced(self.decoder, hidden_in) as behind_layers,
         ):
             out = self._deepspeed(
                 **inputs,

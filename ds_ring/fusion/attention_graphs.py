@@ -6,7 +6,7 @@ read them. So the forward is run once on proxies (``symbolic_trace.py``), with t
 interface recorded, and its graph is cut at the attention.
 """
 
-# Shapes: B batch, l tokens, H query heads, K key/value heads, D head_dim, d hidden size.
+# Shapes: B batch, T tokens, H query heads, K key/value heads, D head_dim, d hidden size.
 from __future__ import annotations
 
 import operator
@@ -21,7 +21,7 @@ from torch.fx.proxy import GraphAppendingTracer, Proxy
 from ds_ring.fusion.recognize import Norm
 from ds_ring.fusion.symbolic_trace import Untraceable, holds_tensors, is_constant, skeleton_of
 from ds_ring.fusion.tiling import keeps_tokens_apart, needed, subgraph
-from ds_ring.hf.linear import Product
+from ds_ring.hf.linear import Linear
 from ds_ring.kernels import elementwise
 
 _PARTS = ("chunk", "split")
@@ -36,7 +36,7 @@ class Projection:
     """A product in three steps. ``given``: (*inputs) -> what is multiplied. ``parts``: (*inputs, the product) -> as
     ``Split.keys_values``, without an operation on k and v; ``holds_q``: nor is there one on q, a part of it as well."""
 
-    product: Product
+    product: Linear
     given: nn.Module
     parts: nn.Module
     holds_q: bool
@@ -47,9 +47,9 @@ class Split:
     """The three graphs. ``inputs`` are the tensors that the forward is given, tuples flattened, in order.
 
     Attributes:
-        keys_values: (*inputs) -> (k [B, K, l, D], v likewise, cos and sin where k still has to turn, *kept).
-        queries: (*inputs, *kept) -> (q [B, H, l, D], cos and sin where q still has to turn).
-        after: (out [B, l, H, D], *inputs) -> result [B, l, d].
+        keys_values: (*inputs) -> (k [B, K, T, D], v likewise, cos and sin where k still has to turn, *kept).
+        queries: (*inputs, *kept) -> (q [B, H, T, D], cos and sin where q still has to turn).
+        after: (out [B, T, H, D], *inputs) -> result [B, T, d].
         k_turns, q_turns: whether the rotation is left to whoever writes them where they belong.
         q_alone, k_alone: whether nothing else reads the memory in which they lie before they turn.
         projection: the one product that k and v, before they turn, are parts of, and that nothing else reads.
@@ -62,13 +62,13 @@ class Split:
     keys_values: nn.Module
     queries: nn.Module
     after: nn.Module
-    k_turns: bool
-    q_turns: bool
+    k_rotates: bool
+    q_rotates: bool
     q_alone: bool
     k_alone: bool
     fused: bool
     token_wise: bool
-    value_product: Product | None
+    value_linear: Linear | None
     projection: Projection | None
     options: dict[str, Any]
     given_options: dict[str, int]
@@ -153,14 +153,14 @@ def _cut(
     recorded: _Recorded, inputs: list[fx.Node], result: fx.Node, modules: dict[str, nn.Module], name: str
 ) -> Split:
     q, k, v = recorded.qkv
-    (q, *q_turn), (k, *k_turn) = _before_turning(q), _before_turning(k)
-    product = _product_of(v, modules)
+    (q, *q_cos_sin), (k, *k_cos_sin) = _before_rotation(q), _before_rotation(k)
+    product = _linear_of(v, modules)
     if product is not None:
-        v, value_product = product
-    first = [k, v, *k_turn]
-    before, both = needed(first, inputs), needed([q, *q_turn], inputs)
+        v, value_linear = product
+    first = [k, v, *k_cos_sin]
+    before, both = needed(first, inputs), needed([q, *q_cos_sin], inputs)
     # Of what keys and values computed, what queries are, or are computed by.
-    border = {q, *q_turn}.union(*(node.all_input_nodes for node in both - before))
+    border = {q, *q_cos_sin}.union(*(node.all_input_nodes for node in both - before))
     kept = [node for node in recorded.graph.nodes if node in before and node in border]
     assert recorded.out is not None
     behind = needed([result], [*inputs, recorded.out])
@@ -178,15 +178,15 @@ def _cut(
     graph = recorded.graph
     return Split(
         keys_values=subgraph(graph, inputs, [*first, *kept], modules),
-        queries=subgraph(graph, [*inputs, *kept], [q, *q_turn], modules),
+        queries=subgraph(graph, [*inputs, *kept], [q, *q_cos_sin], modules),
         after=subgraph(graph, [recorded.out, *inputs], [result], modules, single=True),
-        k_turns=bool(k_turn),
-        q_turns=bool(q_turn),
+        k_rotates=bool(k_cos_sin),
+        q_rotates=bool(q_cos_sin),
         q_alone=_maker(q, modules) is not None,
         k_alone=_maker(k, modules) is not None,
         fused=any(node.target != "size" for node in kept),
         token_wise=all(keeps_tokens_apart(n, modules, [elementwise.rotated]) for n in before | both | behind),
-        value_product=value_product if product is not None else None,
+        value_linear=value_linear if product is not None else None,
         projection=_projection(recorded.graph, inputs, [*first, *kept], q, modules),
         options=options,
         given_options=given,
@@ -197,7 +197,7 @@ def _attention(*_: Any) -> None:
     """Stands in a graph for the attention, at which the graph is cut."""
 
 
-def _before_turning(node: fx.Node) -> list[fx.Node]:
+def _before_rotation(node: fx.Node) -> list[fx.Node]:
     """[what turns, cos, sin], or [node] where it does not turn last of all."""
     last = node.target is elementwise.rotated and len(node.users) == 1
     return [a for a in node.args if isinstance(a, fx.Node)] if last else [node]
@@ -211,7 +211,7 @@ def _projection(
     made = makers[0]
     if made is None or made is not makers[1]:
         return None
-    product, x = Product.of(modules[str(made.target)]), made.args[0]
+    product, x = Linear.of(modules[str(made.target)]), made.args[0]
     if product is None or product.split == "in" or not isinstance(x, fx.Node):
         return None
     given = subgraph(graph, inputs, [x], modules, single=True)
@@ -231,7 +231,7 @@ def _maker(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
             return None
         if node.op == "call_module":
             module = modules[str(node.target)]
-            return node if Product.of(module) is not None or Norm.of(module) is not None else None
+            return node if Linear.of(module) is not None or Norm.of(module) is not None else None
         if node.target not in (*_PARTS, *_VIEWS, operator.getitem) or not isinstance(node.args[0], fx.Node):
             return None
         if node.target is operator.getitem and node.args[0].target not in _PARTS:
@@ -239,7 +239,7 @@ def _maker(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
         node = node.args[0]
 
 
-def _product_of(v: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, Product] | None:
+def _linear_of(v: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, Linear] | None:
     """The input of the projection that ``v`` is, seen as heads, and that projection."""
     if v.target != "transpose" or v.args[1:] != (1, 2):
         return None
@@ -249,5 +249,5 @@ def _product_of(v: fx.Node, modules: dict[str, nn.Module]) -> tuple[fx.Node, Pro
     made = seen.args[0]
     if made.op != "call_module" or any(len(node.users) != 1 for node in (v, seen, made)):
         return None
-    product, x = Product.of(modules[str(made.target)]), made.args[0]
+    product, x = Linear.of(modules[str(made.target)]), made.args[0]
     return (x, product) if product is not None and product.split != "in" and isinstance(x, fx.Node) else None

@@ -14,9 +14,9 @@ from ds_ring.fusion.recognize import Norm
 from ds_ring.fusion.rewrite import Rewriter
 from ds_ring.fusion.rotary import fuse_rotary
 from ds_ring.fusion.symbolic_trace import Untraceable, is_constant, trace
-from ds_ring.fusion.tiling import block_tail
+from ds_ring.fusion.tiling import tile_tail
 from ds_ring.hf import linear
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.tensor_slices import is_sliced
 from ds_ring.kernels import elementwise
 
@@ -34,13 +34,13 @@ class Fusion:
         left: why layers were left as they are.
     """
 
-    def __init__(self, anatomy: Anatomy, block_rows: int = 0, in_place: bool = False) -> None:
+    def __init__(self, decoder: Decoder, block_rows: int = 0, in_place: bool = False) -> None:
         """
         Args:
             block_rows: rows that a layer runs behind its attention at a time; 0: all at once.
             in_place: where there are more, a layer's result may be written over its input.
         """
-        model = anatomy.model
+        model = decoder.model
         parameter = next(model.parameters())
         self.done: Counter[str] = Counter()
         self.left: list[str] = []
@@ -53,8 +53,8 @@ class Fusion:
             "Triton kernels" if elementwise.kernels_run_on(parameter) else f"plain PyTorch on {parameter.device}"
         )
         self._block_rows, self._in_place = block_rows, in_place
-        self._waiting = len(anatomy.layers)
-        for layer in anatomy.layers:
+        self._waiting = len(decoder.layers)
+        for layer in decoder.layers:
             if "forward" in vars(layer):
                 self._tell(Counter(), f"{type(layer).__name__} has a forward of its own")
             else:
@@ -72,7 +72,7 @@ class Fusion:
             return None
         rewriter = Rewriter(graph, modules, self._gelu_inside)
         rewriter.run()
-        if self._block_rows and rewriter.done and block_tail(graph, modules, self._block_rows, self._in_place):
+        if self._block_rows and rewriter.done and tile_tail(graph, modules, self._block_rows, self._in_place):
             rewriter.done["row blocks"] += 1
         if first:
             self._tell(rewriter.done, None if rewriter.done else f"{type(layer).__name__}: nothing to fuse")

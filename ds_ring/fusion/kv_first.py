@@ -5,7 +5,7 @@ projection as a whole, and set out while queries are still being made. Where the
 projections and rotation go block by block into the same place, on one rank too. Anywhere else the module runs as it is.
 """
 
-# Shapes: B batch, l tokens, H query heads, K key/value heads, D head_dim.
+# Shapes: B batch, T tokens, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
 import logging
@@ -19,23 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_ring.attention.qkv_buffers import ALL, Place
-from ds_ring.attention.qkv_layout import Lying
+from ds_ring.attention.qkv_buffers import ALL, QKVBuffers
+from ds_ring.attention.qkv_layout import QKVLayout
 from ds_ring.attention.spec import AttentionSpec
-from ds_ring.attention.ulysses import HeadPart
+from ds_ring.attention.ulysses import HeadSlice
 from ds_ring.fusion.attention_graphs import Projection, Split, split
 from ds_ring.fusion.symbolic_trace import Untraceable, is_constant
 from ds_ring.fusion.tiling import WHOLE, At, blocks, cut, in_blocks
 from ds_ring.hf.attention import asked
 from ds_ring.hf.attention_context import AttentionContext, context_of
-from ds_ring.hf.linear import Product
+from ds_ring.hf.linear import Linear
 from ds_ring.kernels import elementwise
-from ds_ring.kernels.elementwise import Turn
+from ds_ring.kernels.elementwise import CosSin
 
 log = logging.getLogger("ds_ring")
 
 
-class PlacedForward:
+class KVFirstForward:
     """Called as the bound forward of one module."""
 
     def __init__(self, whole: FunctionType, in_place: FunctionType, rotary: str) -> None:
@@ -54,14 +54,14 @@ class PlacedForward:
         if hidden.dim() != 3 or not _tensors(inputs):
             return self._whole(module, *args, **kwargs)
         parts = self._split(module, args, kwargs)
-        if context.has_place(*hidden.shape[:2]):
+        if context.has_qkv_buffers(*hidden.shape[:2]):
             if isinstance(parts, Split):
                 result = _Run(parts, module, context, inputs, (hidden.shape[0], hidden.shape[1])).result()
                 if result is not None:
                     return result, None
             else:
                 _tell(f"keys and values are copied to where peers read them: {parts}")
-        alone = isinstance(parts, Split) and parts.q_turns and parts.q_alone and parts.k_turns and parts.k_alone
+        alone = isinstance(parts, Split) and parts.q_rotates and parts.q_alone and parts.k_rotates and parts.k_alone
         return (self._in_place if alone else self._whole)(module, *args, **kwargs)
 
     def _split(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Split | Untraceable:
@@ -81,14 +81,14 @@ class _Run:
         self, parts: Split, module: nn.Module, context: AttentionContext, inputs: list[Tensor], size: tuple[int, int]
     ) -> None:
         self._parts, self._module, self._context, self._inputs, self._size = parts, module, context, inputs, size
-        self._place: Place | None = None
+        self._buffers: QKVBuffers | None = None
         self._asked: tuple[AttentionSpec, Tensor | None] | None = None
         # Blocks without queries yet, with what those need of the making of keys and values. Nothing else may hold
         # that: it is a whole projection, and must be gone when attention runs.
         self._waiting: deque[tuple[At, list[Any]]] = deque()
 
     def result(self) -> Tensor | None:
-        """[B, l, d]; None, and nothing done, where keys and values are not of one shape or turn in an unusual way."""
+        """[B, T, d]; None, and nothing done, where keys and values are not of one shape or turn in an unusual way."""
         parts, at = self._parts, blocks(*self._size, self._context.block_rows)
         if not parts.token_wise:
             at = [WHOLE]
@@ -98,14 +98,14 @@ class _Run:
                     return None
                 if parts.fused and len(at) > 1:
                     self._queries()
-            assert self._place is not None
-            self._place.start()
+            assert self._buffers is not None
+            self._buffers.start()
             while self._waiting:
                 self._queries()
             assert self._asked is not None
-            out_BlHD = self._context.attend_at(self._place, *self._asked)
-            self._place = None
-        return in_blocks(parts.after, [out_BlHD, *self._inputs], at)
+            out_BTHD = self._context.attend_buffers(self._buffers, *self._asked)
+            self._buffers = None
+        return in_blocks(parts.after, [out_BTHD, *self._inputs], at)
 
     def _given(self, block: At) -> list[Tensor]:
         return [cut(x, block, *self._size) for x in self._inputs]
@@ -115,21 +115,21 @@ class _Run:
         parts = self._parts
         if block is WHOLE and self._projected(opened):
             return True
-        k_BKlD, v, *more = parts.keys_values(*self._given(block))
-        turn, kept = self._turn_of_keys(more)
-        _, kv_heads, _, head_dim = k_BKlD.shape
-        product = parts.value_product
-        if self._place is None:
-            fits = v.shape == k_BKlD.shape if product is None else product.weight_NW.shape[1] == kv_heads * head_dim
-            if not fits or (parts.k_turns and turn is None):
+        k_BKTD, v, *more = parts.keys_values(*self._given(block))
+        cos_sin, kept = self._cos_sin_of_keys(more)
+        _, kv_heads, _, head_dim = k_BKTD.shape
+        product = parts.value_linear
+        if self._buffers is None:
+            fits = v.shape == k_BKTD.shape if product is None else product.weight_NW.shape[1] == kv_heads * head_dim
+            if not fits or (parts.k_rotates and cos_sin is None):
                 return False
-            like = k_BKlD.new_empty(0)  # an open place holds on to it
-            self._place = opened.enter_context(self._context.place(*self._size, kv_heads, head_dim, like))
-        _write(k_BKlD, self._place.k, block, turn)
+            like = k_BKTD.new_empty(0)  # an open place holds on to it
+            self._buffers = opened.enter_context(self._context.qkv_buffers(*self._size, kv_heads, head_dim, like))
+        _write(k_BKTD, self._buffers.k, block, cos_sin)
         if product is None:
-            _write(v, self._place.v, block)
+            _write(v, self._buffers.v, block)
         else:
-            _project(product, v, self._place.v, block, head_dim)
+            _project(product, v, self._buffers.v, block, head_dim)
         self._waiting.append((block, kept))
         return True
 
@@ -141,57 +141,59 @@ class _Run:
             return False
         x = projection.given(*self._inputs)
         shape = (*self._size, projection.product.weight_NW.shape[1])
-        lying, turn = self._lying(projection, x.new_empty(shape, device="meta"))
-        projected = self._context.taken(lying)
-        if projected is None or (self._parts.k_turns and turn is None):
+        qkv_layout, cos_sin = self._qkv_layout_in(projection, x.new_empty(shape, device="meta"))
+        projected = self._context.projection_views(qkv_layout)
+        if projected is None or (self._parts.k_rotates and cos_sin is None):
             return False
-        kv_heads, head_dim = lying.k_BlKD.shape[2:]
+        kv_heads, head_dim = qkv_layout.k_BTKD.shape[2:]
         like = x.new_empty(0)  # an open place holds on to it
-        self._place = opened.enter_context(self._context.place(*self._size, kv_heads, head_dim, like, projected))
-        assert self._place.memory is not None
-        projection.product.into(x, self._place.memory)
-        k_BKlD, _, *more = projection.parts(*self._inputs, self._place.memory)
-        if turn is not None:
-            elementwise.turn_(k_BKlD, turn)
-        self._waiting.append((WHOLE, self._turn_of_keys(more)[1]))
+        self._buffers = opened.enter_context(
+            self._context.qkv_buffers(*self._size, kv_heads, head_dim, like, projected)
+        )
+        assert self._buffers.memory is not None
+        projection.product.into(x, self._buffers.memory)
+        k_BKTD, _, *more = projection.parts(*self._inputs, self._buffers.memory)
+        if cos_sin is not None:
+            elementwise.rotate_(k_BKTD, cos_sin)
+        self._waiting.append((WHOLE, self._cos_sin_of_keys(more)[1]))
         return True
 
-    def _lying(self, projection: Projection, whole: Tensor) -> tuple[Lying, Turn | None]:
+    def _qkv_layout_in(self, projection: Projection, whole: Tensor) -> tuple[QKVLayout, CosSin | None]:
         """How the parts of ``whole`` lie in it, by an operation on none of its numbers; how keys turn."""
-        k_BKlD, v_BKlD, *more = projection.parts(*self._inputs, whole)
-        turn, kept = self._turn_of_keys(more)
-        q_BHlD = self._parts.queries(*self._given(WHOLE), *kept)[0] if projection.holds_q else None
-        views = (k_BKlD.transpose(1, 2), v_BKlD.transpose(1, 2), None if q_BHlD is None else q_BHlD.transpose(1, 2))
-        return Lying((whole.shape[0], whole.shape[1], whole.shape[2]), *views), turn
+        k_BKTD, v_BKTD, *more = projection.parts(*self._inputs, whole)
+        cos_sin, kept = self._cos_sin_of_keys(more)
+        q_BHTD = self._parts.queries(*self._given(WHOLE), *kept)[0] if projection.holds_q else None
+        views = (k_BKTD.transpose(1, 2), v_BKTD.transpose(1, 2), None if q_BHTD is None else q_BHTD.transpose(1, 2))
+        return QKVLayout((whole.shape[0], whole.shape[1], whole.shape[2]), *views), cos_sin
 
-    def _turn_of_keys(self, more: list[Any]) -> tuple[Turn | None, list[Any]]:
+    def _cos_sin_of_keys(self, more: list[Any]) -> tuple[CosSin | None, list[Any]]:
         """How keys still turn, and what queries need, of what comes with keys and values."""
-        return (_turn(more[:2]), more[2:]) if self._parts.k_turns else (None, more)
+        return (_cos_sin(more[:2]), more[2:]) if self._parts.k_rotates else (None, more)
 
     def _queries(self) -> None:
         parts, (block, kept) = self._parts, self._waiting.popleft()
-        q_BHlD, *turn = parts.queries(*self._given(block), *kept)
+        q_BHTD, *cos_sin = parts.queries(*self._given(block), *kept)
         if self._asked is None:
             options = parts.options | {name: self._inputs[i] for name, i in parts.given_options.items()}
-            q_shape = *self._size, q_BHlD.shape[1], q_BHlD.shape[3]
+            q_shape = *self._size, q_BHTD.shape[1], q_BHTD.shape[3]
             _, spec, sinks_H = asked(self._module, q_shape, q_shape, None, options)
             self._asked = spec, sinks_H
-        assert self._place is not None
-        how = (turn[0], turn[1]) if parts.q_turns else None
-        if block is WHOLE and parts.q_alone and q_BHlD.stride(-1) == 1 and self._place.takes_q:
-            self._place.take_q((q_BHlD if how is None else elementwise.turn_(q_BHlD, how)).transpose(1, 2))
+        assert self._buffers is not None
+        how = (cos_sin[0], cos_sin[1]) if parts.q_rotates else None
+        if block is WHOLE and parts.q_alone and q_BHTD.stride(-1) == 1 and self._buffers.takes_q:
+            self._buffers.take_q((q_BHTD if how is None else elementwise.rotate_(q_BHTD, how)).transpose(1, 2))
         else:
-            _write(q_BHlD, self._place.q, block, how)
+            _write(q_BHTD, self._buffers.q, block, how)
 
 
-def _write(x_BHlD: Tensor, parts: list[HeadPart], at: At, turn: Turn | None = None) -> None:
-    if x_BHlD.stride(-1) != 1:
-        x_BHlD = x_BHlD.contiguous()
+def _write(x_BHTD: Tensor, parts: list[HeadSlice], at: At, cos_sin: CosSin | None = None) -> None:
+    if x_BHTD.stride(-1) != 1:
+        x_BHTD = x_BHTD.contiguous()
     for heads, memory in parts:
-        elementwise.put(x_BHlD[:, heads], memory[at], turn)
+        elementwise.put(x_BHTD[:, heads], memory[at], cos_sin)
 
 
-def _project(product: Product, x: Tensor, parts: list[HeadPart], at: At, head_dim: int) -> None:
+def _project(product: Linear, x: Tensor, parts: list[HeadSlice], at: At, head_dim: int) -> None:
     """v's projection of ``x``: by the product itself where it belongs in whole memory, and else by way of memory."""
     heads, memory = parts[0]
     if heads == ALL and memory[at].is_contiguous():
@@ -200,7 +202,7 @@ def _project(product: Product, x: Tensor, parts: list[HeadPart], at: At, head_di
         _write(product.module(x).unflatten(-1, (-1, head_dim)).transpose(1, 2), parts, at)
 
 
-def _turn(given: Sequence[Tensor]) -> Turn | None:
+def _cos_sin(given: Sequence[Tensor]) -> CosSin | None:
     """(cos, sin) of the usual form, or None."""
     cos, sin = given
     usual = cos.dim() == sin.dim() == 3 and cos.stride(-1) == sin.stride(-1) == 1

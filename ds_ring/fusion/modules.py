@@ -7,28 +7,28 @@ from typing import cast
 from torch import Tensor, nn
 
 from ds_ring.fusion.recognize import Norm
-from ds_ring.hf.linear import Product
+from ds_ring.hf.linear import Linear
 from ds_ring.kernels import elementwise
 from ds_ring.kernels.elementwise import Gate
 
 
-class Part(nn.Module):
+class FusedModule(nn.Module):
     def _holds(self, **held: object) -> None:
         """Attributes past nn.Module's registration: the model's modules stay the model's."""
         self.__dict__.update(held)
 
 
-class AddNorm(Part):
+class AddNorm(FusedModule):
     """(a + b [+ the bias of a later projection], norm(a + b))."""
 
     norm: Norm
-    fold: Product | None
+    fold: Linear | None
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
         self._holds(norm=norm, fold=None)
 
-    def fold_bias_of(self, product: Product) -> None:
+    def fold_bias_of(self, product: Linear) -> None:
         self._holds(fold=product)
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,12 +37,12 @@ class AddNorm(Part):
         return cast(tuple[Tensor, Tensor], elementwise.add_norm((a, b), *spec, fold_W))
 
 
-class Sum(Part):
+class Sum(FusedModule):
     """Terms and the bias of a later projection, in memory of its own."""
 
-    fold: Product
+    fold: Linear
 
-    def __init__(self, fold: Product) -> None:
+    def __init__(self, fold: Linear) -> None:
         super().__init__()
         self._holds(fold=fold)
 
@@ -53,12 +53,12 @@ class Sum(Part):
         return cast(Tensor, total)
 
 
-class AddProduct(Part):
+class AddLinear(FusedModule):
     """A projection added to a sum that holds its bias already."""
 
-    product: Product
+    product: Linear
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: Linear) -> None:
         super().__init__()
         self._holds(product=product)
 
@@ -66,12 +66,12 @@ class AddProduct(Part):
         return self.product.add_to_(total, x)
 
 
-class ProductGelu(Part):
+class LinearGelu(FusedModule):
     """A projection and the tanh GELU of it."""
 
-    product: Product
+    product: Linear
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: Linear) -> None:
         super().__init__()
         self._holds(product=product)
 
@@ -79,7 +79,7 @@ class ProductGelu(Part):
         return self.product.with_gelu(x)
 
 
-class Gated(Part):
+class Gated(FusedModule):
     """``activation(gate) * up``."""
 
     kind: Gate

@@ -16,9 +16,9 @@ import torch
 from torch import fx, nn
 from torch.nn.functional import dropout
 
-from ds_ring.fusion.modules import AddNorm, AddProduct, Gated, ProductGelu, Sum
+from ds_ring.fusion.modules import AddLinear, AddNorm, Gated, LinearGelu, Sum
 from ds_ring.fusion.recognize import Norm, activation_of
-from ds_ring.hf.linear import Product
+from ds_ring.hf.linear import Linear
 
 _ADD = (operator.add, torch.add)
 _MULTIPLY = (operator.mul, torch.mul)
@@ -42,11 +42,11 @@ class Rewriter:
     def _module(self, node: Any) -> nn.Module | None:
         return self.modules[str(node.target)] if isinstance(node, fx.Node) and node.op == "call_module" else None
 
-    def _product(self, node: Any) -> Product | None:
+    def _product(self, node: Any) -> Linear | None:
         """The product that ``node`` is, where nothing but one other node uses it."""
         module = self._module(node)
         alone = module is not None and len(node.users) == 1 and len(node.args) == 1 and not node.kwargs
-        return Product.of(module) if module is not None and alone else None
+        return Linear.of(module) if module is not None and alone else None
 
     def _insert(self, before: fx.Node, part: nn.Module, args: tuple[fx.Node, ...]) -> fx.Node:
         name = f"fused_{len(self.modules)}"
@@ -72,7 +72,7 @@ class Rewriter:
             up = _operand(user, 1 if user.args[0] is node else 0)
             user.replace_all_uses_with(self._insert(user, Gated(kind), (source, up)))
         elif kind == "gelu_tanh" and self._gelu_inside and (product := self._product(source)) is not None:
-            part = self._insert(node, ProductGelu(product), (_operand(source, 0),))
+            part = self._insert(node, LinearGelu(product), (_operand(source, 0),))
             node.replace_all_uses_with(part)
 
     def _add_norm(self, node: fx.Node) -> None:
@@ -103,7 +103,7 @@ class Rewriter:
             total = rest[0]
         else:
             total = self._insert(node, Sum(product), rest)
-        node.replace_all_uses_with(self._insert(node, AddProduct(product), (total, _operand(last, 0))))
+        node.replace_all_uses_with(self._insert(node, AddLinear(product), (total, _operand(last, 0))))
 
     def _sum_of(self, node: fx.Node) -> AddNorm | None:
         """The part whose sum ``node`` is."""

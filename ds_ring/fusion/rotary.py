@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_ring.fusion.kv_first import PlacedForward
+from ds_ring.fusion.kv_first import KVFirstForward
 from ds_ring.kernels import elementwise
 
 NAME = "apply_rotary_pos_emb"
@@ -30,10 +30,10 @@ def fuse_rotary(model: nn.Module) -> int:
         if "forward" in vars(module) or not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
             continue
         original = forward.__globals__.get(NAME)
-        if NAME not in forward.__code__.co_names or original is None or not turns_by_halves(original):
+        if NAME not in forward.__code__.co_names or original is None or not rotates_by_halves(original):
             continue
         whole, in_place = (_bound_anew(forward, rotation(original)) for rotation in (_one_pass, _in_place))
-        module.forward = MethodType(PlacedForward(whole, in_place, NAME), module)
+        module.forward = MethodType(KVFirstForward(whole, in_place, NAME), module)
         count += 1
     return count
 
@@ -47,7 +47,7 @@ def _bound_anew(forward: FunctionType, rotate: Rotate) -> FunctionType:
     return bound
 
 
-def turns_by_halves(original: Rotate) -> bool:
+def rotates_by_halves(original: Rotate) -> bool:
     """Whether a model's function is the one that ``rowwise.rotate`` computes; others turn neighbouring columns."""
     generator = torch.Generator().manual_seed(0)
     q, k, cos, sin = (
@@ -68,7 +68,7 @@ def _one_pass(original: Rotate) -> Rotate:
 
 def _in_place(original: Rotate) -> Rotate:
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return elementwise.turn_(q, (cos, sin)), elementwise.turn_(k, (cos, sin))
+        return elementwise.rotate_(q, (cos, sin)), elementwise.rotate_(k, (cos, sin))
 
     return _where_usual(rotate, original)
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ds_ring.fusion.modules import AddNorm, AddProduct, Gated, Part, ProductGelu, Sum
+from ds_ring.fusion.modules import AddLinear, AddNorm, FusedModule, Gated, LinearGelu, Sum
 from ds_ring.fusion.recognize import Norm, activation_of
-from ds_ring.hf.linear import Product
+from ds_ring.hf.linear import Linear
 
 At = tuple[slice, slice]
-"""Sequences and tokens of [B, l, ...]."""
+"""Sequences and tokens of [B, T, ...]."""
 WHOLE: At = (slice(None), slice(None))
 
 _FUNCTIONS = (operator.add, operator.mul, torch.add, torch.mul)
@@ -28,7 +28,7 @@ _METHODS = ("view", "reshape", "transpose", "chunk", "split", "contiguous", "siz
 
 
 def blocks(batch: int, length: int, limit: int) -> list[At]:
-    """[B, l] in the fewest blocks of at most ``limit`` rows, sizes as equal as can be; 0: one block.
+    """[B, T] in the fewest blocks of at most ``limit`` rows, sizes as equal as can be; 0: one block.
 
     Each is whole memory of a contiguous tensor: some sequences, or a part of one.
     """
@@ -45,7 +45,7 @@ def _equal(n: int, limit: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-class RowBlocks(Part):
+class TiledTail(FusedModule):
     """A graph of one result, in blocks of at most ``limit`` rows.
 
     Attributes:
@@ -62,7 +62,7 @@ class RowBlocks(Part):
         self._holds(graph=graph, limit=limit, over=over)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """[B, l, W] of inputs [B, l, *]."""
+        """[B, T, W] of inputs [B, T, *]."""
         at = [WHOLE]
         if all(x.dim() == 3 for x in inputs):
             at = blocks(inputs[0].shape[0], inputs[0].shape[1], self.limit)
@@ -96,8 +96,8 @@ def cut(x: Tensor, at: At, batch: int, length: int) -> Tensor:
     return x[at if x.shape[0] == batch else (slice(None), at[1])]
 
 
-def block_tail(graph: fx.Graph, modules: dict[str, nn.Module], limit: int, in_place: bool) -> bool:
-    """Put what a layer does behind its attention into ``RowBlocks``; False where it is not token by token to the end,
+def tile_tail(graph: fx.Graph, modules: dict[str, nn.Module], limit: int, in_place: bool) -> bool:
+    """Put what a layer does behind its attention into ``TiledTail``; False where it is not token by token to the end,
     or holds no product. ``graph`` and ``modules`` are changed in place.
 
     With ``in_place`` the result is written over what the layer was given. Then nobody may need that any more; the
@@ -122,7 +122,7 @@ def block_tail(graph: fx.Graph, modules: dict[str, nn.Module], limit: int, in_pl
     part = subgraph(graph, inputs, results, modules, single=True)
     name = f"fused_{len(modules)}"
     given = [i for i, node in enumerate(inputs) if node.op == "placeholder"]
-    modules[name] = RowBlocks(part, limit, given[0] if in_place and len(given) == 1 else None)
+    modules[name] = TiledTail(part, limit, given[0] if in_place and len(given) == 1 else None)
     with graph.inserting_before(output):
         replacement = graph.create_node("call_module", name, tuple(inputs))
     results[0].replace_all_uses_with(replacement)
@@ -179,11 +179,11 @@ def _token_wise(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def _alike(module: nn.Module) -> bool:
-    if isinstance(module, (AddNorm, AddProduct, Gated, ProductGelu, Sum)):
+    if isinstance(module, (AddNorm, AddLinear, Gated, LinearGelu, Sum)):
         return True
-    return Product.of(module) is not None or Norm.of(module) is not None or activation_of(module) is not None
+    return Linear.of(module) is not None or Norm.of(module) is not None or activation_of(module) is not None
 
 
 def _multiplies(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     module = modules[str(node.target)] if node.op == "call_module" else None
-    return isinstance(module, (AddProduct, ProductGelu)) or (module is not None and Product.of(module) is not None)
+    return isinstance(module, (AddLinear, LinearGelu)) or (module is not None and Linear.of(module) is not None)

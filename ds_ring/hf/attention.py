@@ -1,6 +1,6 @@
 """``attn_implementation="ds_ring"``: our attention behind transformers' attention interface."""
 
-# Shapes, as transformers has them: B batch, H query heads, K key/value heads, l tokens on this rank, D head_dim.
+# Shapes, as transformers has them: B batch, H query heads, K key/value heads, T tokens on this rank, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,13 +55,13 @@ def register() -> None:
 
 def _attention(
     module: nn.Module,
-    query_BHlD: Tensor,
-    key_BKlD: Tensor,
-    value_BKlD: Tensor,
+    query_BHTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTD: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    q, k, v = (t.transpose(1, 2) for t in (query_BHlD, key_BKlD, value_BKlD))
+    q, k, v = (t.transpose(1, 2) for t in (query_BHTD, key_BKTD, value_BKTD))
     context, spec, sinks_H = asked(module, q.shape, v.shape, attention_mask, kwargs)
     return context.attend(q, k, v, spec, sinks_H), None
 
@@ -76,7 +76,7 @@ def asked(
     """What ``module`` asks of the attention interface, checked: (its context, the spec, this rank's sinks).
 
     Args:
-        q_shape, v_shape: [B, l, H, D], [B, l, K, D].
+        q_shape, v_shape: [B, T, H, D], [B, T, K, D].
         options: the interface's keyword arguments, as transformers names them.
 
     Raises:

@@ -1,6 +1,6 @@
 """What the attention of one model needs besides its tensors: the mesh, the present forward, who attends how."""
 
-# Shapes: B batch, l tokens on this rank, H query heads, K key/value heads, D head_dim.
+# Shapes: B batch, T tokens on this rank, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -13,8 +13,8 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
-from ds_ring.attention.qkv_buffers import Place, Taken, place, taken
-from ds_ring.attention.qkv_layout import Lying
+from ds_ring.attention.qkv_buffers import ProjectionViews, QKVBuffers, open_qkv_buffers, projection_views
+from ds_ring.attention.qkv_layout import QKVLayout
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import ParallelConfig
 from ds_ring.errors import DsRingError, UnsupportedModelError
@@ -26,7 +26,7 @@ ATTRIBUTE = "_ds_ring_context"
 BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec, Tensor | None], Tensor]
-"""(q [B, l, H, D], k [B, l, K, D], v, what is asked, sinks [H]) -> out [B, l, H, D]."""
+"""(q [B, T, H, D], k [B, T, K, D], v, what is asked, sinks [H]) -> out [B, T, H, D]."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class AttentionContext:
                 f"{BYPASSES}"
             )
 
-    def has_place(self, batch: int, length: int) -> bool:
+    def has_qkv_buffers(self, batch: int, length: int) -> bool:
         """Whether a layer of this forward, with so many sequences and tokens on this rank, writes its queries, keys and
         values where they belong: where peers get them, or block by block."""
         now = self.present
@@ -86,9 +86,9 @@ class AttentionContext:
         shared = self.mesh["ring"].size * self.mesh["ulysses"].size > 1
         return shared or 0 < self.block_rows < batch * length
 
-    def taken(self, lying: Lying) -> Taken | None:
+    def projection_views(self, qkv_layout: QKVLayout) -> ProjectionViews | None:
         """What peers take of a projection as it lies; None where the place of this layer may not be it."""
-        return taken(lying, self._own_heads, lying.k_BlKD.shape[2], self.mesh["ulysses"])
+        return projection_views(qkv_layout, self._own_heads, qkv_layout.k_BTKD.shape[2], self.mesh["ulysses"])
 
     @property
     def trades_heads(self) -> bool:
@@ -101,37 +101,43 @@ class AttentionContext:
         return self.num_heads // self.mesh.topology.tp
 
     @contextmanager
-    def place(
-        self, batch: int, length: int, num_kv_heads: int, head_dim: int, like: Tensor, projected: Taken | None = None
-    ) -> Iterator[Place]:
-        """The place of the layer that is about to attend; only where there ``has_place``."""
+    def qkv_buffers(
+        self,
+        batch: int,
+        length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        like: Tensor,
+        projected: ProjectionViews | None = None,
+    ) -> Iterator[QKVBuffers]:
+        """The place of the layer that is about to attend; only where there ``has_qkv_buffers``."""
         assert self.present.layout is not None
         q_shape = batch, length, self._own_heads, head_dim
-        with place(
+        with open_qkv_buffers(
             q_shape, num_kv_heads, like,
             layout=self.present.layout, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], projected=projected,
             **self._ring_options,
         ) as opened:  # fmt: skip
             yield opened
 
-    def attend_at(self, opened: Place, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+    def attend_buffers(self, opened: QKVBuffers, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
         """As ``attend``, of what was written to a place."""
         if self.present.step is not None:
-            assert opened.kv_BlKD is not None
-            self.present.step.store_layer(self.present.calls, *opened.kv_BlKD, spec.window)
-        out_BlHD = opened.attend(spec, sinks_H)
+            assert opened.kv_BTKD is not None
+            self.present.step.store_layer(self.present.calls, *opened.kv_BTKD, spec.window)
+        out_BTHD = opened.attend(spec, sinks_H)
         self.present.calls += 1
-        return out_BlHD
+        return out_BTHD
 
     def attend(
-        self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
+        self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
     ) -> Tensor:
         if self.present.layout is None:
             raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
         attend = self.present.instead or self._attend
-        out_BlHD = attend(q_BlHD, k_BlKD, v_BlKD, spec, sinks_H)
+        out_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, spec, sinks_H)
         self.present.calls += 1
-        return out_BlHD
+        return out_BTHD
 
     @contextmanager
     def attending_by(self, attend: Attend) -> Iterator[None]:
@@ -143,19 +149,19 @@ class AttentionContext:
             self.present.instead = None
 
     def _attend(
-        self, q_BlHD: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
+        self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
     ) -> Tensor:
         assert self.present.layout is not None
         layer, step = self.present.calls, self.present.step
         if step is not None and not step.is_first:
             return step.attend(
-                layer, q_BlHD, k_BlKD, v_BlKD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H,
+                layer, q_BTHD, k_BTKD, v_BTKD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H,
                 variant=self.parallel.ring_variant,
             )  # fmt: skip
         if step is not None:
-            step.store_layer(layer, k_BlKD, v_BlKD, spec.window)
+            step.store_layer(layer, k_BTKD, v_BTKD, spec.window)
         return sequence_parallel_attention(
-            q_BlHD, k_BlKD, v_BlKD,
+            q_BTHD, k_BTKD, v_BTKD,
             layout=self.present.layout, spec=spec, sinks_H=sinks_H,
             ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], **self._ring_options,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """What a generation leaves behind: a transformers ``Cache`` to its owner, of which every rank holds a share."""
 
-# Shapes: B rows of the caller's batch, T columns seen so far.
+# Shapes: B rows of the caller's batch, C columns seen so far.
 from __future__ import annotations
 
 from typing import Any, NoReturn
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ds_ring.errors import DsRingError, InputError
-from ds_ring.kv_cache.shard import KVStore
+from ds_ring.kv_cache.shard import KVCacheShard
 
 
 class ShardedCache(Cache):
@@ -27,53 +27,53 @@ class ShardedCache(Cache):
             the caller does not know its tokens.
     """
 
-    def __init__(self, owner: object, store: KVStore, rows: range) -> None:
+    def __init__(self, owner: object, cache_shard: KVCacheShard, rows: range) -> None:
         super().__init__(layers=[])
-        self.owner, self.store, self.rows = owner, store, rows
+        self.owner, self.cache_shard, self.rows = owner, cache_shard, rows
         self.first_B = torch.empty(0, dtype=torch.long)
         self._masks: list[Tensor] = []
         self._columns = 0
         self.whole = True
 
     def __repr__(self) -> str:
-        return f"ShardedCache({self._columns} columns; {self.store.used} slots on the ranks of a replica)"
+        return f"ShardedCache({self._columns} columns; {self.cache_shard.used} slots on the ranks of a replica)"
 
     def memory_bytes(self) -> int:
         """Memory of this rank's share, slots that are not filled yet included."""
-        return self.store.nbytes
+        return self.cache_shard.nbytes
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns seen, padding included: what transformers counts."""
         return self._columns
 
     @property
-    def mask_BT(self) -> Tensor:
+    def mask_BC(self) -> Tensor:
         """Which columns hold a token, of all rows of the batch; bool, on the CPU."""
         return torch.cat(self._masks, dim=1)
 
-    def extend(self, mask_BT: Tensor) -> None:
-        """Count new columns; ``mask_BT`` is bool, on the CPU, and shows a token in every row."""
+    def extend(self, mask_BC: Tensor) -> None:
+        """Count new columns; ``mask_BC`` is bool, on the CPU, and shows a token in every row."""
         if not self._masks:
-            self.first_B = mask_BT.int().argmax(1)
-        self._masks.append(mask_BT)
-        self._columns += mask_BT.shape[1]
+            self.first_B = mask_BC.int().argmax(1)
+        self._masks.append(mask_BC)
+        self._columns += mask_BC.shape[1]
 
     @torch.inference_mode()
-    def revise(self, mask_BT: Tensor) -> None:
+    def revise(self, mask_BC: Tensor) -> None:
         """Forget tokens that the caller's mask now hides, such as padding behind a row that ended early.
 
         Raises:
             InputError: the mask shows columns that were padding when they were run.
         """
-        known_BT = self.mask_BT
-        if (mask_BT & ~known_BT).any():
-            row = int((mask_BT & ~known_BT).any(1).nonzero()[0])
+        known_BC = self.mask_BC
+        if (mask_BC & ~known_BC).any():
+            row = int((mask_BC & ~known_BC).any(1).nonzero()[0])
             raise InputError(f"attention_mask shows columns of row {row} that were padding when the cache was made")
-        if torch.equal(mask_BT, known_BT):
+        if torch.equal(mask_BC, known_BC):
             return
         own = slice(self.rows.start, self.rows.stop)
-        self.store.hide((known_BT & ~mask_BT)[own], self.first_B[own])
-        self._masks = [mask_BT]
+        self.cache_shard.hide((known_BC & ~mask_BC)[own], self.first_B[own])
+        self._masks = [mask_BC]
 
     @property
     def is_compileable(self) -> bool:

@@ -18,8 +18,13 @@ from ds_ring.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
-class Anatomy:
-    """The module that loops over the layers, and how it is reached."""
+class Decoder:
+    """The module of a causal LM that loops over the layers, and how it is reached.
+
+    Attributes:
+        parent, name: ``module`` is the attribute ``name`` of ``parent``.
+        layers_name: what ``module`` calls its list of layers.
+    """
 
     model: PreTrainedModel
     parent: nn.Module
@@ -27,7 +32,7 @@ class Anatomy:
     layers_name: str
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Anatomy:
+    def of(cls, model: PreTrainedModel) -> Decoder:
         text_config: Any = model.config.get_text_config()
         count = text_config.num_hidden_layers
         found = [
@@ -39,18 +44,22 @@ class Anatomy:
         ]
         if not found:
             raise UnsupportedModelError(f"{type(model).__name__} has no list of {count} decoder layers")
-        # An encoder of images may have as many.
-        for_text = [anatomy for module, anatomy in found if getattr(module, "config", None) is text_config]
-        return (for_text or [anatomy for _, anatomy in found])[0]
+        named = model.get_decoder()
+        for module, decoder in found:
+            if module is named:
+                return decoder
+        # Not all classes name it, and an encoder of images may have as many layers.
+        for_text = [decoder for module, decoder in found if getattr(module, "config", None) is text_config]
+        return (for_text or [decoder for _, decoder in found])[0]
 
     @property
-    def decoder(self) -> nn.Module:
+    def module(self) -> nn.Module:
         """Embeds tokens, runs the layers, applies the last norm; returns ``last_hidden_state``."""
         return getattr(self.parent, self.name)
 
     @property
     def layers(self) -> nn.ModuleList:
-        layers = getattr(self.decoder, self.layers_name)
+        layers = getattr(self.module, self.layers_name)
         assert isinstance(layers, nn.ModuleList)
         return layers
 
@@ -64,24 +73,24 @@ class Anatomy:
             if getcurrent() is own:
                 found.append(out[0])
 
-        handle = self.decoder.register_forward_hook(keep)
+        handle = self.module.register_forward_hook(keep)
         try:
             yield found
         finally:
             handle.remove()
 
     @contextmanager
-    def decoder_bypassed(self) -> Iterator[None]:
+    def bypassed(self) -> Iterator[None]:
         """Inside the block the model is its head alone: ``inputs_embeds`` are taken for the decoder's output.
 
         This runs each architecture's own code from hidden states to logits, scaling and soft-capping included.
         """
-        decoder = self.decoder
+        module = self.module
         setattr(self.parent, self.name, _Bypass())
         try:
             yield
         finally:
-            setattr(self.parent, self.name, decoder)
+            setattr(self.parent, self.name, module)
 
 
 class _Bypass(nn.Module):
@@ -101,9 +110,9 @@ def own_configs(model: PreTrainedModel) -> None:
                 setattr(module, name, copy.deepcopy(value, memo))
 
 
-def head_logits(anatomy: Anatomy, hidden: Tensor) -> Tensor:
+def head_logits(decoder: Decoder, hidden: Tensor) -> Tensor:
     """Logits [B, L, V] of final hidden states [B, L, d]."""
-    with anatomy.decoder_bypassed():
-        logits = anatomy.model(inputs_embeds=hidden, use_cache=False).logits
+    with decoder.bypassed():
+        logits = decoder.model(inputs_embeds=hidden, use_cache=False).logits
     assert isinstance(logits, torch.Tensor)
     return logits

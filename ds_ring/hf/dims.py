@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ds_ring.errors import CheckpointError, UnsupportedModelError, in_one_line
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -26,7 +26,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
     return config
 
 
-def model_shape(config: PretrainedConfig) -> ModelShape:
+def model_dims(config: PretrainedConfig) -> ModelDims:
     """What is the same in all layers, and the key/value heads and head sizes of each.
 
     Raises:
@@ -58,9 +58,9 @@ def _heads_of_layers(text: Any) -> list[tuple[int, int]]:
     ]
 
 
-def _shape(text: Any, heads_of_layers: list[tuple[int, int]]) -> ModelShape:
+def _shape(text: Any, heads_of_layers: list[tuple[int, int]]) -> ModelDims:
     heads = text.num_attention_heads
-    return ModelShape(
+    return ModelDims(
         model_type=text.model_type,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,

@@ -4,7 +4,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 
 
 def linear_parameters(config: PretrainedConfig) -> int:
@@ -19,7 +19,7 @@ def layer_parameters(config: PretrainedConfig) -> list[int]:
     """As ``linear_parameters``, layer by layer, from the model on the meta device."""
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    return [matrix_elements(layer) for layer in Anatomy.of(model).layers]
+    return [matrix_elements(layer) for layer in Decoder.of(model).layers]
 
 
 def matrix_elements(layer: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """An engine as transformers' ``generate`` sees it: a causal LM with a forward, a config and a cache."""
 
-# Shapes: B rows of the caller's batch, T new columns, V vocabulary.
+# Shapes: B rows of the caller's batch, C new columns, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from ds_ring.hf.cache import ShardedCache
 from ds_ring.transport.base import Transport
 
 Forward = Callable[[Tensor, Tensor | None, ShardedCache], Tensor]
-"""(new ids [B, T], mask [B, all columns] or None, cache) -> logits [B, V] of the last column, alike on every rank."""
+"""(new ids [B, C], mask [B, all columns] or None, cache) -> logits [B, V] of the last column, alike on every rank."""
 
 
-class Facade(GenerationMixin):
+class GenerationAdapter(GenerationMixin):
     """Everything in it but ``forward`` is the model's own.
 
     Args:

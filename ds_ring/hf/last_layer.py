@@ -5,7 +5,7 @@ whose queries attend to those. Both times it is the layer's own code, so nothing
 result is exact. (The projection of all tokens' queries, where it is a module of its own, is left out as well.)
 """
 
-# Shapes: B rows, l tokens on this rank.
+# Shapes: B rows, T tokens on this rank.
 from __future__ import annotations
 
 from bisect import bisect_left
@@ -23,8 +23,8 @@ from ds_ring.attention.last_token import everyones, last_token_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.errors import UnsupportedModelError
 from ds_ring.hf.attention_context import AttentionContext
-from ds_ring.hf.decoder import Anatomy
-from ds_ring.hf.linear import Product
+from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.linear import Linear
 from ds_ring.transport.base import Transport
 
 
@@ -50,18 +50,18 @@ class LastTokens:
             range(bisect_left(own, start), bisect_left(own, n)) for start, n in zip(starts, self.lengths, strict=True)
         ]
 
-    def pick(self, x_Bl: Tensor) -> Tensor:
-        """[B, 1, *], on every rank, of values [B or 1, l, *] of this rank's tokens."""
-        places = [self._place(n - 1) for n in self.lengths]
+    def pick(self, x_BT: Tensor) -> Tensor:
+        """[B, 1, *], on every rank, of values [B or 1, T, *] of this rank's tokens."""
+        places = [self._buffers(n - 1) for n in self.lengths]
         own = [at if rank == self.transport.rank else 0 for rank, at in places]  # others' are not looked at
-        rows = x_Bl.expand(len(places), *x_Bl.shape[1:])
+        rows = x_BT.expand(len(places), *x_BT.shape[1:])
         picked_B1 = torch.cat([rows[row : row + 1, at : at + 1] for row, at in enumerate(own)])
         if self.transport.size == 1:
             return picked_B1
         everyones_NB1 = everyones(picked_B1, self.transport)
         return torch.cat([everyones_NB1[rank, row : row + 1] for row, (rank, _) in enumerate(places)])
 
-    def _place(self, position: int) -> tuple[int, int]:
+    def _buffers(self, position: int) -> tuple[int, int]:
         """(rank, place among its tokens)."""
         for rank, positions in enumerate(self.held):
             at = bisect_left(positions, position)
@@ -75,10 +75,10 @@ class _Captured(BaseException):
 
 
 @contextmanager
-def last_tokens_only(anatomy: Anatomy, context: AttentionContext, tokens: LastTokens) -> Iterator[None]:
+def last_tokens_only(decoder: Decoder, context: AttentionContext, tokens: LastTokens) -> Iterator[None]:
     """Inside the block the model's last layer computes its output for each row's last token, and gives it at all l
     places of the row, as a view: models reshape what comes behind their layers by the shape of what went in."""
-    layer = anatomy.layers[-1]
+    layer = decoder.layers[-1]
     own: list[Callable[..., Any]] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -96,8 +96,8 @@ def _run(
     count, length = hidden.shape[:2]
     keys_values: list[Tensor] = []
 
-    def capture(q: Tensor, k_BlKD: Tensor, v_BlKD: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
-        keys_values.extend((k_BlKD, v_BlKD))
+    def capture(q: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
+        keys_values.extend((k_BTKD, v_BTKD))
         raise _Captured
 
     def answer(q_B1HD: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
@@ -129,7 +129,7 @@ def _run(
 def _queries_left_out(layer: nn.Module) -> Iterator[None]:
     """Inside the block a query projection that is a module of its own gives memory as it is found."""
     modules = [module for name, module in layer.named_modules() if name.endswith(".q_proj")]
-    found = [p for module in modules if (p := Product.of(module)) is not None and p.split != "in"]
+    found = [p for module in modules if (p := Linear.of(module)) is not None and p.split != "in"]
     with ExitStack() as stack:
         for product in found:
             width = product.weight_NW.shape[1]

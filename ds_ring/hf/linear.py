@@ -21,7 +21,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class Product:
+class Linear:
     """``x @ weight + bias`` of a module whose forward is nothing but that.
 
     Attributes:
@@ -34,7 +34,7 @@ class Product:
     split: Literal["in", "out"] | None
 
     @classmethod
-    def of(cls, module: nn.Module) -> Product | None:
+    def of(cls, module: nn.Module) -> Linear | None:
         if module._forward_hooks or module._forward_pre_hooks:
             return None
         if _runs(module, LinearAllreduce):
@@ -122,7 +122,7 @@ class Product:
 
 def put_bias_inside(model: nn.Module) -> int:
     """Give AutoTP's layers a forward that adds the bias within the product; how many there were."""
-    products = [p for m in model.modules() if (p := Product.of(m)) is not None and p.split is not None]
+    products = [p for m in model.modules() if (p := Linear.of(m)) is not None and p.split is not None]
     for product in products:
         product.module.forward = MethodType(_BiasInside(product), product.module)
     return len([p for p in products if p.bias_W is not None])
@@ -131,7 +131,7 @@ def put_bias_inside(model: nn.Module) -> int:
 class _BiasInside:
     """Called as a bound method, of the module it serves."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: Linear) -> None:
         self._product = product
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ds_ring.errors import CheckpointError, is_out_of_memory
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import read_config
 from ds_ring.hf.stage import keep_stage, strip
 
@@ -46,8 +46,8 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     and conversions of old checkpoints, fills what remains.
     """
     checkpoint = Checkpoint.open(path)
-    anatomy, tied = _without_weights(read_config(path), dtype, layers)
-    model = anatomy.model
+    decoder, tied = _without_weights(read_config(path), dtype, layers)
+    model = decoder.model
     info, _ = convert_and_load_state_dict_in_model(
         model,
         checkpoint.lazy_tensors(),
@@ -60,30 +60,30 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     _refuse(path, missing, info.mismatched_keys)
     if (checkpoint.directory / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
-    keep_stage(anatomy, layers)
+    keep_stage(decoder, layers)
     return model.to(device).eval()
 
 
 def weight_bytes(config: PretrainedConfig, dtype: torch.dtype, layers: range) -> int:
     """Bytes of the parameters that a rank loads, those of all layers or of a stage's."""
-    anatomy, _ = _without_weights(config, dtype, layers)
-    return sum(parameter.nbytes for parameter in anatomy.model.parameters())
+    decoder, _ = _without_weights(config, dtype, layers)
+    return sum(parameter.nbytes for parameter in decoder.model.parameters())
 
 
-def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range) -> tuple[Anatomy, bool]:
+def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range) -> tuple[Decoder, bool]:
     """The model with parameters on the meta device, stripped to the stage of ``layers``; whether its head is tied to an
     embedding here."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    anatomy = Anatomy.of(model)
-    last = layers.stop == len(anatomy.layers)
+    decoder = Decoder.of(model)
+    last = layers.stop == len(decoder.layers)
     # Not by a config, of which a model of several parts has several. What was tied was parted on its way to meta.
     model.tie_weights()
     head = model.get_output_embeddings()
     tied = last and head is not None and head.weight is model.get_input_embeddings().weight
     # A tied head is loaded as the embedding, which then has to be there.
-    strip(anatomy, layers, keep_embedding=tied)
-    return anatomy, tied
+    strip(decoder, layers, keep_embedding=tied)
+    return decoder, tied
 
 
 def _refuse_shortage(conversion_errors: Iterable[str]) -> None:

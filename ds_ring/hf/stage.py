@@ -10,7 +10,7 @@ import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
 
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 
 
 class _NoEmbedding(nn.Module):
@@ -20,39 +20,39 @@ class _NoEmbedding(nn.Module):
         return torch.zeros(())
 
 
-def strip(anatomy: Anatomy, layers: range, keep_embedding: bool = False) -> None:
+def strip(decoder: Decoder, layers: range, keep_embedding: bool = False) -> None:
     """Put parameterless stand-ins in place of what belongs to other stages: layers, the embeddings (but on the first),
     the last norm and the head (but on the last). Layers keep their numbers."""
-    decoder, count = anatomy.decoder, len(anatomy.layers)
+    module, count = decoder.module, len(decoder.layers)
     for i in range(count):
         if i not in layers:
-            anatomy.layers[i] = nn.Identity()
+            decoder.layers[i] = nn.Identity()
     if layers.start > 0 and not keep_embedding:
-        for name, module in list(decoder.named_children()):
-            if isinstance(module, nn.Embedding):
-                setattr(decoder, name, _NoEmbedding())
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Embedding):
+                setattr(module, name, _NoEmbedding())
     if layers.stop < count:
-        for name, module in list(decoder.named_children()):
-            if "Norm" in type(module).__name__:
-                setattr(decoder, name, nn.Identity())
-        anatomy.model.set_output_embeddings(nn.Identity())
+        for name, child in list(module.named_children()):
+            if "Norm" in type(child).__name__:
+                setattr(module, name, nn.Identity())
+        decoder.model.set_output_embeddings(nn.Identity())
 
 
-def keep_stage(anatomy: Anatomy, layers: range) -> None:
+def keep_stage(decoder: Decoder, layers: range) -> None:
     """Cut the model down to the stage of ``layers``.
 
     The config follows, since models index it by the number of a layer in their loop.
     """
-    strip(anatomy, layers)
-    text_config = anatomy.model.config.get_text_config()
-    setattr(anatomy.decoder, anatomy.layers_name, nn.ModuleList(anatomy.layers[i] for i in layers))
+    strip(decoder, layers)
+    text_config = decoder.model.config.get_text_config()
+    setattr(decoder.module, decoder.layers_name, nn.ModuleList(decoder.layers[i] for i in layers))
     text_config.num_hidden_layers = len(layers)
     if getattr(text_config, "layer_types", None):
         text_config.layer_types = [text_config.layer_types[i] for i in layers]
 
 
 @contextmanager
-def spliced(anatomy: Anatomy, hidden_in: Tensor | None) -> Iterator[list[Tensor]]:
+def spliced(decoder: Decoder, hidden_in: Tensor | None) -> Iterator[list[Tensor]]:
     """Inside the block a forward starts its layers from ``hidden_in`` (None: from the model's own embedding).
 
     The list yielded receives the hidden states behind the stage's last layer. Splicing at the layers, not at
@@ -70,9 +70,9 @@ def spliced(anatomy: Anatomy, hidden_in: Tensor | None) -> Iterator[list[Tensor]
         if getcurrent() is own:
             found.append(out if isinstance(out, Tensor) else out[0])
 
-    handles = [anatomy.layers[-1].register_forward_hook(collect)]
+    handles = [decoder.layers[-1].register_forward_hook(collect)]
     if hidden_in is not None:
-        first = anatomy.layers[0]
+        first = decoder.layers[0]
         handles.append(first.register_forward_pre_hook(replace, with_kwargs=True))
     try:
         yield found

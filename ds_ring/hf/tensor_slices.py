@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from ds_ring.errors import ConfigError, UnsupportedModelError
-from ds_ring.hf.decoder import Anatomy
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.dims import model_dims
 from ds_ring.parallel.degrees import suggest, valid_degrees
 from ds_ring.transport.base import Transport
 
@@ -65,26 +65,26 @@ def sliced(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transp
         UnsupportedModelError: a parameter of whose cut the model's config says nothing, or what slices cannot do.
     """
     slices = slices_of(model, tp_rank, tp_size, transport)
-    with in_slices(Anatomy.of(model), slices):
+    with in_slices(Decoder.of(model), slices):
         yield slices
 
 
 @contextmanager
-def in_slices(anatomy: Anatomy, slices: dict[str, Slice]) -> Iterator[None]:
+def in_slices(decoder: Decoder, slices: dict[str, Slice]) -> Iterator[None]:
     """``sliced`` with slices that were made before, for one step after another."""
-    attributes = [vars(anatomy.decoder.get_submodule(name)) for name in slices]
+    attributes = [vars(decoder.module.get_submodule(name)) for name in slices]
     assert not any("forward" in own for own in attributes), "the model is sliced already, or its layers are wrapped"
     # On the instances, where they hide the class's method: hooks, names and parameters stay as they are.
     for own, part in zip(attributes, slices.values(), strict=True):
         own["forward"] = part
-    for layer in anatomy.layers:
+    for layer in decoder.layers:
         vars(layer)[_MARK] = True
     try:
         yield
     finally:
         for own in attributes:
             del own["forward"]
-        for layer in anatomy.layers:
+        for layer in decoder.layers:
             del vars(layer)[_MARK]
 
 
@@ -103,13 +103,13 @@ def slices_of(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Tra
         raise UnsupportedModelError(
             f"{name_of_model}: transformers' config has no tensor-parallel plan for it, so its weights cannot be sliced"
         )
-    anatomy = Anatomy.of(model)
+    decoder = Decoder.of(model)
     slices = {}
-    for name, parameter in anatomy.decoder.named_parameters():
-        if not name.startswith(f"{anatomy.layers_name}."):
+    for name, parameter in decoder.module.named_parameters():
+        if not name.startswith(f"{decoder.layers_name}."):
             continue
         owner, _, _ = name.rpartition(".")
-        module = anatomy.decoder.get_submodule(owner)
+        module = decoder.module.get_submodule(owner)
         style = plan.get(_pattern(owner)) or plan.get(_pattern(name))
         if style in ("colwise", "rowwise") and type(module) is nn.Linear:
             slices[owner] = _cut(module, style, f"{name_of_model}: {owner}", tp_rank, tp_size, transport)
@@ -142,16 +142,16 @@ def _cut(module: nn.Linear, style: str, name: str, rank: int, size: int, transpo
 
 
 def _check_heads(model: PreTrainedModel, tp_size: int) -> None:
-    shape = model_shape(model.config)
+    dims = model_dims(model.config)
     for name in ("num_heads", "num_kv_heads"):
-        count = getattr(shape, name)
+        count = getattr(dims, name)
         if count % tp_size:
-            fitting = valid_degrees(shape.num_heads, shape.num_kv_heads)
+            fitting = valid_degrees(dims.num_heads, dims.num_kv_heads)
             raise ConfigError(f"{name}={count} is not divisible by tp_size={tp_size}; " + suggest(fitting, "use 1"))
 
 
 def _same_on_every_rank(model: PreTrainedModel, parameter: Tensor, style: str | None) -> bool:
     """Whether it serves any share of the heads as it is: a norm over a token or over a head."""
-    shape = model_shape(model.config)
+    dims = model_dims(model.config)
     replicated = style is None or style.startswith("replicated")
-    return replicated and parameter.shape in ((shape.hidden_size,), (shape.head_dim,))
+    return replicated and parameter.shape in ((dims.hidden_size,), (dims.head_dim,))

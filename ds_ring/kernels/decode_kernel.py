@@ -3,7 +3,7 @@
 """The Triton kernels behind ``decode.py``: their code, their tile sizes and their launch.
 
 The query heads that share a key/value head become the rows of one tile, times the queries, so that keys are read once
-and tensor cores multiply; the keys are split over programs (Flash-Decoding), whose results a second kernel merges.
+and tensor cores multiply; the keys are split over programs (Flash-DecodeLoop), whose results a second kernel merges.
 Scores are kept in units of log 2, so that exp2 needs no further factor.
 """
 

@@ -19,7 +19,7 @@ from ds_ring.kernels.triton_probe import triton_serves
 
 Gate = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
-Turn = tuple[Tensor, Tensor]
+CosSin = tuple[Tensor, Tensor]
 """(cos, sin), each [B or 1, L, R]."""
 
 MAX_WIDTH = 32768
@@ -53,7 +53,7 @@ def self_test(device: torch.device, dtype: torch.dtype) -> str | None:
     _rotate_plain(x_BHLD, angle_BLR, angle_BLR, plainly)
     elementwise_kernel.put(x_BHLD, turned, (angle_BLR, angle_BLR))
     elementwise_kernel.put(x_BHLD, whole, None)
-    elementwise_kernel.turn(in_place, angle_BLR, angle_BLR)
+    elementwise_kernel.cos_sin(in_place, angle_BLR, angle_BLR)
     got = [
         *elementwise_kernel.add_norm(a, b, b[0], a[1], b[1], norm.eps, norm.offset, norm.centred, True, True),
         *(elementwise_kernel.gate(kind, a, b) for kind in get_args(Gate)),
@@ -133,7 +133,7 @@ def rotated(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> Tensor:
     return out_BLHD.transpose(1, 2)
 
 
-def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: Turn | None = None) -> None:
+def put(x_BHLD: Tensor, out_BLHD: Tensor, cos_sin: CosSin | None = None) -> None:
     """Write ``x_BHLD``, rotated by ``turn`` where there is one, where it belongs, in one pass.
 
     Args:
@@ -141,24 +141,24 @@ def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: Turn | None = None) -> None:
         turn: (cos [B or 1, L, R], sin) as for ``rotate``.
     """
     if not kernels_run_on(x_BHLD):
-        if turn is None:
+        if cos_sin is None:
             out_BLHD.copy_(x_BHLD.transpose(1, 2))
         else:
-            _rotate_plain(x_BHLD, *turn, out_BLHD)
+            _rotate_plain(x_BHLD, *cos_sin, out_BLHD)
         return
     from ds_ring.kernels import elementwise_kernel
 
-    elementwise_kernel.put(x_BHLD, out_BLHD, turn)
+    elementwise_kernel.put(x_BHLD, out_BLHD, cos_sin)
 
 
-def turn_(x_BHLD: Tensor, turn: Turn) -> Tensor:
+def rotate_(x_BHLD: Tensor, cos_sin: CosSin) -> Tensor:
     """``x_BHLD`` itself, rotated in place as ``rotate`` has it; only columns that turn are touched."""
     if kernels_run_on(x_BHLD):
         from ds_ring.kernels import elementwise_kernel
 
-        elementwise_kernel.turn(x_BHLD, *turn)
+        elementwise_kernel.cos_sin(x_BHLD, *cos_sin)
     else:
-        x_BHLD[..., : turn[0].shape[-1]] = _turned(x_BHLD, *turn)
+        x_BHLD[..., : cos_sin[0].shape[-1]] = _turned(x_BHLD, *cos_sin)
     return x_BHLD
 
 

@@ -158,7 +158,7 @@ def gate(kind: str, gate_MW: Tensor, up_MW: Tensor) -> Tensor:
     return out
 
 
-def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: tuple[Tensor, Tensor] | None) -> None:
+def put(x_BHLD: Tensor, out_BLHD: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> None:
     batch, heads, tokens, width = x_BHLD.shape
     assert out_BLHD.shape == (batch, tokens, heads, width)
     assert x_BHLD.stride(3) == out_BLHD.stride(3) == 1 or width == 1
@@ -166,7 +166,7 @@ def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: tuple[Tensor, Tensor] | None) ->
         return
     columns = triton.next_power_of_2(width)
     tile = heads_at_a_time(heads, columns)
-    cos_BLR, sin_BLR = turn or (x_BHLD[:1, 0, :, :0],) * 2
+    cos_BLR, sin_BLR = cos_sin or (x_BHLD[:1, 0, :, :0],) * 2
     # One row of positions may serve the whole batch.
     cos_batch, sin_batch = (t.stride(0) if t.shape[0] > 1 else 0 for t in (cos_BLR, sin_BLR))
     with torch.cuda.device_of(x_BHLD):
@@ -179,7 +179,7 @@ def put(x_BHLD: Tensor, out_BLHD: Tensor, turn: tuple[Tensor, Tensor] | None) ->
         )  # fmt: skip
 
 
-def turn(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> None:
+def cos_sin(x_BHLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> None:
     batch, heads, tokens, _ = x_BHLD.shape
     half = cos_BLR.shape[2] // 2
     if not x_BHLD.numel() or not half:

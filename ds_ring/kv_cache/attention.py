@@ -20,7 +20,7 @@ from ds_ring.attention.block import accumulate_
 from ds_ring.attention.merge import merge_, merge_all
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
-from ds_ring.kv_cache.occupancy import Runs
+from ds_ring.kv_cache.occupancy import SlotRanges
 from ds_ring.kv_cache.shard import Cached
 from ds_ring.transport.base import Pending, Transport
 
@@ -79,7 +79,7 @@ def attend_spread(
     held: list[int],
     spec: AttentionSpec,
     transport: Transport,
-    seen: Sequence[Runs] = (),
+    seen: Sequence[SlotRanges] = (),
     sinks_H: Tensor | None = None,
     variant: RingVariant = "auto",
 ) -> Tensor:
@@ -96,13 +96,13 @@ def attend_spread(
     Returns:
         out [B, L, H, D] in q's dtype.
     """
-    runs = seen or [()] * transport.size
+    slot_ranges = seen or [()] * transport.size
     if transport.size == 1:
-        out, lse = _attend(q_BLHD, cached, q_positions_BL, spec, runs[0])
+        out, lse = _attend(q_BLHD, cached, q_positions_BL, spec, slot_ranges[0])
     elif variant == "pass_q" or (variant == "auto" and pass_q_bytes(q_BLHD) < pass_kv_bytes(cached, max(held))):
-        out, lse = _pass_q(q_BLHD, cached, q_positions_BL, spec, transport, runs[transport.rank])
+        out, lse = _pass_q(q_BLHD, cached, q_positions_BL, spec, transport, slot_ranges[transport.rank])
     else:
-        out, lse = _pass_kv(q_BLHD, cached, q_positions_BL, held, spec, transport, runs)
+        out, lse = _pass_kv(q_BLHD, cached, q_positions_BL, held, spec, transport, slot_ranges)
     return sinks.apply_(out, lse, sinks_H).to(q_BLHD.dtype)
 
 
@@ -119,7 +119,7 @@ def pass_kv_bytes(cached: Cached, slots: int) -> int:
 
 
 def _attend(
-    q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, spec: AttentionSpec, seen: Runs = ()
+    q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, spec: AttentionSpec, seen: SlotRanges = ()
 ) -> tuple[Tensor, Tensor]:
     if q_BLHD.shape[:3].numel() < MANY_ROWS:
         seen = ()
@@ -129,14 +129,14 @@ def _attend(
         q_positions_BL=q_positions_BL, k_positions_BS=cached.positions_BS[:, behind],
         spec=spec, out_dtype=torch.float32,
     )  # fmt: skip
-    for run in seen:
-        k_BSKD, v_BSKD = cached.k_BSKD[:, run], cached.v_BSKD[:, run]
+    for slot_range in seen:
+        k_BSKD, v_BSKD = cached.k_BSKD[:, slot_range], cached.v_BSKD[:, slot_range]
         accumulate_(out_BLHD, lse_BHL, q_BLHD, k_BSKD, v_BSKD, spec=spec, causal=False)
     return out_BLHD, lse_BHL
 
 
 def _pass_q(
-    q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, spec: AttentionSpec, transport: Transport, seen: Runs
+    q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, spec: AttentionSpec, transport: Transport, seen: SlotRanges
 ) -> tuple[Tensor, Tensor]:
     size, n_queries = transport.size, q_BLHD.shape[1]
     q_BMHD = transport.all_gather(q_BLHD).transpose(0, 1).flatten(1, 2)  # M = R L
@@ -153,13 +153,13 @@ def _pass_kv(
     held: list[int],
     spec: AttentionSpec,
     transport: Transport,
-    seen: Sequence[Runs],
+    seen: Sequence[SlotRanges],
 ) -> tuple[Tensor, Tensor]:
     """As the ring does it: straight from the owner, and the next part travels while the present one is attended to."""
     rank, size = transport.rank, transport.size
     kv_2BSKD, positions_BS = torch.stack((cached.k_BSKD, cached.v_BSKD)), cached.positions_BS.contiguous()
 
-    def start_hop(hop: int) -> tuple[Pending, Cached, Runs]:
+    def start_hop(hop: int) -> tuple[Pending, Cached, SlotRanges]:
         target, source = (rank + hop) % size, (rank - hop) % size
         slots = held[source]
         incoming_2BSKD = kv_2BSKD.new_empty((2, kv_2BSKD.shape[1], slots, *kv_2BSKD.shape[3:]))

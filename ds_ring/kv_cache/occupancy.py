@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-Runs = tuple[slice, ...]
+SlotRanges = tuple[slice, ...]
 
 
-class FilledSlots:
+class Occupancy:
     """Of every row and rank, in runs. It follows from lengths alone, so that each rank knows it of all.
 
     Slots that stay empty, because a row is shorter than others or a chunk does not divide among the ranks, are gaps
@@ -15,35 +15,35 @@ class FilledSlots:
     """
 
     def __init__(self, rows: int, size: int) -> None:
-        self._runs: list[list[list[slice]] | None] = [[[] for _ in range(size)] for _ in range(rows)]
+        self._slot_ranges: list[list[list[slice]] | None] = [[[] for _ in range(size)] for _ in range(rows)]
 
     def add(self, row: int, rank: int, start: int, count: int) -> None:
         """``rank`` has a token of ``row`` in ``count`` slots from ``start`` on, which follow those it had."""
-        by_rank = self._runs[row]
+        by_rank = self._slot_ranges[row]
         if by_rank is not None and count:
-            runs = by_rank[rank]
-            first = runs.pop().start if runs and runs[-1].stop == start else start
-            runs.append(slice(first, start + count))
+            slot_ranges = by_rank[rank]
+            first = slot_ranges.pop().start if slot_ranges and slot_ranges[-1].stop == start else start
+            slot_ranges.append(slice(first, start + count))
 
     def add_to_all(self, rank: int, slot: int) -> None:
         """``rank`` has a token of every row in ``slot``."""
-        for row in range(len(self._runs)):
+        for row in range(len(self._slot_ranges)):
             self.add(row, rank, slot, 1)
 
     def lose(self, rows: Iterable[int]) -> None:
         """Some tokens of these rows are hidden."""
         for row in rows:
-            self._runs[row] = None
+            self._slot_ranges[row] = None
 
-    def of(self, rows: slice, rank: int) -> Runs:
+    def of(self, rows: slice, rank: int) -> SlotRanges:
         """The slots that each of ``rows`` has a token in, up to the first that some have one in and others not."""
-        known = self._runs[rows]
+        known = self._slot_ranges[rows]
         by_row = [by_rank[rank] for by_rank in known if by_rank is not None]
         if not by_row or len(by_row) < len(known):
             return ()
         common: Sequence[slice] = by_row[0]
-        for runs in by_row[1:]:
-            common = _while_alike(common, runs)
+        for slot_ranges in by_row[1:]:
+            common = _while_alike(common, slot_ranges)
         return tuple(common)
 
 

@@ -1,6 +1,6 @@
 """One rank's share of a key/value cache: its own tokens, all the heads it was given, and where each token stands."""
 
-# Shapes: B rows, S slots filled, l tokens written at once, K key/value heads, D head_dim.
+# Shapes: B rows, S slots filled, T tokens written at once, K key/value heads, D head_dim.
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ds_ring.attention.backends.positions import EMPTY, grown
 from ds_ring.errors import UnsupportedModelError
-from ds_ring.kv_cache.occupancy import FilledSlots
-from ds_ring.kv_cache.sliding_window import WindowSlots
+from ds_ring.kv_cache.occupancy import Occupancy
+from ds_ring.kv_cache.sliding_window import SlidingWindowSlots
 
 GROWTH = 1.5
 SMALLEST = 64
@@ -29,9 +29,9 @@ class Cached(NamedTuple):
     positions_BS: Tensor
 
 
-class KVStore:
+class KVCacheShard:
     """Slots for tokens, the same for all rows, and for all layers but those that see a window: those keep what can
-    still be seen (``WindowSlots``).
+    still be seen (``SlidingWindowSlots``).
 
     Attributes:
         used: slots filled on every rank of the group. Each rank knows all of them, since who stores what follows from
@@ -43,12 +43,12 @@ class KVStore:
     def __init__(self, rows: int, layers: int, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.device = rank, device
         self.used = [0] * size
-        self.filled = FilledSlots(rows, size)
+        self.occupancy = Occupancy(rows, size)
         self.moves = 0
         self._expected = 0
         self._positions_BS = torch.empty(rows, 0, dtype=torch.int32, device=device)
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self._windows: dict[int, WindowSlots] = {}
+        self._windows: dict[int, SlidingWindowSlots] = {}
         self._window_of: dict[int, int | None] = {}
 
     @property
@@ -72,11 +72,11 @@ class KVStore:
         whole = sum(self.used) + min(tokens, LOOK_AHEAD)
         self._expected = max(max(self.used), -(-whole // len(self.used))) + 1  # the spare one
 
-    def place(self, rows: slice, start: int, positions_Bl: Tensor) -> None:
-        """Reserve slots from ``start`` on for tokens at ``positions_Bl``; their keys and values follow by layer."""
-        stop = start + positions_Bl.shape[1]
+    def reserve(self, rows: slice, start: int, positions_BT: Tensor) -> None:
+        """Reserve slots from ``start`` on for tokens at ``positions_BT``; their keys and values follow by layer."""
+        stop = start + positions_BT.shape[1]
         self._make_room(stop)
-        self._positions_BS[rows, start:stop] = positions_Bl
+        self._positions_BS[rows, start:stop] = positions_BT
 
     def _make_room(self, slots: int) -> None:
         capacity = self._positions_BS.shape[1]
@@ -86,27 +86,27 @@ class KVStore:
             self._positions_BS = grown(self._positions_BS, capacity)
             self.moves += 1
 
-    def write(self, layer: int, rows: slice, start: int, k_BlKD: Tensor, v_BlKD: Tensor) -> None:
+    def write(self, layer: int, rows: slice, start: int, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
         """One layer's keys and values for slots that were reserved."""
         self._settle(layer, None)
-        for held, new in zip(self._room_in(layer, k_BlKD, v_BlKD), (k_BlKD, v_BlKD), strict=True):
+        for held, new in zip(self._room_in(layer, k_BTKD, v_BTKD), (k_BTKD, v_BTKD), strict=True):
             held[rows, start : start + new.shape[1]] = new
 
-    def window(self, window: int) -> WindowSlots:
+    def window(self, window: int) -> SlidingWindowSlots:
         """The slots of layers that see ``window`` positions, with room for what this rank has room for."""
         if window not in self._windows:
-            self._windows[window] = WindowSlots(self._positions_BS.shape[0], window, self.device)
+            self._windows[window] = SlidingWindowSlots(self._positions_BS.shape[0], window, self.device)
         slots = self._windows[window]
         self.moves += slots.make_room(self._positions_BS.shape[1])
         return slots
 
     def write_window(
-        self, layer: int, window: int, rows: slice, slots_Bl: Tensor, k_BlKD: Tensor, v_BlKD: Tensor
+        self, layer: int, window: int, rows: slice, slots_BT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor
     ) -> None:
         """``write`` for a layer that sees a window, to the slots that it gave."""
         self._settle(layer, window)
-        for held, new in zip(self._room_in(layer, k_BlKD, v_BlKD), (k_BlKD, v_BlKD), strict=True):
-            held[rows].scatter_(1, slots_Bl[:, :, None, None].expand_as(new), new)
+        for held, new in zip(self._room_in(layer, k_BTKD, v_BTKD), (k_BTKD, v_BTKD), strict=True):
+            held[rows].scatter_(1, slots_BT[:, :, None, None].expand_as(new), new)
 
     def _settle(self, layer: int, window: int | None) -> None:
         if self._window_of.setdefault(layer, window) != window:
@@ -119,11 +119,11 @@ class KVStore:
         window = self._window_of[layer]
         return self._positions_BS if window is None else self._windows[window].positions_BS
 
-    def _room_in(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor) -> tuple[Tensor, Tensor]:
+    def _room_in(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
         pair, (n_rows, capacity) = self._layers[layer], self._positions_of(layer).shape
         if pair is None or pair[0].shape[1] < capacity:
             # Zeros, not whatever memory holds: a hidden value is multiplied by 0, which leaves NaN as it is.
-            grown = [t.new_zeros((n_rows, capacity, *t.shape[2:])) for t in (k_BlKD, v_BlKD)]
+            grown = [t.new_zeros((n_rows, capacity, *t.shape[2:])) for t in (k_BTKD, v_BTKD)]
             for new, old in zip(grown, pair or (), strict=False):
                 new[:, : old.shape[1]] = old
             pair = self._layers[layer] = grown[0], grown[1]
@@ -138,11 +138,11 @@ class KVStore:
         owner = self.next_owner
         slot = self.used[owner]
         self.used[owner] += 1
-        self.filled.add_to_all(owner, slot)
+        self.occupancy.add_to_all(owner, slot)
         self._make_room(max(self.used) + 1)
         return slot if owner == self.rank else self._spare
 
-    def place_token(self, slot_1: Tensor, positions_B1: Tensor) -> None:
+    def reserve_token(self, slot_1: Tensor, positions_B1: Tensor) -> None:
         """``place`` for one token a row in the slot that ``take_token`` gave; asks the device nothing."""
         self._positions_BS.index_copy_(1, slot_1, torch.where(self.stored_here(slot_1), positions_B1, EMPTY))
 
@@ -166,12 +166,12 @@ class KVStore:
         assert pair is not None
         return Cached(pair[0][rows, :stop], pair[1][rows, :stop], self._positions_of(layer)[rows, :stop])
 
-    def hide(self, hidden_BT: Tensor, first_B: Tensor) -> None:
-        """Forget the tokens of the columns marked in ``hidden_BT``; ``first_B`` are the columns of position 0; both on
+    def hide(self, hidden_BC: Tensor, first_B: Tensor) -> None:
+        """Forget the tokens of the columns marked in ``hidden_BC``; ``first_B`` are the columns of position 0; both on
         the CPU."""
-        self.filled.lose(hidden_BT.any(1).nonzero()[:, 0].tolist())
-        hidden_BT, first_B = hidden_BT.to(self.device), first_B.to(self.device)
+        self.occupancy.lose(hidden_BC.any(1).nonzero()[:, 0].tolist())
+        hidden_BC, first_B = hidden_BC.to(self.device), first_B.to(self.device)
         for positions_BS in (self._positions_BS, *(slots.positions_BS for slots in self._windows.values())):
-            columns_BS = (positions_BS + first_B[:, None]).clamp(max=hidden_BT.shape[1] - 1).long()
-            gone_BS = hidden_BT.gather(1, columns_BS) & (positions_BS != EMPTY)
+            columns_BS = (positions_BS + first_B[:, None]).clamp(max=hidden_BC.shape[1] - 1).long()
+            gone_BS = hidden_BC.gather(1, columns_BS) & (positions_BS != EMPTY)
             positions_BS.masked_fill_(gone_BS, EMPTY)

@@ -1,6 +1,6 @@
 """What layers with a sliding window keep of a cache: of each row the last tokens, which take turns in a few slots."""
 
-# Shapes: B rows, S slots, l tokens on this rank.
+# Shapes: B rows, S slots, T tokens on this rank.
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -12,13 +12,13 @@ from ds_ring.attention.backends.positions import EMPTY, grown
 
 
 class Entry(NamedTuple):
-    """Tokens on their way in: which slot each gets, [B, l] int64, and the positions [B, S] that were there before."""
+    """Tokens on their way in: which slot each gets, [B, T] int64, and the positions [B, S] that were there before."""
 
-    slots_Bl: Tensor
+    slots_BT: Tensor
     before_BS: Tensor
 
 
-class WindowSlots:
+class SlidingWindowSlots:
     """Slots for all layers with one window, on one rank.
 
     A row's tokens on this rank are numbered as they come; number n gets slot 1 + n mod window. What it takes the place
@@ -51,14 +51,14 @@ class WindowSlots:
         self.positions_BS = grown(self.positions_BS, wanted)
         return True
 
-    def enter(self, rows: slice, positions_Bl: Tensor) -> Entry:
+    def enter(self, rows: slice, positions_BT: Tensor) -> Entry:
         """Give slots to a chunk's tokens, of which ``EMPTY`` ones are padding; positions ascend along it."""
-        valid_Bl, count_B1 = positions_Bl != EMPTY, self._count_B1[rows]
+        valid_BT, count_B1 = positions_BT != EMPTY, self._count_B1[rows]
         before_BS = self.positions_BS[rows].clone()
-        number_Bl = count_B1 + valid_Bl.cumsum(1) - 1
-        count_B1 += valid_Bl.sum(1, keepdim=True)
-        kept_Bl = valid_Bl & (number_Bl >= count_B1 - self.window)
-        return Entry(self._place(rows, number_Bl, kept_Bl, positions_Bl), before_BS)
+        number_BT = count_B1 + valid_BT.cumsum(1) - 1
+        count_B1 += valid_BT.sum(1, keepdim=True)
+        kept_BT = valid_BT & (number_BT >= count_B1 - self.window)
+        return Entry(self._place(rows, number_BT, kept_BT, positions_BT), before_BS)
 
     def enter_token(self, stored_1: Tensor, positions_B1: Tensor) -> Tensor:
         """The slots [B, 1] of one token a row, where ``stored_1`` says that this rank stores it; asks the device
@@ -67,7 +67,7 @@ class WindowSlots:
         self._count_B1 += stored_1
         return slots_B1
 
-    def _place(self, rows: slice, number_Bl: Tensor, kept_Bl: Tensor, positions_Bl: Tensor) -> Tensor:
-        slots_Bl = torch.where(kept_Bl, 1 + number_Bl % self.window, 0)
-        self.positions_BS[rows].scatter_(1, slots_Bl, torch.where(kept_Bl, positions_Bl, EMPTY))
-        return slots_Bl
+    def _place(self, rows: slice, number_BT: Tensor, kept_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        slots_BT = torch.where(kept_BT, 1 + number_BT % self.window, 0)
+        self.positions_BS[rows].scatter_(1, slots_BT, torch.where(kept_BT, positions_BT, EMPTY))
+        return slots_BT

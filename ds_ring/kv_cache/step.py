@@ -1,6 +1,6 @@
 """One forward of a generation: its tokens go into a store, and attend to all that is there."""
 
-# Shapes: B rows, l tokens on this rank, H query heads, K key/value heads, D head_dim.
+# Shapes: B rows, T tokens on this rank, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -13,8 +13,8 @@ from ds_ring.attention.backends.positions import BLIND, EMPTY
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RingVariant
 from ds_ring.kv_cache.attention import all_heads, attend_replicated, attend_sliced, attend_spread
-from ds_ring.kv_cache.occupancy import Runs
-from ds_ring.kv_cache.shard import EVERY, Cached, KVStore
+from ds_ring.kv_cache.occupancy import SlotRanges
+from ds_ring.kv_cache.shard import EVERY, Cached, KVCacheShard
 from ds_ring.kv_cache.sliding_window import Entry
 from ds_ring.transport.base import Transport
 
@@ -23,29 +23,29 @@ from ds_ring.transport.base import Transport
 class Step(ABC):
     """Making one reserves its tokens' slots; their keys and values follow by layer."""
 
-    store: KVStore
+    cache_shard: KVCacheShard
 
     is_first = False
     """Nothing was cached before, so that the tokens attend to each other only."""
 
     @abstractmethod
-    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, window: int | None) -> None:
+    def store_layer(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor, window: int | None) -> None:
         """Keys and values of tokens that attend to each other only."""
 
     @abstractmethod
     def attend(
         self,
         layer: int,
-        q_BlHD: Tensor,
-        k_BlKD: Tensor,
-        v_BlKD: Tensor,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
         *,
         spec: AttentionSpec,
         transport: Transport,
         sinks_H: Tensor | None,
         variant: RingVariant,
     ) -> Tensor:
-        """Store the keys and values, and attend to the store of every rank, these among them; out [B, l, H, D]."""
+        """Store the keys and values, and attend to the store of every rank, these among them; out [B, T, H, D]."""
 
 
 @dataclass(frozen=True)
@@ -54,75 +54,75 @@ class ChunkStep(Step):
 
     Attributes:
         rows: which of the store's rows these are.
-        positions_Bl: where this rank's tokens stand, int32; ``EMPTY`` for padding.
+        positions_BT: where this rank's tokens stand, int32; ``EMPTY`` for padding.
         starts, held: the slots filled on every rank before and after.
         seen: runs of every rank's slots before ``starts`` in which each of the rows has a token; between them none has.
     """
 
     rows: slice
-    positions_Bl: Tensor
+    positions_BT: Tensor
     starts: tuple[int, ...]
     held: tuple[int, ...]
-    seen: tuple[Runs, ...]
+    seen: tuple[SlotRanges, ...]
     is_first: bool
     _entries: dict[int, Entry] = field(default_factory=dict, init=False)
     """By window; all its layers get the same slots."""
 
     def __post_init__(self) -> None:
-        if self.positions_Bl.shape[1]:
-            self.store.place(self.rows, self.starts[self.store.rank], self.positions_Bl)
+        if self.positions_BT.shape[1]:
+            self.cache_shard.reserve(self.rows, self.starts[self.cache_shard.rank], self.positions_BT)
 
-    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, window: int | None) -> None:
+    def store_layer(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor, window: int | None) -> None:
         if window is not None:
-            slots_Bl = self._entry(window).slots_Bl
-            self.store.write_window(layer, window, self.rows, slots_Bl, k_BlKD, v_BlKD)
-        elif self.positions_Bl.shape[1]:
-            self.store.write(layer, self.rows, self.starts[self.store.rank], k_BlKD, v_BlKD)
+            slots_BT = self._entry(window).slots_BT
+            self.cache_shard.write_window(layer, window, self.rows, slots_BT, k_BTKD, v_BTKD)
+        elif self.positions_BT.shape[1]:
+            self.cache_shard.write(layer, self.rows, self.starts[self.cache_shard.rank], k_BTKD, v_BTKD)
 
     def attend(
         self,
         layer: int,
-        q_BlHD: Tensor,
-        k_BlKD: Tensor,
-        v_BlKD: Tensor,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
         *,
         spec: AttentionSpec,
         transport: Transport,
         sinks_H: Tensor | None,
         variant: RingVariant,
     ) -> Tensor:
-        own = self.store.rank
+        own = self.cache_shard.rank
         if spec.window is None:
-            self.store_layer(layer, k_BlKD, v_BlKD, None)
-            held, cached = list(self.held), self.store.read(layer, self.rows, self.held[own])
+            self.store_layer(layer, k_BTKD, v_BTKD, None)
+            held, cached = list(self.held), self.cache_shard.read(layer, self.rows, self.held[own])
             seen = self.seen
         else:
             # The last of these tokens may take the place of what the first of them see.
-            slots = self.store.window(spec.window)
+            slots = self.cache_shard.window(spec.window)
             behind = [slots.held(start) for start in self.starts]
             held = [b + after - before for b, after, before in zip(behind, self.held, self.starts, strict=True)]
-            cached = self._beside(layer, spec.window, behind[own], k_BlKD, v_BlKD)
-            self.store_layer(layer, k_BlKD, v_BlKD, spec.window)
+            cached = self._beside(layer, spec.window, behind[own], k_BTKD, v_BTKD)
+            self.store_layer(layer, k_BTKD, v_BTKD, spec.window)
             seen = ()
-        q_positions_Bl = self.positions_Bl.masked_fill(self.positions_Bl == EMPTY, BLIND)
+        q_positions_BT = self.positions_BT.masked_fill(self.positions_BT == EMPTY, BLIND)
         return attend_spread(
-            q_BlHD, cached, q_positions_BL=q_positions_Bl, held=held, spec=spec, transport=transport,
+            q_BTHD, cached, q_positions_BL=q_positions_BT, held=held, spec=spec, transport=transport,
             seen=seen, sinks_H=sinks_H, variant=variant,
         )  # fmt: skip
 
-    def _beside(self, layer: int, window: int, behind: int, k_BlKD: Tensor, v_BlKD: Tensor) -> Cached:
+    def _beside(self, layer: int, window: int, behind: int, k_BTKD: Tensor, v_BTKD: Tensor) -> Cached:
         """What the layer keeps from before, and beside it these tokens."""
         before_BS = self._entry(window).before_BS[:, :behind]
-        kept = self.store.read(layer, self.rows, behind)
+        kept = self.cache_shard.read(layer, self.rows, behind)
         return Cached(
-            torch.cat((kept.k_BSKD, k_BlKD), dim=1),
-            torch.cat((kept.v_BSKD, v_BlKD), dim=1),
-            torch.cat((before_BS, self.positions_Bl), dim=1),
+            torch.cat((kept.k_BSKD, k_BTKD), dim=1),
+            torch.cat((kept.v_BSKD, v_BTKD), dim=1),
+            torch.cat((before_BS, self.positions_BT), dim=1),
         )
 
     def _entry(self, window: int) -> Entry:
         if window not in self._entries:
-            self._entries[window] = self.store.window(window).enter(self.rows, self.positions_Bl)
+            self._entries[window] = self.cache_shard.window(window).enter(self.rows, self.positions_BT)
         return self._entries[window]
 
 
@@ -146,23 +146,23 @@ class TokenStep(Step):
     """By window."""
 
     def __post_init__(self) -> None:
-        self.store.place_token(self.slot_1, self.positions_B1)
+        self.cache_shard.reserve_token(self.slot_1, self.positions_B1)
 
-    def store_layer(self, layer: int, k_BlKD: Tensor, v_BlKD: Tensor, window: int | None) -> None:
+    def store_layer(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor, window: int | None) -> None:
         if window is None:
-            self.store.write_token(layer, self.slot_1, k_BlKD, v_BlKD)
+            self.cache_shard.write_token(layer, self.slot_1, k_BTKD, v_BTKD)
             return
         if window not in self._slots_B1:
-            stored_1 = self.store.stored_here(self.slot_1)
-            self._slots_B1[window] = self.store.window(window).enter_token(stored_1, self.positions_B1)
-        self.store.write_window(layer, window, EVERY, self._slots_B1[window], k_BlKD, v_BlKD)
+            stored_1 = self.cache_shard.stored_here(self.slot_1)
+            self._slots_B1[window] = self.cache_shard.window(window).enter_token(stored_1, self.positions_B1)
+        self.cache_shard.write_window(layer, window, EVERY, self._slots_B1[window], k_BTKD, v_BTKD)
 
     def attend(
         self,
         layer: int,
-        q_BlHD: Tensor,
-        k_BlKD: Tensor,
-        v_BlKD: Tensor,
+        q_BTHD: Tensor,
+        k_BTKD: Tensor,
+        v_BTKD: Tensor,
         *,
         spec: AttentionSpec,
         transport: Transport,
@@ -170,15 +170,15 @@ class TokenStep(Step):
         variant: RingVariant,
     ) -> Tensor:
         if self.sliced:
-            k_BlKD, v_BlKD = all_heads(torch.cat((k_BlKD, v_BlKD), dim=-1), transport).chunk(2, dim=-1)
-        self.store_layer(layer, k_BlKD, v_BlKD, spec.window)
-        cached = self.store.read(layer)
+            k_BTKD, v_BTKD = all_heads(torch.cat((k_BTKD, v_BTKD), dim=-1), transport).chunk(2, dim=-1)
+        self.store_layer(layer, k_BTKD, v_BTKD, spec.window)
+        cached = self.cache_shard.read(layer)
         if self.sliced:
-            share = q_BlHD.shape[2]
+            share = q_BTHD.shape[2]
             own = None if sinks_H is None else sinks_H.narrow(0, transport.rank * share, share)
             return attend_sliced(
-                q_BlHD, cached, q_positions_BL=self.positions_B1, spec=spec, transport=transport, sinks_h=own
+                q_BTHD, cached, q_positions_BL=self.positions_B1, spec=spec, transport=transport, sinks_h=own
             )
         return attend_replicated(
-            q_BlHD, cached, q_positions_BL=self.positions_B1, spec=spec, transport=transport, sinks_H=sinks_H
+            q_BTHD, cached, q_positions_BL=self.positions_B1, spec=spec, transport=transport, sinks_H=sinks_H
         )

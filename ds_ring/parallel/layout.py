@@ -22,7 +22,7 @@ RingImpl = Literal["zigzag", "contiguous"]
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenRange:
     """Tokens ``start .. stop-1`` of the global sequence."""
 
     start: int
@@ -89,15 +89,15 @@ class SequenceLayout:
     def chunk_length(self) -> int:
         return self.slice_length // self.chunks_per_rank
 
-    def slice_runs(self, ring_rank: int) -> tuple[Run, ...]:
+    def slice_ranges(self, ring_rank: int) -> tuple[TokenRange, ...]:
         """The runs of a ring rank's slice, in ascending order, which is also their order in memory."""
         c = self.chunk_length
         if self.chunks_per_rank == 2:
-            return Run(ring_rank * c, c), Run((2 * self.ring_degree - 1 - ring_rank) * c, c)
-        return (Run(ring_rank * c, c),)
+            return TokenRange(ring_rank * c, c), TokenRange((2 * self.ring_degree - 1 - ring_rank) * c, c)
+        return (TokenRange(ring_rank * c, c),)
 
     def slice_positions(self, ring_rank: int) -> list[int]:
-        return [p for run in self.slice_runs(ring_rank) for p in range(run.start, run.stop)]
+        return [p for token_range in self.slice_ranges(ring_rank) for p in range(token_range.start, token_range.stop)]
 
     def positions(self, ring_rank: int, ulysses_rank: int = 0) -> list[int]:
         """Global positions of the tokens on one rank, in memory order; those >= ``length`` are padding."""
@@ -109,8 +109,11 @@ class SequenceLayout:
 
         Runs ascend, so what is visible is always a prefix of the slice: the only part that has to move.
         """
-        last_query = self.slice_runs(q_rank)[-1].stop - 1
-        return sum(max(0, min(run.stop, last_query + 1) - run.start) for run in self.slice_runs(k_rank))
+        last_query = self.slice_ranges(q_rank)[-1].stop - 1
+        return sum(
+            max(0, min(token_range.stop, last_query + 1) - token_range.start)
+            for token_range in self.slice_ranges(k_rank)
+        )
 
     def blocks(self, q_rank: int, k_rank: int) -> list[Block]:
         """The fewest causal attention calls that cover ``q_rank``'s queries against ``k_rank``'s visible keys."""
@@ -120,8 +123,10 @@ class SequenceLayout:
             rows = slice(0, self.slice_length)
             return [Block(rows, rows, True, 0, 0)]
         calls: list[Block] = []
-        for i, q_run in enumerate(self.slice_runs(q_rank)):
-            seen = sum(run.length for run in self.slice_runs(k_rank) if run.stop <= q_run.start)
+        for i, q_range in enumerate(self.slice_ranges(q_rank)):
+            seen = sum(
+                token_range.length for token_range in self.slice_ranges(k_rank) if token_range.stop <= q_range.start
+            )
             if not seen:
                 continue
             q_rows = slice(i * self.chunk_length, (i + 1) * self.chunk_length)
@@ -134,11 +139,11 @@ class SequenceLayout:
     def windowed_blocks(self, q_rank: int, k_rank: int, window: int) -> list[Block]:
         """As ``blocks`` for a sliding window: pairs of runs with true offsets, those out of reach left out."""
         calls = []
-        for i, q_run in enumerate(self.slice_runs(q_rank)):
-            for j, k_run in enumerate(self.slice_runs(k_rank)):
-                if k_run.start > q_run.stop - 1 or k_run.stop - 1 <= q_run.start - window:
+        for i, q_range in enumerate(self.slice_ranges(q_rank)):
+            for j, k_range in enumerate(self.slice_ranges(k_rank)):
+                if k_range.start > q_range.stop - 1 or k_range.stop - 1 <= q_range.start - window:
                     continue
                 c = self.chunk_length
                 rows = slice(i * c, (i + 1) * c), slice(j * c, (j + 1) * c)
-                calls.append(Block(*rows, True, q_run.start, k_run.start))
+                calls.append(Block(*rows, True, q_range.start, k_range.start))
         return calls

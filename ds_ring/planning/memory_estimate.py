@@ -41,25 +41,25 @@ from __future__ import annotations
 
 from ds_ring.config import RunConfig
 from ds_ring.kernels.attention512 import HEAD_DIM
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import stage_layers
 from ds_ring.parallel.layout import SequenceLayout
-from ds_ring.transport.peer_buffers import LARGE, MIN_SLOTS
+from ds_ring.transport.peer_buffers import LARGE, MIN_BUFFERS
 
 
-def peak_bytes(config: RunConfig, shape: ModelShape, linear_parameters: int, micro: int) -> float:
+def peak_bytes(config: RunConfig, dims: ModelDims, linear_parameters: int, micro: int) -> float:
     """Bytes of weights and of one micro-batch of ``micro`` sequences; logits are those of last tokens."""
     t, p, itemsize = config.topology, config.parallel, 4 if config.dtype == "fp32" else 2
     layout = SequenceLayout(config.workload.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
-    rows, d = micro * layout.local_length, shape.hidden_size
+    rows, d = micro * layout.local_length, dims.hidden_size
     block = min(rows, config.workload.block_rows or rows)
-    q, kv = (n * shape.head_dim / t.tp for n in (shape.num_heads, 2 * shape.num_kv_heads))
+    q, kv = (n * dims.head_dim / t.tp for n in (dims.num_heads, 2 * dims.num_kv_heads))
     slots, projected, lanes = 0.0, t.ring > 1 and t.ulysses == 1 and block == rows, in_flight(config, micro)
     if t.ring > 1:
         shared = rows * (q + kv if projected else kv)
-        slots = shared * max(lanes, 1 if shared * itemsize >= LARGE else MIN_SLOTS)
-    foreign, running = _arriving(config, shape, rows * kv, rows * q, itemsize)
-    own, held = slots or rows * kv, rows * (2 * d + 2 * shape.head_dim)
+        slots = shared * max(lanes, 1 if shared * itemsize >= LARGE else MIN_BUFFERS)
+    foreign, running = _arriving(config, dims, rows * kv, rows * q, itemsize)
+    own, held = slots or rows * kv, rows * (2 * d + 2 * dims.head_dim)
     embedding = rows * d if block == rows else 0
     held += embedding
     projecting = held + own + (foreign if block == rows else 0) + (0 if projected else rows * q + block * (q + kv))
@@ -70,15 +70,15 @@ def peak_bytes(config: RunConfig, shape: ModelShape, linear_parameters: int, mic
         slots += rows * (lanes * (q + kv) if lanes > 1 else q + kv + q)
         foreign += rows * (q + kv)
         attending = held + rows * q + slots + foreign + running
-    wide = _wide(shape, linear_parameters) / t.tp
-    behind = rows * 2 * (d + shape.head_dim) + embedding + block * (2 * d + wide) + slots
-    waiting = (lanes - 1) * (rows * (5 * d + 2 * shape.head_dim) + (block * wide if t.tp > 1 else foreign))
-    summed_or_sent = rows * d * (MIN_SLOTS + 1 if t.pp > 1 else 1 if t.tp > 1 else 0)
+    wide = _wide(dims, linear_parameters) / t.tp
+    behind = rows * 2 * (d + dims.head_dim) + embedding + block * (2 * d + wide) + slots
+    waiting = (lanes - 1) * (rows * (5 * d + 2 * dims.head_dim) + (block * wide if t.tp > 1 else foreign))
+    summed_or_sent = rows * d * (MIN_BUFFERS + 1 if t.pp > 1 else 1 if t.tp > 1 else 0)
     layer = max(projecting, attending, behind)
-    return (_weights(config, shape, linear_parameters) + layer + waiting + summed_or_sent) * itemsize
+    return (_weights(config, dims, linear_parameters) + layer + waiting + summed_or_sent) * itemsize
 
 
-def cache_bytes(config: RunConfig, shape: ModelShape, rows: int, length: int) -> float:
+def cache_bytes(config: RunConfig, dims: ModelDims, rows: int, length: int) -> float:
     """Bytes of what the fullest rank of a replica keeps of ``rows`` sequences of ``length`` tokens: keys, values
     and, as an int32, where each token stands.
 
@@ -90,15 +90,15 @@ def cache_bytes(config: RunConfig, shape: ModelShape, rows: int, length: int) ->
     slots = -(-length // t.sp) + 1
     layers = [
         2 * kv_heads * head_dim / t.tp * (slots if window is None else 1 + min(slots, window))
-        for (kv_heads, head_dim), window in zip(shape.heads_of_layers, shape.windows, strict=True)
+        for (kv_heads, head_dim), window in zip(dims.heads_of_layers, dims.windows, strict=True)
     ]
     stages = [sum(layers[i] for i in stage_layers(len(layers), t.pp, stage)) for stage in range(t.pp)]
     return rows * (max(stages) * itemsize + 4 * slots)
 
 
-def _weights(config: RunConfig, shape: ModelShape, linear_parameters: int) -> float:
+def _weights(config: RunConfig, dims: ModelDims, linear_parameters: int) -> float:
     """Parameters of the fullest rank: the embedding is whole wherever it is, the head is tensor parallel."""
-    t, table = config.topology, shape.vocab_size * shape.hidden_size
+    t, table = config.topology, dims.vocab_size * dims.hidden_size
     return linear_parameters / (t.pp * t.tp) + (table if t.pp > 1 else table + table / t.tp)
 
 
@@ -112,17 +112,17 @@ def in_flight(config: RunConfig, micro: int) -> int:
     return min(ring.in_flight if t.sp > 1 else 2, config.micro_batches(micro))
 
 
-def _arriving(config: RunConfig, shape: ModelShape, own: float, out: float, itemsize: int) -> tuple[float, float]:
+def _arriving(config: RunConfig, dims: ModelDims, own: float, out: float, itemsize: int) -> tuple[float, float]:
     """Elements of others' K and V, and of the fp32 result that they are folded into beside the final one."""
     ring = config.topology.ring
     if own * ring * itemsize <= config.parallel.gather_limit_mib << 20:
         return own * (ring - 1), 0.0
-    in_one_call = ring <= 2 and shape.head_dim == HEAD_DIM and out * 4 > config.parallel.gather_limit_mib << 20
+    in_one_call = ring <= 2 and dims.head_dim == HEAD_DIM and out * 4 > config.parallel.gather_limit_mib << 20
     return own * min(ring - 1, 2), 0.0 if in_one_call or ring == 1 else out * 4 / itemsize
 
 
-def _wide(shape: ModelShape, linear_parameters: int) -> float:
+def _wide(dims: ModelDims, linear_parameters: int) -> float:
     """Width of what an MLP holds beside its input and its result: one intermediate, or a gated one's three."""
-    attention = 2 * shape.hidden_size * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
-    products = (linear_parameters / shape.num_layers - attention) / (shape.hidden_size * shape.intermediate_size)
-    return shape.intermediate_size * (1 if products < 2.5 else 3)
+    attention = 2 * dims.hidden_size * dims.head_dim * (dims.num_heads + dims.num_kv_heads)
+    products = (linear_parameters / dims.num_layers - attention) / (dims.hidden_size * dims.intermediate_size)
+    return dims.intermediate_size * (1 if products < 2.5 else 3)

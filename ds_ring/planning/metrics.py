@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Work:
         last_layer_parameters: weights of the last layer where the mode is ``prefill_only``; None: it is ``full``.
     """
 
-    shape: ModelShape
+    dims: ModelDims
     linear_parameters: int
     batch: int
     length: int
@@ -41,7 +41,7 @@ class Work:
     @property
     def flops_per_token(self) -> float:
         """2 a weight, and per layer 2 L H D: q k^T and p v over L/2 visible keys on average, 2 a multiply-add."""
-        s = self.shape
+        s = self.dims
         if self.last_layer_parameters is not None:
             return self._prefill_only_flops(self.last_layer_parameters) / self.tokens
         widths = s.num_heads * sum(head_dim for _, head_dim in s.heads_of_layers)
@@ -49,7 +49,7 @@ class Work:
 
     def _prefill_only_flops(self, last_layer_parameters: int) -> float:
         """Of all tokens: the layers before the last, and the last one's K and V; of one token a row: its rest."""
-        s = self.shape
+        s = self.dims
         *before, (kv_heads, head_dim) = s.heads_of_layers
         kv = 2 * s.hidden_size * kv_heads * head_dim
         every = 2.0 * (self.linear_parameters - last_layer_parameters + kv)

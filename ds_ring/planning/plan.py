@@ -22,10 +22,10 @@ from transformers import PretrainedConfig
 
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UserError
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import linear_parameters
 from ds_ring.kernels.attention512 import HEAD_DIM
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.planning.cards import Card
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
@@ -83,7 +83,7 @@ class Plan:
         return work.batch_size * work.max_length / self.step_s
 
 
-def plans(run: RunConfig, shape: ModelShape, linear_parameters: int, ranks: int, card: Card) -> list[Plan]:
+def plans(run: RunConfig, dims: ModelDims, linear_parameters: int, ranks: int, card: Card) -> list[Plan]:
     """All layouts of ``ranks`` ranks that ``run``'s model and workload allow: those that fit, fastest first, then the
     others, smallest first. The degrees in ``run`` are ignored.
 
@@ -92,28 +92,28 @@ def plans(run: RunConfig, shape: ModelShape, linear_parameters: int, ranks: int,
     """
     found: list[Plan] = []
     refusal: UserError | None = None
-    for degrees in _degrees(ranks, shape):
+    for degrees in _degrees(ranks, dims):
         candidate = RunConfig.load(run, **degrees)
         try:
-            check_run(candidate, shape, ranks)
+            check_run(candidate, dims, ranks)
         except UserError as error:
             refusal = error
             continue
         if candidate.parallel.ulysses_degree > card.per_host or candidate.tp_size > card.per_host:
             continue
-        found.append(_with_lanes([_predict(each, shape, linear_parameters, card) for each in _lanes(candidate, card)]))
+        found.append(_with_lanes([_predict(each, dims, linear_parameters, card) for each in _lanes(candidate, card)]))
     if not found:
         raise ConfigError(f"no layout of {ranks} ranks can run this: {refusal}")
     return sorted(found, key=lambda plan: (not plan.fits, plan.step_s if plan.fits else plan.memory_gib))
 
 
-def choose(run: RunConfig, shape: ModelShape, linear_parameters: int, ranks: int, card: Card) -> tuple[Plan, str]:
+def choose_layout(run: RunConfig, dims: ModelDims, linear_parameters: int, ranks: int, card: Card) -> tuple[Plan, str]:
     """The fastest layout that fits, and a sentence that says why.
 
     Raises:
         ConfigError: none fits, with the smallest one's memory.
     """
-    return best_of(plans(run, shape, linear_parameters, ranks, card), ranks, card)
+    return best_of(plans(run, dims, linear_parameters, ranks, card), ranks, card)
 
 
 def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:
@@ -127,7 +127,9 @@ def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:
     return best, _reason(best, ordered[1:], best.config.workload.batch_size, ranks)
 
 
-def resolve(run: RunConfig, config: PretrainedConfig, ranks: int, card: Card) -> tuple[RunConfig, str | None]:
+def with_planned_degrees(
+    run: RunConfig, config: PretrainedConfig, ranks: int, card: Card
+) -> tuple[RunConfig, str | None]:
     """``run`` with the planner's degrees where it leaves them to it, and why; anything else as it is, and None.
 
     Raises:
@@ -140,7 +142,7 @@ def resolve(run: RunConfig, config: PretrainedConfig, ranks: int, card: Card) ->
         raise ConfigError(
             f"parallel=auto chooses every degree, but {t.label()} is given as well; leave out one of both"
         )
-    best, reason = choose(run, model_shape(config), linear_parameters(config), ranks, card)
+    best, reason = choose_layout(run, model_dims(config), linear_parameters(config), ranks, card)
     return best.config, reason
 
 
@@ -158,14 +160,14 @@ def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
     return text + (f", next {rival.label} with {rival.tps():,.0f}" if rival else "")
 
 
-def _degrees(ranks: int, shape: ModelShape) -> Iterator[dict[str, Any]]:
+def _degrees(ranks: int, dims: ModelDims) -> Iterator[dict[str, Any]]:
     ones = {"auto": False, "dp_size": 1, "ring_degree": 1, "ulysses_degree": 1, "tp_size": 1, "pp_size": 1}
     for dp in _divisors(ranks):
         share = ranks // dp
         for inner in _divisors(share):
             outer = share // inner
             yield {**ones, "dp_size": dp, "ring_degree": outer, "ulysses_degree": inner}
-            if share > 1 and outer <= shape.num_layers:
+            if share > 1 and outer <= dims.num_layers:
                 yield {**ones, "dp_size": dp, "pp_size": outer, "tp_size": inner}
 
 
@@ -194,7 +196,7 @@ def _inside(config: RunConfig, card: Card) -> bool:
     return config.topology.world_size // config.topology.dp <= card.per_host
 
 
-def _predict(config: RunConfig, shape: ModelShape, linear_parameters: int, card: Card) -> Plan:
+def _predict(config: RunConfig, dims: ModelDims, linear_parameters: int, card: Card) -> Plan:
     work, p, t = config.workload, config.parallel, config.topology
     itemsize = 4 if config.dtype == "fp32" else 2
     layout = SequenceLayout(work.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
@@ -203,14 +205,14 @@ def _predict(config: RunConfig, shape: ModelShape, linear_parameters: int, card:
     steps = config.micro_batches(micro)
     tokens = rows * layout.local_length / (t.tp * t.pp)  # whole tokens' worth of work
     few = 1 + FEW_ROWS / (micro * layout.local_length)
-    flops = Work(shape, linear_parameters, work.batch_size, work.max_length)
+    flops = Work(dims, linear_parameters, work.batch_size, work.max_length)
     linear = 2.0 * linear_parameters * tokens * few / card.product_flops
-    share = ATTENTION_SHARE[_head_size(shape.head_dim)]
+    share = ATTENTION_SHARE[_head_size(dims.head_dim)]
     attention = (flops.flops_per_token - 2.0 * linear_parameters) * tokens / (card.product_flops * share)
     compute = linear + attention
     bubble = compute * (t.pp - 1) / steps
-    exposed = bubble + _exposed(config, shape, itemsize, steps, compute / (steps * shape.num_layers), card)
-    memory = peak_bytes(config, shape, linear_parameters, micro) / 2**30
+    exposed = bubble + _exposed(config, dims, itemsize, steps, compute / (steps * dims.num_layers), card)
+    memory = peak_bytes(config, dims, linear_parameters, micro) / 2**30
     return Plan(config, compute + exposed, exposed, memory, memory <= RESERVE * card.memory_gib)
 
 
@@ -221,21 +223,21 @@ def _head_size(head_dim: int) -> str:
 
 
 def _exposed(
-    config: RunConfig, shape: ModelShape, itemsize: int, steps: int, layer_s: float, card: Card,
+    config: RunConfig, dims: ModelDims, itemsize: int, steps: int, layer_s: float, card: Card,
 ) -> float:  # fmt: skip
     """Seconds a step in which communication shows; ``layer_s``: what a layer computes on one micro-batch."""
     work, t = config.workload, config.topology
-    sent = bytes_sent_per_rank(config, shape, work.batch_size, work.max_length, itemsize)
+    sent = bytes_sent_per_rank(config, dims, work.batch_size, work.max_length, itemsize)
     kind = "sp" if t.sp > 1 else "tp" if t.tp > 1 else "pp"
     if kind == "tp" and in_flight(config, config.largest_micro_batch) > 1:
         kind = "tp in flight"
     inside = _inside(config, card)
     rate, shown = (card.link_bytes, EXPOSED) if inside else (card.network_bytes, EXPOSED_BETWEEN_HOSTS)
-    messages = steps * shape.num_layers * (2 * (t.ulysses > 1) + (t.ring - 1) + 2 * (t.tp > 1)) / t.pp
+    messages = steps * dims.num_layers * (2 * (t.ulysses > 1) + (t.ring - 1) + 2 * (t.tp > 1)) / t.pp
     awake = 1.0
     if inside and config.ring.in_flight > 2:
-        bursts = (1 + (t.ulysses > 1)) * shape.num_layers * steps / config.ring.in_flight
-        awake = min(1.0, (sent / rate + bursts * LINK_SLEEPS_S) / (layer_s * steps * shape.num_layers))
+        bursts = (1 + (t.ulysses > 1)) * dims.num_layers * steps / config.ring.in_flight
+        awake = min(1.0, (sent / rate + bursts * LINK_SLEEPS_S) / (layer_s * steps * dims.num_layers))
     return shown[kind] * awake * sent / rate + messages * MESSAGE_S
 
 

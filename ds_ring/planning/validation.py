@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, InputError, UnsupportedModelError
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import suggest, valid_degrees
 
 SHARDABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
-def check_run(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+def check_run(config: RunConfig, dims: ModelDims, world_size: int) -> None:
     """Raise ConfigError or UnsupportedModelError for the first rule that ``config`` breaks.
 
     Runs on every rank with the same arguments, so all ranks refuse together.
     """
-    check_layout(config, shape, world_size)
-    check_workload(config, shape)
+    check_layout(config, dims, world_size)
+    check_workload(config, dims)
 
 
-def check_positions(longest: int, new: int, shape: ModelShape) -> None:
+def check_positions(longest: int, new: int, dims: ModelDims) -> None:
     """Raise InputError where the longest row's tokens and those to come are more than the model has positions for."""
-    limit = shape.max_positions
+    limit = dims.max_positions
     if limit is not None and longest + new > limit:
         raise InputError(
             f"{longest} tokens of input + max_new_tokens={new} exceed the model's max_position_embeddings={limit}; "
@@ -29,13 +29,13 @@ def check_positions(longest: int, new: int, shape: ModelShape) -> None:
         )
 
 
-def check_layout(config: RunConfig, shape: ModelShape, world_size: int) -> None:
+def check_layout(config: RunConfig, dims: ModelDims, world_size: int) -> None:
     """The rules of a layout by itself."""
     assert not config.parallel.auto, "plan.resolve comes first"
     _check_axes(config, world_size)
-    _check_model(shape)
-    _check_heads(config, shape)
-    _check_tensor_pipeline(config, shape)
+    _check_model(dims)
+    _check_heads(config, dims)
+    _check_tensor_pipeline(config, dims)
     if config.ring.in_flight > 2 and config.ring.interleave == "off":
         raise ConfigError(f"in_flight={config.ring.in_flight} beside interleave=off: leave out one of both")
 
@@ -55,58 +55,58 @@ def _check_axes(config: RunConfig, world_size: int) -> None:
         )
 
 
-def _check_model(shape: ModelShape) -> None:
-    foreign = sorted(set(shape.layer_types) - SHARDABLE_LAYER_TYPES)
+def _check_model(dims: ModelDims) -> None:
+    foreign = sorted(set(dims.layer_types) - SHARDABLE_LAYER_TYPES)
     if foreign:
         raise UnsupportedModelError(
-            f"{shape.model_type} has layers of type {', '.join(foreign)}; "
+            f"{dims.model_type} has layers of type {', '.join(foreign)}; "
             f"only {', '.join(sorted(SHARDABLE_LAYER_TYPES))} can be sharded"
         )
-    for kv_heads, _ in shape.heads_of_layers:
-        if kv_heads < 1 or shape.num_heads % kv_heads:
+    for kv_heads, _ in dims.heads_of_layers:
+        if kv_heads < 1 or dims.num_heads % kv_heads:
             raise UnsupportedModelError(
-                f"{shape.model_type} has num_heads={shape.num_heads}, which its num_kv_heads={kv_heads} must divide"
+                f"{dims.model_type} has num_heads={dims.num_heads}, which its num_kv_heads={kv_heads} must divide"
             )
 
 
-def _check_heads(config: RunConfig, shape: ModelShape) -> None:
+def _check_heads(config: RunConfig, dims: ModelDims) -> None:
     t = config.topology
     p = config.parallel
-    if shape.unlike_layers and (t.tp * t.pp > 1 or p.decode == "sliced"):
+    if dims.unlike_layers and (t.tp * t.pp > 1 or p.decode == "sliced"):
         raise UnsupportedModelError(
-            f"{shape.model_type} has layers with unlike heads, which tp_size, pp_size and decode=sliced do not serve; "
+            f"{dims.model_type} has layers with unlike heads, which tp_size, pp_size and decode=sliced do not serve; "
             f"take ring_degree, ulysses_degree or dp_size"
         )
     degree = config.parallel.ulysses_degree
-    if shape.num_heads % degree:
+    if dims.num_heads % degree:
         raise ConfigError(
-            f"num_heads={shape.num_heads} is not divisible by ulysses_degree={degree}; "
-            + suggest(valid_degrees(shape.num_heads), "use ring_degree instead")
+            f"num_heads={dims.num_heads} is not divisible by ulysses_degree={degree}; "
+            + suggest(valid_degrees(dims.num_heads), "use ring_degree instead")
         )
     sp = config.topology.sp
     for name in ("num_heads", "num_kv_heads") if config.parallel.decode == "sliced" else ():
-        count = getattr(shape, name)
+        count = getattr(dims, name)
         if count % sp:
             raise ConfigError(
                 f"{name}={count} is not divisible by the {sp} ranks that share a sequence, which decode=sliced needs; "
-                + suggest(valid_degrees(shape.num_heads, shape.num_kv_heads), "use decode=whole")
+                + suggest(valid_degrees(dims.num_heads, dims.num_kv_heads), "use decode=whole")
             )
 
 
-def _check_tensor_pipeline(config: RunConfig, shape: ModelShape) -> None:
+def _check_tensor_pipeline(config: RunConfig, dims: ModelDims) -> None:
     tp, pp = config.tp_size, config.parallel.pp_size
     for name in ("num_heads", "num_kv_heads", "intermediate_size", "hidden_size"):
-        count = getattr(shape, name)
+        count = getattr(dims, name)
         if count % tp:
-            fitting = valid_degrees(shape.num_heads, shape.num_kv_heads, shape.intermediate_size, shape.hidden_size)
+            fitting = valid_degrees(dims.num_heads, dims.num_kv_heads, dims.intermediate_size, dims.hidden_size)
             raise ConfigError(
                 f"{name}={count} is not divisible by tp_size={tp}; " + suggest(fitting, "use pp_size instead")
             )
-    if pp > shape.num_layers:
-        raise ConfigError(f"pp_size={pp} is more than the model's {shape.num_layers} layers; the most is that many")
+    if pp > dims.num_layers:
+        raise ConfigError(f"pp_size={pp} is more than the model's {dims.num_layers} layers; the most is that many")
 
 
-def check_workload(config: RunConfig, shape: ModelShape) -> None:
+def check_workload(config: RunConfig, dims: ModelDims) -> None:
     """The rules of a benchmark's batch and lengths."""
     work, dp = config.workload, config.parallel.dp_size
     if work.batch_size < dp:
@@ -119,9 +119,9 @@ def check_workload(config: RunConfig, shape: ModelShape) -> None:
     longest = work.lengths[-1]
     if work.lengths[0] < 1:
         raise ConfigError(f"sweep={work.lengths[0]} must be at least 1")
-    if shape.max_positions is not None and longest > shape.max_positions:
+    if dims.max_positions is not None and longest > dims.max_positions:
         name = "max_length" if longest == work.max_length else "sweep"
         raise ConfigError(
-            f"{name}={longest} exceeds the model's max_position_embeddings={shape.max_positions}; "
+            f"{name}={longest} exceeds the model's max_position_embeddings={dims.max_positions}; "
             f"shorten it or extend the model's positions"
         )

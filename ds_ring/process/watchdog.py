@@ -41,7 +41,7 @@ class NoActivity:
     moved_at: float = 0.0
 
 
-class StallWatch:
+class Watchdog:
     """Ends the process when a call lasts ``timeout_s`` seconds in which this rank starts no communication.
 
     Only a launched rank has peers in other processes; elsewhere nothing is watched.
@@ -95,7 +95,7 @@ class StallWatch:
         os._exit(1)
 
 
-outside = StallWatch(NoActivity(), 0)
+outside = Watchdog(NoActivity(), 0)
 """Over what a rank does outside its engines: connecting, waiting for others to load, leaving. ``api.connect`` says
 for how long."""
 

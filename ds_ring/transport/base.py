@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.errors import DisagreementError, TransportError, UserError, reason_of
-from ds_ring.transport.shared import Pending, SentShared, Shared, Within
+from ds_ring.transport.shared import Pending, SentTensor, SharedTensor, ViewOf
 
 __all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport", "blank", "void"]
 
@@ -97,21 +97,21 @@ class Transport(ABC):
     def reserve(self, shapes: Sequence[Sequence[int]], like: Tensor) -> None:  # noqa: B027
         """Tensors of these shapes will be shared, one opened before another is published. Collective."""
 
-    def share(self, shape: Sequence[int], like: Tensor, within: Within | None = None) -> Shared:
+    def share(self, shape: Sequence[int], like: Tensor, within: ViewOf | None = None) -> SharedTensor:
         """A tensor of ``like``'s dtype and device for peers to take parts of; see ``Shared``."""
         memory = like.new_empty(within.shape if within else tuple(shape))
-        return SentShared(memory, within.part(memory, shape) if within else memory, self.exchange)
+        return SentTensor(memory, within.part(memory, shape) if within else memory, self.exchange)
 
     def send_buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Where best to write what ``all_to_all`` will send: at once, and once."""
         return like.new_empty(tuple(shape))
 
-    def gather_up(self) -> None:
+    def meet_lanes(self) -> None:
         """Let ``beforehand`` happen."""
         if self.beforehand is not None:
             self.beforehand()
 
-    def turn(self) -> None:
+    def yield_lane(self) -> None:
         """Let ``meanwhile`` happen."""
         if self.meanwhile is not None:
             self.meanwhile()
@@ -139,20 +139,20 @@ class Transport(ABC):
         return send if self.muted else self._all_to_all(send)
 
     def all_to_all_side_by_side(self, send: Tensor) -> Tensor:
-        """As ``all_to_all``, of ``[size, B, l, ...]``; the result is ``[B, size l, ...]``, rank j's part at row j l."""
+        """As ``all_to_all``, of ``[size, B, T, ...]``; the result is ``[B, size T, ...]``, rank j's part at row j l."""
         size, batch, rows, *rest = send.shape
         return self.all_to_all(send).transpose(0, 1).reshape(batch, size * rows, *rest)
 
     def all_to_all_joined(self, send: Tensor) -> Tensor:
-        """As ``all_to_all``, of ``[B, size l, h, D]``, l rows for each rank; the result is ``[B, l, size h, D]``, rank
+        """As ``all_to_all``, of ``[B, size T, h, D]``, l rows for each rank; the result is ``[B, T, size h, D]``, rank
         j's at head j h."""
         parts = send.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
         # Contiguous, as of a single head a rank a reshape would not be: models may take the result as a view.
         return self.all_to_all(parts).permute(1, 2, 0, 3, 4).contiguous().flatten(2, 3)
 
-    def all_to_all_columns(self, memory_BlW: Tensor, columns: Sequence[Sequence[slice]]) -> list[Tensor]:
-        """Of a send buffer [B, l, W], the columns ``columns[i]`` go to rank i. For each of this rank's own, in order,
-        what all ranks have there: [B, size l, *], rank j's at row j l."""
+    def all_to_all_columns(self, memory_BTW: Tensor, columns: Sequence[Sequence[slice]]) -> list[Tensor]:
+        """Of a send buffer [B, T, W], the columns ``columns[i]`` go to rank i. For each of this rank's own, in order,
+        what all ranks have there: [B, size T, *], rank j's at row j l."""
         raise NotImplementedError
 
     def _account_all_to_all(self, send: Tensor) -> None:

@@ -21,7 +21,7 @@ PULLED_AXES: tuple[Axis, ...] = ("ring", "ulysses", "pp")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a rank is.
 
     Attributes:
@@ -35,7 +35,7 @@ class Place:
     reaches: frozenset[str] = field(default_factory=frozenset)
 
     @classmethod
-    def of(cls, device: torch.device) -> Place:
+    def of(cls, device: torch.device) -> Location:
         boot = Path("/proc/sys/kernel/random/boot_id")
         host = f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
         if device.type != "cuda":
@@ -47,7 +47,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Choice:
+class TransportSelection:
     """The axes that pull, and why other axes with more than one rank do not."""
 
     pulled: frozenset[Axis]
@@ -60,8 +60,10 @@ class Choice:
         return "; ".join(parts)
 
 
-def choose(wanted: TransportName, topology: Topology, places: Sequence[Place], sharing: bool = False) -> Choice:
-    """An axis pulls when all its groups can; every rank decides the same from the same ``places``, by global rank.
+def select_transports(
+    wanted: TransportName, topology: Topology, locations: Sequence[Location], sharing: bool = False
+) -> TransportSelection:
+    """An axis pulls when all its groups can; every rank decides the same from the same ``locations``, by global rank.
 
     Raises:
         ConfigError: a copy engine was asked for by name where it cannot work.
@@ -73,7 +75,7 @@ def choose(wanted: TransportName, topology: Topology, places: Sequence[Place], s
         if wanted == "process_group":
             reasons[axis] = "as configured"
             continue
-        obstacles = [_obstacle(group, places, sharing) for group in topology.groups(axis)]
+        obstacles = [_obstacle(group, locations, sharing) for group in topology.groups(axis)]
         obstacle = next((text for text in obstacles if text), None)
         if obstacle is None:
             pulled.add(axis)
@@ -84,25 +86,25 @@ def choose(wanted: TransportName, topology: Topology, places: Sequence[Place], s
             )
         else:
             reasons[axis] = obstacle
-    return Choice(frozenset(pulled), reasons)
+    return TransportSelection(frozenset(pulled), reasons)
 
 
-def _obstacle(group: Sequence[int], places: Sequence[Place], sharing: bool) -> str | None:
+def _obstacle(group: Sequence[int], locations: Sequence[Location], sharing: bool) -> str | None:
     """Why these ranks cannot read each other's memory; None where they can."""
     for rank in group:
-        if places[rank].gpu is None:
+        if locations[rank].gpu is None:
             return f"rank {rank} has no CUDA GPU"
-    hosts = {places[rank].host for rank in group}
+    hosts = {locations[rank].host for rank in group}
     if len(hosts) > 1:
         return f"ranks {', '.join(map(str, group))} are on {len(hosts)} hosts"
     for rank in group:
         for peer in group:
-            place, other = places[rank], places[peer]
+            location, other = locations[rank], locations[peer]
             if rank == peer:
                 continue
-            if place.gpu == other.gpu and not sharing:
+            if location.gpu == other.gpu and not sharing:
                 return f"ranks {rank} and {peer} are on one GPU"
-            if place.gpu != other.gpu and other.gpu not in place.reaches:
+            if location.gpu != other.gpu and other.gpu not in location.reaches:
                 return f"rank {rank}'s GPU cannot read the memory of rank {peer}'s"
     return None
 

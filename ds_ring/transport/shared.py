@@ -11,12 +11,12 @@ from typing import Protocol, Self
 from torch import Tensor
 
 Index = tuple[slice | int, ...]
-Part = tuple[int, Index]
+PeerPart = tuple[int, Index]
 """(peer, index): ``tensor[index]`` of a shared tensor, for a peer or from it."""
 
 
 @dataclass(frozen=True)
-class Within:
+class ViewOf:
     """Where a tensor lies that is a part of a larger one: of a whole of ``shape``, contiguous, ``offset`` elements from
     its start, at ``strides``."""
 
@@ -34,7 +34,7 @@ class Pending(Protocol):
     def wait(self) -> None: ...
 
 
-class Shared(ABC):
+class SharedTensor(ABC):
     """One round of sharing, along one axis; a context manager, and the order of use is
 
         with transport.share(shape, like) as shared:
@@ -56,11 +56,11 @@ class Shared(ABC):
     """Whether ``room`` and ``pull_into`` are offered."""
 
     @abstractmethod
-    def publish(self, outgoing: Sequence[Part | None]) -> None:
+    def publish(self, outgoing: Sequence[PeerPart | None]) -> None:
         """``own`` is written. ``outgoing`` lists who reads which part, each peer at most once."""
 
     @abstractmethod
-    def pull(self, incoming: Part | None) -> tuple[Pending, Tensor]:
+    def pull(self, incoming: PeerPart | None) -> tuple[Pending, Tensor]:
         """Start to take a part of a peer's tensor; None: nothing this time, and an empty tensor.
 
         Where bytes move as messages, the n-th pull gives out the n-th entry of ``outgoing``: ranks must pull in such
@@ -71,7 +71,7 @@ class Shared(ABC):
         """Memory for what ``pull_into`` is to take."""
         raise NotImplementedError
 
-    def pull_into(self, incoming: Part, targets: Sequence[Tensor], dim: int) -> Pending:
+    def pull_into(self, incoming: PeerPart, targets: Sequence[Tensor], dim: int) -> Pending:
         """As ``pull``, but into ``targets``: parts of a ``room``, pieces of what comes along ``dim``, first to last."""
         raise NotImplementedError
 
@@ -85,14 +85,14 @@ class Shared(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def blank_part(self, incoming: Part | None) -> Tensor:
+    def blank_part(self, incoming: PeerPart | None) -> Tensor:
         """Memory for what ``pull`` takes: a peer's tensor has the shape of ours."""
         if incoming is None:
             return self.own.new_empty(0)
         return self.own.new_empty(self.own[incoming[1]].shape)
 
 
-class SentShared(Shared):
+class SentTensor(SharedTensor):
     """Parts travel as messages: what every transport can do."""
 
     def __init__(
@@ -103,13 +103,13 @@ class SentShared(Shared):
     ) -> None:
         self.memory, self.own, self._exchange = memory, own, exchange
         self._sent = own
-        self._outgoing: list[Part | None] = []
+        self._outgoing: list[PeerPart | None] = []
 
-    def publish(self, outgoing: Sequence[Part | None]) -> None:
+    def publish(self, outgoing: Sequence[PeerPart | None]) -> None:
         self._outgoing = list(outgoing)
         self._sent = self.own.contiguous()
 
-    def pull(self, incoming: Part | None) -> tuple[Pending, Tensor]:
+    def pull(self, incoming: PeerPart | None) -> tuple[Pending, Tensor]:
         outgoing = self._outgoing.pop(0)
         # A part of a batched tensor is strided; messages must be whole memory.
         sends = [(outgoing[0], self._sent[outgoing[1]].contiguous())] if outgoing else []

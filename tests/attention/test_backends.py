@@ -11,17 +11,17 @@ from torch import Tensor
 
 from ds_ring.attention.backends import select
 from ds_ring.attention.backends.base import (
+    ATTENTION512,
     CUDNN,
+    EAGER,
     FLASH,
-    HOPPER512,
     MEMORY_EFFICIENT,
-    PLAIN,
-    PORTABLE,
+    TRITON,
     Aligned,
     AlignedToFirst,
     Backend,
 )
-from ds_ring.attention.backends.select import choose, cudnn_pays, usable
+from ds_ring.attention.backends.select import cudnn_pays, select_backend, usable
 from ds_ring.attention.backends.selftest import self_test
 from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
@@ -65,7 +65,7 @@ def heads_in_turn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool
 WRONG = [top_left, base_two, rows_before_heads, lse_of_unscaled_scores, half_precision_lse, heads_in_turn]
 
 
-class ForgetfulPlain(type(PLAIN)):
+class ForgetfulPlain(type(EAGER)):
     """Replaces the running result instead of adding to it."""
 
     def accumulate_(self, out, lse, *block):
@@ -82,7 +82,7 @@ def test_the_self_test_accepts_a_kernel_of_the_right_convention(head_dim, dtype)
 @pytest.mark.parametrize("windowed", [True, False])
 @pytest.mark.parametrize("capped", [True, False])
 def test_the_self_test_accepts_the_plain_path_for_all_that_models_ask(windowed, capped):
-    assert self_test(PLAIN, CPU, torch.bfloat16, 24, windowed, capped) is None
+    assert self_test(EAGER, CPU, torch.bfloat16, 24, windowed, capped) is None
 
 
 @pytest.mark.parametrize("kernel", WRONG)
@@ -153,7 +153,7 @@ def test_a_self_test_without_memory_says_nothing_about_the_back_end():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spec", [PLAIN_SPEC, WINDOWED, CAPPED])
 def test_the_cpu_takes_the_plain_path(spec, dtype):
-    assert choose(torch.zeros(1, 1, 1, 8, dtype=dtype), 1, BlockSpec(spec, True, 0)) is PLAIN
+    assert select_backend(torch.zeros(1, 1, 1, 8, dtype=dtype), 1, BlockSpec(spec, True, 0)) is EAGER
 
 
 class TestOnGpus:
@@ -172,38 +172,38 @@ class TestOnGpus:
         monkeypatch.setattr(select, "usable", lambda backend, *rest: backend not in unfit)
         return unfit
 
-    def choose(self, head_dim, block=SQUARE, queries=4096, keys=4096, dtype=torch.float16) -> Backend:
+    def select_backend(self, head_dim, block=SQUARE, queries=4096, keys=4096, dtype=torch.float16) -> Backend:
         q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, queries, 4, head_dim))
-        return choose(q, keys, block)
+        return select_backend(q, keys, block)
 
     @pytest.mark.parametrize(
         ("head_dim", "backend"),
-        [(64, CUDNN), (80, CUDNN), (256, CUDNN), (72, CUDNN), (20, PORTABLE), (320, PORTABLE), (512, HOPPER512)],
+        [(64, CUDNN), (80, CUDNN), (256, CUDNN), (72, CUDNN), (20, TRITON), (320, TRITON), (512, ATTENTION512)],
     )
     def test_the_back_end_follows_the_head_size(self, unfit, head_dim, backend):
-        assert self.choose(head_dim) is backend
+        assert self.select_backend(head_dim) is backend
 
     @pytest.mark.parametrize("head_dim", [20, 64, 320, 512])
     @pytest.mark.parametrize("spec", [WINDOWED, CAPPED])
     def test_windows_and_softcap_take_the_portable_kernel(self, unfit, head_dim, spec):
-        assert self.choose(head_dim, BlockSpec(spec, True, 0)) is PORTABLE
+        assert self.select_backend(head_dim, BlockSpec(spec, True, 0)) is TRITON
 
     @pytest.mark.parametrize("head_dim", [20, 64, 320, 512])
     def test_fp32_stays_exact(self, unfit, head_dim):
-        assert self.choose(head_dim, dtype=torch.float32) is PLAIN
+        assert self.select_backend(head_dim, dtype=torch.float32) is EAGER
 
     @pytest.mark.parametrize(
         ("head_dim", "order"),
         [
-            (64, [CUDNN, FLASH, PORTABLE, PLAIN]),
-            (20, [PORTABLE, PLAIN]),
-            (320, [PORTABLE, MEMORY_EFFICIENT, PLAIN]),
-            (512, [HOPPER512, PORTABLE, MEMORY_EFFICIENT, PLAIN]),
+            (64, [CUDNN, FLASH, TRITON, EAGER]),
+            (20, [TRITON, EAGER]),
+            (320, [TRITON, MEMORY_EFFICIENT, EAGER]),
+            (512, [ATTENTION512, TRITON, MEMORY_EFFICIENT, EAGER]),
         ],
     )
     def test_what_cannot_serve_is_followed_by_the_next(self, unfit, head_dim, order):
         for backend in order:
-            assert self.choose(head_dim) is backend
+            assert self.select_backend(head_dim) is backend
             unfit.add(backend)
 
     @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_fp16_scores_beyond_its_largest_number_stay_finite(causal):
 
 def through(monkeypatch, kernel) -> None:
     """Blocks go to ``kernel``."""
-    monkeypatch.setattr(block, "choose", lambda q, n_keys, block: Aligned(kernel.__name__, kernel))
+    monkeypatch.setattr(block, "select_backend", lambda q, n_keys, block: Aligned(kernel.__name__, kernel))
 
 
 @pytest.mark.parametrize("n_keys", [1, 2, 5, 8])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_ring.attention.qkv_layout import Lying
+from ds_ring.attention.qkv_layout import QKVLayout
 from ds_ring.attention.ulysses import kv_heads_of
 
 B, L, D = 2, 5, 4
@@ -29,9 +29,9 @@ def by_group(heads, kv_heads):
     return whole, (q.unflatten(3, (group, D)).flatten(2, 3), k, v)
 
 
-def lying(whole, qkv):
+def qkv_layout(whole, qkv):
     q, k, v = qkv
-    return Lying(tuple(whole.shape), k, v, q)
+    return QKVLayout(tuple(whole.shape), k, v, q)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_ranks_columns_are_its_heads(made, degree, blocks):
     heads, kv_heads = qkv[0].shape[2], qkv[1].shape[2]
     share = heads // degree
     wanted = [(range(u * share, (u + 1) * share), kv_heads_of(u, heads, kv_heads, degree)) for u in range(degree)]
-    shares = lying(whole, qkv).shares(wanted)
+    shares = qkv_layout(whole, qkv).shares(wanted)
     for (q_heads, of), found in zip(wanted, shares.by_rank, strict=True):
         assert len(found.columns) == blocks
         received = [whole[..., columns].contiguous() for columns in found.columns]
@@ -56,23 +56,23 @@ def test_a_ranks_columns_are_its_heads(made, degree, blocks):
 def test_heads_that_are_no_whole_columns_are_not_shared():
     whole, qkv = one_after_the_other(9, 3)
     torn = [(range(0, 3), [0, 0, 1])] * 3
-    assert lying(whole, qkv).shares(torn) is None  # a head twice
-    assert Lying(tuple(whole.shape), qkv[1], qkv[2], None).shares([(range(9), range(3))]) is None
+    assert qkv_layout(whole, qkv).shares(torn) is None  # a head twice
+    assert QKVLayout(tuple(whole.shape), qkv[1], qkv[2], None).shares([(range(9), range(3))]) is None
     turned = qkv[0].transpose(1, 2).contiguous().transpose(1, 2)
-    assert lying(whole, (turned, *qkv[1:])).shares([(range(9), range(3))]) is None
+    assert qkv_layout(whole, (turned, *qkv[1:])).shares([(range(9), range(3))]) is None
 
 
 def test_keys_and_values_are_one_tensor_where_they_lie_alike():
     for whole, (q, k, v) in (by_head(4), one_after_the_other(4, 2)):
-        within = Lying(tuple(whole.shape), k, v, q).keys_values
+        within = QKVLayout(tuple(whole.shape), k, v, q).keys_values
         assert torch.equal(within.part(whole, (2, *k.shape)), torch.stack([k, v]))
     whole, (q, k, v) = by_head(4)
-    assert Lying(tuple(whole.shape), v, k, q).keys_values is None  # values first
-    assert Lying(tuple(whole.shape), k[:, :, :2], v, q).keys_values is None
+    assert QKVLayout(tuple(whole.shape), v, k, q).keys_values is None  # values first
+    assert QKVLayout(tuple(whole.shape), k[:, :, :2], v, q).keys_values is None
 
 
 def test_grouped_heads_lie_alike_too():
     whole, (q, k, v) = by_group(4, 2)
-    within = Lying(tuple(whole.shape), k, v, None).keys_values
+    within = QKVLayout(tuple(whole.shape), k, v, None).keys_values
     assert torch.equal(within.part(whole, (2, *k.shape)), torch.stack([k, v]))
-    assert lying(whole, (q, k, v)).shares([(range(2), [0]), (range(2, 4), [1])]) is None  # q was copied
+    assert qkv_layout(whole, (q, k, v)).shares([(range(2), [0]), (range(2, 4), [1])]) is None  # q was copied

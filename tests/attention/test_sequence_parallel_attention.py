@@ -140,7 +140,7 @@ def test_tensors_with_heads_before_tokens_in_memory_are_taken_as_they_are(split,
         problem,
         SequenceLayout(40, *split),
         variant=variant,
-        view=lambda x_BlHD: x_BlHD.transpose(1, 2).contiguous().transpose(1, 2),
+        view=lambda x_BTHD: x_BTHD.transpose(1, 2).contiguous().transpose(1, 2),
     )
     assert problem.error(result.out_BLHD) < EXACT
 

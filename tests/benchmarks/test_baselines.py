@@ -13,7 +13,7 @@ from benchmarks.baselines.rules import check_device, check_installed
 from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from tests.helpers.launching import ROOT, agree_on_two_gpus, deepspeed, last_line, run, wide_head_llama
 from tests.helpers.shapes import SHAPE, check
 from tests.helpers.tiny_models import build, llama_mqa
@@ -119,9 +119,9 @@ def test_a_name_says_over_which_ranks_where_that_is_a_choice():
 
 
 def test_the_wide_llama_is_llama_3_8bs_in_width():
-    shape = model_shape(read_config(ROOT / "ds_configs/models/llama_wide.json"))
-    assert (shape.hidden_size, shape.intermediate_size, shape.num_layers) == (4096, 14336, 4)
-    assert (shape.num_heads, shape.num_kv_heads, shape.head_dim) == (32, 8, 128)
+    dims = model_dims(read_config(ROOT / "ds_configs/models/llama_wide.json"))
+    assert (dims.hidden_size, dims.intermediate_size, dims.num_layers) == (4096, 14336, 4)
+    assert (dims.num_heads, dims.num_kv_heads, dims.head_dim) == (32, 8, 128)
 
 
 @pytest.mark.launch
@@ -166,7 +166,7 @@ from ds_ring import api
 from ds_ring.cli.options import leave
 from ds_ring.config import RunConfig
 from benchmarks.baselines import context_parallel as peer
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 
 kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
@@ -183,10 +183,10 @@ want, mesh, found = logits(model, ids), None, []
 for options in ({{}}, {{"ring_impl": "contiguous", "ring_variant": "pass_kv"}}):
     run = RunConfig.load({{"dtype": "fp32"}}, micro_batch_size=2, **{RING}, **options)
     mesh = mesh or api.connect(run)
-    engine = api.build_engine(model, run, mesh, model_shape(model.config), torch.device("cpu"), baseline_of(run))
+    engine = api.build_engine(model, run, mesh, model_dims(model.config), torch.device("cpu"), baseline_of(run))
     got = engine(ids).logits
     error = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
-    batch, _ = bench.pack(ids, None, None, engine.runner.shape)
+    batch, _ = bench.pack(ids, None, None, engine.runner.dims)
     sent, journal = bench.count_bytes(engine, lambda: engine.prefill(batch, "last"))
     for again in journal:
         again()

@@ -11,8 +11,8 @@ from benchmarks.layouts import bench
 from benchmarks.layouts.timing import time_passes
 from ds_ring.config import RunConfig
 from ds_ring.engine import sequence_parallel, tensor_pipeline
-from ds_ring.engine.engine import Engine
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.engine.model_runner import ModelRunner
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.planning.validation import check_run
 from ds_ring.process.launcher import ROOT
 from ds_ring.utils.corpus import rows_of
@@ -45,7 +45,7 @@ def test_untimed_passes_take_whole_micro_batches_of_every_replica(workload, rows
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("gpu*/*.json")), ids=lambda file: file.stem)
 def test_every_gpu_layout_runs_the_papers_whole_pass(file):
     run = RunConfig.load(file, batch_size=1024)
-    check_run(run, model_shape(read_config(ROOT / "ds_configs/models/paper.json")), run.topology.world_size)
+    check_run(run, model_dims(read_config(ROOT / "ds_configs/models/paper.json")), run.topology.world_size)
     assert run.workload.max_length == 10000
     assert bench.warmup_rows(run) <= 32 * run.parallel.dp_size
 
@@ -67,7 +67,7 @@ def test_no_more_than_a_micro_batch_reaches_the_device(layout, monkeypatch):
 
     def work(engine):
         return [
-            shard.logits_BkV for shard in engine.prefill(bench.pack(ids, None, None, engine.runner.shape)[0], "last")
+            shard.logits_BkV for shard in engine.prefill(bench.pack(ids, None, None, engine.runner.dims)[0], "last")
         ]
 
     kept = serve(model, work, batch_size=BATCH, micro_batch_size=64, max_length=LENGTH, **layout)
@@ -98,12 +98,12 @@ def test_the_peak_of_memory_is_that_of_the_timed_passes(monkeypatch):
     model, muted = build(gpt_neox(heads=2, layers=2)), set()
     # Fullest is the last rank, and both hold more once they have been muted.
     held = property(lambda engine: 1.0 + engine.mesh.rank + 10.0 * (engine in muted))
-    monkeypatch.setattr(Engine, "peak_memory_gib", held)
+    monkeypatch.setattr(ModelRunner, "peak_memory_gib", held)
 
     def work(engine):
         mute = engine.runner.mute
         engine.runner.mute = lambda on: muted.add(engine) or mute(on)
-        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.shape)
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
         return bench._measure_length(engine, batch, "full", lambda text: None)
 
     found = serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2)
@@ -122,7 +122,7 @@ def test_every_ranks_clock_is_told(monkeypatch):
     monkeypatch.setattr(bench, "watched_gpu", watched)
 
     def work(engine):
-        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.shape)
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
         return bench._measure_length(engine, batch, "full", lambda text: None).gpu
 
     model = build(gpt_neox(heads=2, layers=2))
@@ -139,7 +139,7 @@ def test_speed_alone_takes_no_passes_without_communication():
 
     def work(engine):
         engine.runner.mute = None  # not to be called
-        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.shape)
+        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
         return bench._measure_length(engine, batch, "full", reports.append)
 
     for found in serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2, speed_only=True):

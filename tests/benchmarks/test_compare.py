@@ -66,7 +66,7 @@ def test_a_baseline_that_is_no_layout_is_refused_before_any_work(tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1] == "error: baseline=tp4 is none of the layouts; try ring4 or tp2_pp2"
     assert list(tmp_path.iterdir()) == []
-    compare.Plan.make(files, {}).check_baseline("ring4")
+    compare.Comparison.make(files, {}).check_baseline("ring4")
 
 
 def test_mfu_of_all_rows_refers_to_one_peak():
@@ -86,7 +86,7 @@ def test_a_row_agrees_only_within_its_dtypes_tolerance(dtype, error, agrees):
 
 
 def test_document_separates_the_table_from_the_sweep(rows):
-    plan = compare.Plan([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
+    plan = compare.Comparison([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
     document = rank_rows.document(plan, rank_rows.judge(rows))
     assert [r["layout"] for r in document["rows"]] == ["dp4", "tp2_pp2", "tp4", "ring4"]
     assert len(document["sweep"]) == len(rows)
@@ -101,7 +101,7 @@ def test_every_set_of_layouts_in_the_repository_compares(monkeypatch):
         files = compare.default_layouts()
         assert files
         assert all(f"/{folder}/" in f for f in files)
-        plan = compare.Plan.make(files, {})
+        plan = compare.Comparison.make(files, {})
         labels = [run.label for _, run in plan.runs]
         assert labels == [file.stem for file, _ in plan.runs]
 
@@ -113,9 +113,9 @@ def test_layouts_with_different_workloads_are_refused(tmp_path):
         section = {"model": "checkpoints/small", "parallel": {"ring_degree": 2}, "workload": {"batch_size": batch}}
         (tmp_path / f"{name}.json").write_text(json.dumps({"dtype": "fp32", "ds_ring": section}))
     with pytest.raises(ConfigError, match=r"b\.json differs from .*a\.json in workload or dtype"):
-        compare.Plan.make(files, {})
+        compare.Comparison.make(files, {})
     with pytest.raises(ConfigError, match=r"a\.json and .*b\.json are both ring2: rows of them could not be told"):
-        compare.Plan.make(files, {"batch_size": 4})
+        compare.Comparison.make(files, {"batch_size": 4})
 
 
 def test_micro_batches_may_differ(tmp_path):
@@ -124,7 +124,10 @@ def test_micro_batches_may_differ(tmp_path):
         files.append(str(tmp_path / f"{size}.json"))
         section = {"model": "checkpoints/small", "parallel": degrees, "workload": {"micro_batch_size": size}}
         Path(files[-1]).write_text(json.dumps({"dtype": "fp32", "ds_ring": section}))
-    assert [run.workload.micro_batch_size for _, run in compare.Plan.make(files, {"batch_size": 4}).runs] == [1, 2]
+    assert [run.workload.micro_batch_size for _, run in compare.Comparison.make(files, {"batch_size": 4}).runs] == [
+        1,
+        2,
+    ]
     heads, cells = tables.table([row("dp2", 900), row("ring2", 1000) | {"micro_batch": 2}])
     assert heads[1] == "micro-batch"
     assert [c[1] for c in cells] == ["1", "2"]
@@ -138,7 +141,7 @@ def test_ways_of_one_ring_have_names_of_their_own():
 
 
 def test_the_report_shows_every_layout_and_the_command(rows):
-    plan = compare.Plan([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
+    plan = compare.Comparison([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
     document = results.provenance() | rank_rows.document(plan, rank_rows.judge(rows))
     text = tables.markdown(document)
     assert "| ring4 | 960 | 4.167 | +20.0 % | -4.0 % |" in text
@@ -148,7 +151,7 @@ def test_the_report_shows_every_layout_and_the_command(rows):
 
 
 def test_the_plot_is_a_picture(rows, tmp_path):
-    plan = compare.Plan([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
+    plan = compare.Comparison([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
     plots.draw(rank_rows.document(plan, rank_rows.judge(rows)), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -180,9 +183,9 @@ def test_context_parallel_is_refused_where_there_are_no_gpus(monkeypatch):
     files = [str(folder / "gpu2" / "ring2.json"), *sorted(map(str, (folder / "peers2").glob("*.json")))]
     monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 0)
     with pytest.raises(ConfigError, match="implementation=context_parallel: PyTorch has it for GPUs alone"):
-        compare.Plan.make(files, {})
+        compare.Comparison.make(files, {})
     monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 2)
-    plan = compare.Plan.make(files, {})
+    plan = compare.Comparison.make(files, {})
     assert [run.label for _, run in plan.runs] == [
         "ring2", "context_parallel2", "deepspeed_ulysses2", "yunchang_ring2", "yunchang_ulysses2",
     ]  # fmt: skip

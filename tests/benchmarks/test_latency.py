@@ -15,7 +15,7 @@ FILES = [
 
 @pytest.fixture
 def document():
-    found = compare.Outcome(
+    found = compare.Findings(
         rows=[
             timed_row("single", 10000, 2.0, gpus=1),
             timed_row("ring4", 10000, 0.6, ring_degree=4),

@@ -49,7 +49,9 @@ def test_commands_for_what_is_not_measured_can_be_given():
         args, _ = parser.parse_known_args(words[words.index(script) + 1 :])
         if args.layouts:
             files = [str(file) for file in sorted(ROOT.glob(args.layouts))]
-            plan = latency.plan if args.latency else lambda files, _, overrides: compare.Plan.make(files, overrides)
+            plan = (
+                latency.plan if args.latency else lambda files, _, overrides: compare.Comparison.make(files, overrides)
+            )
             assert plan(files, args.latency, options.overrides(args)).runs
         else:
             run = RunConfig.load(ROOT / args.config if args.config else None, **options.overrides(args))

@@ -13,7 +13,7 @@ from torch.nn.functional import gelu
 
 from benchmarks.kernels import cublaslt, products
 from benchmarks.reports import tables
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.flops import layer_parameters
 from ds_ring.process.launcher import ROOT
 from tests.helpers.marks import ON_A_GPU
@@ -23,7 +23,7 @@ PAPER = ROOT / "ds_configs/models/paper.json"
 
 def test_the_cases_are_all_products_of_a_layer():
     config = read_config(PAPER)
-    found = [case for case in products.cases(model_shape(config)) if case.name != "attention's result"]
+    found = [case for case in products.cases(model_dims(config)) if case.name != "attention's result"]
     assert sum(case.flops(10) for case in found) == 2 * 10 * layer_parameters(config)[0]
 
 
@@ -33,7 +33,7 @@ def test_structures_are_as_large_as_the_librarys():
 
 
 @pytest.mark.parametrize("panel", [3, 4, 7, 8])
-@pytest.mark.parametrize("case", products.cases(model_shape(read_config(PAPER))), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", products.cases(model_dims(read_config(PAPER))), ids=lambda case: case.name)
 def test_panels_of_rows_are_the_product(case, panel):
     small = dataclasses.replace(case, columns_in=16, columns_out=24)
     x, weight, bias, residual = products.tensors(small, 7, torch.float32, torch.device("cpu"))

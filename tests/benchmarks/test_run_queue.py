@@ -38,7 +38,7 @@ def two_layouts(tmp_path, monkeypatch):
     monkeypatch.setattr(compare.launcher, "launch", launch)
     monkeypatch.setattr(compare.launcher, "run_module", lambda *_, **__: None)
     files = [str(compare.launcher.ROOT / "ds_configs" / "cpu4" / f"{name}.json") for name in ("ring4", "tp2_pp2")]
-    return compare.Plan.make(files, {"sweep": (500,)}), outcomes, tmp_path / "logs"
+    return compare.Comparison.make(files, {"sweep": (500,)}), outcomes, tmp_path / "logs"
 
 
 def run_all(plan, logs):
@@ -79,7 +79,7 @@ def test_other_implementations_and_other_numbers_of_ranks_are_launched_apart(two
     jobs = [(file.with_stem("single"), one), *plan.runs, *others]
     outcomes |= {name: both_lengths(name) for name in ("single", "ring4", "tp2_pp2", "deepspeed_ulysses4", "tp4")}
     advanced = []
-    found = compare.run_all(compare.Plan.checked(jobs), logs, lambda: advanced.append(1), lambda text: None)
+    found = compare.run_all(compare.Comparison.checked(jobs), logs, lambda: advanced.append(1), lambda text: None)
     assert outcomes["launches"] == [["single"], ["ring4", "tp2_pp2"], ["deepspeed_ulysses4"], ["tp4"]]
     assert len(advanced) == len(plan.lengths) + len(jobs)
     assert [r["layout"] for r in found.rows[::2]] == ["single", "ring4", "tp2_pp2", "deepspeed_ulysses4", "tp4"]
@@ -88,7 +88,9 @@ def test_other_implementations_and_other_numbers_of_ranks_are_launched_apart(two
 def test_who_fails_behind_others_is_tried_first_of_a_launch(two_layouts, monkeypatch):
     plan, outcomes, logs = two_layouts
     monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 4)
-    plan = compare.Plan.checked([*plan.runs, (Path("tp4.json"), RunConfig.load(plan.runs[1][1], tp_size=4, pp_size=1))])
+    plan = compare.Comparison.checked(
+        [*plan.runs, (Path("tp4.json"), RunConfig.load(plan.runs[1][1], tp_size=4, pp_size=1))]
+    )
     outcomes["ring4"] = both_lengths("ring4")
     outcomes["tp2_pp2"] = [row("tp2_pp2", 1.0, length=500), OutOfMemory("out of memory on rank 1")]
     outcomes["tp4"] = both_lengths("tp4")
@@ -127,7 +129,7 @@ def test_the_way_back_runs_what_counts_last_to_first_and_the_means_stand(two_lay
     outcomes["ring4.back2"] = [timed("ring4", 109.0, size=2, clock=1200.0) | costs]
     outcomes["tp2_pp2.back1"] = [timed("tp2_pp2", 122.0, size=1)]
     runs = [(file, RunConfig.load(run, micro_batch_sizes=(1, 2), sweep=())) for file, run in plan.runs]
-    plan, advanced = compare.Plan(runs, there_and_back=True), []
+    plan, advanced = compare.Comparison(runs, there_and_back=True), []
     found = compare.run_all(plan, logs, lambda: advanced.append(1), lambda text: None)
     back = ["tp2_pp2.back1", "ring4.back2"]
     there = ["ring4", "tp2_pp2"]
@@ -157,7 +159,7 @@ def test_what_fails_on_the_way_back_keeps_its_figure_and_is_a_failure(two_layout
     outcomes |= {name: [timed(name, 100.0, length=500), timed(name, 200.0)] for name in ("ring4", "tp2_pp2")}
     outcomes["ring4.back1"] = [timed("ring4", 102.0, length=500), DsRingError("hung up")]
     outcomes["tp2_pp2.back1"] = outcomes["tp2_pp2"]
-    found = run_all(compare.Plan(plan.runs, there_and_back=True), logs)
+    found = run_all(compare.Comparison(plan.runs, there_and_back=True), logs)
     assert [(r["layout"], round(r["step_ms"], 6), "ways_ms" in r) for r in found.rows] == [
         ("ring4", 101.0, True), ("ring4", 200.0, False), ("tp2_pp2", 100.0, True), ("tp2_pp2", 200.0, True)
     ]  # fmt: skip
@@ -187,7 +189,7 @@ def test_an_interrupted_way_back_leaves_the_way_there_and_says_so(two_layouts):
     kept = []
     with pytest.raises(KeyboardInterrupt):
         compare.run_all(
-            compare.Plan(plan.runs, there_and_back=True), logs, lambda: None, lambda text: None, kept.append
+            compare.Comparison(plan.runs, there_and_back=True), logs, lambda: None, lambda text: None, kept.append
         )
     assert [r["step_ms"] for r in kept[0].rows] == [100.0, 200.0, 100.0, 200.0]
     assert kept[0].not_run == ["tp2_pp2 on the way back", "ring4 on the way back"]
@@ -248,7 +250,9 @@ def test_what_did_not_fit_is_what_has_no_row(two_layouts):
 
 def test_a_sweep_over_micro_batches_goes_on_behind_what_does_not_fit(two_layouts):
     plan, outcomes, logs = two_layouts
-    plan = compare.Plan.make([str(file) for file, _ in plan.runs], {"sweep": (500,), "micro_batch_sizes": (4, 1, 2)})
+    plan = compare.Comparison.make(
+        [str(file) for file, _ in plan.runs], {"sweep": (500,), "micro_batch_sizes": (4, 1, 2)}
+    )
     lack = OutOfMemory("out of memory on rank 1")
 
     def timed(size, length, tps):
@@ -283,7 +287,7 @@ def test_a_peer_that_fails_is_a_line_of_the_table_and_no_failure_of_ours(two_lay
     plan, outcomes, logs = two_layouts
     ring, run = plan.runs[0]
     peer = RunConfig.load(run, implementation="deepspeed_ulysses", ring_degree=1, ulysses_degree=4)
-    plan = compare.Plan.checked([(ring, run), (ring.with_stem("deepspeed_ulysses4"), peer)])
+    plan = compare.Comparison.checked([(ring, run), (ring.with_stem("deepspeed_ulysses4"), peer)])
     outcomes["ring4"] = [row("ring4", 1.0)]
     for error, reason in (
         (LaunchError("a long story\nof many lines", "RuntimeError: no kernel"), "RuntimeError: no kernel"),

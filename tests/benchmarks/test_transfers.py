@@ -11,7 +11,7 @@ import torch
 from benchmarks.kernels import transfers
 from benchmarks.kernels.transfers import NOTHING, Traffic
 from benchmarks.reports import tables
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.process.launcher import ROOT
 
 PAPER = ROOT / "ds_configs/models/paper.json"
@@ -55,7 +55,7 @@ def test_without_two_gpus_it_is_refused_in_a_line():
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs; run make test-gpu where there are")
 def test_every_traffic_is_timed_on_two_gpus_and_bytes_move():
-    shape, devices = model_shape(read_config(PAPER)), [torch.device("cuda", index) for index in range(2)]
+    shape, devices = model_dims(read_config(PAPER)), [torch.device("cuda", index) for index in range(2)]
     rows = list(transfers.run(shape, 256, torch.float16, devices, seconds=0.2, warm_s=1, say=lambda _: None))
     count = len(transfers.traffics(1, 1))
     assert [row["phase"] for row in rows] == ["warming"] + count * ["there"] + count * ["back"]

@@ -26,7 +26,7 @@ from benchmarks.layouts import bench
 from ds_ring import api
 from ds_ring.cli.options import leave
 from ds_ring.config import RunConfig
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -42,11 +42,11 @@ def merged(engine):
     '''Relative errors on this rank in fp16: of its ring, and of the kernel alone.'''
     generator, length = torch.Generator().manual_seed(0), 1024
     q, k, v = (torch.randn(1, 2, length, 64, generator=generator).half() for _ in range(3))
-    at_l = engine.runner.held_positions(length, engine.mesh["sp"].rank)
-    local = (t[:, :, at_l].transpose(1, 2) for t in (q, k, v))
+    at_T = engine.runner.held_positions(length, engine.mesh["sp"].rank)
+    local = (t[:, :, at_T].transpose(1, 2) for t in (q, k, v))
     ring = engine.runner._attention(*local, causal=True).transpose(1, 2)
-    want = flash(q.double(), k.double(), v.double(), is_causal=True)[0][:, :, at_l]
-    alone = flash(q, k, v, is_causal=True)[0][:, :, at_l]
+    want = flash(q.double(), k.double(), v.double(), is_causal=True)[0][:, :, at_T]
+    alone = flash(q, k, v, is_causal=True)[0][:, :, at_T]
     return [float((got - want).norm() / want.norm()) for got in (ring, alone)]
 
 llama, neox = llama_gqa(hidden_size=32, num_attention_heads=4, num_key_value_heads=2), gpt_neox(heads=2, layers=3)
@@ -61,10 +61,10 @@ for config, dtype, options in (
     mesh = api.connect(run)
     model = build(config)
     want = logits(model, ids)
-    engine = api.build_engine(model, run, mesh, model_shape(model.config), torch.device("cpu"), baseline_of(run))
+    engine = api.build_engine(model, run, mesh, model_dims(model.config), torch.device("cpu"), baseline_of(run))
     got = engine(ids).logits.float()
     error = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
-    batch, _ = bench.pack(ids, None, None, engine.runner.shape)
+    batch, _ = bench.pack(ids, None, None, engine.runner.dims)
     sent, journal = bench.count_bytes(engine, lambda: engine.prefill(batch, "last"))
     for again in journal:
         again()

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ds_ring.engine.batch import Batch, pack
 from ds_ring.errors import InputError
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 
-SHAPE = ModelShape(
+SHAPE = ModelDims(
     model_type="llama", num_layers=1, hidden_size=8, num_heads=2, num_kv_heads=2, head_dim=4,
     intermediate_size=16, vocab_size=100, max_positions=64,
 )  # fmt: skip
@@ -29,8 +29,8 @@ def masked(ids: Tensor) -> Tensor:
     return (ids != PAD).long()
 
 
-def packed(ids: Tensor, position_ids: Tensor | None = None, shape: ModelShape = SHAPE) -> tuple[Batch, Tensor]:
-    return pack(ids, masked(ids), position_ids, shape)
+def packed(ids: Tensor, position_ids: Tensor | None = None, dims: ModelDims = SHAPE) -> tuple[Batch, Tensor]:
+    return pack(ids, masked(ids), position_ids, dims)
 
 
 def refused(text: str):

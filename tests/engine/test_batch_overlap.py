@@ -10,12 +10,12 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_ring.attention import ring
-from ds_ring.attention.kv_exchange import Round
+from ds_ring.attention.kv_exchange import KVExchange
 from ds_ring.engine.batch_overlap import run_interleaved
 from ds_ring.engine.engine import Engine
 from ds_ring.hf import linear
-from ds_ring.transport.copy_engine import PulledShared
-from ds_ring.transport.peer_buffers import Slot, Slots
+from ds_ring.transport.copy_engine import PulledTensor
+from ds_ring.transport.peer_buffers import BufferPool, PeerBuffer
 from tests.helpers.mocked_world import relative_error, serve
 from tests.helpers.tiny_models import build, gpt_neox, llama_gqa, logits, tokens
 
@@ -177,7 +177,7 @@ def order_of_layers(rows: int = 2, **options) -> list[tuple[int, int]]:
 
     def work(engine: Engine) -> list[tuple[int, int]]:
         order: list[tuple[greenlet, int]] = []
-        for number, layer in enumerate(engine.runner.anatomy.layers):
+        for number, layer in enumerate(engine.runner.decoder.layers):
             layer.register_forward_pre_hook(lambda module, args, number=number: order.append((getcurrent(), number)))
         engine(ids, mask)
         lanes = list(dict.fromkeys(lane for lane, _ in order))
@@ -210,22 +210,22 @@ def test_more_than_two_micro_batches_in_flight_go_through_each_layer_together():
 def test_micro_batches_in_flight_transfer_together_under_the_last_ones_projections(monkeypatch):
     """All of them before the first attends."""
     events: list[tuple[int, str]] = []
-    start, publish, gather_kv = Round.start, PulledShared.publish, ring.gather_kv
+    start, publish, gather_kv = KVExchange.start, PulledTensor.publish, ring.gather_kv
 
-    def starts(self: Round) -> None:
+    def starts(self: KVExchange) -> None:
         events.append((self.transport.rank, "has projected"))
         start(self)
 
-    def publishes(self: PulledShared, outgoing: Any) -> None:
+    def publishes(self: PulledTensor, outgoing: Any) -> None:
         events.append((self._transport.rank, "transfers"))
         publish(self, outgoing)
 
-    def attends(q_BLHD: torch.Tensor, travelling: Round, *rest: Any) -> torch.Tensor:
-        events.append((travelling.transport.rank, "attends"))
-        return gather_kv(q_BLHD, travelling, *rest)
+    def attends(q_BLHD: torch.Tensor, exchange: KVExchange, *rest: Any) -> torch.Tensor:
+        events.append((exchange.transport.rank, "attends"))
+        return gather_kv(q_BLHD, exchange, *rest)
 
-    monkeypatch.setattr(Round, "start", starts)
-    monkeypatch.setattr(PulledShared, "publish", publishes)
+    monkeypatch.setattr(KVExchange, "start", starts)
+    monkeypatch.setattr(PulledTensor, "publish", publishes)
     monkeypatch.setattr(ring, "gather_kv", attends)
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(3, 20)
     options = {"ring_degree": 2, "ring_variant": "gather_kv", "in_flight": 3}
@@ -239,18 +239,18 @@ def test_micro_batches_in_flight_transfer_together_under_the_last_ones_projectio
 def test_ulysses_trades_heads_of_micro_batches_in_flight_together(monkeypatch):
     """There and back: all of a layer's queries, keys and values, then all results."""
     events: list[tuple[int, str]] = []
-    publish, release = Slots.publish, Slots.release
+    publish, release = BufferPool.publish, BufferPool.release
 
-    def publishes(self: Slots, slot: Slot, peers: Any) -> None:
+    def publishes(self: BufferPool, slot: PeerBuffer, peers: Any) -> None:
         events.append((self._rank, "begins"))
         publish(self, slot, peers)
 
-    def releases(self: Slots, slot: Slot) -> None:
+    def releases(self: BufferPool, slot: PeerBuffer) -> None:
         events.append((self._rank, "is through"))
         release(self, slot)
 
-    monkeypatch.setattr(Slots, "publish", publishes)
-    monkeypatch.setattr(Slots, "release", releases)
+    monkeypatch.setattr(BufferPool, "publish", publishes)
+    monkeypatch.setattr(BufferPool, "release", releases)
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(3, 20)
     found = serve(model, lambda engine: engine(ids).logits, wire="copy_engine", ulysses_degree=2, in_flight=3)
     assert all(relative_error(got, logits(model, ids)) < 1e-5 for got in found)
@@ -278,5 +278,5 @@ def test_a_tensor_parallel_sum_hands_over_while_it_is_under_way(monkeypatch):
 
     monkeypatch.setattr(linear, "all_reduce", all_reduce)
     module = SimpleNamespace(mp_group="a group", hand_over=lambda: events.append("hands over"))
-    linear.Product(module, "in")._summed(torch.ones(2))
+    linear.Linear(module, "in")._summed(torch.ones(2))
     assert events == ["begins", "hands over", "is waited for"]

@@ -55,7 +55,7 @@ def test_a_step_is_captured_again_only_when_the_cache_moves(little_room, layout)
     def work(engine: Engine) -> tuple[Tensor, int, int, int]:
         recorder = engine.runner.capture = Recorder()
         found = engine.generate(IDS, MASK, max_new_tokens=60, **OPTIONS)
-        return found.sequences, recorder.captured, recorder.replayed, found.past_key_values.store.moves
+        return found.sequences, recorder.captured, recorder.replayed, found.past_key_values.cache_shard.moves
 
     model = build(llama_gqa())
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_a_generation_leaves_no_cache_for_the_garbage_collector():
         gc.disable()
         try:
             found = engine.generate(IDS, MASK, max_new_tokens=5, **OPTIONS)
-            held = weakref.ref(found.past_key_values.store)
+            held = weakref.ref(found.past_key_values.cache_shard)
             del found
             return held() is None
         finally:

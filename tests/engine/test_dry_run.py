@@ -19,16 +19,16 @@ from transformers import (
 import ds_ring
 from ds_ring import api
 from ds_ring.config import RunConfig
-from ds_ring.engine.dry_run import rehearse
+from ds_ring.engine.dry_run import dry_run
 from ds_ring.errors import UnsupportedModelError
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 from tests.helpers.architectures import BYPASSES, NO_TENSOR_PARALLEL, SMALL, bert
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import ARCHITECTURES, build, gpt2, llama_gqa, phi3, tokens
 
 
 def rehearsed(config: PretrainedConfig, **layout: Any) -> None:
-    rehearse(config, RunConfig.load({"dtype": "fp16"}, **layout))
+    dry_run(config, RunConfig.load({"dtype": "fp16"}, **layout))
 
 
 def persimmon() -> PretrainedConfig:
@@ -45,7 +45,7 @@ def test_models_that_work_pass_in_every_layout(name):
     for layout in ({}, {"ring_degree": 3}, {"pp_size": 2}):
         rehearsed(config, **layout)
     if name not in NO_TENSOR_PARALLEL:
-        rehearsed(config, tp_size=2 if model_shape(config).num_kv_heads % 2 == 0 else 3)
+        rehearsed(config, tp_size=2 if model_dims(config).num_kv_heads % 2 == 0 else 3)
 
 
 @pytest.mark.parametrize("name", BYPASSES)

@@ -19,8 +19,8 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import Shard
 from ds_ring.errors import DisagreementError, InputError, TransportError
-from ds_ring.hf.decoder import Anatomy
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.dims import model_dims
 from ds_ring.transport.mesh import Mesh
 from tests.helpers.mocked_world import ProcessGroupWorld, Wire, one_process, outcome, relative_error, serve
 from tests.helpers.tiny_models import build, gpt_neox, logits, tokens
@@ -93,10 +93,10 @@ def test_eight_tensor_by_two_pipeline_ranks_equal_one(length):
 
 def test_eight_tensor_by_two_pipeline_ranks_hold_a_sixteenth_of_the_layers():
     def parts(engine: Engine) -> tuple[int, int]:
-        layers = Anatomy.of(engine.model).layers
+        layers = Decoder.of(engine.model).layers
         return len(layers), sum(p.numel() for p in layers.parameters() if p.dim() > 1)
 
-    whole = sum(p.numel() for p in Anatomy.of(paper_model()).layers.parameters() if p.dim() > 1)
+    whole = sum(p.numel() for p in Decoder.of(paper_model()).layers.parameters() if p.dim() > 1)
     assert serve(paper_model(), parts, tp_size=8, pp_size=2) == [(2, whole // 16)] * 16
 
 
@@ -216,15 +216,15 @@ def test_prefill_leaves_results_where_they_are_made(layout, wanted):
     copies = layout.get("tp_size", 1)
     for number, rows in enumerate([slice(0, 2), slice(2, 3)]):
         shards = [shards[number] for shards in results]
-        held = sorted(p for s in shards for p in s.positions_l.tolist() if p < length)
+        held = sorted(p for s in shards for p in s.positions_T.tolist() if p < length)
         assert held == sorted(list(range(length)) * copies)
         expected = {"none": [], "last": [length - 1], "all": list(range(length))}[wanted]
         assert sorted(p for s in shards for p in s.kept_k.tolist()) == sorted(expected * copies)
         for shard in shards:
-            if shard.hidden_Bld is not None:
-                real = [i for i, p in enumerate(shard.positions_l.tolist()) if p < length]
-                at = shard.positions_l[real]
-                assert relative_error(shard.hidden_Bld[:, real], hidden[rows][:, at]) < TOLERANCE
+            if shard.hidden_BTd is not None:
+                real = [i for i, p in enumerate(shard.positions_T.tolist()) if p < length]
+                at = shard.positions_T[real]
+                assert relative_error(shard.hidden_BTd[:, real], hidden[rows][:, at]) < TOLERANCE
             if len(shard.kept_k):
                 assert relative_error(shard.logits_BkV, whole[rows][:, shard.kept_k]) < TOLERANCE
 
@@ -275,7 +275,7 @@ def test_two_models_with_other_head_counts_do_not_meet(layout):
 
     def work(engine: Engine) -> list[Tensor]:
         model = others[engine.mesh.rank]
-        second = build_engine(model, engine.run_config, engine.mesh, model_shape(model.config), engine.device)
+        second = build_engine(model, engine.run_config, engine.mesh, model_dims(model.config), engine.device)
         return [e(ids).logits for e in (engine, second, engine)]
 
     for first, second, again in serve(small_model(), work, **layout):
@@ -338,7 +338,7 @@ def test_the_mocked_world_raises_what_failed_first_and_stops_the_others(where):
         if engine.mesh.rank == 3:
             if where == "between":
                 fail()
-            Anatomy.of(engine.model).layers[-1].register_forward_hook(fail)
+            Decoder.of(engine.model).layers[-1].register_forward_hook(fail)
         engine(tokens(1, 63))
 
     with pytest.raises(ValueError, match="only here"):
@@ -365,4 +365,4 @@ def rows_alone(ids: Tensor, mask: Tensor) -> list[Tensor]:
 
 def final_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.inference_mode():
-        return Anatomy.of(model).decoder(ids, use_cache=False).last_hidden_state
+        return Decoder.of(model).decoder(ids, use_cache=False).last_hidden_state

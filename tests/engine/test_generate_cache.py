@@ -14,7 +14,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 from ds_ring.planning.memory_estimate import cache_bytes
 from tests.helpers.generated import (
     GREEDY,
@@ -104,7 +104,7 @@ def test_every_rank_holds_its_share_of_the_cache(layout, prompt):
         cache = engine.generate(tokens(2, prompt), max_new_tokens=40, **GREEDY).past_key_values
         assert isinstance(cache, ShardedCache)
         assert cache.get_seq_length() == prompt + 39
-        return cache.store.used, cache.memory_bytes()
+        return cache.cache_shard.used, cache.memory_bytes()
 
     per_slot = 2 * 3 * (2 * 3 * 8 * 4) + 2 * 4  # rows x layers x (k, v: heads x head_dim x fp32), and positions
     for used, memory in serve(llama(), work, micro_batch_size=2, **layout):
@@ -125,7 +125,7 @@ def test_the_closed_form_of_a_cache_is_what_the_fullest_rank_holds(name, layout)
         return cache.memory_bytes()
 
     run, rows = RunConfig.load({"dtype": "fp32"}, **layout), 2 // layout.get("dp_size", 1)
-    want = cache_bytes(run, model_shape(config), rows, 480 + 61)
+    want = cache_bytes(run, model_dims(config), rows, 480 + 61)
     held = serve(build(config), work, batch_size=2, micro_batch_size=2, **layout)
     assert max(held) == pytest.approx(want, rel=0.03)
 
@@ -136,11 +136,11 @@ def test_nothing_of_a_generation_stays_behind():
     def work(engine: Engine) -> tuple[int, int, int]:
         stores, counts = [], []
         for _ in range(8):
-            stores.append(weakref.ref(engine.generate(ids, max_new_tokens=4, **GREEDY).past_key_values.store))
+            stores.append(weakref.ref(engine.generate(ids, max_new_tokens=4, **GREEDY).past_key_values.cache_shard))
             if len(stores) in (2, 8):
                 gc.collect()
                 counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
-        return sum(store() is not None for store in stores), *counts
+        return sum(cache_shard() is not None for cache_shard in stores), *counts
 
     ((alive, early, late),) = serve(llama(), work)
     assert alive == 0
@@ -184,7 +184,7 @@ def test_the_cache_of_an_interrupted_turn_is_refused(when):
             if when == "prompt" or out.shape[1] == 1:
                 raise KeyboardInterrupt
 
-        handle = engine.runner.anatomy.layers[1].register_forward_hook(interrupt)
+        handle = engine.runner.decoder.layers[1].register_forward_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             engine.generate(ids[:, :30], past_key_values=cache, max_new_tokens=4, **GREEDY)
         handle.remove()

@@ -89,7 +89,7 @@ def test_nan_is_traced_before_a_token_is_told(when, told, sampled, layout):
                 hidden.mul_(torch.nan)
 
         if 1 in engine.runner.layers:
-            engine.runner.anatomy.layers[engine.runner.layers.index(1)].register_forward_hook(spoil)
+            engine.runner.decoder.layers[engine.runner.layers.index(1)].register_forward_hook(spoil)
         heard = Heard()
         options = GREEDY | {"do_sample": sampled, "max_new_tokens": 5, "streamer": heard}
         return outcome(lambda: engine.generate(tokens(1, 20), **options)), heard.tokens

@@ -14,7 +14,7 @@ from ds_ring.engine import oom
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.oom import GIB
 from ds_ring.errors import OutOfMemory
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.process import launcher
 from tests.helpers.generated import GREEDY, padded
 from tests.helpers.mocked_world import outcome, serve
@@ -32,7 +32,7 @@ def test_an_engine_s_error_is_explained_where_memory_ran_out(layout, reason, mon
         def fails(*_: object) -> None:
             raise RuntimeError(reason) if "shapes" in reason else torch.OutOfMemoryError(reason)
 
-        engine.runner.anatomy.layers[1].register_forward_pre_hook(fails)
+        engine.runner.decoder.layers[1].register_forward_pre_hook(fails)
         return outcome(lambda: engine(tokens(4, 24)))
 
     model = build(gpt_neox(heads=4))
@@ -65,7 +65,7 @@ def test_a_generation_s_prediction_is_of_its_own_rows_and_cache(layout, chunk, m
         asked.append((run.workload.max_length, args[-1]))
         return 5.25 * GIB
 
-    def cache(run: RunConfig, shape: ModelShape, rows: int, length: int) -> float:
+    def cache(run: RunConfig, dims: ModelDims, rows: int, length: int) -> float:
         asked.append((rows, length))
         return 1.5 * GIB
 
@@ -77,7 +77,7 @@ def test_a_generation_s_prediction_is_of_its_own_rows_and_cache(layout, chunk, m
         def fails(*_: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-        for layer in engine.runner.anatomy.layers:
+        for layer in engine.runner.decoder.layers:
             layer.register_forward_pre_hook(fails)
         return outcome(lambda: engine.generate(ids, mask, max_new_tokens=6, **GREEDY))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_ring.engine.engine import Engine
-from ds_ring.engine.pipeline_comm import MessageLink, PullLink, stage_link
+from ds_ring.engine.pipeline_comm import MessagePipelineComm, PulledPipelineComm, pipeline_comm
 from tests.helpers.mocked_world import relative_error, serve
 from tests.helpers.peer_threads import copy_engine_mesh, random_delay
 from tests.helpers.tiny_models import build, gpt_neox, logits, tokens
@@ -69,8 +69,8 @@ def test_a_generation_over_stages_that_read_each_others_memory():
 def test_which_way_is_taken():
     def work(engine: Engine) -> type:
         assert relative_error(engine(ids).logits, logits(model, ids)) < 1e-5
-        return type(stage_link(engine.mesh["pp"], [(1, 1, 1)], torch.float32, engine.device))
+        return type(pipeline_comm(engine.mesh["pp"], [(1, 1, 1)], torch.float32, engine.device))
 
     model, ids = build(gpt_neox(layers=2)), tokens(2, LENGTH)
-    assert serve(model, work, wire="copy_engine", pp_size=2, batch_size=2) == [PullLink, PullLink]
-    assert serve(model, work, pp_size=2, batch_size=2) == [MessageLink, MessageLink]
+    assert serve(model, work, wire="copy_engine", pp_size=2, batch_size=2) == [PulledPipelineComm, PulledPipelineComm]
+    assert serve(model, work, pp_size=2, batch_size=2) == [MessagePipelineComm, MessagePipelineComm]

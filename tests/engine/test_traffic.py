@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
 from tests.helpers.mocked_world import serve
@@ -50,7 +50,7 @@ def test_ring_traffic(ring_impl, ring_variant):
     expected = [layers * rows * token * n for n in tokens_sent]
     assert [s["exchange"] for s in sent] == expected
     assert not any(s.get("all_to_all") for s in sent)
-    assert mean(expected) == bytes_sent_per_rank(run_config(**options), model_shape(llama_gqa()), rows, length, 4)
+    assert mean(expected) == bytes_sent_per_rank(run_config(**options), model_dims(llama_gqa()), rows, length, 4)
 
 
 @pytest.mark.parametrize(("kv_heads", "replicated"), [(8, 8), (4, 4), (2, 4), (1, 4)])
@@ -65,14 +65,14 @@ def test_ulysses_traffic(kv_heads, replicated):
     assert [s["all_to_all"] for s in sent] == [layers * rows * elements * 4] * degree
     assert sum(sum(s.values()) for s in sent) == degree * layers * rows * elements * 4
     assert (
-        bytes_sent_per_rank(run_config(**options), model_shape(config), rows, length, 4) == layers * rows * elements * 4
+        bytes_sent_per_rank(run_config(**options), model_dims(config), rows, length, 4) == layers * rows * elements * 4
     )
 
 
 def test_hybrid_traffic_is_the_plan():
     options = {"ulysses_degree": 2, "ring_degree": 2, "batch_size": 2}
     sent = traffic(build(gpt_neox(heads=4, layers=2)), 101, **options)
-    planned = bytes_sent_per_rank(run_config(**options), model_shape(gpt_neox(heads=4, layers=2)), 2, 101, 4)
+    planned = bytes_sent_per_rank(run_config(**options), model_dims(gpt_neox(heads=4, layers=2)), 2, 101, 4)
     assert mean(sum(s.values()) for s in sent) == planned
 
 
@@ -82,8 +82,8 @@ def test_pipeline_traffic():
     sent = traffic(build(gpt_neox(heads=4, layers=5)), length, micro_batch_size=2, **options)
     state = rows * length * hidden * 4
     assert [sum(s.values()) for s in sent] == [state, state, state, 0]
-    shape = model_shape(gpt_neox(heads=4, layers=5))
-    assert mean([state, state, state, 0]) == bytes_sent_per_rank(run_config(**options), shape, rows, length, 4)
+    dims = model_dims(gpt_neox(heads=4, layers=5))
+    assert mean([state, state, state, 0]) == bytes_sent_per_rank(run_config(**options), dims, rows, length, 4)
 
 
 @pytest.mark.parametrize("layout", [{"ring_degree": 4}, {"ulysses_degree": 2, "ring_degree": 2}], ids=str)

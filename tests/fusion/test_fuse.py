@@ -18,8 +18,8 @@ from ds_ring.fusion import rotary
 from ds_ring.fusion.fuse import Fusion
 from ds_ring.fusion.recognize import Norm, activation_of
 from ds_ring.hf import linear
-from ds_ring.hf.decoder import Anatomy
-from ds_ring.hf.linear import Product
+from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.linear import Linear
 from ds_ring.kernels import elementwise
 from tests.helpers.mocked_world import relative_error, serve
 from tests.helpers.tiny_models import (
@@ -39,11 +39,11 @@ from tests.helpers.tiny_models import (
 TOLERANCE = 1e-5
 LENGTH = 63
 
-PRE_NORM = {"norm": 7, "ProductGelu": 3, "AddNorm": 3, "AddProduct": 3}
-GATED = {"rotary": 3, "norm": 7, "Gated": 3, "AddNorm": 3, "AddProduct": 3}
+PRE_NORM = {"norm": 7, "LinearGelu": 3, "AddNorm": 3, "AddLinear": 3}
+GATED = {"rotary": 3, "norm": 7, "Gated": 3, "AddNorm": 3, "AddLinear": 3}
 EXPECTED: dict[str, dict[str, int]] = {
     "gpt_neox": {"rotary": 3} | PRE_NORM,
-    "pythia": {"rotary": 3, "norm": 7, "ProductGelu": 3, "Sum": 3, "AddProduct": 3},
+    "pythia": {"rotary": 3, "norm": 7, "LinearGelu": 3, "Sum": 3, "AddLinear": 3},
     "llama_gqa": GATED,
     "llama_mqa": GATED,
     "qwen2": GATED,
@@ -56,12 +56,12 @@ EXPECTED: dict[str, dict[str, int]] = {
     "gpt_oss": {"norm": 7, "AddNorm": 3},
     "phi3": GATED,
     "gpt2": PRE_NORM,
-    "opt": {"norm": 7, "Sum": 3, "AddProduct": 3},
+    "opt": {"norm": 7, "Sum": 3, "AddLinear": 3},
 }
 
 
 def fuse(model: PreTrainedModel) -> Fusion:
-    return Fusion(Anatomy.of(model))
+    return Fusion(Decoder.of(model))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -77,7 +77,7 @@ def test_fused_models_equal_themselves(name):
         other = tokens(rows, length, seed=length)
         assert relative_error(logits(model, other), logits(stock, other)) < TOLERANCE
     # With stock attention there is a mask or none, where a window slides.
-    assert max(len(layer.forward.__func__._graphs) for layer in Anatomy.of(model).layers) <= 2
+    assert max(len(layer.forward.__func__._graphs) for layer in Decoder.of(model).layers) <= 2
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -100,12 +100,12 @@ def test_every_layout_fuses_alike(config, layout):
     def work(engine: Engine) -> tuple[Tensor, dict[str, int], int]:
         got = engine(ids).logits
         assert engine.runner.fusion is not None
-        return got, {k: n for k, n in engine.runner.fusion.done.items() if n}, len(engine.runner.anatomy.layers)
+        return got, {k: n for k, n in engine.runner.fusion.done.items() if n}, len(engine.runner.decoder.layers)
 
     alone = serve(model, work)[0][1]
     for got, done, layers in serve(model, work, batch_size=2, **layout):
         assert relative_error(got, want) < TOLERANCE
-        for name in ("ProductGelu", "Gated", "AddNorm", "Sum", "AddProduct", "rotary"):
+        for name in ("LinearGelu", "Gated", "AddNorm", "Sum", "AddLinear", "rotary"):
             assert done.get(name, 0) * model.config.num_hidden_layers == alone.get(name, 0) * layers
         assert bool(done.get("bias in product")) == (
             "tp_size" in layout and config is not qwen3 and config is not gemma2
@@ -159,7 +159,7 @@ def test_the_fused_operations_run(monkeypatch):
     for name in ("add_norm", "rotate"):
         monkeypatch.setattr(elementwise, name, counted(name, getattr(elementwise, name)))
     for name in ("with_gelu", "add_to_"):
-        monkeypatch.setattr(Product, name, counted(name, getattr(Product, name)))
+        monkeypatch.setattr(Linear, name, counted(name, getattr(Linear, name)))
     model = build(gpt_neox())
     fuse(model)
     logits(model, tokens(1, LENGTH))
@@ -180,13 +180,13 @@ def test_steps_of_one_token_behind_a_cache(config):
             got = model(ids[:, at : at + 1], past_key_values=cache).logits
             assert relative_error(got[:, 0], want[:, at]) < TOLERANCE
     # One graph a way of calling: with a mask over several tokens, and without one.
-    assert max(len(layer.forward.__func__._graphs) for layer in Anatomy.of(model).layers) <= 2
+    assert max(len(layer.forward.__func__._graphs) for layer in Decoder.of(model).layers) <= 2
 
 
 def test_hooks_of_layers_and_modules_still_run():
     model, seen = build(gpt_neox(heads=4, layers=2)), []
     fuse(model)
-    for layer in Anatomy.of(model).layers:
+    for layer in Decoder.of(model).layers:
         layer.register_forward_hook(lambda *_: seen.append("layer"))
         layer.attention.register_forward_hook(lambda *_: seen.append("attention"))
     logits(model, tokens(1, 5))
@@ -195,12 +195,12 @@ def test_hooks_of_layers_and_modules_still_run():
 
 def test_a_product_that_is_watched_is_not_taken_in():
     model, seen = build(gpt_neox(heads=4, layers=2)), []
-    for layer in Anatomy.of(model).layers:
+    for layer in Decoder.of(model).layers:
         layer.mlp.dense_h_to_4h.register_forward_hook(lambda *_: seen.append("up"))
     fusion = fuse(model)
     logits(model, tokens(1, 5))
     assert seen == ["up"] * 2
-    assert fusion.done["ProductGelu"] == 0
+    assert fusion.done["LinearGelu"] == 0
 
 
 def test_training_runs_the_model_itself():
@@ -223,7 +223,7 @@ class _DependsOnValues(nn.Module):
 
 def test_what_cannot_be_traced_is_left_and_named(caplog):
     model, ids = build(llama_gqa()), tokens(1, LENGTH)
-    want, layers = logits(model, ids), Anatomy.of(model).layers
+    want, layers = logits(model, ids), Decoder.of(model).layers
     layers[1] = _DependsOnValues(layers[1]).eval()
     fusion = fuse(model)
     with caplog.at_level("INFO", "ds_ring"):
@@ -248,14 +248,14 @@ class _Shifted(nn.Module):
 
 def test_parameters_outside_submodules_are_kept_out_of_the_graph(caplog):
     model, ids = build(llama_gqa()), tokens(1, LENGTH)
-    layers = Anatomy.of(model).layers
+    layers = Decoder.of(model).layers
     layers[0].mlp = _Shifted(layers[0].mlp).eval()
     layers[1] = _Shifted(layers[1]).eval()
     want = logits(model, ids)
     fusion = fuse(model)
     with caplog.at_level("INFO", "ds_ring"):
         assert relative_error(logits(model, ids), want) < TOLERANCE
-    assert (fusion.done["AddNorm"], fusion.done["AddProduct"]) == (2, 1)
+    assert (fusion.done["AddNorm"], fusion.done["AddLinear"]) == (2, 1)
     assert "as it is: _Shifted: its forward uses a parameter of its own" in caplog.text
 
 
@@ -275,13 +275,13 @@ def test_the_exact_gelu_is_not_replaced_by_its_approximation():
     model = build(gpt_neox(heads=4, layers=2, hidden_act="gelu"))
     fusion = fuse(model)
     logits(model, tokens(1, 5))
-    assert fusion.done["ProductGelu"] == 0
+    assert fusion.done["LinearGelu"] == 0
     assert fusion.done["AddNorm"] == 2
 
 
 def test_norms_by_what_they_answer():
     def of(config: Any) -> Norm | None:
-        layer = Anatomy.of(build(config)).layers[0]
+        layer = Decoder.of(build(config)).layers[0]
         return Norm.of(layer.input_layernorm)
 
     specs = [of(config) for config in (gpt_neox(), llama_gqa(rms_norm_eps=1e-3), gemma2())]
@@ -294,13 +294,13 @@ def test_norms_by_what_they_answer():
 
 def test_rotary_functions_by_what_they_answer():
     def neighbours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        def turn(x: Tensor) -> Tensor:
+        def cos_sin(x: Tensor) -> Tensor:
             return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
 
-        return q * cos[:, None] + turn(q) * sin[:, None], k * cos[:, None] + turn(k) * sin[:, None]
+        return q * cos[:, None] + cos_sin(q) * sin[:, None], k * cos[:, None] + cos_sin(k) * sin[:, None]
 
-    assert rotary.turns_by_halves(modeling_gpt_neox.apply_rotary_pos_emb)
-    assert not rotary.turns_by_halves(neighbours)
+    assert rotary.rotates_by_halves(modeling_gpt_neox.apply_rotary_pos_emb)
+    assert not rotary.rotates_by_halves(neighbours)
 
 
 def test_a_sum_is_not_written_over_while_others_need_it():
@@ -317,7 +317,7 @@ def test_a_sum_is_not_written_over_while_others_need_it():
         def clone(module: nn.Module, args: Any, out: Any, copies: list[Tensor] = copies) -> None:
             copies.append((out if isinstance(out, Tensor) else out[0]).clone())
 
-        for layer in Anatomy.of(model).layers:
+        for layer in Decoder.of(model).layers:
             layer.register_forward_hook(keep)
             layer.register_forward_hook(clone)
         logits(model, ids)
@@ -327,7 +327,7 @@ def test_a_sum_is_not_written_over_while_others_need_it():
 def test_autotp_biases_are_added_once():
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(1, LENGTH)
     twice = copy.deepcopy(model)
-    for layer in Anatomy.of(twice).layers:
+    for layer in Decoder.of(twice).layers:
         layer.mlp.dense_4h_to_h.bias.data *= 2
     assert relative_error(logits(twice, ids), logits(model, ids)) > 1000 * TOLERANCE
     for got in serve(model, lambda engine: engine(ids).logits, tp_size=2):
@@ -336,9 +336,9 @@ def test_autotp_biases_are_added_once():
 
 def test_a_product_without_bias_has_a_gelu():
     up = nn.Linear(8, 16, bias=False)
-    fused = Product.of(up)
+    fused = Linear.of(up)
     assert fused is not None
     x = torch.randn(2, 3, 8)
     with torch.inference_mode():
         torch.testing.assert_close(fused.with_gelu(x), nn.functional.gelu(up(x), approximate="tanh"))
-    assert linear.Product.of(nn.Bilinear(2, 2, 2)) is None
+    assert linear.Linear.of(nn.Bilinear(2, 2, 2)) is None

@@ -17,15 +17,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from ds_ring.attention import ring
-from ds_ring.attention.kv_exchange import Round
+from ds_ring.attention.kv_exchange import KVExchange
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import NumericsError
 from ds_ring.fusion import kv_first
 from ds_ring.hf.attention_context import AttentionContext
-from ds_ring.hf.linear import Product
+from ds_ring.hf.linear import Linear
 from ds_ring.kernels import elementwise
 from ds_ring.transport.copy_engine import CopyEngineTransport
-from ds_ring.transport.peer_buffers import Slot, Slots
+from ds_ring.transport.peer_buffers import BufferPool, PeerBuffer
 from tests.helpers.mocked_world import relative_error, serve
 from tests.helpers.peer_threads import LATE_S, AtOnce, Later, all_are_late, copy_engine_mesh
 from tests.helpers.tiny_models import ARCHITECTURES, build, gpt2, gpt_neox, llama_gqa, logits, phi3, tokens
@@ -58,7 +58,7 @@ def test_the_same_numbers_and_bytes_as_with_copies(config, layout, wire, monkeyp
     """Two micro-batches, in flight together where the copy engine serves."""
     model, options = build(config()), {"wire": wire, "micro_batch_size": 2, **layout}
     in_place = serve(model, results, **options)
-    monkeypatch.setattr(AttentionContext, "has_place", lambda *_: False)
+    monkeypatch.setattr(AttentionContext, "has_qkv_buffers", lambda *_: False)
     for (got, sent), (want, want_sent) in zip(in_place, serve(model, results, **options), strict=True):
         assert torch.equal(got, want)
         assert sent == want_sent
@@ -77,9 +77,9 @@ def test_segments_apart_hold_what_one_segment_holds(ranks, muted, monkeypatch):
         return found, dict(engine.mesh.traffic.bytes_by_op), {len(segments) for segments in attended}
 
     attended: list[Any] = []
-    attend = ring.attend_runs
+    attend = ring.attend_ranges
     monkeypatch.setattr(
-        ring, "attend_runs", lambda q, runs, keys, *rest: attended.append(keys) or attend(q, runs, keys, *rest)
+        ring, "attend_ranges", lambda q, runs, keys, *rest: attended.append(keys) or attend(q, runs, keys, *rest)
     )
     options = {"wire": "copy_engine", "ring_degree": ranks, "ring_variant": "gather_kv"}
     joined = serve(build(FUSED()), work, **options)
@@ -109,12 +109,12 @@ def seen(monkeypatch) -> dict[int, list[tuple[Any, ...]]]:
 
         monkeypatch.setattr(owner, name, watched)
 
-    watch(elementwise, "put", lambda x, out, turn=None: ("turn" if turn else "copy", out.data_ptr()))
-    watch(elementwise, "turn_", lambda x, turn: ("turn in place", x.data_ptr()))
-    watch(Product, "into", lambda product, x, out: ("project", out.data_ptr()))
-    watch(Round, "__init__", lambda self, *_: ("open", self.own_2BLKD[0].data_ptr(), self.own_2BLKD[1].data_ptr()))
-    watch(Round, "start", lambda self: ("start",))
-    watch(Round, "write", lambda self, *_: ("write",))
+    watch(elementwise, "put", lambda x, out, cos_sin=None: ("turn" if cos_sin else "copy", out.data_ptr()))
+    watch(elementwise, "turn_", lambda x, cos_sin: ("turn in place", x.data_ptr()))
+    watch(Linear, "into", lambda product, x, out: ("project", out.data_ptr()))
+    watch(KVExchange, "__init__", lambda self, *_: ("open", self.own_2BLKD[0].data_ptr(), self.own_2BLKD[1].data_ptr()))
+    watch(KVExchange, "start", lambda self: ("start",))
+    watch(KVExchange, "write", lambda self, *_: ("write",))
     watch(CopyEngineTransport, "send_buffer", lambda self, *_: ("send_buffer",))
     return events
 
@@ -156,7 +156,7 @@ def test_the_shared_tensor_is_what_was_written(config, value, query, wire, seen)
 def test_a_query_projection_of_its_own_runs_when_keys_are_under_way(seen):
     def work(engine: Engine) -> list[str]:
         own = seen[threading.get_ident()]
-        for layer in engine.runner.anatomy.layers:
+        for layer in engine.runner.decoder.layers:
             layer.self_attn.q_proj.register_forward_hook(lambda *_: own.append(("q_proj",)))
         engine(tokens(1, LENGTH))
         return [event[0] for event in own if event[0] in ("start", "q_proj")]
@@ -226,9 +226,9 @@ class TestMistakesShow:
     def test_reading_before_the_owner_has_written(self, monkeypatch):
         """Rank 0 writes when others have begun to read."""
         assert self.error(monkeypatch, all_are_late) < 1e-5
-        begun, acquire = threading.Event(), Slots.acquire
+        begun, acquire = threading.Event(), BufferPool.acquire
 
-        def late(slots: Slots, needed: int) -> Slot:
+        def late(slots: BufferPool, needed: int) -> PeerBuffer:
             slot = acquire(slots, needed)
             if slots._rank == 0:
                 begun.wait(self.PATIENCE_S)
@@ -240,7 +240,7 @@ class TestMistakesShow:
                 begun.set()
             return 0.0
 
-        monkeypatch.setattr(Slots, "acquire", late)
+        monkeypatch.setattr(BufferPool, "acquire", late)
         monkeypatch.setattr(Later, "wait_flag", lambda *_: None)
         assert not self.error(monkeypatch, delay) < WRONG
 
@@ -248,15 +248,15 @@ class TestMistakesShow:
         """Rank 0 of a contiguous ring is read and never reads: nothing but flags holds it back. Readers wait for it."""
         assert self.error(monkeypatch, all_are_late, ring_impl="contiguous") < 1e-5
         started: list[int] = []
-        through, start, wait = threading.Event(), Round.start, AtOnce.wait_flag
+        through, start, wait = threading.Event(), KVExchange.start, AtOnce.wait_flag
 
-        def counted(travelling: Round) -> None:
-            start(travelling)
-            started.extend([0] if travelling.transport.rank == 0 else [])
+        def counted(exchange: KVExchange) -> None:
+            start(exchange)
+            started.extend([0] if exchange.transport.rank == 0 else [])
             if len(started) == 8:
                 through.set()
 
-        monkeypatch.setattr(Round, "start", counted)
+        monkeypatch.setattr(KVExchange, "start", counted)
         monkeypatch.setattr(
             AtOnce, "wait_flag", lambda self, *what: None if type(self) is AtOnce else wait(self, *what)
         )

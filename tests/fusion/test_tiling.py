@@ -17,9 +17,9 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.fusion import tiling
 from ds_ring.fusion.fuse import Fusion
-from ds_ring.fusion.tiling import RowBlocks, blocks
-from ds_ring.hf.decoder import Anatomy
-from ds_ring.hf.dims import model_shape
+from ds_ring.fusion.tiling import TiledTail, blocks
+from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.dims import model_dims
 from ds_ring.kernels import attention512
 from ds_ring.planning.memory_estimate import peak_bytes
 from tests.helpers.live_bytes import peak_of
@@ -103,8 +103,8 @@ def test_usual_shapes_run_as_without_blocks(monkeypatch):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_layers_input_is_written_over_only_where_that_was_allowed(in_place):
     model = build(gpt_neox(heads=4, layers=2))
-    Fusion(Anatomy.of(model), block_rows=8, in_place=in_place)
-    layer = Anatomy.of(model).layers[0]
+    Fusion(Decoder.of(model), block_rows=8, in_place=in_place)
+    layer = Decoder.of(model).layers[0]
     x, positions = torch.randn(1, 20, 32), torch.arange(20)[None]
     with torch.inference_mode():
         embeddings = model.gpt_neox.rotary_emb(x, positions)
@@ -119,7 +119,7 @@ def test_a_layers_input_is_written_over_only_where_that_was_allowed(in_place):
 def test_experts_stay_whole():
     """Behind a mixture of experts, which nothing says to treat tokens one by one, only a sum is left."""
     model = build(mixtral())
-    fusion = Fusion(Anatomy.of(model), block_rows=8)
+    fusion = Fusion(Decoder.of(model), block_rows=8)
     logits(model, tokens(1, LENGTH))
     assert fusion.done["AddNorm"] == 3
     assert fusion.done["row blocks"] == 0
@@ -147,8 +147,8 @@ def test_memory_is_what_the_closed_form_says_and_no_intermediate_is_whole(config
     monkeypatch.setattr("ds_ring.planning.memory_estimate.LARGE", 0)
     monkeypatch.setattr("ds_ring.planning.memory_estimate.HEAD_DIM", 8)
     model, ids = build(config(num_hidden_layers=2)), tokens(1, length)
-    shape = model_shape(model.config)
-    whole = length * shape.intermediate_size * 4
+    dims = model_dims(model.config)
+    whole = length * dims.intermediate_size * 4
 
     def work(engine: Engine) -> tuple[int, int]:
         engine(ids, logits_to_keep=1)  # traces the layers
@@ -164,7 +164,7 @@ def test_memory_is_what_the_closed_form_says_and_no_intermediate_is_whole(config
         if rows_at_once:
             run = RunConfig.load({"dtype": "fp32"}, **options)
             assert largest < whole_on_rank
-            assert peak == pytest.approx(peak_bytes(run, shape, 0, 1), rel=0.1)
+            assert peak == pytest.approx(peak_bytes(run, dims, 0, 1), rel=0.1)
             blocked = peak
         else:
             assert largest >= whole_on_rank
@@ -186,7 +186,7 @@ def test_memory_in_blocks_is_what_the_closed_form_says_in_other_layouts_too(layo
 
     options = {"max_length": length, "block_rows": 64, **layout}
     run = RunConfig.load({"dtype": "fp32"}, **options)
-    predicted = peak_bytes(run, model_shape(model.config), 0, 1)
+    predicted = peak_bytes(run, model_dims(model.config), 0, 1)
     assert max(serve(model, work, **options)) == pytest.approx(predicted, rel=0.03)
 
 
@@ -204,6 +204,6 @@ def test_a_ring_of_two_gathers_in_one_launch_where_k_and_v_exceed_the_limit(ring
 
 
 def test_row_blocks_take_what_is_no_batch_of_sequences_whole():
-    part = RowBlocks(torch.nn.Identity(), 4, None)
+    part = TiledTail(torch.nn.Identity(), 4, None)
     x = torch.randn(9, 3)
     assert part(x) is x

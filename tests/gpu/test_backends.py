@@ -17,19 +17,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ds_ring.attention.backends.base import (
+    ATTENTION512,
     CUDNN,
+    EAGER,
     FLASH,
-    HOPPER512,
     MEMORY_EFFICIENT,
-    PLAIN,
-    PORTABLE,
+    TRITON,
     Backend,
     Partial,
 )
-from ds_ring.attention.backends.select import choose, usable
+from ds_ring.attention.backends.select import select_backend, usable
 from ds_ring.attention.block import accumulate_, attend
 from ds_ring.attention.reference import reference_attention
-from ds_ring.attention.segments import Segment, attend_runs
+from ds_ring.attention.segments import Segment, attend_ranges
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 from ds_ring.parallel.layout import SequenceLayout
 from tests.helpers.marks import ON_A_GPU
@@ -49,8 +49,8 @@ WIDE = [64, 80, 96, 128, 256]
 ANY_SHAPE = {
     "flash": (FLASH, WIDE),
     "memory_efficient": (MEMORY_EFFICIENT, [*WIDE, 320]),
-    "attention512": (HOPPER512, [512]),
-    "plain": (PLAIN, [20, 128]),
+    "attention512": (ATTENTION512, [512]),
+    "plain": (EAGER, [20, 128]),
 }
 """Back-ends that neither plan nor compile for a shape."""
 LAYOUTS = [("fused", 9, 3), ("contiguous", 4, 4), ("heads_first", 4, 1)]
@@ -66,8 +66,8 @@ CASES = [
     pytest.param(CUDNN, 128, HALF, LAYOUTS[2], id="cudnn-128-float16-heads_first"),
     pytest.param(CUDNN, 128, BFLOAT, LAYOUTS[0], id="cudnn-128-bfloat16-fused"),
     pytest.param(CUDNN, 256, BFLOAT, LAYOUTS[0], id="cudnn-256-bfloat16-fused"),
-    pytest.param(PORTABLE, 20, HALF, LAYOUTS[2], id="portable-20-float16-heads_first"),
-    pytest.param(PORTABLE, 320, HALF, LAYOUTS[0], id="portable-320-float16-fused"),
+    pytest.param(TRITON, 20, HALF, LAYOUTS[2], id="portable-20-float16-heads_first"),
+    pytest.param(TRITON, 320, HALF, LAYOUTS[0], id="portable-320-float16-fused"),
 ]
 BLOCKS = {
     "square": (257, 257, True, 0),
@@ -153,7 +153,9 @@ def test_every_back_end_matches_the_reference(backend, head_dim, dtype, layout):
             assert all(torch.equal(a, b) for a, b in zip(again, got, strict=True)), name
 
 
-@pytest.mark.parametrize(("backend", "head_dim"), [(FLASH, 72), (MEMORY_EFFICIENT, 320), (HOPPER512, 512), (PLAIN, 20)])
+@pytest.mark.parametrize(
+    ("backend", "head_dim"), [(FLASH, 72), (MEMORY_EFFICIENT, 320), (ATTENTION512, 512), (EAGER, 20)]
+)
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.tuples(st.integers(1, 700), st.integers(1, 700)),
@@ -181,15 +183,15 @@ def test_any_shape_where_none_is_planned_for(backend, head_dim, lengths, heads, 
 
 def test_the_back_end_follows_the_head_size():
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    wanted = {20: PORTABLE, 64: CUDNN if hopper else FLASH, 256: CUDNN if hopper else FLASH, 320: PORTABLE}
-    wanted[512] = HOPPER512 if hopper else PORTABLE
+    wanted = {20: TRITON, 64: CUDNN if hopper else FLASH, 256: CUDNN if hopper else FLASH, 320: TRITON}
+    wanted[512] = ATTENTION512 if hopper else TRITON
     square = BlockSpec(AttentionSpec(1.0), True, 0)
     for head_dim, backend in wanted.items():
         q = torch.zeros(1, 2048, 1, head_dim, device=CUDA, dtype=HALF)
-        assert choose(q, 2048, square) is backend
+        assert select_backend(q, 2048, square) is backend
 
 
-@pytest.mark.parametrize(("backend", "head_dim"), [(FLASH, 80), (MEMORY_EFFICIENT, 512), (PLAIN, 33)])
+@pytest.mark.parametrize(("backend", "head_dim"), [(FLASH, 80), (MEMORY_EFFICIENT, 512), (EAGER, 33)])
 def test_what_others_stand_in_for_passes_its_self_test(backend, head_dim):
     assert usable(backend, CUDA, BFLOAT, head_dim, False, False)
 
@@ -200,7 +202,7 @@ def test_windows_and_softcap(window, softcap, queries, keys, q_offset):
     q, k, v = tensors(16, queries, keys, 4, 2, HALF)
     spec = AttentionSpec(0.25, window, softcap)
     want = reference_attention(q, k, v, spec=spec, q_offset=q_offset)
-    assert choose(q, keys, BlockSpec(spec, True, q_offset)) is (PLAIN if PORTABLE.unusable(CUDA) else PORTABLE)
+    assert select_backend(q, keys, BlockSpec(spec, True, q_offset)) is (EAGER if TRITON.unusable(CUDA) else TRITON)
     assert_is(attend(q, k, v, spec=spec, q_offset=q_offset), want, HALF)
 
 
@@ -258,10 +260,10 @@ def test_folding_into_a_part_of_the_rows_leaves_the_others(head_dim):
 def test_sinks_over_runs_of_queries(head_dim, dtype, window):
     q, k, v = tensors(head_dim, 600, 1000, 4, 2, dtype)
     spec, sinks_H = AttentionSpec(head_dim**-0.5, window), torch.randn(4, device=CUDA).to(dtype)
-    runs = SequenceLayout(1000, 2).slice_runs(1)
+    runs = SequenceLayout(1000, 2).slice_ranges(1)
     q = q[:, : sum(r.length for r in runs)]
     segments = [Segment(500, k[:, 500:], v[:, 500:]), Segment(0, k[:, :500], v[:, :500])]
-    out = attend_runs(q, runs, segments, spec, sinks_H)
+    out = attend_ranges(q, runs, segments, spec, sinks_H)
     done = 0
     for run in runs:
         rows = slice(done, done + run.length)

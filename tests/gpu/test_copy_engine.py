@@ -24,7 +24,7 @@ from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Topology
 from ds_ring.process.launcher import free_port
 from ds_ring.transport.mesh import Mesh
-from ds_ring.transport.select import SHARE_GPU, Place, choose
+from ds_ring.transport.select import SHARE_GPU, Location, select_transports
 from tests.helpers.marks import ON_A_GPU
 from tests.helpers.worlds import Problem, cut, put_together
 
@@ -75,9 +75,9 @@ def _rank(rank: int, port: int, topology: Topology, results, work, arguments) ->
         limit = timedelta(seconds=LIMIT_S // 2)
         dist.init_process_group("gloo" if shared else "nccl", timeout=limit)
         deepspeed.init_distributed(verbose=False)
-        places: list[Place] = [None] * topology.world_size
-        dist.all_gather_object(places, Place.of(device))
-        choice = choose("copy_engine", topology, places, sharing=shared)
+        locations: list[Location] = [None] * topology.world_size
+        dist.all_gather_object(locations, Location.of(device))
+        choice = select_transports("copy_engine", topology, locations, sharing=shared)
         mesh = Mesh.from_process_groups(topology, choice.pulled, device)
         with torch.inference_mode():
             value = work(mesh, device, *arguments)
@@ -149,8 +149,8 @@ def _attention(mesh: Mesh, device: torch.device, problems: list[Problem]) -> lis
     outs = []
     for problem in problems:
         layout = SequenceLayout(problem.length, t.ring, t.ulysses)
-        place = mesh.coordinate("ring"), mesh.coordinate("ulysses")
-        q, k, v = (cut(x, layout, *place).to(device) for x in problem.tensors())
+        location = mesh.coordinate("ring"), mesh.coordinate("ulysses")
+        q, k, v = (cut(x, layout, *location).to(device) for x in problem.tensors())
         outs.append(
             [
                 sequence_parallel_attention(

@@ -13,8 +13,8 @@ from ds_ring.attention.last_token import last_token_attention
 from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.fusion.fuse import Fusion
-from ds_ring.hf.decoder import Anatomy
-from ds_ring.hf.linear import Product, gelu_inside_agrees
+from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.linear import Linear, gelu_inside_agrees
 from ds_ring.kernels import elementwise
 from ds_ring.kernels.elementwise import NormSpec
 from ds_ring.transport.solo import SoloTransport
@@ -96,7 +96,7 @@ def test_rotary_in_place_is_rotary_and_touches_nothing_else(dtype, rotary):
     cos, sin = (torch.cat((f(angle), f(angle)), -1).to(dtype) for f in (torch.cos, torch.sin))
     before = fused.clone()
     want = elementwise.rotated(fused[..., 512:1024], cos, sin)
-    elementwise.turn_(fused[..., 512:1024], (cos, sin))
+    elementwise.rotate_(fused[..., 512:1024], (cos, sin))
     torch.testing.assert_close(fused[..., 512 : 512 + rotary], want[..., :rotary])
     turned = slice(512, 512 + rotary)
     before[..., turned] = fused[..., turned]
@@ -109,7 +109,7 @@ def test_rotary_in_place_is_rotary_and_touches_nothing_else(dtype, rotary):
 def test_gelu_inside_a_product(dtype, bias, rows):
     up = nn.Linear(512, 1024, bias=bias, device="cuda", dtype=dtype)
     x = random(1, rows, 512, dtype=dtype)
-    fused = Product.of(up)
+    fused = Linear.of(up)
     assert fused is not None
     with torch.inference_mode():
         linear = x.double() @ up.weight.double().t() + (up.bias.double() if bias else 0)
@@ -131,11 +131,11 @@ def test_fused_models_are_as_near_to_fp32_as_stock_ones(name, dtype):
         if half.is_floating_point():
             half.data = full.data  # rotary frequencies stay fp32
     fused = copy.deepcopy(stock)
-    fusion = Fusion(Anatomy.of(fused))
+    fusion = Fusion(Decoder.of(fused))
     with torch.inference_mode():
         want, near, got = (m(ids, use_cache=False).logits.double() for m in (model, stock, fused))
     assert "Triton kernels" in str(fusion)
-    assert fusion.done["AddNorm"] + fusion.done["Sum"] >= len(Anatomy.of(fused).layers)
+    assert fusion.done["AddNorm"] + fusion.done["Sum"] >= len(Decoder.of(fused).layers)
     floor = 1e-5 if dtype == torch.float32 else 0.0
     assert error(got, want) < 1.5 * error(near, want) + floor
 
@@ -157,8 +157,8 @@ def test_attention_of_the_last_tokens(dtype, head_dim):
 def test_a_fused_forward_waits_for_nothing(config):
     """PyTorch raises where the host would wait for the device."""
     model = build(config()).half().cuda()
-    Fusion(Anatomy.of(model))
-    layer = Anatomy.of(model).layers[0]
+    Fusion(Decoder.of(model))
+    layer = Decoder.of(model).layers[0]
     x = random(2, 33, model.config.hidden_size, dtype=torch.float16)
     cos = random(1, 33, model.config.hidden_size // model.config.num_attention_heads, dtype=torch.float16)
     with torch.inference_mode():

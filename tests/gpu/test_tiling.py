@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from ds_ring.cli.make_checkpoint import byte_tokenizer
 from ds_ring.config import RunConfig
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 from ds_ring.kernels import elementwise
 from ds_ring.planning.memory_estimate import peak_bytes
 from ds_ring.process.launcher import free_port
@@ -51,7 +51,7 @@ def peak_gib(folder: Path, *options: object) -> float:
 
 
 def test_a_long_forward_takes_the_memory_of_the_closed_form(tmp_path):
-    """Within a tenth in blocks; without them the MLP's intermediate alone is another 1.1 GiB."""
+    """ViewOf a tenth in blocks; without them the MLP's intermediate alone is another 1.1 GiB."""
     config = GPTNeoXConfig(
         hidden_size=2048, num_attention_heads=4, intermediate_size=8192, num_hidden_layers=LAYERS, vocab_size=300,
         use_parallel_residual=False, hidden_act="gelu_pytorch_tanh", max_position_embeddings=LENGTH,
@@ -59,7 +59,7 @@ def test_a_long_forward_takes_the_memory_of_the_closed_form(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     run = RunConfig.load({"dtype": "fp16"}, batch_size=1, max_length=LENGTH, block_rows=16_384)
-    want = peak_bytes(run, model_shape(config), LAYERS * 12 * 2048**2, 1) / 2**30
+    want = peak_bytes(run, model_dims(config), LAYERS * 12 * 2048**2, 1) / 2**30
     blocked = peak_gib(tmp_path, "--block-rows", 16_384)
     assert blocked == pytest.approx(want, rel=0.1)
     assert peak_gib(tmp_path, "--block-rows", 0) > blocked + 1.1

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from ds_ring.errors import ConfigError, UnsupportedModelError
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 from tests.helpers.tiny_models import ARCHITECTURES, build
 
 NO_TENSOR_PARALLEL = {
@@ -26,8 +26,8 @@ NO_TENSOR_PARALLEL = {
 
 
 def layouts_of(config: PretrainedConfig, tensor_parallel: bool) -> dict[str, dict[str, int | str]]:
-    shape = model_shape(config)
-    ulysses = 2 if shape.num_heads % 2 == 0 else 3
+    dims = model_dims(config)
+    ulysses = 2 if dims.num_heads % 2 == 0 else 3
     layouts: dict[str, dict[str, int | str]] = {
         "ring3": {"ring_degree": 3, "ring_variant": "gather_kv"},
         "ring3_pass_kv": {"ring_degree": 3, "ring_variant": "pass_kv"},
@@ -36,7 +36,7 @@ def layouts_of(config: PretrainedConfig, tensor_parallel: bool) -> dict[str, dic
         "pp2": {"pp_size": 2},
     }
     if tensor_parallel:
-        tp = 2 if shape.num_kv_heads % 2 == 0 else 3
+        tp = 2 if dims.num_kv_heads % 2 == 0 else 3
         layouts |= {f"tp{tp}": {"tp_size": tp}, f"tp{tp}_pp2": {"tp_size": tp, "pp_size": 2}}
     return layouts
 

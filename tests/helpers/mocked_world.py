@@ -41,7 +41,7 @@ from ds_ring.api import build_engine
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import TransportError
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 from ds_ring.parallel.topology import Axis, Topology
 from ds_ring.planning.validation import check_run
 from ds_ring.testing.threaded import ThreadedWorld
@@ -74,7 +74,7 @@ def serve(
         Results in rank order; the first error of any rank is raised.
     """
     run = RunConfig.load({"dtype": dtype}, **options)
-    size, shape = run.topology.world_size, model_shape(model.config)
+    size, shape = run.topology.world_size, model_dims(model.config)
     check_run(run, shape, size)
     copies = [copy.deepcopy(model) for _ in range(size)]
 

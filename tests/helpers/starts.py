@@ -26,7 +26,7 @@ def launched(work: Callable[[int], Tensor], size: int, monkeypatch: pytest.Monke
         all_done.wait()
         return model
 
-    for name in ("rehearse", "load_model", "load_stage"):
+    for name in ("dry_run", "load_model", "load_stage"):
         monkeypatch.setattr(api, name, partial(in_turn, getattr(api, name)))
     for key, value in {"WORLD_SIZE": str(size), "RANK": "0", "DS_ACCELERATOR": "cpu"}.items():
         monkeypatch.setenv(key, value)

@@ -1,6 +1,6 @@
 """Worlds of threads for tests, and whole sequences cut over them."""
 
-# Shapes: B batch, L tokens of the sequence, l tokens of one rank, H query heads, K key/value heads, D head_dim.
+# Shapes: B batch, L tokens of the sequence, T tokens of one rank, H query heads, K key/value heads, D head_dim.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -114,9 +114,9 @@ def cut(x_BLHD: Tensor, layout: SequenceLayout, ring_rank: int, ulysses_rank: in
     return torch.cat((x_BLHD, padding), 1)[:, layout.positions(ring_rank, ulysses_rank)]
 
 
-def put_together(parts_BlHD: Sequence[Tensor], layout: SequenceLayout) -> Tensor:
+def put_together(parts_BTHD: Sequence[Tensor], layout: SequenceLayout) -> Tensor:
     """All ranks' tokens, ring-major, in natural order and without padding."""
-    rows = torch.cat(list(parts_BlHD), 1)
+    rows = torch.cat(list(parts_BTHD), 1)
     out = torch.full_like(rows, torch.nan)
     out[:, [p for rank in range(layout.ring_degree) for p in layout.slice_positions(rank)]] = rows
     return out[:, : layout.length]
@@ -130,7 +130,7 @@ def run_attention(
     gather_limit_bytes: int = 2 << 30,
     cut_by: SequenceLayout | None = None,
     put_together_by: SequenceLayout | None = None,
-    view: Callable[[Tensor], Tensor] = lambda x_BlHD: x_BlHD,
+    view: Callable[[Tensor], Tensor] = lambda x_BTHD: x_BTHD,
     muted: bool = False,
     make_mesh: MakeMesh = mesh_of,
     repeats: int = 1,

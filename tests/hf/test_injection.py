@@ -24,7 +24,7 @@ from ds_ring.engine.sequence_parallel import SequenceParallelRunner
 from ds_ring.errors import DsRingError, UnsupportedModelError
 from ds_ring.hf.attention import NAME, register
 from ds_ring.hf.attention_context import AttentionContext
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Topology
 from ds_ring.testing.threaded import ThreadedWorld
@@ -271,7 +271,7 @@ def test_an_untouched_model_of_the_same_config_keeps_its_own_attention(layout):
     run = RunConfig.load({"dtype": "fp32"}, **layout)
     mesh = threaded_mesh(ThreadedWorld(run.topology.world_size), run.topology, 0)
     with one_process():
-        engine = build_engine(injected, run, mesh, model_shape(config), torch.device("cpu"))
+        engine = build_engine(injected, run, mesh, model_dims(config), torch.device("cpu"))
     assert engine.model.config._attn_implementation == NAME
     assert untouched.config._attn_implementation == config._attn_implementation != NAME
     assert untouched.config.num_hidden_layers == config.num_hidden_layers == layers

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import NumericsError, UnsupportedModelError
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.solo import SoloTransport
@@ -88,10 +88,10 @@ def test_it_leaves_the_engine_as_it_was(layout):
     ids = tokens(2, 63)
 
     def work(engine: Engine) -> list[Tensor]:
-        forward = vars(engine.runner.anatomy.layers[-1])["forward"]
+        forward = vars(engine.runner.decoder.layers[-1])["forward"]
         before = engine(ids).logits
         engine.next_token_logits(ids)
-        assert vars(engine.runner.anatomy.layers[-1])["forward"] is forward
+        assert vars(engine.runner.decoder.layers[-1])["forward"] is forward
         return [before, engine(ids).logits]
 
     for before, after in serve(small_model(), work, batch_size=2, **layout):
@@ -103,7 +103,7 @@ def test_the_last_layer_sees_its_mlp_run_for_one_token_a_row(layout):
     ids, seen = tokens(2, 63), []
 
     def work(engine: Engine) -> list[Tensor | None]:
-        layer = engine.runner.anatomy.layers[-1]
+        layer = engine.runner.decoder.layers[-1]
         layer.attention.dense.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
         batch, _ = engine.prepare(ids, None, None)
         return engine.prefill_only(batch)
@@ -162,7 +162,7 @@ def test_keys_and_values_of_all_tokens_reach_the_cache():
         context = engine.runner._context
         with (
             torch.inference_mode(),
-            last_tokens_only(engine.runner.anatomy, context, tokens_),
+            last_tokens_only(engine.runner.decoder, context, tokens_),
             context.forward(SequenceLayout(17), 3, "model"),
         ):
             return engine.model(ids, past_key_values=got, logits_to_keep=1).logits[:, -1]
@@ -179,7 +179,7 @@ def test_a_layer_without_attention_is_named():
             return hidden_states
 
     def work(engine: Engine) -> Exception | None:
-        engine.runner.anatomy.layers[-1] = Plain()
+        engine.runner.decoder.layers[-1] = Plain()
         return outcome(lambda: engine.next_token_logits(tokens(1, 9)))
 
     (error,) = serve(build(llama_gqa()), work)
@@ -189,7 +189,7 @@ def test_a_layer_without_attention_is_named():
 
 def test_infinity_is_traced_to_its_layer():
     model = build(llama_gqa())
-    Anatomy.of(model).layers[1].mlp.down_proj.weight.data.fill_(torch.inf)
+    Decoder.of(model).layers[1].mlp.down_proj.weight.data.fill_(torch.inf)
     errors = serve(model, lambda engine: outcome(lambda: engine.next_token_logits(tokens(1, 9))), ring_degree=2)
     assert {type(error) for error in errors} == {NumericsError}
     assert "layer 1 of 3" in str(errors[0])

@@ -20,7 +20,7 @@ from benchmarks.models.check_models import tiny_config, tiny_model
 from ds_ring import api
 from ds_ring.errors import CheckpointError
 from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.parallel.degrees import stage_layers
 from tests.helpers.mocked_world import relative_error
@@ -124,13 +124,13 @@ def test_memory_that_runs_out_in_a_conversion_is_not_the_checkpoint_s_fault(fail
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 5])
 def test_stages_together_are_the_model(stages, tmp_path):
     model = saved(gpt_neox(heads=4, layers=5), tmp_path)
-    whole, numbers = Anatomy.of(model).layers, []
+    whole, numbers = Decoder.of(model).layers, []
     for stage in range(stages):
         layers = stage_layers(5, stages, stage)
         part = load_stage(tmp_path, torch.float32, CPU, layers)
         assert part.config.num_hidden_layers == len(layers)
         assert not part.training
-        for mine, number in zip(Anatomy.of(part).layers, layers, strict=True):
+        for mine, number in zip(Decoder.of(part).layers, layers, strict=True):
             want = whole[number].state_dict()
             assert mine.state_dict().keys() == want.keys()
             assert all(torch.equal(tensor, want[key]) for key, tensor in mine.state_dict().items())

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PhiConfig, PreTrainedModel
 
 from ds_ring.errors import ConfigError, UnsupportedModelError
-from ds_ring.hf.decoder import Anatomy
+from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.tensor_slices import Slice, sliced, slices_of
 from ds_ring.parallel.topology import Topology
 from ds_ring.transport.base import Transport
@@ -62,7 +62,7 @@ def sliced_on_ranks(case: str, work: Callable[[PreTrainedModel, dict[str, Slice]
 
 
 def layer_weights(model: PreTrainedModel) -> list[Tensor]:
-    return [m.weight for m in Anatomy.of(model).layers.modules() if isinstance(m, nn.Linear)]
+    return [m.weight for m in Decoder.of(model).layers.modules() if isinstance(m, nn.Linear)]
 
 
 def assert_same(got: Tensor, want: Tensor) -> None:
@@ -143,12 +143,12 @@ def test_over_process_groups(case):
 def test_slices_are_views_and_together_the_weights(case):
     config, size = CASES[case]
     whole = {
-        name: m for name, m in Anatomy.of(build(config())).decoder.named_modules()
+        name: m for name, m in Decoder.of(build(config())).module.named_modules()
         if isinstance(m, nn.Linear) and name.startswith("layers.")
     }  # fmt: skip
 
     def work(model, slices, transport):
-        decoder = Anatomy.of(model).decoder
+        decoder = Decoder.of(model).decoder
         for name, part in slices.items():
             weight = decoder.get_submodule(name).weight
             assert part.weight.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
@@ -210,7 +210,7 @@ def test_after_the_block_the_model_is_as_it_was(fails):
     state = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in model.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     calls = []
-    hook = Anatomy.of(model).layers[0].mlp.up_proj.register_forward_hook(lambda *args: calls.append(1))
+    hook = Decoder.of(model).layers[0].mlp.up_proj.register_forward_hook(lambda *args: calls.append(1))
     try:
         with sliced(model, 0, 1, SoloTransport()):
             assert torch.equal(logits(model, ids), before)
@@ -272,7 +272,7 @@ def test_what_cannot_be_cut_is_refused_by_name(config, size, error, message):
 
 def test_layers_that_are_not_plain_ones_and_parameters_out_of_plan_are_refused():
     model = build(tiny_models.qwen2())
-    layer = Anatomy.of(model).layers[1]
+    layer = Decoder.of(model).layers[1]
     layer.mlp.extra = nn.Parameter(torch.zeros(6))
     with pytest.raises(UnsupportedModelError, match=r"layers\.\*\.mlp\.extra, of a Qwen2MLP, nowhere"):
         slices_of(model, 0, 2, Silent(2))

@@ -11,7 +11,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.batch import pack
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import UnsupportedModelError
-from ds_ring.hf.dims import model_shape
+from ds_ring.hf.dims import model_dims
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
 from ds_ring.planning.validation import check_layout
 from tests.helpers.mocked_world import outcome, relative_error, serve
@@ -35,10 +35,10 @@ LAYOUTS = [{"ring_degree": 3}, {"ulysses_degree": 4}, {"ring_degree": 2, "ulysse
 
 
 def test_their_shape():
-    shape = model_shape(gemma4())
-    assert shape.unlike_layers == ((2, 12), (1, 24)) * 3
-    assert (shape.num_kv_heads, shape.head_dim) == (1, 24)
-    alike = model_shape(gemma4(global_head_dim=12, num_global_key_value_heads=2))
+    dims = model_dims(gemma4())
+    assert dims.unlike_layers == ((2, 12), (1, 24)) * 3
+    assert (dims.num_kv_heads, dims.head_dim) == (1, 24)
+    alike = model_dims(gemma4(global_head_dim=12, num_global_key_value_heads=2))
     assert alike.unlike_layers == ()
 
 
@@ -53,12 +53,12 @@ def test_logits_and_tokens_are_the_unsharded_model_s(layout):
     def work(engine: Engine) -> tuple[Tensor, Tensor, float]:
         found = engine(ids).logits
         engine.mesh.traffic.bytes_by_op.clear()
-        engine.prefill(pack(ids, None, None, engine.runner.shape)[0], "none")
+        engine.prefill(pack(ids, None, None, engine.runner.dims)[0], "none")
         sent = engine.mesh["world"].all_gather_objects(engine.mesh.traffic.bytes_sent)
         return found, engine.generate(ids, **options), sum(sent) / len(sent)
 
     config = RunConfig.load({"ds_ring": {"parallel": layout}})
-    sent = bytes_sent_per_rank(config, model_shape(gemma4()), 2, 45, itemsize=4)
+    sent = bytes_sent_per_rank(config, model_dims(gemma4()), 2, 45, itemsize=4)
     for got, new, counted in serve(model, work, **layout):
         assert relative_error(got, want) < 1e-5
         assert torch.equal(new, generated)
@@ -68,6 +68,6 @@ def test_logits_and_tokens_are_the_unsharded_model_s(layout):
 @pytest.mark.parametrize("parallel", [{"pp_size": 2}, {"decode": "sliced", "ring_degree": 2}], ids=str)
 def test_what_does_not_serve_them_is_refused(parallel):
     config = RunConfig.load({"ds_ring": {"parallel": parallel}})
-    error = outcome(lambda: check_layout(config, model_shape(gemma4()), 2))
+    error = outcome(lambda: check_layout(config, model_dims(gemma4()), 2))
     assert isinstance(error, UnsupportedModelError)
     assert str(error).startswith("gemma4_text has layers with unlike heads")

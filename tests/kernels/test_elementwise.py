@@ -99,7 +99,7 @@ def test_rotary_in_place_is_rotary_and_touches_nothing_else(rotary, positions):
     cos, sin = (torch.cat((f(angle), f(angle)), -1) for f in (torch.cos, torch.sin))
     want = qkv.clone()
     want[..., 16:32] = elementwise.rotated(k, cos, sin)
-    assert elementwise.turn_(k, (cos, sin)) is k
+    assert elementwise.rotate_(k, (cos, sin)) is k
     assert torch.equal(qkv, want)
 
 

@@ -14,7 +14,7 @@ from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.kv_cache import attention as cached_attention
 from ds_ring.kv_cache.attention import attend_replicated, attend_spread, pass_kv_bytes, pass_q_bytes
-from ds_ring.kv_cache.shard import LOOK_AHEAD, Cached, KVStore
+from ds_ring.kv_cache.shard import LOOK_AHEAD, Cached, KVCacheShard
 from tests.helpers.worlds import GARBAGE, in_group, sink_reference
 
 SPECS = {
@@ -52,8 +52,8 @@ def problem(slots: int = 25, seed: int = 0) -> tuple[Cached, list[Tensor]]:
 def expected(q: Tensor, q_positions: Tensor, spec: AttentionSpec, cached: Cached, places: list[Tensor]):
     """fp64, token by token: a query at position p sees its row's first p + 1 tokens."""
     outs, lses = torch.zeros(q.shape).double(), torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf).double()
-    for row, place in enumerate(places):
-        k, v = cached.k_BSKD[row, place][None], cached.v_BSKD[row, place][None]
+    for row, reserve in enumerate(places):
+        k, v = cached.k_BSKD[row, reserve][None], cached.v_BSKD[row, reserve][None]
         for i, p in enumerate(q_positions[row].tolist()):
             if p != BLIND:
                 out, lse = reference_attention(q[row, i][None, None], k, v, spec=spec, q_offset=p)
@@ -244,64 +244,66 @@ def test_merging_all_at_once_is_merging_one_by_one():
 
 
 class TestStore:
-    def filled(self, rows: int = 2) -> KVStore:
-        return KVStore(rows, layers=2, rank=0, size=3, device=torch.device("cpu"))
+    def occupancy(self, rows: int = 2) -> KVCacheShard:
+        return KVCacheShard(rows, layers=2, rank=0, size=3, device=torch.device("cpu"))
 
     def test_what_is_written_is_read_whatever_the_store_grew_to(self):
-        store, written = self.filled(), []
+        cache_shard, written = self.occupancy(), []
         for start in range(0, 300, 30):
-            store.place(slice(0, 2), start, torch.arange(start, start + 30).int().expand(2, 30))
+            cache_shard.reserve(slice(0, 2), start, torch.arange(start, start + 30).int().expand(2, 30))
             written.append(random(2, 30, KV_HEADS, HEAD_DIM, seed=start))
             for layer in range(2):
-                store.write(layer, slice(0, 2), start, written[-1] + layer, written[-1] - layer)
+                cache_shard.write(layer, slice(0, 2), start, written[-1] + layer, written[-1] - layer)
         for layer in range(2):
-            k, v, positions = store.read(layer, slice(0, 2), 300)
+            k, v, positions = cache_shard.read(layer, slice(0, 2), 300)
             assert torch.equal(k, torch.cat(written, 1) + layer)
             assert torch.equal(v, torch.cat(written, 1) - layer)
             assert torch.equal(positions, torch.arange(300).int().expand(2, 300))
 
     def test_slots_of_rows_that_were_not_written_are_empty_and_finite(self):
-        store = self.filled()
-        store.place(slice(1, 2), 0, torch.zeros(1, 1).int())
-        store.write(0, slice(1, 2), 0, torch.ones(1, 1, KV_HEADS, HEAD_DIM), torch.ones(1, 1, KV_HEADS, HEAD_DIM))
-        k, v, positions = store.read(0, slice(0, 2), 5)
+        cache_shard = self.occupancy()
+        cache_shard.reserve(slice(1, 2), 0, torch.zeros(1, 1).int())
+        cache_shard.write(0, slice(1, 2), 0, torch.ones(1, 1, KV_HEADS, HEAD_DIM), torch.ones(1, 1, KV_HEADS, HEAD_DIM))
+        k, v, positions = cache_shard.read(0, slice(0, 2), 5)
         assert positions.tolist() == [[EMPTY] * 5, [0] + [EMPTY] * 4]
         assert torch.isfinite(k).all()
         assert torch.isfinite(v).all()
 
     def test_the_next_owner_holds_least_and_turns_are_taken(self):
-        store, owners = self.filled(), []
-        store.used = [4, 4, 4]
+        cache_shard, owners = self.occupancy(), []
+        cache_shard.used = [4, 4, 4]
         for _ in range(7):
-            owners.append(store.next_owner)
-            store.used[owners[-1]] += 1
+            owners.append(cache_shard.next_owner)
+            cache_shard.used[owners[-1]] += 1
         assert owners == [0, 1, 2, 0, 1, 2, 0]
 
     def test_expected_tokens_get_room_at_once_and_no_more(self):
-        store = self.filled(rows=1)
+        cache_shard = self.occupancy(rows=1)
 
         def put(start: int, count: int) -> int:
-            store.place(slice(0, 1), start, torch.arange(start, start + count).int()[None])
-            store.write(0, slice(0, 1), start, *(torch.ones(1, count, KV_HEADS, HEAD_DIM) for _ in range(2)))
-            return store.nbytes // (2 * KV_HEADS * HEAD_DIM * 4 + 4)
+            cache_shard.reserve(slice(0, 1), start, torch.arange(start, start + count).int()[None])
+            cache_shard.write(0, slice(0, 1), start, *(torch.ones(1, count, KV_HEADS, HEAD_DIM) for _ in range(2)))
+            return cache_shard.nbytes // (2 * KV_HEADS * HEAD_DIM * 4 + 4)
 
-        store.used = [1000, 990, 1000]
-        store.expect(50)
+        cache_shard.used = [1000, 990, 1000]
+        cache_shard.expect(50)
         assert put(0, 1000) == 1015  # 2990 + 50 tokens over 3 ranks, and the slot that stays empty
         assert put(1000, 15) == 1015
         assert put(1015, 1) == 1522  # more than was expected: half as much again
-        store.used = [1522] * 3
-        store.expect(10**9)
+        cache_shard.used = [1522] * 3
+        cache_shard.expect(10**9)
         assert put(1522, 1) == 1522 + -(-LOOK_AHEAD // 3) + 1
 
     def test_a_token_goes_to_one_rank_and_to_a_slot_that_stays_empty_on_the_others(self):
-        stores = [KVStore(2, layers=1, rank=rank, size=2, device=torch.device("cpu")) for rank in range(2)]
+        stores = [KVCacheShard(2, layers=1, rank=rank, size=2, device=torch.device("cpu")) for rank in range(2)]
         for token in range(5):
-            for store in stores:
-                slot_1 = torch.tensor([store.take_token()])
-                store.place_token(slot_1, torch.tensor([[token], [token + 10]]).int())
-                store.write_token(0, slot_1, *(torch.full((2, 1, KV_HEADS, HEAD_DIM), 1.0 + token) for _ in range(2)))
-        assert [store.used for store in stores] == [[3, 2]] * 2
+            for cache_shard in stores:
+                slot_1 = torch.tensor([cache_shard.take_token()])
+                cache_shard.reserve_token(slot_1, torch.tensor([[token], [token + 10]]).int())
+                cache_shard.write_token(
+                    0, slot_1, *(torch.full((2, 1, KV_HEADS, HEAD_DIM), 1.0 + token) for _ in range(2))
+                )
+        assert [cache_shard.used for cache_shard in stores] == [[3, 2]] * 2
         for rank, tokens in enumerate(([0, 2, 4], [1, 3])):
             k, _, positions = stores[rank].read(0)
             seen = positions[0] != EMPTY
@@ -310,11 +312,11 @@ class TestStore:
             assert stores[rank].moves == 2  # its positions, and its one layer
 
     def test_hidden_columns_are_forgotten(self):
-        store = self.filled()
-        store.place(slice(0, 2), 0, torch.tensor([[2, 0, 1], [0, EMPTY, 3]]).int())
+        cache_shard = self.occupancy()
+        cache_shard.reserve(slice(0, 2), 0, torch.tensor([[2, 0, 1], [0, EMPTY, 3]]).int())
         # Row 1 starts at column 4: its position 3 stands in column 7.
         hidden = torch.zeros(2, 8, dtype=torch.bool)
         hidden[0, 1] = hidden[1, 7] = hidden[1, 5] = True
-        store.hide(hidden, torch.tensor([0, 4]))
-        store.write(0, slice(0, 2), 0, torch.ones(2, 3, KV_HEADS, HEAD_DIM), torch.ones(2, 3, KV_HEADS, HEAD_DIM))
-        assert store.read(0, slice(0, 2), 3).positions_BS.tolist() == [[2, 0, EMPTY], [0, EMPTY, EMPTY]]
+        cache_shard.hide(hidden, torch.tensor([0, 4]))
+        cache_shard.write(0, slice(0, 2), 0, torch.ones(2, 3, KV_HEADS, HEAD_DIM), torch.ones(2, 3, KV_HEADS, HEAD_DIM))
+        assert cache_shard.read(0, slice(0, 2), 3).positions_BS.tolist() == [[2, 0, EMPTY], [0, EMPTY, EMPTY]]

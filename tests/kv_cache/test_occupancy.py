@@ -13,7 +13,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from ds_ring.engine.engine import Engine
 from ds_ring.kv_cache import attention
-from ds_ring.kv_cache.occupancy import FilledSlots
+from ds_ring.kv_cache.occupancy import Occupancy
 from tests.helpers.generated import (
     GREEDY,
     PROMPT,
@@ -30,40 +30,40 @@ from tests.helpers.tiny_models import ARCHITECTURES, build
 
 class TestFilledSlots:
     def test_slots_that_follow_each_other_are_one_run_and_padding_is_a_gap(self):
-        filled = FilledSlots(1, 2)
+        occupancy = Occupancy(1, 2)
         for rank, start, count in ((0, 0, 4), (1, 0, 3), (0, 4, 2), (1, 4, 2), (1, 6, 0)):
-            filled.add(0, rank, start, count)
-        filled.add_to_all(0, 6)
-        assert filled.of(slice(0, 1), 0) == (slice(0, 7),)
-        assert filled.of(slice(0, 1), 1) == (slice(0, 3), slice(4, 6))
+            occupancy.add(0, rank, start, count)
+        occupancy.add_to_all(0, 6)
+        assert occupancy.of(slice(0, 1), 0) == (slice(0, 7),)
+        assert occupancy.of(slice(0, 1), 1) == (slice(0, 3), slice(4, 6))
 
     def test_rows_share_what_they_have_up_to_where_they_differ(self):
-        filled = FilledSlots(3, 1)
+        occupancy = Occupancy(3, 1)
         for row, runs in enumerate([[(0, 9), (12, 3), (20, 1)], [(0, 9), (12, 2), (20, 1)], [(0, 15)]]):
             for start, count in runs:
-                filled.add(row, 0, start, count)
-        assert filled.of(slice(0, 2), 0) == (slice(0, 9), slice(12, 14))
-        assert filled.of(slice(0, 3), 0) == (slice(0, 9),)
-        assert filled.of(slice(2, 3), 0) == (slice(0, 15),)
+                occupancy.add(row, 0, start, count)
+        assert occupancy.of(slice(0, 2), 0) == (slice(0, 9), slice(12, 14))
+        assert occupancy.of(slice(0, 3), 0) == (slice(0, 9),)
+        assert occupancy.of(slice(2, 3), 0) == (slice(0, 15),)
 
     @given(st.lists(st.sets(st.integers(0, 12)), min_size=1, max_size=4))
     def test_any_slots(self, rows):
-        filled = FilledSlots(len(rows), 1)
+        occupancy = Occupancy(len(rows), 1)
         for row, slots in enumerate(rows):
             for slot in sorted(slots):
-                filled.add(row, 0, slot, 1)
-        found = [slot for run in filled.of(slice(0, len(rows)), 0) for slot in range(run.start, run.stop)]
+                occupancy.add(row, 0, slot, 1)
+        found = [slot for run in occupancy.of(slice(0, len(rows)), 0) for slot in range(run.start, run.stop)]
         unlike = min(set.union(*rows) - set.intersection(*rows), default=13)
         assert found == sorted(slot for slot in rows[0] if slot < unlike)
 
     def test_a_row_that_lost_tokens_has_none_that_are_known(self):
-        filled = FilledSlots(2, 1)
+        occupancy = Occupancy(2, 1)
         for row in range(2):
-            filled.add(row, 0, 0, 4)
-        filled.lose([1])
-        filled.add(1, 0, 4, 4)
-        assert filled.of(slice(0, 1), 0) == (slice(0, 4),)
-        assert filled.of(slice(0, 2), 0) == filled.of(slice(1, 2), 0) == ()
+            occupancy.add(row, 0, 0, 4)
+        occupancy.lose([1])
+        occupancy.add(1, 0, 4, 4)
+        assert occupancy.of(slice(0, 1), 0) == (slice(0, 4),)
+        assert occupancy.of(slice(0, 2), 0) == occupancy.of(slice(1, 2), 0) == ()
 
 
 @pytest.fixture

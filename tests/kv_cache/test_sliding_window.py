@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ds_ring.attention.backends.positions import EMPTY
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import UnsupportedModelError
-from ds_ring.kv_cache.shard import KVStore
-from ds_ring.kv_cache.sliding_window import WindowSlots
+from ds_ring.kv_cache.shard import KVCacheShard
+from ds_ring.kv_cache.sliding_window import SlidingWindowSlots
 from tests.helpers.generated import GREEDY, assert_rows_as_alone, on_all_ranks_alike, padded, tokens
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import ARCHITECTURES, build, gemma3, mistral
@@ -27,7 +27,7 @@ def visible(positions_S: torch.Tensor, at: int, window: int) -> list[int]:
 @given(window=st.integers(1, 9), data=st.data())
 def test_whatever_a_query_sees_is_there(window, data):
     """Chunks and single tokens of two rows; of every token, whether it is this rank's and whether it is padding."""
-    slots, seen, last = WindowSlots(2, window, CPU), [[], []], [-1, -1]
+    slots, seen, last = SlidingWindowSlots(2, window, CPU), [[], []], [-1, -1]
     used = 0
     for _ in range(data.draw(st.integers(1, 6))):
         if data.draw(st.booleans()):
@@ -96,7 +96,7 @@ def test_windowed_layers_stop_growing(config, full_layers, layout):
         for _ in range(3):
             begun = engine.generate(ids, past_key_values=cache, max_new_tokens=70, **GREEDY)
             ids, cache = begun.sequences, begun.past_key_values
-            layers = [pair[0] for pair in cache.store._layers]
+            layers = [pair[0] for pair in cache.cache_shard._layers]
             short = [k for k in layers if k.shape[1] == window + 1]
             found.append((len(short), sum(k.nbytes for k in short), cache.memory_bytes()))
         return found
@@ -109,20 +109,20 @@ def test_windowed_layers_stop_growing(config, full_layers, layout):
 
 
 def test_a_layer_keeps_its_window():
-    store, new = KVStore(1, layers=1, rank=0, size=1, device=CPU), torch.zeros(1, 3, 1, 4)
-    store.place(slice(0, 1), 0, torch.arange(3).int()[None])
-    slots_Bl = store.window(2).enter(slice(0, 1), torch.arange(3).int()[None]).slots_Bl
-    store.write_window(0, 2, slice(0, 1), slots_Bl, new, new)
+    cache_shard, new = KVCacheShard(1, layers=1, rank=0, size=1, device=CPU), torch.zeros(1, 3, 1, 4)
+    cache_shard.reserve(slice(0, 1), 0, torch.arange(3).int()[None])
+    slots_BT = cache_shard.window(2).enter(slice(0, 1), torch.arange(3).int()[None]).slots_BT
+    cache_shard.write_window(0, 2, slice(0, 1), slots_BT, new, new)
     with pytest.raises(UnsupportedModelError, match="layer 0 attends with a window of None behind one of 2"):
-        store.write(0, slice(0, 1), 0, new, new)
+        cache_shard.write(0, slice(0, 1), 0, new, new)
 
 
 def test_hidden_columns_are_forgotten_in_windows():
-    store = KVStore(1, layers=1, rank=0, size=1, device=CPU)
-    positions_Bl = torch.arange(5).int()[None]
-    store.place(slice(0, 1), 0, positions_Bl)
-    store.window(3).enter(slice(0, 1), positions_Bl)
-    hidden_BT = torch.zeros(1, 5, dtype=torch.bool)
-    hidden_BT[0, 3] = True
-    store.hide(hidden_BT, torch.tensor([0]))
-    assert sorted(store.window(3).positions_BS[0].tolist()) == [2, 4, EMPTY, EMPTY]
+    cache_shard = KVCacheShard(1, layers=1, rank=0, size=1, device=CPU)
+    positions_BT = torch.arange(5).int()[None]
+    cache_shard.reserve(slice(0, 1), 0, positions_BT)
+    cache_shard.window(3).enter(slice(0, 1), positions_BT)
+    hidden_BC = torch.zeros(1, 5, dtype=torch.bool)
+    hidden_BC[0, 3] = True
+    cache_shard.hide(hidden_BC, torch.tensor([0]))
+    assert sorted(cache_shard.window(3).positions_BS[0].tolist()) == [2, 4, EMPTY, EMPTY]

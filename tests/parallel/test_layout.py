@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_ring.errors import ConfigError
-from ds_ring.parallel.layout import Block, Run, SequenceLayout
+from ds_ring.parallel.layout import Block, SequenceLayout, TokenRange
 
 SPLITS = [
     (ring, ranks // ring) for ranks in (1, 2, 3, 4, 6, 8, 16) for ring in range(1, ranks + 1) if ranks % ring == 0
@@ -88,8 +88,8 @@ def test_ulysses_ranks_hold_consecutive_parts_of_their_ring_ranks_slice(ulysses)
 
 def test_zigzag_of_sixteen_tokens_on_two_ring_and_two_ulysses_ranks_by_hand():
     layout = SequenceLayout(16, 2, 2, "zigzag")
-    assert layout.slice_runs(0) == (Run(0, 4), Run(12, 4))
-    assert layout.slice_runs(1) == (Run(4, 4), Run(8, 4))
+    assert layout.slice_ranges(0) == (TokenRange(0, 4), TokenRange(12, 4))
+    assert layout.slice_ranges(1) == (TokenRange(4, 4), TokenRange(8, 4))
     assert layout.positions(0, 0) == [0, 1, 2, 3]
     assert layout.positions(0, 1) == [12, 13, 14, 15]
     assert layout.positions(1, 0) == [4, 5, 6, 7]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ds_ring.config import RunConfig
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.flops import linear_parameters
 from ds_ring.planning.memory_estimate import peak_bytes
 from ds_ring.process.launcher import ROOT
@@ -29,14 +29,14 @@ def with_the_most_in_flight(name: str) -> list[dict[str, Any]]:
 )
 def test_it_is_within_a_tenth_of_every_record(row):
     micro = min(row["micro_batch"], row["batch"])
-    predicted = peak_bytes(run_of(row), model_shape(PAPER), linear_parameters(PAPER), micro) / 2**30
+    predicted = peak_bytes(run_of(row), model_dims(PAPER), linear_parameters(PAPER), micro) / 2**30
     assert predicted == pytest.approx(row["peak_memory_gib"], rel=0.1)
 
 
 def test_a_second_micro_batch_in_flight_is_counted_where_there_is_one():
     def gib(batch: int, **options: Any) -> float:
         run = RunConfig.load({"dtype": "fp16"}, batch_size=batch, max_length=10_000, ring_degree=2, **options)
-        return peak_bytes(run, model_shape(PAPER), linear_parameters(PAPER), 1) / 2**30
+        return peak_bytes(run, model_dims(PAPER), linear_parameters(PAPER), 1) / 2**30
 
     assert gib(2) > gib(1) + 0.4
     assert gib(2, interleave="off") == gib(2, transport="process_group") == gib(1)

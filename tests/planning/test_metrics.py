@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ds_ring.config import RunConfig
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.flops import layer_parameters, linear_parameters
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
 from ds_ring.planning.metrics import Work
@@ -16,7 +16,7 @@ PAPER = "ds_configs/models/paper.json"
 @pytest.fixture(scope="module")
 def paper():
     config = read_config(PAPER)
-    return Work(model_shape(config), linear_parameters(config), batch=1024, length=10_000)
+    return Work(model_dims(config), linear_parameters(config), batch=1024, length=10_000)
 
 
 def test_the_papers_model_has_the_papers_shape(paper):

@@ -15,16 +15,16 @@ from transformers import GPTNeoXConfig
 from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
-from ds_ring.model_dims import ModelShape
+from ds_ring.model_dims import ModelDims
 from ds_ring.planning.cards import CARDS, Card
-from ds_ring.planning.plan import Plan, choose, plans, resolve
+from ds_ring.planning.plan import Plan, choose_layout, plans, with_planned_degrees
 from ds_ring.planning.validation import check_run
 
 ROOT = Path(__file__).parents[2]
 H100 = CARDS["H100"]
-PAPER = ModelShape("gpt_neox", 4, 8192, 16, 16, 512, 32768, 256, 131072)
+PAPER = ModelDims("gpt_neox", 4, 8192, 16, 16, 512, 32768, 256, 131072)
 PAPER_WEIGHTS = 4 * 12 * 8192**2
-LLAMA = ModelShape("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072)
+LLAMA = ModelDims("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072)
 LLAMA_WEIGHTS = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
 
 
@@ -34,17 +34,17 @@ def run(batch: int, length: int, micro: int = 1) -> RunConfig:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_a_sequence_for_every_rank_makes_replicas(ranks):
-    best, reason = choose(run(4 * ranks, 10_000), PAPER, PAPER_WEIGHTS, ranks, H100)
+    best, reason = choose_layout(run(4 * ranks, 10_000), PAPER, PAPER_WEIGHTS, ranks, H100)
     assert best.config.parallel.dp_size == ranks
     assert best.exposed_s == 0
     assert "no communication" in reason
 
 
 def test_one_long_sequence_is_shared_by_all():
-    best, reason = choose(run(1, 131_072), PAPER, PAPER_WEIGHTS, 4, H100)
+    best, reason = choose_layout(run(1, 131_072), PAPER, PAPER_WEIGHTS, 4, H100)
     assert best.config.topology.sp == 4
     assert "1 sequence(s) for 4 ranks, so 4 share each" in reason
-    alone, _ = choose(run(1, 131_072), PAPER, PAPER_WEIGHTS, 1, H100)
+    alone, _ = choose_layout(run(1, 131_072), PAPER, PAPER_WEIGHTS, 1, H100)
     assert 2 < alone.step_s / best.step_s < 4
 
 
@@ -77,18 +77,18 @@ def test_two_are_in_flight_where_more_win_nothing_or_do_not_fit(batch, length, c
 
 
 def test_few_sequences_are_shared_by_some():
-    best, _ = choose(run(2, 100_000), PAPER, PAPER_WEIGHTS, 4, H100)
+    best, _ = choose_layout(run(2, 100_000), PAPER, PAPER_WEIGHTS, 4, H100)
     assert (best.config.parallel.dp_size, best.config.topology.sp) == (2, 2)
 
 
 def test_weights_that_do_not_fit_are_cut():
-    best, reason = choose(run(8, 4096), LLAMA, LLAMA_WEIGHTS, 8, H100)
+    best, reason = choose_layout(run(8, 4096), LLAMA, LLAMA_WEIGHTS, 8, H100)
     assert best.config.topology.tp * best.config.topology.pp > 1
     assert "as the weights do not fit on one rank" in reason
     with pytest.raises(
         ConfigError, match=r"no layout of 1 ranks fits 79 GiB a rank: single comes closest with \d+ GiB"
     ):
-        choose(run(8, 4096), LLAMA, LLAMA_WEIGHTS, 1, H100)
+        choose_layout(run(8, 4096), LLAMA, LLAMA_WEIGHTS, 1, H100)
 
 
 def test_heads_that_do_not_divide_go_by_ring():
@@ -168,15 +168,15 @@ def test_auto_in_a_configuration_becomes_degrees(monkeypatch, caplog):
     config = RunConfig.load({"ds_ring": {"parallel": "auto", "workload": {"batch_size": 4}}})
     assert config.parallel.auto
     monkeypatch.setenv("WORLD_SIZE", "4")
-    found = api.resolve(config, SMALL)
+    found = api.with_planned_degrees(config, SMALL)
     assert (found.parallel.auto, found.parallel.dp_size) == (False, 4)
     assert "parallel=auto takes dp4: 4 sequences keep 4 ranks busy" in caplog.text
-    assert api.resolve(found, SMALL) is found
+    assert api.with_planned_degrees(found, SMALL) is found
 
 
 def test_auto_keeps_what_is_not_a_degree():
     config = RunConfig.load({"ds_ring": {"parallel": "auto"}}, ring_impl="contiguous", max_length=4000)
-    found, _ = resolve(config, SMALL, 4, H100)
+    found, _ = with_planned_degrees(config, SMALL, 4, H100)
     assert found.parallel.ring_impl == "contiguous"
     assert found.topology.world_size == 4
     assert found.topology.dp == 1
@@ -185,4 +185,4 @@ def test_auto_keeps_what_is_not_a_degree():
 def test_auto_beside_a_degree_is_refused():
     config = RunConfig.load({"ds_ring": {"parallel": {"auto": True, "ring_degree": 2}}})
     with pytest.raises(ConfigError, match=r"parallel=auto chooses every degree, but ring2 is given as well"):
-        resolve(config, SMALL, 2, H100)
+        with_planned_degrees(config, SMALL, 2, H100)

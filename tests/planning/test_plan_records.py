@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.flops import linear_parameters
 from ds_ring.planning.cards import CARDS
 from ds_ring.planning.plan import Plan, _predict
@@ -36,12 +36,12 @@ def measured() -> dict[Case, list[dict[str, Any]]]:
 def predicted(name: str, row: dict[str, Any]) -> Plan:
     config = read_config(ROOT / f"ds_configs/models/{RECORDS[name]}.json")
     card = next(card for key, card in CARDS.items() if key in row["device"])
-    return _predict(run_of(row), model_shape(config), linear_parameters(config), card)
+    return _predict(run_of(row), model_dims(config), linear_parameters(config), card)
 
 
 @pytest.mark.parametrize(("case", "rows"), measured().items(), ids=lambda value: str(value)[:40])
 def test_predicted_steps_are_near_the_measured_ones(case, rows):
-    """Within an eighth: GPUs that take turns run at a higher clock than the card's."""
+    """ViewOf an eighth: GPUs that take turns run at a higher clock than the card's."""
     for row in rows:
         step = predicted(case[0], row).step_s
         assert step == pytest.approx(1e-3 * row["step_ms"], rel=0.125), row["layout"]

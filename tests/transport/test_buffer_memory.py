@@ -1,4 +1,4 @@
-"""Memory of the copy engine's slots: how much there is, when it grows and what is given back."""
+"""Memory of the copy engine's buffers: how much there is, when it grows and what is given back."""
 
 import contextlib
 
@@ -12,9 +12,9 @@ from tests.helpers.shared_exchanges import everyone, later_ranks, rounds
 def test_memory_stays_flat_and_grows_with_the_largest_tensor():
     def work(transport):
         worst = rounds(transport, 10)
-        first = list(transport.slots._device.allocated)
+        first = list(transport.buffers._device.allocated)
         worst += rounds(transport, 6, shape=(9, 5)) + rounds(transport, 6)
-        device = transport.slots._device
+        device = transport.buffers._device
         assert device.peak == device.held == transport.shared_bytes, "old and new memory are not held at once"
         return worst, first, device.allocated, transport.shared_bytes
 
@@ -23,16 +23,16 @@ def test_memory_stays_flat_and_grows_with_the_largest_tensor():
 
 
 def test_memory_for_what_is_to_come_replaces_what_there_is():
-    """Only what is too small; and there are two slots, none open, behind it."""
+    """Only what is too small; and there are two buffers, none open, behind it."""
 
     def work(transport):
-        slots, like = transport.slots, torch.empty(0)
+        buffers, like = transport.buffers, torch.empty(0)
         transport.reserve([(2,), (1,)], like)
         rounds(transport, 2, shape=(4, 4))
         transport.reserve([(20,), (30,), (10,)], like)
         transport.reserve([(30,)], like)
         worst = rounds(transport, 5, shape=(5, 6))
-        return worst, slots._device.allocated, slots._device.peak, slots.count, transport.shared_bytes
+        return worst, buffers._device.allocated, buffers._device.peak, buffers.count, transport.shared_bytes
 
     assert pulling(3, work) == [(0.0, [8, 8, 64, 64, 120, 120], 240, 2, 240)] * 3
 
@@ -55,7 +55,7 @@ def test_a_large_tensor_makes_do_with_one_slot(sees, monkeypatch):
         worst = rounds(transport, 4, sees) + rounds(transport, 5, sees, shape=(9, 5))
         alone = transport.shared_bytes
         worst += rounds(transport, 4, sees) + rounds(transport, 3, sees, shape=(9, 5))
-        return worst, transport.slots._device.allocated, alone, transport.shared_bytes
+        return worst, transport.buffers._device.allocated, alone, transport.shared_bytes
 
     small, large = 3 * 4 * 4, 9 * 5 * 4
     made = [small] * 2 + [large] + [small]

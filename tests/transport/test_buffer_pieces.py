@@ -6,7 +6,7 @@ import torch
 from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.peer_buffers import FARTHEST, pieces
 from ds_ring.transport.peer_memory import rows_of
-from ds_ring.transport.shared import Within
+from ds_ring.transport.shared import ViewOf
 from tests.helpers.peer_threads import pulling, random_delay
 
 PARTS = {
@@ -76,7 +76,7 @@ def test_parts_of_a_larger_tensor_are_exact_under_random_delays(size, one_queue)
         worst, others = 0.0, [(transport.rank - hop) % size for hop in range(1, size)]
         for number in range(16):
             shape = (3, rows := 5 + number % 4, 8)
-            within = Within((3, rows, 24), (24 * rows, 24, 1), 8) if number % 3 else None
+            within = ViewOf((3, rows, 24), (24 * rows, 24, 1), 8) if number % 3 else None
             with transport.share(shape, torch.empty(0), within) as shared:
                 shared.memory.fill_(torch.nan)
                 shared.own.fill_(100.0 * number + transport.rank)

@@ -94,7 +94,7 @@ class TestTransport:
             send = transport.send_buffer((2, 4), part)
             assert transport.all_to_all(send) is send
             assert torch.isfinite(part).all()
-            return dict(transport.traffic.bytes_by_op), transport.slots.count
+            return dict(transport.traffic.bytes_by_op), transport.buffers.count
 
         assert pulling(2, work)[0] == ({"exchange": 12, "all_to_all": 16}, 0)
 
@@ -105,14 +105,14 @@ class TestTransport:
             transport.all_to_all(torch.ones(3, 4))
             transport.traffic.journal = None
             before, moved = transport.traffic.bytes_sent, []
-            pull = transport.slots.pull
+            pull = transport.buffers.pull
 
-            def watched(slot, peer, pieces):
+            def watched(buffer, peer, pieces):
                 kept = list(pieces)
                 moved.append((peer, sum(target.nbytes for target, _ in kept)))
-                return pull(slot, peer, iter(kept))
+                return pull(buffer, peer, iter(kept))
 
-            transport.slots.pull = watched
+            transport.buffers.pull = watched
             for again in journal:
                 again()
             return moved, transport.traffic.bytes_sent - before

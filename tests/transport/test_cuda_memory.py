@@ -11,7 +11,7 @@ import torch
 from ds_ring.errors import TransportError
 from ds_ring.testing.threaded import ThreadedWorld
 from ds_ring.transport.cuda_memory import CudaDevice
-from ds_ring.transport.peer_buffers import Slots
+from ds_ring.transport.peer_buffers import BufferPool
 from tests.helpers.mocked_world import outcome
 
 SIZE, TIMEOUT_S = 3, 20.0
@@ -100,19 +100,19 @@ def test_a_step_that_fails_on_one_rank_fails_on_all(memory, step):
     ]  # fmt: skip
 
 
-def grow(slots, needed):
-    slots.release(slots.acquire(needed))
+def grow(buffers, needed):
+    buffers.release(buffers.acquire(needed))
 
 
-@pytest.mark.parametrize("grows", [grow, Slots.reserve])
+@pytest.mark.parametrize("grows", [grow, BufferPool.reserve])
 def test_slots_that_grow_are_given_back_on_all_ranks_before_anyone_allocates(memory, grows):
     page, small, large = 4096, 4096, 5 * 4096
 
     def work(device):
-        slots = Slots(device, device._control.rank, SIZE)
+        buffers = BufferPool(device, device._control.rank, SIZE)
         for needed in (small, small, large, large):
-            grows(slots, needed)
-        return slots.nbytes
+            grows(buffers, needed)
+        return buffers.nbytes
 
     assert on_ranks(memory, work) == [2 * large] * SIZE
     assert memory.peaks == [2 * (page + large)] * SIZE

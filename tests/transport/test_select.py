@@ -12,22 +12,22 @@ from ds_ring.errors import ConfigError, TransportError
 from ds_ring.parallel.topology import Topology
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.process_group import ProcessGroupTransport
-from ds_ring.transport.select import SHARE_GPU, Place, choose
+from ds_ring.transport.select import SHARE_GPU, Location, select_transports
 from ds_ring.transport.solo import SoloTransport
 from tests.helpers.mocked_world import ProcessGroupWorld
 
 
-def hosts(*gpus: int) -> list[Place]:
+def hosts(*gpus: int) -> list[Location]:
     """Hosts of so many GPUs each, which all reach each other inside."""
-    places = []
+    locations = []
     for host, count in enumerate(gpus):
         names = [f"{host}-{i}" for i in range(count)]
-        places += [Place(str(host), name, frozenset(names) - {name}) for name in names]
-    return places
+        locations += [Location(str(host), name, frozenset(names) - {name}) for name in names]
+    return locations
 
 
 @pytest.mark.parametrize(
-    ("topology", "places", "pulled", "said"),
+    ("topology", "locations", "pulled", "said"),
     [
         (Topology(ring=4), hosts(4), {"ring"}, "ring by copy engine"),
         (Topology(ulysses=2), hosts(2), {"ulysses"}, "ulysses by copy engine"),
@@ -36,41 +36,41 @@ def hosts(*gpus: int) -> list[Place]:
          "ulysses by copy engine; ring by process groups (ranks 0, 4 are on 2 hosts)"),
         (Topology(dp=2, ring=2), hosts(2, 2), {"ring"}, "ring by copy engine"),
         (Topology(dp=2, ring=2), hosts(2, 1, 1), set(), "ring by process groups (ranks 2, 3 are on 2 hosts)"),
-        (Topology(ring=2), [Place("a")] * 2, set(), "ring by process groups (rank 0 has no CUDA GPU)"),
-        (Topology(ring=2), [Place("a", "x"), Place("a", "y", frozenset("x"))], set(),
+        (Topology(ring=2), [Location("a")] * 2, set(), "ring by process groups (rank 0 has no CUDA GPU)"),
+        (Topology(ring=2), [Location("a", "x"), Location("a", "y", frozenset("x"))], set(),
          "ring by process groups (rank 0's GPU cannot read the memory of rank 1's)"),
-        (Topology(ring=2), [Place("a", "x", frozenset("y")), Place("a", "y")], set(),
+        (Topology(ring=2), [Location("a", "x", frozenset("y")), Location("a", "y")], set(),
          "ring by process groups (rank 1's GPU cannot read the memory of rank 0's)"),
-        (Topology(ring=2), [Place("a", "x")] * 2, set(), "ring by process groups (ranks 0 and 1 are on one GPU)"),
+        (Topology(ring=2), [Location("a", "x")] * 2, set(), "ring by process groups (ranks 0 and 1 are on one GPU)"),
         (Topology(tp=2, pp=2), hosts(4), {"pp"}, "pp by copy engine"),
         (Topology(tp=2), hosts(2), set(), ""),
         (Topology(dp=2), hosts(1, 1), set(), ""),
     ],
 )  # fmt: skip
-def test_auto_takes_the_copy_engine_where_all_groups_of_an_axis_can(topology, places, pulled, said):
-    choice = choose("auto", topology, places)
+def test_auto_takes_the_copy_engine_where_all_groups_of_an_axis_can(topology, locations, pulled, said):
+    choice = select_transports("auto", topology, locations)
     assert choice.pulled == pulled
     assert choice.describe() == said
     if "process groups" not in said:
-        assert choose("copy_engine", topology, places) == choice
+        assert select_transports("copy_engine", topology, locations) == choice
     else:
         reason = said.partition("(")[2].rstrip(")")
         with pytest.raises(ConfigError, match="transport=copy_engine cannot serve the ring axis") as caught:
-            choose("copy_engine", topology, places)
+            select_transports("copy_engine", topology, locations)
         assert reason in str(caught.value)
         assert "take transport=auto" in str(caught.value)
 
 
 def test_process_groups_may_be_asked_for():
-    choice = choose("process_group", Topology(ring=2), hosts(2))
+    choice = select_transports("process_group", Topology(ring=2), hosts(2))
     assert not choice.pulled
     assert choice.describe() == "ring by process groups (as configured)"
 
 
 def test_ranks_share_a_gpu_only_on_purpose():
-    places = [Place("a", "x")] * 3
-    assert choose("auto", Topology(ring=3), places, sharing=True).pulled == {"ring"}
-    assert not choose("auto", Topology(ring=3), places).pulled
+    locations = [Location("a", "x")] * 3
+    assert select_transports("auto", Topology(ring=3), locations, sharing=True).pulled == {"ring"}
+    assert not select_transports("auto", Topology(ring=3), locations).pulled
 
 
 @pytest.mark.parametrize(("asked", "gpus", "device"), [(None, 4, "cuda:3"), ("0", 4, "cuda:3"), ("1", 2, "cuda:1")])
@@ -97,7 +97,7 @@ def test_more_ranks_than_gpus_are_refused_on_all_that_the_launcher_started(envir
 
 
 def test_a_place_without_a_gpu_has_the_host_of_its_neighbours():
-    one, other = Place.of(torch.device("cpu")), Place.of(torch.device("cpu"))
+    one, other = Location.of(torch.device("cpu")), Location.of(torch.device("cpu"))
     assert one == other
     assert one.gpu is None
     assert os.uname().nodename in one.host

@@ -40,7 +40,7 @@ class Backend(ABC):
         merge_(out, lse, *self.attend(q, k, v, block, torch.float32))
 
 
-class _Plain(Backend):
+class _Eager(Backend):
     name = "plain PyTorch"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, block: BlockSpec, out_dtype: torch.dtype) -> Partial:
@@ -49,7 +49,7 @@ class _Plain(Backend):
         )
 
 
-class _Portable(Backend):
+class _Triton(Backend):
     """Our Triton kernel: windows, softcap, any head size; the running result goes through the kernel."""
 
     name = "the portable Triton kernel"
@@ -76,7 +76,7 @@ class _Portable(Backend):
         )  # fmt: skip
 
 
-class _Hopper512(Backend):
+class _Attention512(Backend):
     """Our CUDA kernel for head_dim 512; it reads and writes a running result where it lies."""
 
     name = "attention512"
@@ -166,9 +166,9 @@ class AlignedToFirst(Aligned):
         return out, lse
 
 
-PLAIN: Backend = _Plain()
-PORTABLE: Backend = _Portable()
-HOPPER512: Backend = _Hopper512()
+EAGER: Backend = _Eager()
+TRITON: Backend = _Triton()
+ATTENTION512: Backend = _Attention512()
 FLASH: Backend = Aligned("FlashAttention-2", pytorch.flash)
 CUDNN: Backend = AlignedToFirst("cuDNN", pytorch.cudnn)
 MEMORY_EFFICIENT: Backend = Aligned("PyTorch's memory-efficient kernel", pytorch.memory_efficient)

@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ds_ring.attention.backends.base import CUDNN, FLASH, HOPPER512, MEMORY_EFFICIENT, PLAIN, PORTABLE, Backend
+from ds_ring.attention.backends.base import ATTENTION512, CUDNN, EAGER, FLASH, MEMORY_EFFICIENT, TRITON, Backend
 from ds_ring.attention.backends.pytorch import FLASH_MAX_HEAD_DIM
 from ds_ring.attention.backends.selftest import self_test
 from ds_ring.attention.spec import BlockSpec
@@ -35,31 +35,31 @@ CUDNN_AHEAD = 2048
 FlashAttention-2: by 4 % behind 2048, by 25 % behind 4096; behind 1024 they lose 16 %."""
 
 
-def choose(q_BLHD: Tensor, n_keys: int, block: BlockSpec) -> Backend:
+def select_backend(q_BLHD: Tensor, n_keys: int, block: BlockSpec) -> Backend:
     """The back-end for queries like ``q_BLHD`` against ``n_keys`` keys."""
     device, dtype, head_dim = q_BLHD.device, q_BLHD.dtype, q_BLHD.shape[3]
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return PLAIN
+        return EAGER
     windowed, capped = block.attention.window is not None, block.attention.softcap is not None
     for backend in _candidates(device, head_dim, q_BLHD.shape[1], n_keys, block):
         if usable(backend, device, dtype, head_dim, windowed, capped):
             return backend
-    return PLAIN
+    return EAGER
 
 
 def _candidates(
     device: torch.device, head_dim: int, n_queries: int, n_keys: int, block: BlockSpec
 ) -> Iterator[Backend]:
     if not block.attention.plain:
-        yield PORTABLE
+        yield TRITON
         return
     if head_dim % 8 == 0 and head_dim <= FLASH_MAX_HEAD_DIM:
         if cudnn_pays(device, head_dim, n_queries, n_keys, block):
             yield CUDNN
         yield FLASH
     if head_dim == HOPPER_HEAD_DIM:
-        yield HOPPER512
-    yield PORTABLE
+        yield ATTENTION512
+    yield TRITON
     if head_dim % 8 == 0 and head_dim > FLASH_MAX_HEAD_DIM:
         yield MEMORY_EFFICIENT
 
