@@ -365,4 +365,4 @@ def rows_alone(ids: Tensor, mask: Tensor) -> list[Tensor]:
 
 def final_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.inference_mode():
-        return Decoder.of(model).decoder(ids, use_cache=False).last_hidden_state
+        return Decoder.of(model).module(ids, use_cache=False).last_hidden_state

@@ -148,7 +148,7 @@ def test_slices_are_views_and_together_the_weights(case):
     }  # fmt: skip
 
     def work(model, slices, transport):
-        decoder = Decoder.of(model).decoder
+        decoder = Decoder.of(model).module
         for name, part in slices.items():
             weight = decoder.get_submodule(name).weight
             assert part.weight.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
