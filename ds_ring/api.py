@@ -19,7 +19,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.dry_run import dry_run
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import ModelRunner
-from ds_ring.engine.oom import of_weights, with_memory_note
+from ds_ring.engine.oom import weights_note, with_memory_note
 from ds_ring.engine.sequence_parallel import SequenceParallelRunner
 from ds_ring.engine.tensor_pipeline import TensorPipelineRunner
 from ds_ring.errors import ConfigError
@@ -88,7 +88,7 @@ def from_pretrained(
     mesh = connect(run, {**fingerprint.of_config(config_of_model), **fingerprint.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
     layers = stage_layers(dims.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
-    with with_memory_note(lambda: of_weights(weight_bytes(config_of_model, dtype, layers), run, device)):
+    with with_memory_note(lambda: weights_note(weight_bytes(config_of_model, dtype, layers), run, device)):
         # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched. Stages read other
         # tensors, so that one may lack what others do not miss.
         with mesh["world"].together(outside.over("waiting for all ranks to load")):
@@ -182,7 +182,7 @@ def build_engine(
         # First: a device may have room for this stage alone.
         keep_stage(Decoder.of(model), layers)
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    with with_memory_note(lambda: of_weights(weights, run, device)):
+    with with_memory_note(lambda: weights_note(weights, run, device)):
         with float_buffers_kept(model):
             model = model.to(device=device, dtype=dtype).eval()
         return Engine((runner or runner_of(run))(model, run, mesh, dims, device))

@@ -144,7 +144,7 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     if work.micro_batch_sizes:
         label += f", micro-batches of {work.micro_batch_size}"
     first_rows = batch.split(range(warmup_rows(engine.run_config)))
-    scale = len(batch.rows) / len(first_rows.rows)
+    scale = len(batch.sequences) / len(first_rows.sequences)
 
     def step(rows: Batch = batch) -> None:
         if mode == "full":

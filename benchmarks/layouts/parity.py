@@ -94,7 +94,7 @@ def compare(engine: Engine, path: str | Path) -> Difference:
         batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
         every = file.get_slice("logits").get_shape()[1] == batch.length
         for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
-            rows, hidden = shard.batch.rows, shard.hidden_BTd is not None
+            rows, hidden = shard.batch.sequences, shard.hidden_BTd is not None
             if shard.hidden_BTd is not None:
                 real = shard.positions_T < batch.length
                 want = file.get_slice("hidden")[rows.start : rows.stop][:, shard.positions_T[real]]
@@ -111,7 +111,7 @@ def compare_last(engine: Engine, path: str | Path) -> Difference:
     tally = _Tally()
     with safe_open(path, framework="pt") as file:
         batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
-        logits, row = file.get_slice("logits"), engine.runner.sequences_of_replica(len(batch.rows)).start
+        logits, row = file.get_slice("logits"), engine.runner.sequences_of_replica(len(batch.sequences)).start
         last = logits.get_shape()[1] - 1
         for part_BV in engine.prefill_only(batch):
             if part_BV is not None:

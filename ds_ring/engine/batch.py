@@ -1,6 +1,6 @@
-"""A batch as the engines run it: checked, and packed so that every row's tokens start at its left edge."""
+"""A batch as runners take it: checked, and packed so that the tokens of every sequence start at column 0."""
 
-# Shapes: B rows, C columns of the caller's tensors, L tokens of the longest row.
+# Shapes: B sequences, C columns of the caller's tensors, L tokens of the longest sequence.
 from __future__ import annotations
 
 import hashlib
@@ -17,39 +17,40 @@ from ds_ring.model_dims import ModelDims
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, shorter ones padded at the end, where causal attention hides padding without a mask.
+    """Sequences of tokens. Shorter ones are padded at the end, where causal attention hides padding without a mask.
 
     Attributes:
         ids_BL: token ids; padding is 0.
         position_ids_BL: what the model's position encoding is given for each token.
-        lengths: tokens of each row.
-        rows: which rows of the caller's batch these are.
+        lengths: tokens of each sequence.
+        sequences: which sequences of the caller's batch these are.
     """
 
     ids_BL: Tensor
     position_ids_BL: Tensor
     lengths: tuple[int, ...]
-    rows: range
+    sequences: range
 
     in_order: ClassVar[bool] = False
-    """Whether a micro-batch needs what the one before it left, layer by layer."""
+    """Whether a micro-batch needs the keys and values of the one before it, layer by layer."""
 
     @property
     def length(self) -> int:
         return self.ids_BL.shape[1]
 
-    def split(self, rows: range) -> Batch:
-        """Rows ``rows`` (counted in this batch), cut to the longest of them."""
-        lengths = self.lengths[rows.start : rows.stop]
-        cut = slice(rows.start, rows.stop), slice(0, max(lengths))
-        return Batch(self.ids_BL[cut], self.position_ids_BL[cut], lengths, self.rows[rows.start : rows.stop])
+    def split(self, sequences: range) -> Batch:
+        """These ``sequences``, counted in this batch, cut to the longest of them."""
+        chosen = slice(sequences.start, sequences.stop)
+        lengths = self.lengths[chosen]
+        cut = chosen, slice(0, max(lengths))
+        return Batch(self.ids_BL[cut], self.position_ids_BL[cut], lengths, self.sequences[chosen])
 
     def micro_batches(self, size: int) -> list[Batch]:
-        count = len(self.rows)
+        count = len(self.sequences)
         return [self.split(range(i, min(i + size, count))) for i in range(0, count, size)]
 
     def step(self, positions_T: Tensor, device: torch.device) -> Step | None:
-        """What the attention does with a cache, for the packed positions on this rank; None: there is no cache."""
+        """What attention does with a cache, for the packed positions on this rank; None: there is no cache."""
         return None
 
     def digest(self) -> str:
@@ -63,18 +64,19 @@ class Batch:
 def pack(
     input_ids_BC: Tensor, attention_mask_BC: Tensor | None, position_ids_BC: Tensor | None, dims: ModelDims
 ) -> tuple[Batch, Tensor]:
-    """Check the caller's tensors and move every row's tokens to the left edge.
+    """Check the caller's tensors and move the tokens of every sequence to the left edge.
 
     Args:
-        input_ids_BC: token ids, padded on either side where rows are unequal.
+        input_ids_BC: token ids, padded on either side where lengths differ.
         attention_mask_BC: 1 for tokens, 0 for padding; None: no padding.
-        position_ids_BC: positions for the model; None: every row counts its own tokens from 0, as ``generate`` does.
+        position_ids_BC: positions for the model; None: every sequence counts its own tokens from 0, as
+            ``generate`` does.
 
     Returns:
         The batch, and columns_BL: the caller's column of every packed token, -1 at padding.
 
     Raises:
-        InputError: tensors of wrong shape, empty rows, ids outside the vocabulary, or more tokens than positions.
+        InputError: tensors of wrong shape, empty sequences, ids outside the vocabulary, or more tokens than positions.
     """
     if input_ids_BC.dim() != 2 or input_ids_BC.is_floating_point():
         raise InputError(

@@ -1,4 +1,4 @@
-"""A step of a generation as a CUDA graph: its launches are told to the GPU once, and repeated."""
+"""A decoding step as a CUDA graph: its kernel launches are captured once and replayed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from ds_ring.transport.base import Traffic
 log = logging.getLogger("ds_ring")
 
 DecodeStep = Callable[[], Tensor]
+"""() -> logits [b, V]"""
 
 
 class Capture:
-    """Turns a step into a graph of its launches, where the settings and the device allow.
+    """Captures a step as a graph of its launches, where the settings and the device allow it.
 
     Args:
         traffic: where each replay's bytes are counted.
@@ -31,11 +32,11 @@ class Capture:
         self._traffic, self._model_class, self._insist = traffic, model_class, insist
         self._works = True
 
-    def __call__(self, run: DecodeStep) -> DecodeStep | None:
-        """What does ``run`` again, in the same memory; None: ``run`` itself must.
+    def __call__(self, step: DecodeStep) -> DecodeStep | None:
+        """What repeats ``step``, in the same memory; None: ``step`` itself must be called.
 
         Raises:
-            DsRingError: the model asks the device for something in the middle of a step, and ``insist`` is set.
+            DsRingError: the model waits for the device in the middle of a step, and ``insist`` is set.
         """
         if not self._works:
             return None
@@ -45,15 +46,15 @@ class Capture:
         try:
             # NCCL's own threads may ask the device meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                out = run()
-        except Exception as error:  # whatever a model's code trips over
+                out = step()
+        except Exception as error:  # whatever a model's code fails at
             reason = f"{self._model_class} cannot be captured in a CUDA graph: {_cause(error)}"
             if self._insist:
                 raise DsRingError(f"{reason}; take decode_graph=off") from error
             log.warning("decoding without a CUDA graph: %s", reason)
             self._works = False
             return None
-        # A capture counted its bytes and sent none; each replay sends them.
+        # The capture counted bytes and sent none; each replay sends them.
         once = sent - before
         sent.clear()
         sent.update(before)
@@ -68,7 +69,7 @@ class Capture:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong first; that the capture is void then is only its consequence."""
+    """The first error: that the capture is void is only its consequence."""
     while error.__context__ is not None:
         error = error.__context__
     return (str(error) or type(error).__name__).splitlines()[0]

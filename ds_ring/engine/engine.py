@@ -132,19 +132,19 @@ class Engine:
         first = 0 if logits_to_keep == 0 else max(0, input_ids.shape[1] - logits_to_keep)
         micro_batches, mine = self.runner.micro_batches(batch)
         wanted_BL = columns_BL >= first
-        keep = [torch.nonzero(wanted_BL[_rows(m), : m.length].any(0))[:, 0] for m in micro_batches]
+        keep = [torch.nonzero(wanted_BL[_sequences(m), : m.length].any(0))[:, 0] for m in micro_batches]
         shards = nan_check.checked_run(self.runner, micro_batches, keep, want_hidden=False)
         logits_BCV: Tensor | None = None
         for shard, kept_k, micro_batch in zip(shards, keep, micro_batches, strict=True):
             part_BkV = self.runner.assemble(shard.logits_BkV, micro_batch, kept_k, (self.runner.dims.vocab_size,))
             if logits_BCV is None:
                 logits_BCV = part_BkV.new_zeros(len(mine), input_ids.shape[1] - first, self.runner.dims.vocab_size)
-            columns_Bk = columns_BL[_rows(micro_batch)][:, kept_k].to(self.device)
-            row, k = torch.nonzero(columns_Bk >= first, as_tuple=True)
-            own_row = row + (micro_batch.rows.start - mine.start)
-            logits_BCV[own_row, columns_Bk[row, k] - first] = part_BkV[row, k]
+            columns_Bk = columns_BL[_sequences(micro_batch)][:, kept_k].to(self.device)
+            sequence, k = torch.nonzero(columns_Bk >= first, as_tuple=True)
+            own_sequence = sequence + (micro_batch.sequences.start - mine.start)
+            logits_BCV[own_sequence, columns_Bk[sequence, k] - first] = part_BkV[sequence, k]
         assert logits_BCV is not None
-        return CausalLMOutput(logits=gather_replicas(logits_BCV, len(batch.rows), self.mesh["dp"]))
+        return CausalLMOutput(logits=gather_replicas(logits_BCV, len(batch.sequences), self.mesh["dp"]))
 
     @watched
     @explain_oom
@@ -211,10 +211,10 @@ class Engine:
                 local_BT = scoring.next_token_log_likelihoods(
                     self.runner.decoder, shard.batch, shard.positions_T, shard.hidden_BTd
                 )[:, shard.positions_T < shard.batch.length]
-            length, start = shard.batch.length, shard.batch.rows.start - mine.start
+            length, start = shard.batch.length, shard.batch.sequences.start - mine.start
             whole_BL = self.runner.assemble(local_BT, shard.batch, torch.arange(length), ())
-            scores_BL[start : start + len(shard.batch.rows), :length] = whole_BL
-        scores_BL = gather_replicas(scores_BL, len(batch.rows), self.mesh["dp"])
+            scores_BL[start : start + len(shard.batch.sequences), :length] = whole_BL
+        scores_BL = gather_replicas(scores_BL, len(batch.sequences), self.mesh["dp"])
         return [scores[: n - 1].cpu() for scores, n in zip(scores_BL, batch.lengths, strict=True)]
 
     @watched
@@ -269,8 +269,8 @@ class Engine:
         stages = self.mesh["pp"]
         if stages.size > 1:
             whole_BV = stages.all_gather(whole_BV)[-1]
-        return gather_replicas(whole_BV, len(batch.rows), self.mesh["dp"])
+        return gather_replicas(whole_BV, len(batch.sequences), self.mesh["dp"])
 
 
-def _rows(batch: Batch) -> slice:
-    return slice(batch.rows.start, batch.rows.stop)
+def _sequences(batch: Batch) -> slice:
+    return slice(batch.sequences.start, batch.sequences.stop)

@@ -1,6 +1,6 @@
-"""From what each rank holds of a result to the whole of it on every rank."""
+"""Whole results on every rank, from the part of them that each rank holds."""
 
-# Shapes: B rows, T tokens held by one rank, k kept tokens, * whatever trails.
+# Shapes: B sequences, T tokens held by one rank, k kept tokens, * trailing dimensions.
 from __future__ import annotations
 
 import torch
@@ -32,18 +32,18 @@ def assemble(local_BT: Tensor, held: list[Tensor], kept_k: Tensor, transport: Tr
     return whole_Bk
 
 
-def gather_replicas(rows: Tensor, count: int, transport: Transport) -> Tensor:
-    """All ``count`` rows of the batch, from each replica's own share of them."""
+def gather_replicas(sequences: Tensor, count: int, transport: Transport) -> Tensor:
+    """All ``count`` sequences of the batch, from each replica's own."""
     if transport.size == 1:
-        return rows
-    starts = row_starts(count, transport.size)
-    buffer = rows.new_zeros(starts[1] - starts[0], *rows.shape[1:])
-    buffer[: len(rows)] = rows
+        return sequences
+    starts = sequence_starts(count, transport.size)
+    buffer = sequences.new_zeros(starts[1] - starts[0], *sequences.shape[1:])
+    buffer[: len(sequences)] = sequences
     parts = transport.all_gather(buffer)
     return torch.cat([part[: stop - start] for part, start, stop in zip(parts, starts, starts[1:], strict=False)])
 
 
-def row_starts(count: int, replicas: int) -> list[int]:
-    """Where each replica's rows start, and the end; where they do not divide, earlier replicas take one more."""
+def sequence_starts(count: int, replicas: int) -> list[int]:
+    """Where each replica's sequences start, and the end; where they do not divide, earlier replicas take one more."""
     base, extra = divmod(count, replicas)
     return [i * base + min(i, extra) for i in range(replicas + 1)]

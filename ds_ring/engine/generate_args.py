@@ -122,9 +122,9 @@ def _mask(
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
     mask_BC = attention_mask.cpu() != 0
     if not mask_BC[:, -1].all():
-        row = int((~mask_BC[:, -1]).nonzero()[0])
+        sequence = int((~mask_BC[:, -1]).nonzero()[0])
         raise InputError(
-            f"row {row} of the batch ends in padding: generate appends to the last column, so pad on the left "
+            f"row {sequence} of the batch ends in padding: generate appends to the last column, so pad on the left "
             f'(tokenizer.padding_side = "left")'
         )
     return mask_BC
@@ -135,11 +135,11 @@ def _cache(
 ) -> ShardedCache:
     """The caller's cache, or an empty one."""
     copies = settings.num_return_sequences or 1
-    rows, columns = copies * mask_BC.shape[0], mask_BC.shape[1]
+    sequences, columns = copies * mask_BC.shape[0], mask_BC.shape[1]
     if given is None:
         if input_ids.shape[1] != columns:
             raise InputError(f"attention_mask has {columns} columns, input_ids {input_ids.shape[1]}")
-        mine = runner.sequences_of_replica(rows)
+        mine = runner.sequences_of_replica(sequences)
         sp = runner.mesh["sp"]
         cache_shard = KVCacheShard(len(mine), len(runner.decoder.layers), sp.rank, sp.size, runner.device)
         return ShardedCache(runner, cache_shard, mine)
@@ -151,8 +151,8 @@ def _cache(
             "without it, from the whole conversation"
         )
     past = given.get_seq_length()
-    if past and given.mask_BC.shape[0] != rows:
-        raise InputError(f"past_key_values holds {given.mask_BC.shape[0]} rows, the batch {rows}")
+    if past and given.mask_BC.shape[0] != sequences:
+        raise InputError(f"past_key_values holds {given.mask_BC.shape[0]} rows, the batch {sequences}")
     if columns <= past:
         raise InputError(
             f"past_key_values holds {past} columns already, and the batch has {columns}: give the whole conversation, "

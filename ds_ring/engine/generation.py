@@ -1,6 +1,7 @@
-"""transformers' ``generate`` over an engine: each step's forward, and one generator for all ranks."""
+"""transformers' own ``generate`` over a runner: the forward of each step, and one random state for all ranks."""
 
-# Shapes: B rows of the caller's batch, b of this replica, C columns, L packed tokens of the longest row, V vocabulary.
+# Shapes: B sequences of the caller's batch, b of this replica, C columns, L packed tokens of the longest sequence,
+# V vocabulary.
 from __future__ import annotations
 
 from collections import deque
@@ -22,14 +23,14 @@ from ds_ring.engine.decode_loop import DecodeLoop
 from ds_ring.engine.gather import gather_replicas
 from ds_ring.engine.generate_args import check_generate_args
 from ds_ring.engine.model_runner import CachedRunner
-from ds_ring.engine.oom import of_generation, with_memory_note
+from ds_ring.engine.oom import generation_note, with_memory_note
 from ds_ring.errors import NumericsError
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.hf.generation_adapter import GenerationAdapter
 from ds_ring.transport.base import Transport
 
 Progress = Callable[[int, int], None]
-"""(tokens done, all of them) -> None"""
+"""(tokens that are done, all tokens) -> None"""
 
 
 def generate(
@@ -52,12 +53,12 @@ def generate(
     forward.new_tokens = request.new_tokens
     past, mask_BC = request.cache.get_seq_length(), request.mask_BC
 
-    def words() -> str:
+    def note() -> str:
         prompt, length = int(mask_BC[:, past:].sum(1).max()), int(mask_BC.sum(1).max()) + request.new_tokens
-        return of_generation(runner, len(request.cache.rows), prompt, length)
+        return generation_note(runner, len(request.cache.sequences), prompt, length)
 
     with (
-        with_memory_note(words),
+        with_memory_note(note),
         _one_generator(world, runner.device, request.settings.do_sample),
     ):
         result: Tensor | GenerateDecoderOnlyOutput = adapter.generate(
@@ -75,13 +76,13 @@ def generate(
 
 
 class _CheckedStreamer(BaseStreamer):
-    """Hands on the tokens that finite logits gave."""
+    """Passes on the tokens that were chosen by finite logits."""
 
     def __init__(self, streamer: BaseStreamer, fine: Tensor) -> None:
         self._streamer, self._fine = streamer, fine
 
     def put(self, value: Tensor) -> None:
-        # ``value`` came from the device, behind the logits: there is nothing left to wait for.
+        # ``value`` was copied from the device after the logits were made: this test waits for nothing.
         if bool(self._fine):
             self._streamer.put(value)
 
@@ -90,15 +91,15 @@ class _CheckedStreamer(BaseStreamer):
 
 
 class _GenerationForward:
-    """The facade's forward: new columns of all rows in, logits of the last column out, alike on every rank."""
+    """The adapter's forward: of new columns of all sequences, logits of the last column, alike on every rank."""
 
     def __init__(self, runner: CachedRunner, progress: Progress | None) -> None:
         self._runner, self._progress = runner, progress
         self.fine = torch.ones((), dtype=torch.bool, device=runner.device)
-        """Whether all logits so far are finite, which all ranks find alike. It stays on the device, where it is a
-        stopping criterion: transformers waits for those once a step anyway, and no step waits twice."""
+        """Whether all logits so far are finite; the same on all ranks. It stays on the device, as a stopping criterion:
+        transformers waits for stopping criteria once a step anyway, so that no step waits twice."""
         self.new_tokens = 0
-        """How many may come, for the cache to make room for."""
+        """How many tokens may be generated: the cache makes room for them."""
         self._prefilled: ShardedCache | None = None
         self._decoding: DecodeLoop | None = None
 
@@ -107,19 +108,19 @@ class _GenerationForward:
         cache.whole = False
         if ids_BC.shape[1] == 1 and cache is self._prefilled:
             assert self._decoding is not None
-            logits_bV = self._decoding(ids_BC[cache.rows.start : cache.rows.stop])
+            logits_bV = self._decoding(ids_BC[cache.sequences.start : cache.sequences.stop])
             cache.extend(torch.ones(ids_BC.shape, dtype=torch.bool))
         else:
             logits_bV = self._prefill(ids_BC, mask_BC, cache)
         logits_BV = gather_replicas(logits_bV, ids_BC.shape[0], self._runner.mesh["dp"])
         self.fine &= torch.isfinite(logits_BV).all()
-        # What is drawn from NaN is an error of its own, on GPUs one that nothing can follow.
+        # Sampling from NaN fails; on a GPU that error ends the process.
         return logits_BV.where(self.fine, 0)
 
     def located(self) -> NumericsError:
-        """Where the last step's NaN or infinity came from, by taking it once more, on every rank."""
+        """Where NaN or infinity began in the last step: every rank repeats it."""
         assert self._decoding is not None
-        return nan_check.located(self._runner, self._decoding.again)
+        return nan_check.located(self._runner, self._decoding.repeat_last_step)
 
     def _prefill(self, ids_BC: Tensor, mask_BC: Tensor | None, cache: ShardedCache) -> Tensor:
         runner, past = self._runner, cache.get_seq_length()
@@ -132,21 +133,19 @@ class _GenerationForward:
         whole, columns_BL = pack(ids_BC, new_BC, positions_BC, runner.dims)
         cache.extend(new_BC)
         cache_positions_BL = torch.where(columns_BL < 0, EMPTY, columns_BL + past - cache.first_B[:, None]).int()
-        batch, own = whole.split(cache.rows), slice(cache.rows.start, cache.rows.stop)
+        batch, own = whole.split(cache.sequences), slice(cache.sequences.start, cache.sequences.stop)
         work = [
             part
             for parts in chunks(
                 batch, cache_positions_BL[own], cache.cache_shard, size=runner.run_config.workload.prefill_chunk,
-                rows_at_a_time=runner.run_config.workload.micro_batch_size, slots=runner.slots,
+                sequences_at_a_time=runner.run_config.workload.micro_batch_size, slots=runner.slots,
                 tokens_held=runner.tokens_held,
             )
             for part in parts
         ]  # fmt: skip
         cache.cache_shard.expect(self.new_tokens)
-        seen_b1, cache_positions_b1 = (
-            mask_BC[own].sum(1, keepdim=True),
-            cache.get_seq_length() - cache.first_B[own, None].int(),
-        )
+        seen_b1 = mask_BC[own].sum(1, keepdim=True)
+        cache_positions_b1 = cache.get_seq_length() - cache.first_B[own, None].int()
         self._decoding = DecodeLoop(
             runner, cache.cache_shard, seen_b1.to(runner.device), cache_positions_b1.to(runner.device)
         )
@@ -154,35 +153,40 @@ class _GenerationForward:
         return self._last_logits(work, batch.lengths)
 
     def _last_logits(self, work: list[PrefillChunk], lengths: tuple[int, ...]) -> Tensor:
-        """Run all chunks; logits [b, V] of each row's last token."""
+        """Run all chunks; logits [b, V] of the last token of each sequence."""
         done = [0] * len(lengths)
         last: list[list[tuple[int, int]]] = []
         for part in work:
             found = []
-            for row, n in zip(range(part.cache_rows.start, part.cache_rows.stop), part.lengths, strict=True):
-                done[row] += n
-                if n and done[row] == lengths[row]:
-                    found.append((row, n - 1))
+            own = range(part.cache_sequences.start, part.cache_sequences.stop)
+            for sequence, n in zip(own, part.lengths, strict=True):
+                done[sequence] += n
+                if n and done[sequence] == lengths[sequence]:
+                    found.append((sequence, n - 1))
             last.append(found)
         keep = [torch.tensor(sorted({at for _, at in found}), dtype=torch.long) for found in last]
         logits: dict[int, Tensor] = {}
-        with _told(self._progress, self._runner, [sum(part.lengths) for part in work]):
+        with _reporting(self._progress, self._runner, [sum(part.lengths) for part in work]):
             shards = nan_check.checked_run(self._runner, list(work), keep, want_hidden=False)
         for shard, part, kept_k, found in zip(shards, work, keep, last, strict=True):
             if not found:
                 continue
             whole_BkV = self._runner.assemble(shard.logits_BkV, part, kept_k, (self._runner.dims.vocab_size,))
-            for row, at in found:
-                logits[row] = whole_BkV[row - part.cache_rows.start, int((kept_k == at).nonzero()[0])]
+            for sequence, at in found:
+                logits[sequence] = whole_BkV[sequence - part.cache_sequences.start, int((kept_k == at).nonzero()[0])]
+        logits_bV = torch.stack([logits[sequence] for sequence in range(len(lengths))])
         # Pipeline stages pass results on by themselves; tensor-parallel ranks each computed their own.
-        return self._runner.mesh["tp"].broadcast(torch.stack([logits[row] for row in range(len(lengths))]), 0)
+        return self._runner.mesh["tp"].broadcast(logits_bV, 0)
 
 
 @contextmanager
-def _told(progress: Progress | None, runner: CachedRunner, tokens: list[int]) -> Iterator[None]:
-    """Inside the block ``progress`` hears of every micro-batch of so many tokens that is through this rank's layers.
+def _reporting(progress: Progress | None, runner: CachedRunner, tokens: list[int]) -> Iterator[None]:
+    """Inside the block ``progress`` is called after every micro-batch that has passed this rank's last layer.
 
-    A GPU is not waited for: what it has finished is noticed when the next micro-batch has been queued.
+    Nothing waits for the GPU: that it has finished a micro-batch is seen when the next one has been queued.
+
+    Args:
+        tokens: of each micro-batch.
     """
     if progress is None:
         yield
@@ -193,8 +197,8 @@ def _told(progress: Progress | None, runner: CachedRunner, tokens: list[int]) ->
         event = torch.cuda.Event() if runner.device.type == "cuda" else None
         if event is not None:
             event.record()
-        under_way.append((next(totals, sum(tokens)), event))  # NaN is looked for in a second pass
-        while under_way and ((behind := under_way[0][1]) is None or behind.query()):
+        under_way.append((next(totals, sum(tokens)), event))  # after NaN the pass is repeated
+        while under_way and ((done := under_way[0][1]) is None or done.query()):
             progress(under_way.popleft()[0], sum(tokens))
 
     handle = runner.decoder.layers[-1].register_forward_hook(queued)
@@ -208,7 +212,7 @@ def _told(progress: Progress | None, runner: CachedRunner, tokens: list[int]) ->
 def _one_generator(world: Transport, device: torch.device, sampled: bool) -> Iterator[None]:
     """Inside the block every rank draws from rank 0's random state.
 
-    Ranks that were in that state before go on from it afterwards, as rank 0 does; others get their own back.
+    After it, ranks that had the same state before go on as rank 0 does; others get their own state back.
     """
     if not sampled or world.size == 1:
         yield

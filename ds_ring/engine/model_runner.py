@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
 from ds_ring.engine.cuda_graph import Capture, DecodeStep
-from ds_ring.engine.gather import assemble, row_starts
+from ds_ring.engine.gather import assemble, sequence_starts
 from ds_ring.errors import InputError
 from ds_ring.fusion.fuse import Fusion
 from ds_ring.hf.attention import inject
@@ -127,13 +127,13 @@ class ModelRunner(ABC):
                 f"a batch of {count} rows leaves some of dp_size={replicas} replicas without a sequence; "
                 f"give at least {replicas} rows or lower dp_size"
             )
-        starts = row_starts(count, replicas)
+        starts = sequence_starts(count, replicas)
         index = self.mesh.coordinate("dp")
         return range(starts[index], starts[index + 1])
 
     def micro_batches(self, batch: Batch) -> tuple[list[Batch], range]:
         """This replica's part of ``batch`` in micro-batches; which of its sequences they are."""
-        mine = self.sequences_of_replica(len(batch.rows))
+        mine = self.sequences_of_replica(len(batch.sequences))
         return batch.split(mine).micro_batches(self.run_config.workload.micro_batch_size), mine
 
     def assemble(self, local: Tensor | None, batch: Batch, kept_k: Tensor, trailing: tuple[int, ...]) -> Tensor:
@@ -141,7 +141,7 @@ class ModelRunner(ABC):
         transport = self.mesh[self.result_axis]
         if local is None:
             dtype = next(p.dtype for p in self.model.parameters()) if trailing else torch.float32
-            local = torch.zeros(len(batch.rows), 0, *trailing, dtype=dtype, device=self.device)
+            local = torch.zeros(len(batch.sequences), 0, *trailing, dtype=dtype, device=self.device)
         held = [self.held_positions(batch.length, rank) for rank in range(transport.size)]
         return assemble(local, held, kept_k, transport)
 

@@ -1,4 +1,4 @@
-"""NaN and infinity: noticed before a result leaves the engine, and traced to the layer and ranks they came from."""
+"""NaN and infinity: found before a result leaves the engine, and located by layer and rank."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def bad_layers(decoder: Decoder) -> Iterator[list[int]]:
 
 
 def describe(bad: list[int | None], num_layers: int) -> str:
-    """A sentence from every rank's first bad layer (None: all its layers are fine)."""
+    """A sentence made of every rank's first bad layer (None: all its layers are finite)."""
     first = min((layer for layer in bad if layer is not None), default=None)
     if first is None:
         return f"the model gave NaN or infinity behind its last layer ({num_layers} layers are finite)"

@@ -21,14 +21,14 @@ GIB = 2**30
 
 
 @contextmanager
-def with_memory_note(words: Callable[[], str]) -> Iterator[None]:
-    """Where memory runs out inside the block, the error says ``words()`` in a note (``BaseException.add_note``). Of
-    blocks inside each other the innermost, which knows most, has the word."""
+def with_memory_note(note: Callable[[], str]) -> Iterator[None]:
+    """Where memory runs out inside the block, the error gets ``note()`` (``BaseException.add_note``). Of nested blocks
+    the innermost, which knows most, adds its note."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error) and not getattr(error, "__notes__", None):
-            error.add_note(words())
+            error.add_note(note())
         raise
 
 
@@ -37,13 +37,13 @@ def explain_oom(method: Method) -> Method:
 
     @wraps(method)
     def call(engine: Any, *args: Any, **options: Any) -> Any:
-        with with_memory_note(lambda: of_forward(engine.runner)):
+        with with_memory_note(lambda: forward_note(engine.runner)):
             return method(engine, *args, **options)
 
     return cast(Method, call)
 
 
-def of_forward(runner: ModelRunner) -> str:
+def forward_note(runner: ModelRunner) -> str:
     """One line, about the configuration's own batch and length."""
     work, micro = runner.run_config.workload, runner.run_config.largest_micro_batch
     predicted = _forward_bytes(runner, runner.run_config, micro) / GIB
@@ -54,23 +54,23 @@ def of_forward(runner: ModelRunner) -> str:
     )
 
 
-def of_generation(runner: ModelRunner, rows: int, prompt: int, length: int) -> str:
-    """One line, about a replica's ``rows``; the longest has ``prompt`` tokens to run, and ``length`` in the end."""
+def generation_note(runner: ModelRunner, sequences: int, prompt: int, length: int) -> str:
+    """One line about a replica's ``sequences``; the longest has ``prompt`` tokens to run, and ``length`` at the end."""
     work, t = runner.run_config.workload, runner.mesh.topology
-    micro, chunk = min(work.micro_batch_size, rows), min(work.prefill_chunk or prompt, prompt)
+    micro, chunk = min(work.micro_batch_size, sequences), min(work.prefill_chunk or prompt, prompt)
     # Chunks run one after the other: each needs what earlier ones leave.
     run = RunConfig.load(runner.run_config, max_length=chunk, interleave="off")
-    cache = cache_bytes(run, runner.dims, rows, length)
+    cache = cache_bytes(run, runner.dims, sequences, length)
     predicted = (_forward_bytes(runner, run, micro) + cache) / GIB
     return (
         f"{_held(runner.peak_memory_gib, runner.device)}, {predicted:.1f} are predicted: {cache / GIB:.1f} for a cache "
-        f"of {rows} x {length} tokens, the rest for weights and chunks of {micro} x {chunk}; "
+        f"of {sequences} x {length} tokens, the rest for weights and chunks of {micro} x {chunk}; "
         f"{'lower' if work.prefill_chunk else 'set'} prefill_chunk, give fewer rows or tokens at a time, or share them "
         f"among more ranks ({'tp_size, pp_size' if t.tp * t.pp > 1 else 'ring_degree, ulysses_degree'})"
     )
 
 
-def of_weights(weight_bytes: int, run: RunConfig, device: torch.device) -> str:
+def weights_note(weight_bytes: int, run: RunConfig, device: torch.device) -> str:
     """One line, about weights that this rank loads or moves."""
     narrower = "take dtype fp16 or bf16, or " if run.dtype == "fp32" else ""
     return (

@@ -1,6 +1,6 @@
-"""Hidden states from stage to stage of a pipeline, the next ones on their way while a stage computes."""
+"""Hidden states between pipeline stages: the next ones are under way while a stage computes."""
 
-# Shapes: B rows of a micro-batch, L tokens, d hidden size.
+# Shapes: B sequences of a micro-batch, L tokens, d hidden size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -17,25 +17,25 @@ Shape = tuple[int, int, int]
 
 
 class PipelineComm(ABC):
-    """One pass of this stage. For every micro-batch, in the same order on all stages: ``expect``, at most one ahead,
-    and ``hand_on``."""
+    """One pass of this stage. For every micro-batch, in the same order on all stages: ``post_receive``, at most one
+    ahead, then ``send``."""
 
     def __init__(self, stages: Transport, shapes: Sequence[Shape], like: Tensor) -> None:
-        """``shapes`` of all that will be expected; ``like`` tells dtype and device."""
+        """``shapes`` of all micro-batches; ``like`` gives dtype and device."""
         self._stages, self._like = stages, like
-        self._before = stages.rank - 1 if stages.rank else None
-        self._behind = stages.rank + 1 if stages.rank + 1 < stages.size else None
+        self._previous = stages.rank - 1 if stages.rank else None
+        self._next = stages.rank + 1 if stages.rank + 1 < stages.size else None
 
     @abstractmethod
-    def expect(self, shape: Shape) -> tuple[Tensor | None, Pending]:
-        """Hidden states [B, L, d] of the stage before, to be read when they are there; None on the first."""
+    def post_receive(self, shape: Shape) -> tuple[Tensor | None, Pending]:
+        """Hidden states [B, L, d] of the previous stage, to be read after ``Pending.wait``; None on the first stage."""
 
     @abstractmethod
-    def hand_on(self, hidden_BLd: Tensor) -> None:
-        """This stage's result of the oldest micro-batch expected, to the stage behind."""
+    def send(self, hidden_BLd: Tensor) -> None:
+        """This stage's result of the oldest micro-batch, to the next stage."""
 
     def finish(self) -> None:  # noqa: B027
-        """All micro-batches are through."""
+        """All micro-batches are done."""
 
 
 class MessagePipelineComm(PipelineComm):
@@ -43,19 +43,19 @@ class MessagePipelineComm(PipelineComm):
         super().__init__(stages, shapes, like)
         self._sent: list[Pending] = []
 
-    def expect(self, shape: Shape) -> tuple[Tensor | None, Pending]:
-        if self._before is None:
+    def post_receive(self, shape: Shape) -> tuple[Tensor | None, Pending]:
+        if self._previous is None:
             return None, Done()
         hidden_BLd = self._like.new_empty(shape)
-        return hidden_BLd, self._stages.exchange([], [(self._before, hidden_BLd)])
+        return hidden_BLd, self._stages.exchange([], [(self._previous, hidden_BLd)])
 
-    def hand_on(self, hidden_BLd: Tensor) -> None:
-        if self._behind is None:
+    def send(self, hidden_BLd: Tensor) -> None:
+        if self._next is None:
             return
         # Two sends in flight at most: more would hold every micro-batch's hidden states at once.
         if len(self._sent) > 1:
             self._sent.pop(0).wait()
-        self._sent.append(self._stages.exchange([(self._behind, hidden_BLd.contiguous())], []))
+        self._sent.append(self._stages.exchange([(self._next, hidden_BLd.contiguous())], []))
 
     def finish(self) -> None:
         for pending in self._sent:
@@ -76,21 +76,21 @@ class PulledPipelineComm(PipelineComm):
         stages.reserve(shapes, like)
         self._open: deque[SharedTensor] = deque()
 
-    def expect(self, shape: Shape) -> tuple[Tensor | None, Pending]:
+    def post_receive(self, shape: Shape) -> tuple[Tensor | None, Pending]:
         shared = self._stages.share(shape, self._like)
         self._open.append(shared)
-        if self._before is None:
+        if self._previous is None:
             return None, Done()
         if self._stages.muted:  # there are no numbers yet that could stand for those that do not come
             return self._like.new_empty(shape).normal_(), Done()
-        pending, hidden_BLd = shared.pull(_whole(self._before))
+        pending, hidden_BLd = shared.pull(_whole(self._previous))
         return hidden_BLd, pending
 
-    def hand_on(self, hidden_BLd: Tensor) -> None:
+    def send(self, hidden_BLd: Tensor) -> None:
         with self._open.popleft() as shared:
-            if self._behind is not None:
+            if self._next is not None:
                 shared.own.copy_(hidden_BLd)
-            shared.publish([None if self._behind is None else _whole(self._behind)])
+            shared.publish([None if self._next is None else _whole(self._next)])
 
 
 def pipeline_comm(stages: Transport, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> PipelineComm:

@@ -1,6 +1,6 @@
-"""Log-likelihoods from hidden states, where those are."""
+"""Log-likelihoods of tokens, computed on the rank that holds their hidden states."""
 
-# Shapes: B rows, L tokens of the batch, T of them on this rank, k of those at a time, V vocabulary, d hidden size.
+# Shapes: B sequences, L tokens of the batch, T of them on this rank, k of those at a time, V vocabulary, d hidden size.
 from __future__ import annotations
 
 import torch
@@ -12,7 +12,7 @@ from ds_ring.hf.decoder import Decoder, head_logits
 from ds_ring.utils.hardware import to_device
 
 CHUNK = 1024
-"""Tokens of a row whose logits exist at a time."""
+"""Tokens of a sequence whose logits exist at the same time."""
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""The proposed method: weights whole on every rank, the sequence cut over ring x Ulysses. Alone (degree 1), this is
-also one replica of data parallelism."""
+"""The proposed method: whole weights on every rank, the sequence cut over ring x Ulysses. With degree 1 it is also one
+replica of data parallelism."""
 
-# Shapes: B rows, L tokens of the batch, P padded to the layout, T tokens on this rank.
+# Shapes: B sequences, L tokens of the batch, P padded to the layout, T tokens on this rank.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -17,10 +17,9 @@ from transformers import PreTrainedModel
 
 from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
-from ds_ring.engine.batch_overlap import run_interleaved
+from ds_ring.engine.batch_overlap import Lockstep, run_interleaved
 from ds_ring.engine.decode_tp import decode_slices
 from ds_ring.engine.deepspeed_backend import serve
-from ds_ring.engine.lockstep import Lockstep
 from ds_ring.engine.model_runner import ONE_TOKEN, CachedRunner, Shard
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.tensor_slices import in_slices
@@ -73,21 +72,21 @@ class SequenceParallelRunner(CachedRunner):
         jobs = [partial(self._run_micro_batch, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
         if not self._in_flight(micro_batches):
             return [job() for job in jobs]
-        return run_interleaved(jobs, self._on_hand_over, self.lanes)
+        return run_interleaved(jobs, self._on_yield, self.lanes)
 
     @property
     def lanes(self) -> int:
-        """Beside NCCL's kernels more than one cost more than they hide."""
+        """One beside NCCL, whose kernels take SMs: there more micro-batches in flight cost more than they hide."""
         ring = self.run_config.ring
         wanted = self.mesh.overlaps if ring.interleave == "auto" else ring.interleave == "on"
         return ring.in_flight if wanted and self.mesh.topology.sp > 1 else 1
 
-    def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
-        """Two lanes alternate: one's transfers under the other's layer. More go in lockstep."""
-        lockstep = Lockstep(hand_over) if hand_over is not None and self.lanes > 2 else None
+    def _on_yield(self, yield_lane: Callable[[], None] | None) -> None:
+        """Two lanes alternate: transfers of one run during a layer of the other. More lanes go in lockstep."""
+        lockstep = Lockstep(yield_lane) if yield_lane is not None and self.lanes > 2 else None
         for axis in SHARING_AXES:
             self.mesh[axis].beforehand = lockstep.before_transfer if lockstep else None
-            self.mesh[axis].meanwhile = hand_over
+            self.mesh[axis].meanwhile = yield_lane
         for hook in self._before_layers:
             hook.remove()
         self._before_layers.clear()
@@ -112,13 +111,13 @@ class SequenceParallelRunner(CachedRunner):
     @torch.inference_mode()
     def _run_for_last_tokens(self, batch: Batch) -> Tensor:
         sp = self.mesh["sp"]
-        tokens = LastTokens(batch.lengths, _everyones_positions(self.layout(batch.length)), sp)
+        tokens = LastTokens(batch.lengths, _positions_of_all(self.layout(batch.length)), sp)
         with last_tokens_only(self.decoder, self._context, tokens):
             positions_T = self.held_positions(batch.length, sp.rank)
             return self._call_model(batch, positions_T, torch.zeros(1, dtype=torch.long))[:, 0]
 
     def _call_model(self, batch: Batch, positions_T: Tensor, at_k: Tensor) -> Tensor:
-        """The model on this rank's tokens; logits [B, k, V] at places ``at_k`` among them."""
+        """The model on this rank's tokens; logits [B, k, V] of those with the indices ``at_k``."""
         layout = self.layout(batch.length)
         ids_BT, position_ids_BT = (self._own(t, layout) for t in (batch.ids_BL, batch.position_ids_BL))
         step = batch.step(positions_T, self.device)
@@ -133,13 +132,13 @@ class SequenceParallelRunner(CachedRunner):
         return logits_BkV
 
     def _own(self, tokens_BL: Tensor, layout: SequenceLayout) -> Tensor:
-        """This rank's part of them, [B, T]. It is taken on the device: on the host, waking a team of threads for it
-        holds up the first kernel of a pass, by tens of milliseconds where ranks have more threads than cores."""
+        """This rank's tokens, [B, T]. They are taken on the device: on the host, waking threads for it delays the first
+        kernel of a pass by tens of milliseconds where ranks have more threads than cores."""
         tokens_BP = pad(to_device(tokens_BL, self.device), (0, layout.padded_length - tokens_BL.shape[1]))
         if layout.local_length == layout.padded_length:
             return tokens_BP
-        place = divmod(self.mesh["sp"].rank, layout.ulysses_degree)
-        return tokens_BP.index_select(1, _positions_on(self.device, layout, *place))
+        ring_and_ulysses = divmod(self.mesh["sp"].rank, layout.ulysses_degree)
+        return tokens_BP.index_select(1, _positions_on(self.device, layout, *ring_and_ulysses))
 
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
@@ -148,7 +147,7 @@ class SequenceParallelRunner(CachedRunner):
             nullcontext() if self._slices is None else in_slices(self.decoder, self._slices),
         ):
             out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
-        # Every rank computed them; whether to the last bit is up to its libraries, and tokens must not differ.
+        # Every rank computed them, but libraries may differ in the last bit, and tokens must not.
         return self.mesh["sp"].broadcast(out.logits[:, -1], 0)
 
 
@@ -164,7 +163,7 @@ def _positions_on(device: torch.device, layout: SequenceLayout, ring_rank: int, 
 
 
 @lru_cache(maxsize=4)
-def _everyones_positions(layout: SequenceLayout) -> list[list[int]]:
-    """Of all ranks that share a sequence, in the order of the axis ``sp``."""
-    places = product(range(layout.ring_degree), range(layout.ulysses_degree))
-    return [list(layout.positions(*place)) for place in places]
+def _positions_of_all(layout: SequenceLayout) -> list[list[int]]:
+    """Positions on all ranks that share a sequence, in the order of the axis ``sp``."""
+    ranks = product(range(layout.ring_degree), range(layout.ulysses_degree))
+    return [list(layout.positions(*rank)) for rank in ranks]

@@ -1,7 +1,7 @@
-"""The baseline: tensor x pipeline parallel. DeepSpeed's AutoTP shards each stage's layers; stages hand hidden states
-on while several micro-batches are in flight."""
+"""The baseline: tensor x pipeline parallelism. DeepSpeed's AutoTP shards the layers of each stage; stages pass hidden
+states on while several micro-batches are in flight."""
 
-# Shapes: B rows of a micro-batch, L tokens, d hidden size.
+# Shapes: B sequences of a micro-batch, L tokens, d hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -70,19 +70,19 @@ class TensorPipelineRunner(CachedRunner):
 
     @property
     def lanes(self) -> int:
-        """Two where asked for: one's layers under the other's all-reduces."""
+        """Two where configured: the layers of one run during the all-reduces of the other."""
         wanted = self.run_config.ring.interleave == "on"
         return 2 if wanted and self.stages == 1 and self.fusion is not None else 1
 
-    def _on_hand_over(self, hand_over: Callable[[], None] | None) -> None:
+    def _on_yield(self, yield_lane: Callable[[], None] | None) -> None:
         for module in self.model.modules():
             if isinstance(module, TensorParallel_Layer):
-                setattr(module, HAND_OVER, hand_over)
+                setattr(module, HAND_OVER, yield_lane)
 
     def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         if self._in_flight(micro_batches):
             jobs = [partial(self._pass, [m], [k], want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
-            return [shard for (shard,) in run_interleaved(jobs, self._on_hand_over, self.lanes)]
+            return [shard for (shard,) in run_interleaved(jobs, self._on_yield, self.lanes)]
         return self._pass(micro_batches, keep, want_hidden)
 
     def _pass(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
@@ -121,44 +121,45 @@ class TensorPipelineRunner(CachedRunner):
 
     @torch.inference_mode()
     def _pipeline(self, micro_batches: list[Batch], stage: Callable[[int, Tensor | None], Tensor]) -> None:
-        """Stage s works on micro-batch m while stage s-1 works on m+1; the next input is already on its way.
+        """Stage s works on micro-batch m while stage s-1 works on m+1; the next input is already under way.
 
-        ``stage`` is given a micro-batch's number and its hidden states (None: its tokens), and returns what goes on.
+        Args:
+            stage: (a micro-batch's number, its hidden states or None for its tokens) -> hidden states to pass on.
         """
-        shapes = [(len(m.rows), m.length, self.dims.hidden_size) for m in micro_batches]
+        shapes = [(len(m.sequences), m.length, self.dims.hidden_size) for m in micro_batches]
         stages = pipeline_comm(self.mesh["pp"], shapes, torch_dtype(self.run_config.dtype), self.device)
-        arriving = stages.expect(shapes[0])
+        arriving = stages.post_receive(shapes[0])
         for number in range(len(micro_batches)):
             hidden_in, pending = arriving
             if number + 1 < len(micro_batches):
-                arriving = stages.expect(shapes[number + 1])
+                arriving = stages.post_receive(shapes[number + 1])
             pending.wait()
-            stages.hand_on(stage(number, hidden_in))
+            stages.send(stage(number, hidden_in))
         stages.finish()
 
     @torch.inference_mode()
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
-        pp, rows = self.mesh["pp"], ids_B1.shape[0]
+        pp, sequences = self.mesh["pp"], ids_B1.shape[0]
         dtype = torch_dtype(self.run_config.dtype)
         hidden_in: Tensor | None = None
         if self.stage > 0:
-            hidden_in = torch.empty(rows, 1, self.dims.hidden_size, dtype=dtype, device=self.device)
+            hidden_in = torch.empty(sequences, 1, self.dims.hidden_size, dtype=dtype, device=self.device)
             pp.exchange([], [(self.stage - 1, hidden_in)]).wait()
         inputs = {"input_ids": ids_B1} if hidden_in is None else {"inputs_embeds": hidden_in}
         with (
             self._context.forward(ONE_TOKEN, len(self.decoder.layers), type(self.model).__name__, step),
-            spliced(self.decoder, hidden_in) as behind_layers,
+            spliced(self.decoder, hidden_in) as after_layers,
         ):
             out = self._deepspeed(**inputs, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
         if self.is_last:
             logits_BV = self.mesh["tp"].broadcast(out.logits[:, -1], 0)
         else:
-            pp.exchange([(self.stage + 1, behind_layers[0].contiguous())], []).wait()
-            logits_BV = torch.empty(rows, self.dims.vocab_size, dtype=dtype, device=self.device)
+            pp.exchange([(self.stage + 1, after_layers[0].contiguous())], []).wait()
+            logits_BV = torch.empty(sequences, self.dims.vocab_size, dtype=dtype, device=self.device)
         return pp.broadcast(logits_BV, self.stages - 1)
 
     def _run_stage(self, batch: Batch, kept_k: Tensor, hidden_in: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(hidden states behind this stage's layers, logits [B, k, V] at ``kept_k``; those count on the last stage)."""
+        """(hidden states after this stage's layers, logits [B, k, V] at ``kept_k``, which count on the last stage)."""
         if hidden_in is None:
             inputs = {"input_ids": to_device(batch.ids_BL, self.device)}
         else:
@@ -166,7 +167,7 @@ class TensorPipelineRunner(CachedRunner):
         layout, step = SequenceLayout(batch.length), batch.step(torch.arange(batch.length), self.device)
         with (
             self._context.forward(layout, len(self.decoder.layers), type(self.model).__name__, step),
-            spliced(self.decoder, hidden_in) as behind_layers,
+            spliced(self.decoder, hidden_in) as after_layers,
         ):
             out = self._deepspeed(
                 **inputs,
@@ -174,4 +175,4 @@ class TensorPipelineRunner(CachedRunner):
                 use_cache=False,
                 logits_to_keep=to_device(kept_k, self.device),
             )
-        return behind_layers[0], out.logits
+        return after_layers[0], out.logits

@@ -27,9 +27,9 @@ class ShardedCache(Cache):
             the caller does not know its tokens.
     """
 
-    def __init__(self, owner: object, cache_shard: KVCacheShard, rows: range) -> None:
+    def __init__(self, owner: object, cache_shard: KVCacheShard, sequences: range) -> None:
         super().__init__(layers=[])
-        self.owner, self.cache_shard, self.rows = owner, cache_shard, rows
+        self.owner, self.cache_shard, self.sequences = owner, cache_shard, sequences
         self.first_B = torch.empty(0, dtype=torch.long)
         self._masks: list[Tensor] = []
         self._columns = 0
@@ -67,11 +67,13 @@ class ShardedCache(Cache):
         """
         known_BC = self.mask_BC
         if (mask_BC & ~known_BC).any():
-            row = int((mask_BC & ~known_BC).any(1).nonzero()[0])
-            raise InputError(f"attention_mask shows columns of row {row} that were padding when the cache was made")
+            sequence = int((mask_BC & ~known_BC).any(1).nonzero()[0])
+            raise InputError(
+                f"attention_mask shows columns of row {sequence} that were padding when the cache was made"
+            )
         if torch.equal(mask_BC, known_BC):
             return
-        own = slice(self.rows.start, self.rows.stop)
+        own = slice(self.sequences.start, self.sequences.stop)
         self.cache_shard.hide((known_BC & ~mask_BC)[own], self.first_B[own])
         self._masks = [mask_BC]
 

@@ -14,12 +14,12 @@ class Occupancy:
     between runs. A row that loses tokens later has none that are known: what it sees goes by positions.
     """
 
-    def __init__(self, rows: int, size: int) -> None:
-        self._slot_ranges: list[list[list[slice]] | None] = [[[] for _ in range(size)] for _ in range(rows)]
+    def __init__(self, sequences: int, size: int) -> None:
+        self._slot_ranges: list[list[list[slice]] | None] = [[[] for _ in range(size)] for _ in range(sequences)]
 
-    def add(self, row: int, rank: int, start: int, count: int) -> None:
+    def add(self, sequence: int, rank: int, start: int, count: int) -> None:
         """``rank`` has a token of ``row`` in ``count`` slots from ``start`` on, which follow those it had."""
-        by_rank = self._slot_ranges[row]
+        by_rank = self._slot_ranges[sequence]
         if by_rank is not None and count:
             slot_ranges = by_rank[rank]
             first = slot_ranges.pop().start if slot_ranges and slot_ranges[-1].stop == start else start
@@ -27,17 +27,17 @@ class Occupancy:
 
     def add_to_all(self, rank: int, slot: int) -> None:
         """``rank`` has a token of every row in ``slot``."""
-        for row in range(len(self._slot_ranges)):
-            self.add(row, rank, slot, 1)
+        for sequence in range(len(self._slot_ranges)):
+            self.add(sequence, rank, slot, 1)
 
-    def lose(self, rows: Iterable[int]) -> None:
+    def lose(self, sequences: Iterable[int]) -> None:
         """Some tokens of these rows are hidden."""
-        for row in rows:
-            self._slot_ranges[row] = None
+        for sequence in sequences:
+            self._slot_ranges[sequence] = None
 
-    def of(self, rows: slice, rank: int) -> SlotRanges:
+    def of(self, sequences: slice, rank: int) -> SlotRanges:
         """The slots that each of ``rows`` has a token in, up to the first that some have one in and others not."""
-        known = self._slot_ranges[rows]
+        known = self._slot_ranges[sequences]
         by_row = [by_rank[rank] for by_rank in known if by_rank is not None]
         if not by_row or len(by_row) < len(known):
             return ()

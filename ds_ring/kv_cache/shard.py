@@ -40,13 +40,13 @@ class KVCacheShard:
         moves: how often its memory has moved, which a captured graph does not survive.
     """
 
-    def __init__(self, rows: int, layers: int, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, sequences: int, layers: int, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.device = rank, device
         self.used = [0] * size
-        self.occupancy = Occupancy(rows, size)
+        self.occupancy = Occupancy(sequences, size)
         self.moves = 0
         self._expected = 0
-        self._positions_BS = torch.empty(rows, 0, dtype=torch.int32, device=device)
+        self._positions_BS = torch.empty(sequences, 0, dtype=torch.int32, device=device)
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
         self._windows: dict[int, SlidingWindowSlots] = {}
         self._window_of: dict[int, int | None] = {}
@@ -72,11 +72,11 @@ class KVCacheShard:
         whole = sum(self.used) + min(tokens, LOOK_AHEAD)
         self._expected = max(max(self.used), -(-whole // len(self.used))) + 1  # the spare one
 
-    def reserve(self, rows: slice, start: int, positions_BT: Tensor) -> None:
+    def reserve(self, sequences: slice, start: int, positions_BT: Tensor) -> None:
         """Reserve slots from ``start`` on for tokens at ``positions_BT``; their keys and values follow by layer."""
         stop = start + positions_BT.shape[1]
         self._make_room(stop)
-        self._positions_BS[rows, start:stop] = positions_BT
+        self._positions_BS[sequences, start:stop] = positions_BT
 
     def _make_room(self, slots: int) -> None:
         capacity = self._positions_BS.shape[1]
@@ -86,11 +86,11 @@ class KVCacheShard:
             self._positions_BS = grown(self._positions_BS, capacity)
             self.moves += 1
 
-    def write(self, layer: int, rows: slice, start: int, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
+    def write(self, layer: int, sequences: slice, start: int, k_BTKD: Tensor, v_BTKD: Tensor) -> None:
         """One layer's keys and values for slots that were reserved."""
         self._settle(layer, None)
         for held, new in zip(self._room_in(layer, k_BTKD, v_BTKD), (k_BTKD, v_BTKD), strict=True):
-            held[rows, start : start + new.shape[1]] = new
+            held[sequences, start : start + new.shape[1]] = new
 
     def window(self, window: int) -> SlidingWindowSlots:
         """The slots of layers that see ``window`` positions, with room for what this rank has room for."""
@@ -101,12 +101,12 @@ class KVCacheShard:
         return slots
 
     def write_window(
-        self, layer: int, window: int, rows: slice, slots_BT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor
+        self, layer: int, window: int, sequences: slice, slots_BT: Tensor, k_BTKD: Tensor, v_BTKD: Tensor
     ) -> None:
         """``write`` for a layer that sees a window, to the slots that it gave."""
         self._settle(layer, window)
         for held, new in zip(self._room_in(layer, k_BTKD, v_BTKD), (k_BTKD, v_BTKD), strict=True):
-            held[rows].scatter_(1, slots_BT[:, :, None, None].expand_as(new), new)
+            held[sequences].scatter_(1, slots_BT[:, :, None, None].expand_as(new), new)
 
     def _settle(self, layer: int, window: int | None) -> None:
         if self._window_of.setdefault(layer, window) != window:
@@ -120,10 +120,10 @@ class KVCacheShard:
         return self._positions_BS if window is None else self._windows[window].positions_BS
 
     def _room_in(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
-        pair, (n_rows, capacity) = self._layers[layer], self._positions_of(layer).shape
+        pair, (n_sequences, capacity) = self._layers[layer], self._positions_of(layer).shape
         if pair is None or pair[0].shape[1] < capacity:
             # Zeros, not whatever memory holds: a hidden value is multiplied by 0, which leaves NaN as it is.
-            grown = [t.new_zeros((n_rows, capacity, *t.shape[2:])) for t in (k_BTKD, v_BTKD)]
+            grown = [t.new_zeros((n_sequences, capacity, *t.shape[2:])) for t in (k_BTKD, v_BTKD)]
             for new, old in zip(grown, pair or (), strict=False):
                 new[:, : old.shape[1]] = old
             pair = self._layers[layer] = grown[0], grown[1]
@@ -160,11 +160,11 @@ class KVCacheShard:
     def _spare(self) -> int:
         return self._positions_BS.shape[1] - 1
 
-    def read(self, layer: int, rows: slice = EVERY, stop: int | None = None) -> Cached:
+    def read(self, layer: int, sequences: slice = EVERY, stop: int | None = None) -> Cached:
         """The first ``stop`` slots, or all, as views; a layer must have been written once."""
         pair = self._layers[layer]
         assert pair is not None
-        return Cached(pair[0][rows, :stop], pair[1][rows, :stop], self._positions_of(layer)[rows, :stop])
+        return Cached(pair[0][sequences, :stop], pair[1][sequences, :stop], self._positions_of(layer)[sequences, :stop])
 
     def hide(self, hidden_BC: Tensor, first_B: Tensor) -> None:
         """Forget the tokens of the columns marked in ``hidden_BC``; ``first_B`` are the columns of position 0; both on

@@ -30,10 +30,10 @@ class SlidingWindowSlots:
         positions_BS: where each slot's token stands, int32.
     """
 
-    def __init__(self, rows: int, window: int, device: torch.device) -> None:
+    def __init__(self, sequences: int, window: int, device: torch.device) -> None:
         self.window = window
-        self.positions_BS = torch.full((rows, 1), EMPTY, dtype=torch.int32, device=device)
-        self._count_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions_BS = torch.full((sequences, 1), EMPTY, dtype=torch.int32, device=device)
+        self._count_B1 = torch.zeros(sequences, 1, dtype=torch.long, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -51,14 +51,14 @@ class SlidingWindowSlots:
         self.positions_BS = grown(self.positions_BS, wanted)
         return True
 
-    def enter(self, rows: slice, positions_BT: Tensor) -> Entry:
+    def enter(self, sequences: slice, positions_BT: Tensor) -> Entry:
         """Give slots to a chunk's tokens, of which ``EMPTY`` ones are padding; positions ascend along it."""
-        valid_BT, count_B1 = positions_BT != EMPTY, self._count_B1[rows]
-        before_BS = self.positions_BS[rows].clone()
+        valid_BT, count_B1 = positions_BT != EMPTY, self._count_B1[sequences]
+        before_BS = self.positions_BS[sequences].clone()
         number_BT = count_B1 + valid_BT.cumsum(1) - 1
         count_B1 += valid_BT.sum(1, keepdim=True)
         kept_BT = valid_BT & (number_BT >= count_B1 - self.window)
-        return Entry(self._place(rows, number_BT, kept_BT, positions_BT), before_BS)
+        return Entry(self._place(sequences, number_BT, kept_BT, positions_BT), before_BS)
 
     def enter_token(self, stored_1: Tensor, positions_B1: Tensor) -> Tensor:
         """The slots [B, 1] of one token a row, where ``stored_1`` says that this rank stores it; asks the device
@@ -67,7 +67,7 @@ class SlidingWindowSlots:
         self._count_B1 += stored_1
         return slots_B1
 
-    def _place(self, rows: slice, number_BT: Tensor, kept_BT: Tensor, positions_BT: Tensor) -> Tensor:
+    def _place(self, sequences: slice, number_BT: Tensor, kept_BT: Tensor, positions_BT: Tensor) -> Tensor:
         slots_BT = torch.where(kept_BT, 1 + number_BT % self.window, 0)
-        self.positions_BS[rows].scatter_(1, slots_BT, torch.where(kept_BT, positions_BT, EMPTY))
+        self.positions_BS[sequences].scatter_(1, slots_BT, torch.where(kept_BT, positions_BT, EMPTY))
         return slots_BT

@@ -59,7 +59,7 @@ class ChunkStep(Step):
         seen: runs of every rank's slots before ``starts`` in which each of the rows has a token; between them none has.
     """
 
-    rows: slice
+    sequences: slice
     positions_BT: Tensor
     starts: tuple[int, ...]
     held: tuple[int, ...]
@@ -70,14 +70,14 @@ class ChunkStep(Step):
 
     def __post_init__(self) -> None:
         if self.positions_BT.shape[1]:
-            self.cache_shard.reserve(self.rows, self.starts[self.cache_shard.rank], self.positions_BT)
+            self.cache_shard.reserve(self.sequences, self.starts[self.cache_shard.rank], self.positions_BT)
 
     def store_layer(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor, window: int | None) -> None:
         if window is not None:
             slots_BT = self._entry(window).slots_BT
-            self.cache_shard.write_window(layer, window, self.rows, slots_BT, k_BTKD, v_BTKD)
+            self.cache_shard.write_window(layer, window, self.sequences, slots_BT, k_BTKD, v_BTKD)
         elif self.positions_BT.shape[1]:
-            self.cache_shard.write(layer, self.rows, self.starts[self.cache_shard.rank], k_BTKD, v_BTKD)
+            self.cache_shard.write(layer, self.sequences, self.starts[self.cache_shard.rank], k_BTKD, v_BTKD)
 
     def attend(
         self,
@@ -94,7 +94,7 @@ class ChunkStep(Step):
         own = self.cache_shard.rank
         if spec.window is None:
             self.store_layer(layer, k_BTKD, v_BTKD, None)
-            held, cached = list(self.held), self.cache_shard.read(layer, self.rows, self.held[own])
+            held, cached = list(self.held), self.cache_shard.read(layer, self.sequences, self.held[own])
             seen = self.seen
         else:
             # The last of these tokens may take the place of what the first of them see.
@@ -113,7 +113,7 @@ class ChunkStep(Step):
     def _beside(self, layer: int, window: int, behind: int, k_BTKD: Tensor, v_BTKD: Tensor) -> Cached:
         """What the layer keeps from before, and beside it these tokens."""
         before_BS = self._entry(window).before_BS[:, :behind]
-        kept = self.cache_shard.read(layer, self.rows, behind)
+        kept = self.cache_shard.read(layer, self.sequences, behind)
         return Cached(
             torch.cat((kept.k_BSKD, k_BTKD), dim=1),
             torch.cat((kept.v_BSKD, v_BTKD), dim=1),
@@ -122,7 +122,7 @@ class ChunkStep(Step):
 
     def _entry(self, window: int) -> Entry:
         if window not in self._entries:
-            self._entries[window] = self.cache_shard.window(window).enter(self.rows, self.positions_BT)
+            self._entries[window] = self.cache_shard.window(window).enter(self.sequences, self.positions_BT)
         return self._entries[window]
 
 

@@ -21,8 +21,8 @@ SLIDING = replace(SHAPE, sliding_window=4)
 PAD = 99
 
 
-def tokens(*rows: list[int]) -> Tensor:
-    return torch.tensor(rows)
+def tokens(*sequences: list[int]) -> Tensor:
+    return torch.tensor(sequences)
 
 
 def masked(ids: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def test_without_a_mask_every_column_is_a_token():
     batch, columns_BL = pack(tokens([5, 6, 7], [1, 2, 3]), None, None, SHAPE)
     assert batch.ids_BL.tolist() == [[5, 6, 7], [1, 2, 3]]
     assert batch.position_ids_BL.tolist() == columns_BL.tolist() == [[0, 1, 2], [0, 1, 2]]
-    assert (batch.lengths, batch.length, batch.rows) == ((3, 3), 3, range(2))
+    assert (batch.lengths, batch.length, batch.sequences) == ((3, 3), 3, range(2))
 
 
 @pytest.mark.parametrize(
@@ -92,16 +92,16 @@ def test_masks_of_any_dtype_mean_the_same(dtype):
 @given(data=st.data(), columns=st.integers(1, 12), count=st.integers(1, 4))
 def test_any_mask_keeps_every_token_once_and_in_order(data, columns, count):
     ids = torch.arange(count * columns).view(count, columns) + 1
-    rows = st.lists(st.booleans(), min_size=columns, max_size=columns).filter(any)
-    mask = torch.tensor([data.draw(rows) for _ in range(count)])
+    sequences = st.lists(st.booleans(), min_size=columns, max_size=columns).filter(any)
+    mask = torch.tensor([data.draw(sequences) for _ in range(count)])
     batch, columns_BL = pack(ids, mask, None, SHAPE)
-    for row in range(count):
-        n = batch.lengths[row]
-        want = ids[row][mask[row]].tolist()
-        assert batch.ids_BL[row].tolist() == want + [0] * (batch.length - n)
-        assert ids[row][columns_BL[row, :n]].tolist() == want
-        assert (columns_BL[row, n:] == -1).all()
-        assert batch.position_ids_BL[row, :n].tolist() == list(range(n))
+    for sequence in range(count):
+        n = batch.lengths[sequence]
+        want = ids[sequence][mask[sequence]].tolist()
+        assert batch.ids_BL[sequence].tolist() == want + [0] * (batch.length - n)
+        assert ids[sequence][columns_BL[sequence, :n]].tolist() == want
+        assert (columns_BL[sequence, n:] == -1).all()
+        assert batch.position_ids_BL[sequence, :n].tolist() == list(range(n))
     assert batch.length == max(batch.lengths)
 
 
@@ -110,11 +110,11 @@ class TestSlidingWindow:
 
     @pytest.mark.parametrize("ids", [[PAD, 5, 6, 7], [5, 6, PAD, PAD], [PAD, 5, 6, PAD]])
     def test_padding_at_the_ends_is_fine(self, ids):
-        assert packed(tokens(ids), shape=SLIDING)[0].ids_BL[0, 0] == 5
+        assert packed(tokens(ids), dims=SLIDING)[0].ids_BL[0, 0] == 5
 
     def test_a_hole_is_refused(self):
         with refused("attention_mask has holes inside a row, which a sliding window cannot be packed over"):
-            packed(tokens([1, 2, 3, 4], [5, PAD, 6, 7]), shape=SLIDING)
+            packed(tokens([1, 2, 3, 4], [5, PAD, 6, 7]), dims=SLIDING)
 
 
 class TestRefused:
@@ -173,11 +173,11 @@ class TestMicroBatches:
     BATCH = packed(tokens([PAD, PAD, 1], [1, 2, 3], [PAD, 4, 5], [PAD, 6, 7], [8, PAD, PAD]))[0]
 
     @pytest.mark.parametrize(
-        ("size", "rows"),
+        ("size", "sequences"),
         [(1, [[0], [1], [2], [3], [4]]), (2, [[0, 1], [2, 3], [4]]), (4, [[0, 1, 2, 3], [4]]), (9, [[0, 1, 2, 3, 4]])],
     )
-    def test_rows_are_dealt_out_in_order_and_the_rest_comes_last(self, size, rows):
-        assert [list(m.rows) for m in self.BATCH.micro_batches(size)] == rows
+    def test_rows_are_dealt_out_in_order_and_the_rest_comes_last(self, size, sequences):
+        assert [list(m.sequences) for m in self.BATCH.micro_batches(size)] == sequences
 
     def test_each_is_cut_to_its_own_longest_row(self):
         micro_batches = self.BATCH.micro_batches(2)
@@ -189,8 +189,8 @@ class TestMicroBatches:
 
     def test_rows_of_a_split_still_count_in_the_callers_batch(self):
         replica = self.BATCH.split(range(2, 5))
-        assert replica.rows == range(2, 5)
-        assert [m.rows for m in replica.micro_batches(2)] == [range(2, 4), range(4, 5)]
+        assert replica.sequences == range(2, 5)
+        assert [m.sequences for m in replica.micro_batches(2)] == [range(2, 4), range(4, 5)]
         assert replica.micro_batches(2)[1].ids_BL.tolist() == [[8]]
 
 

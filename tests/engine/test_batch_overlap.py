@@ -22,25 +22,25 @@ from tests.helpers.tiny_models import build, gpt_neox, llama_gqa, logits, tokens
 
 def run(steps: list[int], fail: dict[int, int] | None = None, lanes: int = 2) -> tuple[list[int], list[str]]:
     """Jobs of so many steps with a hand-over between each two; (results, what ran when)."""
-    hand_over: list[Any] = [None]
+    yield_lane: list[Any] = [None]
     events: list[str] = []
 
     def job(number: int) -> int:
         for step in range(steps[number]):
             if step:
-                hand_over[0]()
+                yield_lane[0]()
             events.append(f"{number}.{step}")
             if (fail or {}).get(number) == step:
                 raise ValueError(f"job {number}")
         return 10 * number
 
-    def on_hand_over(call) -> None:
-        hand_over[0] = call
+    def on_yield(call) -> None:
+        yield_lane[0] = call
 
     try:
-        found = run_interleaved([lambda n=n: job(n) for n in range(len(steps))], on_hand_over, lanes)
+        found = run_interleaved([lambda n=n: job(n) for n in range(len(steps))], on_yield, lanes)
     finally:
-        assert hand_over[0] is None
+        assert yield_lane[0] is None
     return found, events
 
 
@@ -57,17 +57,17 @@ class Counter(TorchDispatchMode):
 
 def test_who_looks_on_sees_what_every_lane_does():
     """As the account of DeepSpeed's all-reduces does, of a pass in several lanes."""
-    hand_over: list[Any] = [None]
+    yield_lane: list[Any] = [None]
 
     def job(number: int) -> float:
         total = torch.zeros(())
         for _ in range(3):
             total = total + number
-            hand_over[0]()
+            yield_lane[0]()
         return float(total)
 
     with Counter() as counter:
-        results = run_interleaved([lambda n=n: job(n) for n in range(5)], lambda call: hand_over.insert(0, call), 2)
+        results = run_interleaved([lambda n=n: job(n) for n in range(5)], lambda call: yield_lane.insert(0, call), 2)
     assert results == [0.0, 3.0, 6.0, 9.0, 12.0]
     assert counter.by_job == dict.fromkeys(range(5), 3)
 
@@ -102,38 +102,38 @@ class TestTurns:
 
     def test_a_lane_that_is_stopped_leaves_what_it_is_in(self):
         """Even where what is on the way out hands over or fails itself."""
-        hand_over: list[Any] = [None]
+        yield_lane: list[Any] = [None]
         left: list[str] = []
 
         def waits() -> None:
             with torch.inference_mode():
                 try:
                     while True:
-                        hand_over[0]()
+                        yield_lane[0]()
                 except GreenletExit:
                     left.append("waits")
                     raise KeyError("a consequence") from None
                 finally:
-                    hand_over[0]()
+                    yield_lane[0]()
 
         def fails() -> None:
-            hand_over[0]()
+            yield_lane[0]()
             raise ValueError("the cause")
 
         with pytest.raises(ValueError, match="the cause"):
-            run_interleaved([waits, fails, waits, waits], lambda call: hand_over.insert(0, call), 4)
+            run_interleaved([waits, fails, waits, waits], lambda call: yield_lane.insert(0, call), 4)
         assert left == ["waits"] * 3
         assert not torch.is_inference_mode_enabled()
 
     def test_all_lanes_are_the_calling_thread(self):
         """What PyTorch keeps by thread, cuDNN's plans for one, all of them share."""
-        hand_over: list[Any] = [None]
+        yield_lane: list[Any] = [None]
 
         def job() -> int:
-            hand_over[0]()
+            yield_lane[0]()
             return threading.get_ident()
 
-        found = run_interleaved([job] * 5, lambda call: hand_over.insert(0, call), 3)
+        found = run_interleaved([job] * 5, lambda call: yield_lane.insert(0, call), 3)
         assert found == [threading.get_ident()] * 5
 
 
@@ -151,8 +151,8 @@ LAYOUTS = {
 @pytest.mark.parametrize(("micro_batch_size", "in_flight"), [(1, 2), (2, 2), (1, 3)])
 def test_micro_batches_of_unequal_lengths_give_what_they_give_in_turn(layout, wire, micro_batch_size, in_flight):
     model, ids, mask = build(llama_gqa()), tokens(5, 61), torch.ones(5, 61, dtype=torch.long)
-    for row, length in enumerate((61, 40, 7, 1, 33)):
-        mask[row, length:] = 0
+    for sequence, length in enumerate((61, 40, 7, 1, 33)):
+        mask[sequence, length:] = 0
 
     def work(engine: Engine):
         found = engine(ids, mask).logits, engine.token_log_likelihoods(ids, mask)
@@ -170,9 +170,9 @@ def test_micro_batches_of_unequal_lengths_give_what_they_give_in_turn(layout, wi
         assert sent == want_sent
 
 
-def order_of_layers(rows: int = 2, **options) -> list[tuple[int, int]]:
+def order_of_layers(sequences: int = 2, **options) -> list[tuple[int, int]]:
     """(lane, layer) as the first rank begins them, for rows in micro-batches of one."""
-    ids, mask = tokens(rows, 9), torch.ones(rows, 9, dtype=torch.long)
+    ids, mask = tokens(sequences, 9), torch.ones(sequences, 9, dtype=torch.long)
     mask[1, 8] = 0
 
     def work(engine: Engine) -> list[tuple[int, int]]:
@@ -203,8 +203,8 @@ def test_layers_of_two_micro_batches_alternate_where_that_hides_transfers(wire, 
 
 def test_more_than_two_micro_batches_in_flight_go_through_each_layer_together():
     by_layer = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
-    assert order_of_layers(rows=3, wire="copy_engine", in_flight=4) == by_layer
-    assert order_of_layers(rows=3, wire="copy_engine", in_flight=3) == by_layer
+    assert order_of_layers(sequences=3, wire="copy_engine", in_flight=4) == by_layer
+    assert order_of_layers(sequences=3, wire="copy_engine", in_flight=3) == by_layer
 
 
 def test_micro_batches_in_flight_transfer_together_under_the_last_ones_projections(monkeypatch):

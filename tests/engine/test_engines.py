@@ -152,8 +152,8 @@ def test_padded_rows_equal_each_row_alone(layout, side):
     ids, mask = padded_batch([101, 37, 1, 80, 64], side)
     results = serve(small_model(), lambda engine: engine(ids, mask).logits, batch_size=5, micro_batch_size=2, **layout)
     for got in results:
-        for row, alone in enumerate(rows_alone(ids, mask)):
-            assert relative_error(got[row][mask[row]], alone) < TOLERANCE
+        for sequence, alone in enumerate(rows_alone(ids, mask)):
+            assert relative_error(got[sequence][mask[sequence]], alone) < TOLERANCE
         assert not got[~mask].any(), "padding has logits of 0"
 
 
@@ -195,10 +195,10 @@ def test_every_token_is_scored_once(layout, side, monkeypatch):
     )
     for scores in results:
         assert [len(s) for s in scores] == [100, 36, 0, 79, 63]
-        for row, alone in enumerate(rows_alone(ids, mask)):
-            following = ids[row][mask[row]][1:, None]
+        for sequence, alone in enumerate(rows_alone(ids, mask)):
+            following = ids[sequence][mask[sequence]][1:, None]
             want = log_softmax(alone[:-1].double(), dim=-1).gather(1, following)[:, 0]
-            torch.testing.assert_close(scores[row].double(), want, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(scores[sequence].double(), want, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("wanted", ["none", "last", "all"])
@@ -214,7 +214,7 @@ def test_prefill_leaves_results_where_they_are_made(layout, wanted):
     hidden, whole = final_hidden(small_model(), ids), logits(small_model(), ids)
     # Tensor-parallel ranks of the last stage all hold the same result.
     copies = layout.get("tp_size", 1)
-    for number, rows in enumerate([slice(0, 2), slice(2, 3)]):
+    for number, sequences in enumerate([slice(0, 2), slice(2, 3)]):
         shards = [shards[number] for shards in results]
         held = sorted(p for s in shards for p in s.positions_T.tolist() if p < length)
         assert held == sorted(list(range(length)) * copies)
@@ -224,9 +224,9 @@ def test_prefill_leaves_results_where_they_are_made(layout, wanted):
             if shard.hidden_BTd is not None:
                 real = [i for i, p in enumerate(shard.positions_T.tolist()) if p < length]
                 at = shard.positions_T[real]
-                assert relative_error(shard.hidden_BTd[:, real], hidden[rows][:, at]) < TOLERANCE
+                assert relative_error(shard.hidden_BTd[:, real], hidden[sequences][:, at]) < TOLERANCE
             if len(shard.kept_k):
-                assert relative_error(shard.logits_BkV, whole[rows][:, shard.kept_k]) < TOLERANCE
+                assert relative_error(shard.logits_BkV, whole[sequences][:, shard.kept_k]) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -353,14 +353,14 @@ def padded_batch(lengths: list[int], side: str) -> tuple[Tensor, Tensor]:
     """Ids and a boolean mask [rows, longest + 2]; under padding stand tokens that must not count."""
     columns = max(lengths) + 2
     mask = torch.zeros(len(lengths), columns, dtype=torch.bool)
-    for row, n in enumerate(lengths):
-        left = side == "left" or (side == "mixed" and row % 2 == 0)
-        mask[row, columns - n if left else 0 : columns if left else n] = True
+    for sequence, n in enumerate(lengths):
+        left = side == "left" or (side == "mixed" and sequence % 2 == 0)
+        mask[sequence, columns - n if left else 0 : columns if left else n] = True
     return tokens(len(lengths), columns), mask
 
 
 def rows_alone(ids: Tensor, mask: Tensor) -> list[Tensor]:
-    return [logits(small_model(), ids[row : row + 1, mask[row]])[0] for row in range(len(ids))]
+    return [logits(small_model(), ids[sequence : sequence + 1, mask[sequence]])[0] for sequence in range(len(ids))]
 
 
 def final_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from tests.helpers.generated import (
     GREEDY,
     LAYOUTS,
     PROMPT,
-    assert_rows_as_alone,
+    assert_as_alone,
     assert_same,
     llama,
     on_all_ranks_alike,
@@ -138,7 +138,7 @@ def test_rows_of_unequal_length_equal_each_alone(name, prefill_chunk):
     ids, mask = padded([PROMPT, 5, 1, 20, 33])
     options = {"batch_size": 5, "micro_batch_size": 2, "prefill_chunk": prefill_chunk, **LAYOUTS[name]}
     results = serve(llama(), lambda engine: engine.generate(ids, mask, max_new_tokens=10, **GREEDY), **options)
-    assert_rows_as_alone(llama(), ids, mask, on_all_ranks_alike(results))
+    assert_as_alone(llama(), ids, mask, on_all_ranks_alike(results))
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss", "gpt2", "opt"])
@@ -146,7 +146,7 @@ def test_rows_of_unequal_length_in_chunks_of_other_architectures(name):
     model, (ids, mask) = build(ARCHITECTURES[name]()), padded([PROMPT, 5, 30])
     options = {"ring_degree": 2, "micro_batch_size": 3, "prefill_chunk": 7}
     results = serve(model, lambda engine: engine.generate(ids, mask, max_new_tokens=16, **GREEDY), **options)
-    assert_rows_as_alone(model, ids, mask, on_all_ranks_alike(results))
+    assert_as_alone(model, ids, mask, on_all_ranks_alike(results))
 
 
 @pytest.mark.parametrize("variant", ["auto", "pass_q", "pass_kv", "gather_kv"])

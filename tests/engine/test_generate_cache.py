@@ -19,7 +19,7 @@ from ds_ring.planning.memory_estimate import cache_bytes
 from tests.helpers.generated import (
     GREEDY,
     PROMPT,
-    assert_rows_as_alone,
+    assert_as_alone,
     assert_same,
     by_name,
     llama,
@@ -53,7 +53,7 @@ def test_a_conversation_goes_on_from_its_cache(name, layout):
         got = on_all_ranks_alike(list(turn))
         ids = got.sequences[:, :-6]
         seen = torch.cat((mask, torch.ones(2, ids.shape[1] - mask.shape[1]).long()), 1)
-        assert_rows_as_alone(model, ids, seen, got)
+        assert_as_alone(model, ids, seen, got)
 
 
 def test_the_new_part_of_a_conversation_alone_under_a_mask_of_the_whole():
@@ -92,7 +92,7 @@ def test_padding_behind_a_row_that_ended_early_is_forgotten_in_the_next_turn(lay
     mask = results[0][0]
     assert 0 in mask[0]
     got = on_all_ranks_alike([r for _, r in results])
-    assert_rows_as_alone(llama(), got.sequences[:, :-6], mask, got)
+    assert_as_alone(llama(), got.sequences[:, :-6], mask, got)
 
 
 @pytest.mark.parametrize("prompt", [1, 37])
@@ -124,8 +124,8 @@ def test_the_closed_form_of_a_cache_is_what_the_fullest_rank_holds(name, layout)
         cache = engine.generate(tokens(2, 480), max_new_tokens=61, **GREEDY).past_key_values
         return cache.memory_bytes()
 
-    run, rows = RunConfig.load({"dtype": "fp32"}, **layout), 2 // layout.get("dp_size", 1)
-    want = cache_bytes(run, model_dims(config), rows, 480 + 61)
+    run, sequences = RunConfig.load({"dtype": "fp32"}, **layout), 2 // layout.get("dp_size", 1)
+    want = cache_bytes(run, model_dims(config), sequences, 480 + 61)
     held = serve(build(config), work, batch_size=2, micro_batch_size=2, **layout)
     assert max(held) == pytest.approx(want, rel=0.03)
 
@@ -165,9 +165,9 @@ def test_a_cache_is_refused_where_it_does_not_fit():
         ]
         return [str(outcome(call)) for call in calls]
 
-    for short, rows, shown, crop, update in serve(llama(), work, ring_degree=2):
+    for short, sequences, shown, crop, update in serve(llama(), work, ring_degree=2):
         assert "past_key_values holds 25 columns already, and the batch has 20" in short
-        assert "past_key_values holds 1 rows, the batch 2" in rows
+        assert "past_key_values holds 1 rows, the batch 2" in sequences
         assert "attention_mask shows columns of row 0 that were padding" in shown
         assert "read and written by the engine that made it" in crop
         assert "read and written by the engine that made it" in update

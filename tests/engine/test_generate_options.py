@@ -14,7 +14,7 @@ from ds_ring.errors import InputError
 from tests.helpers.generated import (
     GREEDY,
     Heard,
-    assert_rows_as_alone,
+    assert_as_alone,
     assert_same,
     by_name,
     llama,
@@ -89,7 +89,7 @@ def test_without_a_mask_padding_tokens_are_padding_as_in_transformers():
     results = serve(llama(), lambda engine: engine.generate(ids, max_new_tokens=6, **GREEDY), ring_degree=2)
     got = on_all_ranks_alike(results)
     assert_same(got, want)
-    assert_rows_as_alone(llama(), ids, ids != 0, got)
+    assert_as_alone(llama(), ids, ids != 0, got)
 
 
 def test_a_generation_config_and_the_default_length():

@@ -43,14 +43,14 @@ def test_an_engine_s_error_is_explained_where_memory_ran_out(layout, reason, mon
             assert notes == asked == []
             continue
         (note,) = notes
-        rows = 2 if "dp_size" in layout else 3
+        sequences = 2 if "dp_size" in layout else 3
         assert re.fullmatch(
-            rf"[\d.]+ GiB were held, 5\.2 are predicted for micro-batches of {rows} x 24 tokens; "
+            rf"[\d.]+ GiB were held, 5\.2 are predicted for micro-batches of {sequences} x 24 tokens; "
             r"lower micro_batch_size or max_length, or share each sequence among more ranks .*",
             note,
         )
         linear = sum(p.numel() for layer in model.gpt_neox.layers for p in layer.parameters() if p.dim() >= 2)
-        assert asked[0][1:] == (linear, rows)
+        assert asked[0][1:] == (linear, sequences)
 
 
 LAYOUTS: list[dict[str, Any]] = [{"ring_degree": 2}, {"dp_size": 2}, {"tp_size": 2}]
@@ -65,8 +65,8 @@ def test_a_generation_s_prediction_is_of_its_own_rows_and_cache(layout, chunk, m
         asked.append((run.workload.max_length, args[-1]))
         return 5.25 * GIB
 
-    def cache(run: RunConfig, dims: ModelDims, rows: int, length: int) -> float:
-        asked.append((rows, length))
+    def cache(run: RunConfig, dims: ModelDims, sequences: int, length: int) -> float:
+        asked.append((sequences, length))
         return 1.5 * GIB
 
     monkeypatch.setattr(oom, "peak_bytes", peak)
@@ -82,24 +82,24 @@ def test_a_generation_s_prediction_is_of_its_own_rows_and_cache(layout, chunk, m
         return outcome(lambda: engine.generate(ids, mask, max_new_tokens=6, **GREEDY))
 
     sizes = {"max_length": 10, "batch_size": 2, "micro_batch_size": 3, "prefill_chunk": chunk}
-    rows, shorter = 2 if "dp_size" in layout else 4, "lower" if chunk else "set"
-    micro, names = min(rows, 3), "tp_size, pp_size" if "tp_size" in layout else "ring_degree, ulysses_degree"
+    sequences, shorter = 2 if "dp_size" in layout else 4, "lower" if chunk else "set"
+    micro, names = min(sequences, 3), "tp_size, pp_size" if "tp_size" in layout else "ring_degree, ulysses_degree"
     for error in serve(build(gpt_neox(heads=4)), work, **sizes, **layout):
         (note,) = error.__notes__
         assert re.fullmatch(
-            rf"[\d.]+ GiB were held, 6\.8 are predicted: 1\.5 for a cache of {rows} x 30 tokens, the rest for weights "
-            rf"and chunks of {micro} x {chunk or 24}; {shorter} prefill_chunk, give fewer rows or tokens at a time, or "
-            rf"share them among more ranks \({names}\)",
+            rf"[\d.]+ GiB were held, 6\.8 are predicted: 1\.5 for a cache of {sequences} x 30 tokens, the rest for "
+            rf"weights and chunks of {micro} x {chunk or 24}; {shorter} prefill_chunk, give fewer rows or tokens at a "
+            rf"time, or share them among more ranks \({names}\)",
             note,
         )
-    assert set(asked) == {(chunk or 24, micro), (rows, 30)}
+    assert set(asked) == {(chunk or 24, micro), (sequences, 30)}
 
 
 def out_of_memory(*_: object, **__: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def of_weights(weights: int, dtype: str) -> str:
+def weights_note(weights: int, dtype: str) -> str:
     narrower = "take dtype fp16 or bf16, or " if dtype == "fp32" else ""
     return (
         rf"[\d.]+ GiB were held, {weights}\.0 are predicted for this rank's weights in {dtype}; {narrower}raise "
@@ -121,7 +121,7 @@ def test_memory_that_runs_out_as_a_loaded_model_moves(dtype, layout, monkeypatch
     counts = [sum(p.numel() for part in stage for p in part.parameters()) for stage in stages]
     sizes = [count * (4 if dtype == "fp32" else 2) for count in counts]
     (note,) = error.value.__notes__
-    assert any(re.fullmatch(of_weights(size, dtype), note) for size in sizes)
+    assert any(re.fullmatch(weights_note(size, dtype), note) for size in sizes)
 
 
 def test_memory_that_runs_out_as_a_checkpoint_loads(tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_memory_that_runs_out_as_a_checkpoint_loads(tmp_path, monkeypatch):
         lambda rank: outcome(lambda: ds_ring.from_pretrained(tmp_path, {"dtype": "fp16"})), 1, monkeypatch
     )
     (note,) = error.__notes__
-    assert re.fullmatch(of_weights(2 * sum(p.numel() for p in model.parameters()), "fp16"), note)
+    assert re.fullmatch(weights_note(2 * sum(p.numel() for p in model.parameters()), "fp16"), note)
 
 
 SCRIPT = """

@@ -75,12 +75,12 @@ def test_rows_of_unequal_length_recite_it_each_from_its_own_place():
     ids, pad = passage(), VOCABULARY - 1
     shorter = torch.full((1, PROMPT), pad)
     shorter[0, 25:] = ids[0, : PROMPT - 25]
-    rows, mask = torch.cat((ids[:, :PROMPT], shorter)), torch.ones(2, PROMPT, dtype=torch.long)
+    sequences, mask = torch.cat((ids[:, :PROMPT], shorter)), torch.ones(2, PROMPT, dtype=torch.long)
     mask[1, :25] = 0
     (found, *_) = serve(
         trained("llama"),
-        lambda engine: engine.generate(rows, mask, max_new_tokens=150, pad_token_id=pad),
+        lambda engine: engine.generate(sequences, mask, max_new_tokens=150, pad_token_id=pad),
         ring_degree=3,
     )
-    for row, start in ((0, 0), (1, 25)):
-        assert PASSAGE.startswith(byte_tokenizer().decode(found[row, start:]))
+    for sequence, start in ((0, 0), (1, 25)):
+        assert PASSAGE.startswith(byte_tokenizer().decode(found[sequence, start:]))

@@ -36,8 +36,8 @@ def traffic(model: PreTrainedModel, length: int, **options: Any) -> list[dict[st
 @pytest.mark.parametrize("ring_impl", ["zigzag", "contiguous"])
 @pytest.mark.parametrize("ring_variant", ["gather_kv", "pass_kv"])
 def test_ring_traffic(ring_impl, ring_variant):
-    ring, rows, length = 4, 3, 101
-    options = {"ring_degree": ring, "ring_impl": ring_impl, "ring_variant": ring_variant, "batch_size": rows}
+    ring, sequences, length = 4, 3, 101
+    options = {"ring_degree": ring, "ring_impl": ring_impl, "ring_variant": ring_variant, "batch_size": sequences}
     sent = traffic(build(llama_gqa()), length, micro_batch_size=2, **options)
     padded = SequenceLayout(length, ring, 1, ring_impl).padded_length
     layers, kv_heads, head_dim = 3, 3, 8
@@ -47,25 +47,26 @@ def test_ring_traffic(ring_impl, ring_variant):
         tokens_sent = [padded // (2 * ring) * ((ring - 1 - rank) + 2 * rank) for rank in range(ring)]
     else:
         tokens_sent = [padded // ring * (ring - 1 - rank) for rank in range(ring)]
-    expected = [layers * rows * token * n for n in tokens_sent]
+    expected = [layers * sequences * token * n for n in tokens_sent]
     assert [s["exchange"] for s in sent] == expected
     assert not any(s.get("all_to_all") for s in sent)
-    assert mean(expected) == bytes_sent_per_rank(run_config(**options), model_dims(llama_gqa()), rows, length, 4)
+    assert mean(expected) == bytes_sent_per_rank(run_config(**options), model_dims(llama_gqa()), sequences, length, 4)
 
 
 @pytest.mark.parametrize(("kv_heads", "replicated"), [(8, 8), (4, 4), (2, 4), (1, 4)])
 def test_ulysses_traffic(kv_heads, replicated):
-    degree, heads, head_dim, rows, length, layers = 4, 8, 6, 3, 101, 3
+    degree, heads, head_dim, sequences, length, layers = 4, 8, 6, 3, 101, 3
     config = llama_gqa(hidden_size=heads * head_dim, num_attention_heads=heads, num_key_value_heads=kv_heads)
-    options = {"ulysses_degree": degree, "batch_size": rows}
+    options = {"ulysses_degree": degree, "batch_size": sequences}
     sent = traffic(build(config), length, micro_batch_size=2, **options)
     local = -(-length // degree)
     # q and out whole, k and v with every head that some rank lacks; a quarter of it stays.
     elements = local * head_dim * (2 * heads + 2 * replicated) * (degree - 1) // degree
-    assert [s["all_to_all"] for s in sent] == [layers * rows * elements * 4] * degree
-    assert sum(sum(s.values()) for s in sent) == degree * layers * rows * elements * 4
+    assert [s["all_to_all"] for s in sent] == [layers * sequences * elements * 4] * degree
+    assert sum(sum(s.values()) for s in sent) == degree * layers * sequences * elements * 4
     assert (
-        bytes_sent_per_rank(run_config(**options), model_dims(config), rows, length, 4) == layers * rows * elements * 4
+        bytes_sent_per_rank(run_config(**options), model_dims(config), sequences, length, 4)
+        == layers * sequences * elements * 4
     )
 
 
@@ -77,30 +78,32 @@ def test_hybrid_traffic_is_the_plan():
 
 
 def test_pipeline_traffic():
-    stages, rows, length, hidden = 4, 3, 101, 32
-    options = {"pp_size": stages, "batch_size": rows}
+    stages, sequences, length, hidden = 4, 3, 101, 32
+    options = {"pp_size": stages, "batch_size": sequences}
     sent = traffic(build(gpt_neox(heads=4, layers=5)), length, micro_batch_size=2, **options)
-    state = rows * length * hidden * 4
+    state = sequences * length * hidden * 4
     assert [sum(s.values()) for s in sent] == [state, state, state, 0]
     dims = model_dims(gpt_neox(heads=4, layers=5))
-    assert mean([state, state, state, 0]) == bytes_sent_per_rank(run_config(**options), dims, rows, length, 4)
+    assert mean([state, state, state, 0]) == bytes_sent_per_rank(run_config(**options), dims, sequences, length, 4)
 
 
 @pytest.mark.parametrize("layout", [{"ring_degree": 4}, {"ulysses_degree": 2, "ring_degree": 2}], ids=str)
 def test_a_decode_step_gathers_one_small_result_a_layer(layout):
-    rows, heads, head_dim, layers, vocabulary = 3, 6, 8, 3, 97
+    sequences, heads, head_dim, layers, vocabulary = 3, 6, 8, 3, 97
     config = llama_gqa(hidden_size=48, num_attention_heads=heads, num_key_value_heads=2)
 
     def work(engine: Engine) -> dict[str, int]:
         found = []
         for new in (2, 5):
             engine.mesh.traffic.bytes_by_op.clear()
-            engine.generate(tokens(rows, 21), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=None)
+            engine.generate(
+                tokens(sequences, 21), max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=None
+            )
             found.append(dict(engine.mesh.traffic.bytes_by_op))
         return {name: longer - found[0][name] for name, longer in found[1].items()}
 
-    for rank, sent in enumerate(serve(build(config), work, batch_size=rows, **layout)):
-        partial = rows * heads * (head_dim + 1) * 4  # a result and its log-sum-exp in fp32
+    for rank, sent in enumerate(serve(build(config), work, batch_size=sequences, **layout)):
+        partial = sequences * heads * (head_dim + 1) * 4  # a result and its log-sum-exp in fp32
         assert sent["all_gather"] == 3 * layers * partial * 3
-        assert sent["broadcast"] == (3 * rows * vocabulary * 4 * 3 if rank == 0 else 0)
+        assert sent["broadcast"] == (3 * sequences * vocabulary * 4 * 3 if rank == 0 else 0)
         assert sent["exchange"] == sent.get("all_to_all", 0) == 0

@@ -42,9 +42,9 @@ def by_name(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("layout", [LAYOUTS[name] for name in names], ids=names)
 
 
-def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+def tokens(sequences: int, length: int, seed: int = 0) -> Tensor:
     """Without token 0, which pads: transformers would leave it out where no mask is given."""
-    return any_tokens(rows, length, seed).clamp(min=1)
+    return any_tokens(sequences, length, seed).clamp(min=1)
 
 
 @cache
@@ -77,18 +77,18 @@ def on_all_ranks_alike(results: list[GenerateDecoderOnlyOutput]) -> GenerateDeco
 def padded(lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Left-padded ids and mask; under padding stand tokens that must not count."""
     ids, mask = tokens(len(lengths), max(lengths)), torch.ones(len(lengths), max(lengths), dtype=torch.long)
-    for row, n in enumerate(lengths):
-        mask[row, : max(lengths) - n] = 0
+    for sequence, n in enumerate(lengths):
+        mask[sequence, : max(lengths) - n] = 0
     return ids, mask
 
 
-def assert_rows_as_alone(model: PreTrainedModel, ids: Tensor, mask: Tensor, got: GenerateDecoderOnlyOutput) -> None:
+def assert_as_alone(model: PreTrainedModel, ids: Tensor, mask: Tensor, got: GenerateDecoderOnlyOutput) -> None:
     new = len(got.logits)
-    for row in range(len(ids)):
-        alone = unsharded(model, ids[row : row + 1, mask[row].bool()], max_new_tokens=new)
-        assert torch.equal(got.sequences[row, -new:], alone.sequences[0, -new:])
+    for sequence in range(len(ids)):
+        alone = unsharded(model, ids[sequence : sequence + 1, mask[sequence].bool()], max_new_tokens=new)
+        assert torch.equal(got.sequences[sequence, -new:], alone.sequences[0, -new:])
         for own, other in zip(got.logits, alone.logits, strict=True):
-            assert relative_error(own[row], other[0]) < TOLERANCE
+            assert relative_error(own[sequence], other[0]) < TOLERANCE
 
 
 class Heard(BaseStreamer):

@@ -37,9 +37,9 @@ def problem(slots: int = 25, seed: int = 0) -> tuple[Cached, list[Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     positions = torch.full((len(LENGTHS), slots), EMPTY, dtype=torch.int32)
     places = []
-    for row, n in enumerate(LENGTHS):
+    for sequence, n in enumerate(LENGTHS):
         places.append(torch.randperm(slots, generator=generator)[:n])
-        positions[row, places[-1]] = torch.arange(n, dtype=torch.int32)
+        positions[sequence, places[-1]] = torch.arange(n, dtype=torch.int32)
     k, v = (
         random(len(LENGTHS), slots, KV_HEADS, HEAD_DIM, seed=seed),
         random(3, slots, KV_HEADS, HEAD_DIM, seed=seed + 1),
@@ -52,12 +52,12 @@ def problem(slots: int = 25, seed: int = 0) -> tuple[Cached, list[Tensor]]:
 def expected(q: Tensor, q_positions: Tensor, spec: AttentionSpec, cached: Cached, places: list[Tensor]):
     """fp64, token by token: a query at position p sees its row's first p + 1 tokens."""
     outs, lses = torch.zeros(q.shape).double(), torch.full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf).double()
-    for row, reserve in enumerate(places):
-        k, v = cached.k_BSKD[row, reserve][None], cached.v_BSKD[row, reserve][None]
-        for i, p in enumerate(q_positions[row].tolist()):
+    for sequence, reserve in enumerate(places):
+        k, v = cached.k_BSKD[sequence, reserve][None], cached.v_BSKD[sequence, reserve][None]
+        for i, p in enumerate(q_positions[sequence].tolist()):
             if p != BLIND:
-                out, lse = reference_attention(q[row, i][None, None], k, v, spec=spec, q_offset=p)
-                outs[row, i], lses[row, :, i] = out[0, 0], lse[0, :, 0]
+                out, lse = reference_attention(q[sequence, i][None, None], k, v, spec=spec, q_offset=p)
+                outs[sequence, i], lses[sequence, :, i] = out[0, 0], lse[0, :, 0]
     return outs, lses
 
 
@@ -181,18 +181,18 @@ def test_many_queries_see_what_all_rows_have_in_common_without_positions(size, v
         fold(*tensors, causal=causal, **options)
 
     monkeypatch.setattr(cached_attention, "accumulate_", folds)
-    rows, chunk, slots = 2, 4 * size, 9 * 3
+    sequences, chunk, slots = 2, 4 * size, 9 * 3
     seen_by_size = {1: [(slice(0, 7), slice(9, 15))], 3: [(slice(0, 2), slice(3, 5)), (slice(0, 5),), (slice(1, 4),)]}
     seen, first = seen_by_size[size], slots // size - 4
-    positions = torch.full((rows, slots), EMPTY, dtype=torch.int32)
+    positions = torch.full((sequences, slots), EMPTY, dtype=torch.int32)
     places = [rank * (slots // size) + i for rank, runs in enumerate(seen) for run in runs for i in range(slots)[run]]
     before = len(places)
     places += [rank * (slots // size) + first + i for rank in range(size) for i in range(4)][:-1]
     positions[:, places] = torch.arange(before + chunk - 1, dtype=torch.int32)
-    k, v = random(rows, slots, KV_HEADS, HEAD_DIM, seed=3), random(rows, slots, KV_HEADS, HEAD_DIM, seed=4)
+    k, v = random(sequences, slots, KV_HEADS, HEAD_DIM, seed=3), random(sequences, slots, KV_HEADS, HEAD_DIM, seed=4)
     k[positions == EMPTY], v[positions == EMPTY] = GARBAGE, GARBAGE
-    cached, q = Cached(k, v, positions), random(rows, chunk, HEADS, HEAD_DIM, seed=5)
-    q_positions = torch.arange(before, before + chunk, dtype=torch.int32).repeat(rows, 1)
+    cached, q = Cached(k, v, positions), random(sequences, chunk, HEADS, HEAD_DIM, seed=5)
+    q_positions = torch.arange(before, before + chunk, dtype=torch.int32).repeat(sequences, 1)
     q_positions[:, -1] = BLIND
 
     def work(transport):
@@ -204,7 +204,7 @@ def test_many_queries_see_what_all_rows_have_in_common_without_positions(size, v
         )  # fmt: skip
 
     got = torch.cat(in_group(size, work), 1)
-    want, _ = expected(q, q_positions, spec, cached, [torch.tensor(places)] * rows)
+    want, _ = expected(q, q_positions, spec, cached, [torch.tensor(places)] * sequences)
     torch.testing.assert_close(got[:, :-1].double(), want[:, :-1], rtol=1e-5, atol=1e-5)
     assert got[:, -1].isfinite().all()
     rounds = size if variant == "pass_kv" else 1
@@ -244,8 +244,8 @@ def test_merging_all_at_once_is_merging_one_by_one():
 
 
 class TestStore:
-    def occupancy(self, rows: int = 2) -> KVCacheShard:
-        return KVCacheShard(rows, layers=2, rank=0, size=3, device=torch.device("cpu"))
+    def occupancy(self, sequences: int = 2) -> KVCacheShard:
+        return KVCacheShard(sequences, layers=2, rank=0, size=3, device=torch.device("cpu"))
 
     def test_what_is_written_is_read_whatever_the_store_grew_to(self):
         cache_shard, written = self.occupancy(), []
@@ -278,7 +278,7 @@ class TestStore:
         assert owners == [0, 1, 2, 0, 1, 2, 0]
 
     def test_expected_tokens_get_room_at_once_and_no_more(self):
-        cache_shard = self.occupancy(rows=1)
+        cache_shard = self.occupancy(sequences=1)
 
         def put(start: int, count: int) -> int:
             cache_shard.reserve(slice(0, 1), start, torch.arange(start, start + count).int()[None])

@@ -17,7 +17,7 @@ from ds_ring.kv_cache.occupancy import Occupancy
 from tests.helpers.generated import (
     GREEDY,
     PROMPT,
-    assert_rows_as_alone,
+    assert_as_alone,
     by_name,
     llama,
     on_all_ranks_alike,
@@ -39,27 +39,27 @@ class TestFilledSlots:
 
     def test_rows_share_what_they_have_up_to_where_they_differ(self):
         occupancy = Occupancy(3, 1)
-        for row, runs in enumerate([[(0, 9), (12, 3), (20, 1)], [(0, 9), (12, 2), (20, 1)], [(0, 15)]]):
+        for sequence, runs in enumerate([[(0, 9), (12, 3), (20, 1)], [(0, 9), (12, 2), (20, 1)], [(0, 15)]]):
             for start, count in runs:
-                occupancy.add(row, 0, start, count)
+                occupancy.add(sequence, 0, start, count)
         assert occupancy.of(slice(0, 2), 0) == (slice(0, 9), slice(12, 14))
         assert occupancy.of(slice(0, 3), 0) == (slice(0, 9),)
         assert occupancy.of(slice(2, 3), 0) == (slice(0, 15),)
 
     @given(st.lists(st.sets(st.integers(0, 12)), min_size=1, max_size=4))
-    def test_any_slots(self, rows):
-        occupancy = Occupancy(len(rows), 1)
-        for row, slots in enumerate(rows):
+    def test_any_slots(self, sequences):
+        occupancy = Occupancy(len(sequences), 1)
+        for sequence, slots in enumerate(sequences):
             for slot in sorted(slots):
-                occupancy.add(row, 0, slot, 1)
-        found = [slot for run in occupancy.of(slice(0, len(rows)), 0) for slot in range(run.start, run.stop)]
-        unlike = min(set.union(*rows) - set.intersection(*rows), default=13)
-        assert found == sorted(slot for slot in rows[0] if slot < unlike)
+                occupancy.add(sequence, 0, slot, 1)
+        found = [slot for run in occupancy.of(slice(0, len(sequences)), 0) for slot in range(run.start, run.stop)]
+        unlike = min(set.union(*sequences) - set.intersection(*sequences), default=13)
+        assert found == sorted(slot for slot in sequences[0] if slot < unlike)
 
     def test_a_row_that_lost_tokens_has_none_that_are_known(self):
         occupancy = Occupancy(2, 1)
-        for row in range(2):
-            occupancy.add(row, 0, 0, 4)
+        for sequence in range(2):
+            occupancy.add(sequence, 0, 0, 4)
         occupancy.lose([1])
         occupancy.add(1, 0, 4, 4)
         assert occupancy.of(slice(0, 1), 0) == (slice(0, 4),)
@@ -95,7 +95,7 @@ def test_a_conversation_in_chunks_is_what_it_is_at_once(name, layout, folded):
 
     options = {"batch_size": 2, "micro_batch_size": 2, "prefill_chunk": 7} | layout
     got = on_all_ranks_alike(serve(model, work, **options))
-    assert_rows_as_alone(model, got.sequences[:, :-5], torch.ones(2, got.sequences.shape[1] - 5).long(), got)
+    assert_as_alone(model, got.sequences[:, :-5], torch.ones(2, got.sequences.shape[1] - 5).long(), got)
     assert folded or name == "mistral"  # whose layers all see a window
     assert max(folded, default=PROMPT) >= PROMPT // 7
 
@@ -116,7 +116,7 @@ def test_rows_of_unequal_lengths_too(layout, micro_batch_size, folded):
     options = {"batch_size": 3, "micro_batch_size": micro_batch_size, "prefill_chunk": 12} | layout
     got = on_all_ranks_alike(serve(llama(), work, **options))
     seen = torch.cat((mask, torch.ones(3, got.sequences.shape[1] - 5 - mask.shape[1]).long()), 1)
-    assert_rows_as_alone(llama(), got.sequences[:, :-5], seen, got)
+    assert_as_alone(llama(), got.sequences[:, :-5], seen, got)
     assert folded
 
 
@@ -131,5 +131,5 @@ def test_a_row_that_lost_tokens_goes_by_positions(folded):
         return engine.generate(again, seen, past_key_values=begun.past_key_values, max_new_tokens=5, **GREEDY)
 
     got = on_all_ranks_alike(serve(llama(), work, ring_degree=2))
-    assert_rows_as_alone(llama(), got.sequences[:, :-5], seen, got)
+    assert_as_alone(llama(), got.sequences[:, :-5], seen, got)
     assert not folded

@@ -12,7 +12,7 @@ from ds_ring.engine.engine import Engine
 from ds_ring.errors import UnsupportedModelError
 from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.kv_cache.sliding_window import SlidingWindowSlots
-from tests.helpers.generated import GREEDY, assert_rows_as_alone, on_all_ranks_alike, padded, tokens
+from tests.helpers.generated import GREEDY, assert_as_alone, on_all_ranks_alike, padded, tokens
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import ARCHITECTURES, build, gemma3, mistral
 
@@ -35,20 +35,20 @@ def test_whatever_a_query_sees_is_there(window, data):
             mine = data.draw(st.lists(st.integers(0, length - 1), unique=True, max_size=length).map(sorted))
             lengths = [data.draw(st.integers(1, length)) for _ in range(2)]
             positions = torch.full((2, len(mine)), EMPTY, dtype=torch.int32)
-            for row, n in enumerate(lengths):
+            for sequence, n in enumerate(lengths):
                 for i, column in enumerate(mine):
                     if column < n:
-                        positions[row, i] = last[row] + 1 + column
+                        positions[sequence, i] = last[sequence] + 1 + column
             used += len(mine)
             slots.make_room(used)
-            before = [list(row) for row in seen]
+            before = [list(sequence) for sequence in seen]
             entry = slots.enter(slice(0, 2), positions)
-            for row, n in enumerate(lengths):
-                seen[row] += [p for p in positions[row].tolist() if p != EMPTY]
-                for at in range(last[row] + 1, last[row] + 1 + n):  # a query of the chunk: what was, and the chunk
-                    wanted = [p for p in before[row] if at - window < p]
-                    assert visible(entry.before_BS[row], at, window) == wanted
-                last[row] += n
+            for sequence, n in enumerate(lengths):
+                seen[sequence] += [p for p in positions[sequence].tolist() if p != EMPTY]
+                for at in range(last[sequence] + 1, last[sequence] + 1 + n):
+                    wanted = [p for p in before[sequence] if at - window < p]
+                    assert visible(entry.before_BS[sequence], at, window) == wanted
+                last[sequence] += n
         else:
             stored = data.draw(st.booleans())
             used += stored
@@ -56,12 +56,12 @@ def test_whatever_a_query_sees_is_there(window, data):
             at = torch.tensor([[last[0] + 1], [last[1] + 1]], dtype=torch.int32)
             taken = slots.enter_token(torch.tensor([stored]), at)
             assert (taken > 0).all() == stored
-            for row in range(2):
-                last[row] += 1
-                seen[row] += [last[row]] * stored
-        for row in range(2):
-            assert visible(slots.positions_BS[row], last[row], window) == [
-                p for p in seen[row] if last[row] - window < p
+            for sequence in range(2):
+                last[sequence] += 1
+                seen[sequence] += [last[sequence]] * stored
+        for sequence in range(2):
+            assert visible(slots.positions_BS[sequence], last[sequence], window) == [
+                p for p in seen[sequence] if last[sequence] - window < p
             ]
     assert slots.positions_BS.shape[1] <= slots.held(used) <= window + 1
     assert (slots.positions_BS[:, 0] == EMPTY).all()
@@ -83,7 +83,7 @@ def test_chunks_and_turns_longer_than_the_window(name, layout):
 
     results = serve(model, work, batch_size=2, micro_batch_size=2, prefill_chunk=40, **layout)
     got = on_all_ranks_alike([found for _, found in results])
-    assert_rows_as_alone(model, got.sequences[:, :-30], results[0][0], got)
+    assert_as_alone(model, got.sequences[:, :-30], results[0][0], got)
 
 
 @pytest.mark.parametrize("layout", [{}, {"ring_degree": 2}], ids=str)
