@@ -58,12 +58,12 @@ def _attention(
 
 def compile_layers(engine: Engine, mode: str, backend: str) -> None:
     """Let ``torch.compile`` run each layer's own forward; it compiles when the layer is first called."""
-    context = context_of(engine.anatomy.layers[0])
+    context = context_of(engine.runner.decoder.layers[0])
     assert context is not None
     AttentionInterface.register(NAME, _attention)
     _contexts[key := len(_contexts)] = context
     attend_by(engine.model, NAME, _ATTRIBUTE, key, BYPASSES)
-    for layer in engine.anatomy.layers:
+    for layer in engine.runner.decoder.layers:
         layer.forward = torch.compile(layer.forward, backend=backend, mode=mode)
 
 

@@ -1,14 +1,14 @@
 """Whether ``torch.compile`` of each decoder layer does as well as our fusion of layers (ds_ring/fusion), on one GPU.
 
-Variants of one model, with the same weights in the same memory, take turns: transformers' layers as they are, our
-fusion, and transformers' layers compiled one by one (compiled_layers.py). All run in an engine of one rank and attend
-by ds_ring. A case's lengths follow one another, so that it shows what a new length makes Dynamo compile again.
+Variants of one model share its weights and take turns: transformers' layers as they are, our fusion, and transformers'
+layers compiled one by one (compiled_layers.py). All run in an engine of one rank and attend by ds_ring. The lengths of a
+case follow one another, which shows what a new length makes Dynamo compile again.
 
-Two GPUs are not measured. In a ring of two our fusion projects and rotates keys and values first, into the memory that
-peers read, and their transfer runs under the projection of queries (ds_ring/fusion/kv_first.py). A compiled layer
-cannot do that: Inductor decides the order of kernels and where their results lie, and attention is given queries, keys
-and values together, when all are done. Their transfer then starts later, behind one more copy of keys and values. Nor
-does a compiled layer run its MLP in blocks of rows (ds_ring/fusion/tiling.py), which the longest sequences need.
+Two GPUs are not measured. In a ring of two our fusion first projects and rotates keys and values, straight into memory
+that the other rank reads, and they travel while queries are projected (ds_ring/fusion/kv_first.py). A compiled layer
+cannot do that: Inductor decides the order of kernels and the memory of their results, and attention gets queries, keys
+and values together, when all are there. Their transfer then starts later, after one more copy. A compiled layer does not
+run its MLP in tiles of tokens either (ds_ring/fusion/tiling.py), which the longest sequences need.
 """
 
 # Shapes: B batch, L tokens, d hidden size.
@@ -32,7 +32,7 @@ from benchmarks.kernels.compiled_layers import Compilations, compile_layers, for
 from benchmarks.layouts.gpu_telemetry import watched_gpu
 from ds_ring.engine.batch import Batch, pack
 from ds_ring.engine.engine import Engine
-from ds_ring.hf.dims import model_shape, read_config
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.utils.hardware import release_memory, synchronize
 
 STOCK, FUSED, COMPILED = "transformers' layers", "ds_ring's fusion", "torch.compile"
@@ -119,7 +119,7 @@ def _case(
     case: Case, modes: Sequence[str], dtype: torch.dtype, device: torch.device, effort: Effort, say: Say
 ) -> Iterator[dict[str, Any]]:
     name, config = Path(case.model).stem, read_config(case.model)
-    model, shape = random_model(config, dtype, device), model_shape(config)
+    model, shape = random_model(config, dtype, device), model_dims(config)
     variants = [_Variant(STOCK), _Variant(FUSED), *(_Variant(f"{COMPILED}, {mode}", mode) for mode in modes)]
     for variant in variants:
         variant.attempt(partial(variant.build, model, case, effort.backend))
@@ -146,7 +146,7 @@ def _first_passes(
     """Enter into ``row`` what the first pass at a length compiles, how much longer it takes than a second, and what
     that one holds. The first variant puts its hidden states into ``want``; those of others are compared with them."""
     assert variant.engine is not None
-    compilations = Compilations(variant.engine.anatomy.layers[0])
+    compilations = Compilations(variant.engine.runner.decoder.layers[0])
     first_s, hidden_BLd = _timed(variant, batch, device)
     row |= compilations.figures(first)
     if variant.name == STOCK:
@@ -156,8 +156,8 @@ def _first_passes(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     second_s, _ = _timed(variant, batch, device)
-    row |= {"compile_s": first_s - second_s, "peak_memory_gib": variant.engine.peak_memory_gib}
-    row["fused"] = str(variant.engine.fusion or "")
+    row |= {"compile_s": first_s - second_s, "peak_memory_gib": variant.engine.runner.peak_memory_gib}
+    row["fused"] = str(variant.engine.runner.fusion or "")
 
 
 def _timed(variant: _Variant, batch: Batch, device: torch.device) -> tuple[float, Tensor]:

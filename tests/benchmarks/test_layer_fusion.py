@@ -64,7 +64,7 @@ def test_a_variant_that_fails_is_a_row(tmp_path, monkeypatch):
         fails = variant.name == COMPILED
         variant.engine = SimpleNamespace(
             prefill=fail if fails else prefill,
-            anatomy=SimpleNamespace(layers=[layer]),
+            decoder=SimpleNamespace(layers=[layer]),
             fusion=None,
             peak_memory_gib=0.0,
         )
