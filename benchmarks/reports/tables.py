@@ -116,6 +116,25 @@ def transfers_table(rows: list[dict[str, Any]]) -> Table:
     )
 
 
+def layer_fusion_table(rows: list[dict[str, Any]]) -> Table:
+    """Rows of ``layer_fusion.run``."""
+    columns = {
+        "tok/s": ("tps", ",.0f"), "ms": ("ms", ".2f"), "compile (s)": ("compile_s", ".1f"),
+        "graphs": ("graphs_of_all_layers", "d"), "recompiled": ("recompiles", "d"), "breaks": ("graph_breaks", "d"),
+        "GiB": ("peak_memory_gib", ".1f"), "error": ("rel_error", ".1e"), "MHz": ("sm_clock_mhz", ".0f"),
+        "W": ("power_w", ".0f"), "J": ("energy_j", ".1f"),
+    }  # fmt: skip
+    cells = [
+        [
+            f"{row['case']}, {row['batch']} x {row['length']:,}", row["variant"], _change(row.get("over_fusion")),
+            *(given(row, *column) for column in columns.values()), row.get("error", "").partition("\n")[0][:80],
+        ]
+        for row in rows
+    ]  # fmt: skip
+    heads = ["case", "variant", "vs fusion", *columns, "failed"]
+    return plain_table("Decoder layers of one GPU; error: against transformers' layers", heads, cells)
+
+
 ATTENTION_COLUMNS = ("case, implementation", "ms", "TFLOP/s", "share", "GB/s", "error", "lse error", "MHz", "W", "note")
 STATE_COSTS = (("carrying costs", "carry_cost_ms"), ("merging costs", "merge_cost_ms"))
 WRONG = 1e-2
