@@ -1,14 +1,14 @@
 """Whether ``torch.compile`` of each decoder layer does as well as our fusion of layers (ds_ring/fusion), on one GPU.
 
 Variants of one model share its weights and take turns: transformers' layers as they are, our fusion, and transformers'
-layers compiled one by one (compiled_layers.py). All run in an engine of one rank and attend by ds_ring. The lengths of a
-case follow one another, which shows what a new length makes Dynamo compile again.
+layers compiled one by one (compiled_layers.py). All run in an engine of one rank and attend by ds_ring. The lengths of
+a case follow one another, which shows what a new length makes Dynamo compile again.
 
 Two GPUs are not measured. In a ring of two our fusion first projects and rotates keys and values, straight into memory
 that the other rank reads, and they travel while queries are projected (ds_ring/fusion/kv_first.py). A compiled layer
 cannot do that: Inductor decides the order of kernels and the memory of their results, and attention gets queries, keys
-and values together, when all are there. Their transfer then starts later, after one more copy. A compiled layer does not
-run its MLP in tiles of tokens either (ds_ring/fusion/tiling.py), which the longest sequences need.
+and values together, when all are there. Their transfer then starts later, after one more copy. A compiled layer does
+not run its MLP in tiles of tokens either (ds_ring/fusion/tiling.py), which the longest sequences need.
 """
 
 # Shapes: B batch, L tokens, d hidden size.
@@ -83,8 +83,8 @@ class _Variant:
         """One pass: final hidden states [B, L, d]."""
         assert self.engine is not None
         (shard,) = self.engine.prefill(batch, "last", want_hidden=True)
-        assert shard.hidden_Bld is not None
-        return shard.hidden_Bld
+        assert shard.hidden_BTd is not None
+        return shard.hidden_BTd
 
     def attempt(self, work: Callable[[], object]) -> None:
         """``work``, unless an earlier one failed: a failure ends this variant, not the benchmark."""
