@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from benchmarks.kernels import layer_fusion
-from benchmarks.reports import tables
 from ds_ring.engine.batch import Batch
 from ds_ring.process.launcher import ROOT
 from tests.helpers.launching import last_line, run
@@ -56,18 +55,14 @@ def test_a_variant_that_fails_is_a_row(tmp_path, monkeypatch):
     layer = nn.Identity()
 
     def prefill(batch: Batch, *_: Any, **__: Any) -> list[Any]:
-        return [SimpleNamespace(hidden_Bld=layer(torch.ones(*batch.ids_BL.shape, 8)))]
+        return [SimpleNamespace(hidden_BTd=layer(torch.ones(*batch.ids_BL.shape, 8)))]
 
     def build(variant: Any, *_: Any) -> None:
         if variant.name == layer_fusion.FUSED:
             raise RuntimeError("does not build")
         fails = variant.name == COMPILED
-        variant.engine = SimpleNamespace(
-            prefill=fail if fails else prefill,
-            decoder=SimpleNamespace(layers=[layer]),
-            fusion=None,
-            peak_memory_gib=0.0,
-        )
+        runner = SimpleNamespace(decoder=SimpleNamespace(layers=[layer]), fusion=None, peak_memory_gib=0.0)
+        variant.engine = SimpleNamespace(prefill=fail if fails else prefill, runner=runner)
 
     def fail(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("does not fit")
@@ -82,15 +77,3 @@ def test_a_variant_that_fails_is_a_row(tmp_path, monkeypatch):
     assert rows[0]["tps"] > 0
     assert rows[0]["over_fusion"] is None
     assert len(rows) == 3 * 3
-
-
-def test_a_table_of_rows():
-    rows = [
-        {"variant": "a", "over_fusion": 0.95, "tps": 85000.0, "ms": 235.3, "compile_s": 0.1},
-        {"variant": "b", "error": "BackendCompilerFailed: why\nand where"},
-    ]
-    table = tables.layer_fusion_table([{"case": "paper", "batch": 2, "length": 10000} | row for row in rows])
-    first, second = zip(*(column.cells for column in table.columns), strict=True)
-    assert first[:6] == ("paper, 2 x 10,000", "a", "-5.0 %", "85,000", "235.30", "0.1")
-    assert second[2:5] == ("-", "-", "-")
-    assert (first[-1], second[-1]) == ("", "BackendCompilerFailed: why")
