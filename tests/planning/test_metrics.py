@@ -20,7 +20,7 @@ def paper():
 
 
 def test_the_papers_model_has_the_papers_shape(paper):
-    s = paper.shape
+    s = paper.dims
     assert (s.num_layers, s.num_heads, s.head_dim, s.hidden_size, s.intermediate_size) == (4, 16, 512, 8192, 32768)
 
 
@@ -65,7 +65,7 @@ def test_the_papers_figures_follow_from_the_definitions(paper, tps, tpot_ms, mfu
 )
 def test_bytes_sent_at_the_papers_shape(paper, file, gib):
     config = RunConfig.load(f"ds_configs/{file}.json")
-    sent = bytes_sent_per_rank(config, paper.shape, 1024, 10_000, itemsize=2) / 2**30
+    sent = bytes_sent_per_rank(config, paper.dims, 1024, 10_000, itemsize=2) / 2**30
     assert sent == pytest.approx(gib, rel=3e-3)
 
 

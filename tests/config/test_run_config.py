@@ -15,7 +15,7 @@ from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.parallel.topology import Topology
 from ds_ring.planning.validation import check_run
 
-SHIPPED = Path(__file__).parent.parent / "ds_configs"
+SHIPPED = Path(__file__).parents[2] / "ds_configs"
 CONFIGS = sorted(file for file in SHIPPED.rglob("*.json") if file.parent.name != "models")
 FOR_ONE_HOST = [file for file in CONFIGS if file.parent != SHIPPED]
 

@@ -1,9 +1,7 @@
 """One JSON file a run: DeepSpeed's own keys, handed to it untouched, and ours in the section ``"ds_ring"``.
 
-    {"dtype": "fp16", "tensor_parallel": {"tp_size": 2},
-     "ds_ring": {"model": "checkpoints/paper", "parallel": {"pp_size": 2}, "workload": {"max_length": 10000}}}
-
-A default lives in one place, the field below; the command line is derived from the same fields.
+{"dtype": "fp16", "tensor_parallel": {"tp_size": 2},
+ "ds_ring": {"model": "checkpoints/paper", "parallel": {"pp_size": 2}, "workload": {"max_length": 10000}}}
 """
 
 from __future__ import annotations
@@ -12,27 +10,13 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
+from ds_ring.config.sections import BASELINE_DEGREES, DType, ParallelConfig, RingConfig, Section, WorkloadConfig
 from ds_ring.errors import ConfigError
-from ds_ring.parallel.layout import RingImpl
 from ds_ring.parallel.topology import Topology
-
-RingVariant = Literal["auto", "pass_kv", "gather_kv", "local_first", "pass_q"]
-TransportName = Literal["auto", "process_group", "copy_engine"]
-DType = Literal["fp32", "fp16", "bf16"]
-FusionChoice = Literal["auto", "none"]
-Mode = Literal["full", "prefill_only"]
-Implementation = Literal["ds_ring", "deepspeed_ulysses", "context_parallel", "yunchang"]
-
-BASELINE_DEGREES: dict[Implementation, tuple[str, ...]] = {
-    "deepspeed_ulysses": ("ulysses_degree",),
-    "context_parallel": ("ring_degree",),
-    "yunchang": ("ulysses_degree", "ring_degree"),
-}
-"""Over which ranks another implementation shares a sequence."""
 
 _DTYPE_NAMES: dict[str, DType] = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
@@ -41,142 +25,7 @@ _DTYPE_NAMES: dict[str, DType] = {
 }  # fmt: skip
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ParallelConfig(_Section):
-    """How the ranks are used. ``tp_size`` is DeepSpeed's: ``"tensor_parallel": {"tp_size": N}``."""
-
-    auto: bool = Field(
-        False,
-        description="choose all degrees by batch, length and memory (launch/plan.py shows how); also as "
-        '"parallel": "auto"',
-    )
-    dp_size: int = Field(1, ge=1, description="replicas, each with its own rows of the batch")
-    pp_size: int = Field(1, ge=1, description="pipeline stages (layers)")
-    implementation: Implementation = Field(
-        "ds_ring",
-        description="whose code shares a sequence; for comparison DeepSpeed's UlyssesSPAttentionHF (over "
-        "ulysses_degree), PyTorch's context_parallel (over ring_degree) or yunchang (over either or both) in "
-        "transformers' own layers",
-    )
-    ring_degree: int = Field(1, ge=1, description="ranks that share a sequence by ring attention")
-    ulysses_degree: int = Field(1, ge=1, description="ranks that share a sequence by heads-to-sequence all-to-all")
-    ring_impl: RingImpl = Field("zigzag", description="which tokens a ring rank holds")
-    ring_variant: RingVariant = Field(
-        "auto",
-        description="K/V block by block, or all visible K/V first, or those behind the own block; pass_q: queries "
-        "travel to cached K/V",
-    )
-    decode: Literal["auto", "whole", "sliced"] = Field(
-        "auto",
-        description="whole: ranks that share a sequence all compute each new token; sliced: each reads its share of "
-        "the layers' weights, as tensor parallel; auto: sliced where the model allows it and that saves more than its "
-        "collectives cost",
-    )
-    gather_limit_mib: int = Field(
-        2048, ge=0, description="auto takes gather_kv while the gathered K/V of one layer stay below this"
-    )
-
-
-class WorkloadConfig(_Section):
-    """What is run."""
-
-    batch_size: int = Field(1, ge=1, description="sequences of one pass, over all replicas")
-    max_length: int = Field(1024, ge=1, description="tokens a sequence; longer documents are refused by score")
-    micro_batch_size: int = Field(1, ge=1, description="sequences a replica runs at a time")
-    micro_batch_sizes: tuple[int, ...] = Field(
-        (), description="sizes of micro-batches that benchmarks try instead, each a row; the fastest counts"
-    )
-    block_rows: int = Field(
-        65536,
-        ge=0,
-        description="tokens, over all sequences of a micro-batch, that a fused layer's MLP and projections run at a "
-        "time where a rank has more; 0: all at once",
-    )
-    prefill_chunk: int = Field(
-        0, ge=0, description="prompt tokens a row that generate runs at a time; 0: the whole prompt at once"
-    )
-    sweep: tuple[int, ...] = Field((), description="other lengths that benchmarks run as well")
-    text: tuple[str, ...] = Field((), description="text files; none: the language reference that ships with Python")
-    warmup: int = Field(1, ge=0, description="untimed passes before the timed ones")
-    warmup_batch_size: int = Field(
-        0,
-        ge=0,
-        description="sequences of the untimed passes, in which bytes are counted too; 0: 16 micro-batches a replica, "
-        "or the whole batch where that is less",
-    )
-    repeats: int = Field(3, ge=1, description="timed passes, at least")
-    sustain_s: int = Field(
-        0, ge=0, description="seconds that timed passes go on for: a GPU at its power limit slows down as it gets warm"
-    )
-    speed_only: bool = Field(False, description="do not measure what of the communication shows")
-    mode: Literal[Mode, "both"] = Field(
-        "full",
-        description="what benchmarks time: whole forwards, or only what K, V and the next token need; each a row",
-    )
-
-    @property
-    def lengths(self) -> list[int]:
-        """Every length that a benchmark runs, ascending."""
-        return sorted({self.max_length, *self.sweep})
-
-    @property
-    def micro_batches(self) -> list[int]:
-        """Every size of micro-batch that a benchmark runs, ascending."""
-        return sorted(set(self.micro_batch_sizes)) or [self.micro_batch_size]
-
-    @property
-    def modes(self) -> list[Mode]:
-        """Every mode that a benchmark runs."""
-        return ["full", "prefill_only"] if self.mode == "both" else [self.mode]
-
-
-class RingConfig(_Section):
-    """The section ``"ds_ring"``."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _auto(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("parallel") == "auto":
-            return {**values, "parallel": {"auto": True}}
-        return values
-
-    model: str | None = Field(None, description="checkpoint directory (safetensors) that from_pretrained reads")
-    parallel: ParallelConfig = ParallelConfig()
-    workload: WorkloadConfig = WorkloadConfig()
-    transport: TransportName = Field(
-        "auto",
-        description="how K/V and heads move between ranks; auto is the copy engine inside a host whose GPUs reach each "
-        "other, process groups otherwise, for the ring and Ulysses each",
-    )
-    interleave: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="two micro-batches in flight, one's transfers under the other's layers; auto: for sequences shared "
-        "by copy engine; on: also beside NCCL's kernels, and for tp_size without pp_size",
-    )
-    in_flight: int = Field(
-        2,
-        ge=2,
-        description="micro-batches in flight, of sequences shared by interleaving; more than two go through each layer "
-        "together, so that transfers come close together and links may sleep in between",
-    )
-    timeout_s: int = Field(
-        1800,
-        ge=0,
-        description="seconds in a call without a new communication after which a launched rank ends; 0: never",
-    )
-    decode_graph: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="steps of a generation as CUDA graphs; auto: but for tp_size and pp_size, where the model allows",
-    )
-    fusion: FusionChoice = Field(
-        "auto", description="auto puts neighbouring operations of a layer together where they are recognised"
-    )
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run: ``ring`` is our section, ``deepspeed`` the rest of the file; ``checkpoint_dtype``: what the
     checkpoint says its weights are, where the file says nothing."""
 
