@@ -1,6 +1,6 @@
-"""What a generation leaves behind: a transformers ``Cache`` to its owner, of which every rank holds a share."""
+"""The cache of a generation as a transformers ``Cache``: each rank holds a shard."""
 
-# Shapes: B rows of the caller's batch, C columns seen so far.
+# Shapes: B sequences of the caller's batch, C columns seen so far.
 from __future__ import annotations
 
 from typing import Any, NoReturn
@@ -16,15 +16,15 @@ from ds_ring.kv_cache.shard import KVCacheShard
 class ShardedCache(Cache):
     """Passed back to ``Engine.generate`` it continues a conversation, as in transformers.
 
-    A token's position, for attention, is its column less the row's first: padding inside a row, such as follows one
-    that ended early, then counts in sliding windows as it does in transformers.
+    For attention, the position of a token is its column minus the first column of its sequence. Padding inside a
+    sequence, such as after an early end, then counts in sliding windows as it does in transformers.
 
     Attributes:
-        owner: the engine it belongs to.
-        store: this rank's share, of this replica's ``rows``.
-        first_B: the column of every row's first token, its position 0, even where a mask hides it later.
+        owner: the runner it belongs to.
+        cache_shard: this rank's shard, of this replica's ``sequences``.
+        first_B: the column of the first token of every sequence, its position 0, even where a mask hides it later.
         whole: the generation that last wrote to it has returned. Otherwise some layers may lack what others hold, and
-            the caller does not know its tokens.
+            the caller does not know the tokens.
     """
 
     def __init__(self, owner: object, cache_shard: KVCacheShard, sequences: range) -> None:
@@ -39,7 +39,7 @@ class ShardedCache(Cache):
         return f"ShardedCache({self._columns} columns; {self.cache_shard.used} slots on the ranks of a replica)"
 
     def memory_bytes(self) -> int:
-        """Memory of this rank's share, slots that are not filled yet included."""
+        """Bytes of this rank's shard, empty slots included."""
         return self.cache_shard.nbytes
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -48,11 +48,11 @@ class ShardedCache(Cache):
 
     @property
     def mask_BC(self) -> Tensor:
-        """Which columns hold a token, of all rows of the batch; bool, on the CPU."""
+        """Which columns hold a token, of all sequences of the batch; bool, on the CPU."""
         return torch.cat(self._masks, dim=1)
 
     def extend(self, mask_BC: Tensor) -> None:
-        """Count new columns; ``mask_BC`` is bool, on the CPU, and shows a token in every row."""
+        """Count new columns; ``mask_BC`` is bool, on the CPU, with a token in every sequence."""
         if not self._masks:
             self.first_B = mask_BC.int().argmax(1)
         self._masks.append(mask_BC)
@@ -60,7 +60,7 @@ class ShardedCache(Cache):
 
     @torch.inference_mode()
     def revise(self, mask_BC: Tensor) -> None:
-        """Forget tokens that the caller's mask now hides, such as padding behind a row that ended early.
+        """Forget tokens that the caller's mask now hides, such as those after an early end.
 
         Raises:
             InputError: the mask shows columns that were padding when they were run.

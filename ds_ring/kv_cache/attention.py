@@ -1,11 +1,11 @@
-"""Attention against keys and values that are spread over ranks, each holding some tokens and all heads.
+"""Attention against a cache that is sharded over ranks, each of which holds some tokens with all heads.
 
-A new token is on every rank: each attends to its own part, and one small all-gather of (out, lse) puts the parts
-together. A chunk of new tokens is spread like the cache, which leaves two ways: queries visit the parts of the cache
-(``pass_q``), or the parts visit the queries (``pass_kv``).
+A new token is on every rank: each attends to its own shard, and one small all-gather of (out, lse) merges the results.
+The tokens of a chunk are spread like the cache. Then either queries travel to the shards (``pass_q``), or shards travel
+to the queries (``pass_kv``).
 """
 
-# Shapes: B rows, L queries on this rank, S slots of one rank, R ranks, H query heads, h a rank's share of them, K
+# Shapes: B sequences, L queries on this rank, S slots of one rank, R ranks, H query heads, h a rank's share of them, K
 # key/value heads, D head_dim, E = D + 1.
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from ds_ring.kv_cache.occupancy import SlotRanges
 from ds_ring.kv_cache.shard import Cached
 from ds_ring.transport.base import Pending, Transport
 
-MANY_ROWS = 1 << 14
-"""Rows of queries, over batch and heads, from which on a kernel that does not split keys fills a GPU: some 128 for each
-SM of an H100."""
+MANY_QUERIES = 1 << 14
+"""Queries, over batch and heads, from which on a kernel that does not split keys fills a GPU: about 128 for each SM of
+an H100."""
 
 
 def attend_replicated(
@@ -38,7 +38,8 @@ def attend_replicated(
     transport: Transport,
     sinks_H: Tensor | None = None,
 ) -> Tensor:
-    """Queries that all ranks hold alike, against all ranks' keys; out [B, L, H, D] in q's dtype on every rank."""
+    """Queries that are the same on all ranks, against the keys of all ranks; out [B, L, H, D] in q's dtype, on every
+    rank."""
     out, lse = _attend(q_BLHD, cached, q_positions_BL, spec)
     if transport.size > 1:
         out, lse = merge_all(*_unpack(transport.all_gather(_pack(out, lse))))
@@ -54,15 +55,15 @@ def attend_sliced(
     transport: Transport,
     sinks_h: Tensor | None = None,
 ) -> Tensor:
-    """Queries of the same tokens on all ranks, each with its own share of the heads, against all ranks' keys.
+    """Queries of the same tokens on all ranks, each with its own share of the heads, against the keys of all ranks.
 
-    Queries of all heads visit every rank's part, and each head's results go back to where it belongs; out [B, L, h, D]
-    in q's dtype.
+    Queries of all heads are gathered on every rank, and an all-to-all returns each head's partial results to its rank;
+    out [B, L, h, D] in q's dtype.
     """
     share = q_BLhD.shape[2]
-    parts_BLHE = _pack(*_attend(all_heads(q_BLhD, transport), cached, q_positions_BL, spec))
-    parts_RBLhE = parts_BLHE.unflatten(2, (transport.size, share)).permute(2, 0, 1, 3, 4).contiguous()
-    out, lse = merge_all(*_unpack(transport.all_to_all(parts_RBLhE)))
+    partials_BLHE = _pack(*_attend(all_heads(q_BLhD, transport), cached, q_positions_BL, spec))
+    partials_RBLhE = partials_BLHE.unflatten(2, (transport.size, share)).permute(2, 0, 1, 3, 4).contiguous()
+    out, lse = merge_all(*_unpack(transport.all_to_all(partials_RBLhE)))
     return sinks.apply_(out, lse, sinks_h).to(q_BLhD.dtype)
 
 
@@ -83,15 +84,15 @@ def attend_spread(
     sinks_H: Tensor | None = None,
     variant: RingVariant = "auto",
 ) -> Tensor:
-    """Queries of this rank's tokens against all ranks' keys, among which are those of all queries' tokens.
+    """Queries of this rank's tokens against the keys of all ranks, which include the keys of these tokens.
 
     Args:
         cached: this rank's slots.
-        held: how many slots every rank holds; all ranks bring equally many queries.
-        seen: runs of every rank's slots whose keys all queries see (padding aside, whose results are nobody's); between
-            and before them only empty ones. Many queries attend to them in a faster way than by positions.
-        variant: ``pass_q``, or ``pass_kv`` one foreign part at a time; ``auto`` takes what moves fewer bytes, and
-            ``gather_kv``, which is about tokens that are not cached yet, is taken for ``pass_kv``.
+        held: how many slots every rank holds; all ranks have equally many queries.
+        seen: ranges of every rank's slots whose keys all queries see (but padding, whose results are not used); between
+            and before them are only empty slots. Many queries attend to them faster than by positions.
+        variant: ``pass_q``, or ``pass_kv`` one remote shard at a time; ``auto`` takes what sends fewer bytes.
+            ``gather_kv``, which is about tokens that are not cached yet, counts as ``pass_kv``.
 
     Returns:
         out [B, L, H, D] in q's dtype.
@@ -121,7 +122,7 @@ def pass_kv_bytes(cached: Cached, slots: int) -> int:
 def _attend(
     q_BLHD: Tensor, cached: Cached, q_positions_BL: Tensor, spec: AttentionSpec, seen: SlotRanges = ()
 ) -> tuple[Tensor, Tensor]:
-    if q_BLHD.shape[:3].numel() < MANY_ROWS:
+    if q_BLHD.shape[:3].numel() < MANY_QUERIES:
         seen = ()
     behind = slice(seen[-1].stop if seen else 0, None)
     out_BLHD, lse_BHL = attend_positions(
@@ -141,9 +142,9 @@ def _pass_q(
     size, n_queries = transport.size, q_BLHD.shape[1]
     q_BMHD = transport.all_gather(q_BLHD).transpose(0, 1).flatten(1, 2)  # M = R L
     positions_BM = transport.all_gather(q_positions_BL).transpose(0, 1).flatten(1, 2)
-    parts_BMHE = _pack(*_attend(q_BMHD, cached, positions_BM, spec, seen))
-    parts_RBLHE = parts_BMHE.unflatten(1, (size, n_queries)).transpose(0, 1).contiguous()
-    return merge_all(*_unpack(transport.all_to_all(parts_RBLHE)))
+    partials_BMHE = _pack(*_attend(q_BMHD, cached, positions_BM, spec, seen))
+    partials_RBLHE = partials_BMHE.unflatten(1, (size, n_queries)).transpose(0, 1).contiguous()
+    return merge_all(*_unpack(transport.all_to_all(partials_RBLHE)))
 
 
 def _pass_kv(
@@ -155,7 +156,7 @@ def _pass_kv(
     transport: Transport,
     seen: Sequence[SlotRanges],
 ) -> tuple[Tensor, Tensor]:
-    """As the ring does it: straight from the owner, and the next part travels while the present one is attended to."""
+    """As the ring does it: straight from the owner, and the next shard travels while this one is attended to."""
     rank, size = transport.rank, transport.size
     kv_2BSKD, positions_BS = torch.stack((cached.k_BSKD, cached.v_BSKD)), cached.positions_BS.contiguous()
 
@@ -172,16 +173,16 @@ def _pass_kv(
     arriving = start_hop(1)
     out_BLHD, lse_BHL = _attend(q_BLHD, cached, q_positions_BL, spec, seen[rank])
     for hop in range(1, size):
-        pending, foreign, seen_of_it = arriving
+        pending, remote, seen_remote = arriving
         if hop + 1 < size:
             arriving = start_hop(hop + 1)
         pending.wait()
-        merge_(out_BLHD, lse_BHL, *_attend(q_BLHD, foreign, q_positions_BL, spec, seen_of_it))
+        merge_(out_BLHD, lse_BHL, *_attend(q_BLHD, remote, q_positions_BL, spec, seen_remote))
     return out_BLHD, lse_BHL
 
 
 def _pack(out_BLHD: Tensor, lse_BHL: Tensor) -> Tensor:
-    """[B, L, H, D + 1] fp32: results and, behind them, their log-sum-exp."""
+    """[B, L, H, D + 1] fp32: each result followed by its log-sum-exp."""
     return torch.cat((out_BLHD, lse_BHL.transpose(1, 2).unsqueeze(-1)), dim=-1)
 
 

@@ -1,4 +1,7 @@
-"""Which slots of a spread cache hold a token: behind those of its row a query sees all, and nothing is compared."""
+"""Which slots of every rank hold a token of each sequence.
+
+A query that comes after all of a sequence's cached tokens sees every such slot, so that no positions are compared.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,17 @@ SlotRanges = tuple[slice, ...]
 
 
 class Occupancy:
-    """Of every row and rank, in runs. It follows from lengths alone, so that each rank knows it of all.
+    """Filled slots of every sequence and rank, as ranges. They follow from lengths alone: each rank knows those of all.
 
-    Slots that stay empty, because a row is shorter than others or a chunk does not divide among the ranks, are gaps
-    between runs. A row that loses tokens later has none that are known: what it sees goes by positions.
+    Slots that stay empty, because a sequence is shorter than others or a chunk does not divide among the ranks, are
+    gaps between ranges. A sequence that loses tokens later has no known ranges: its queries go by positions.
     """
 
     def __init__(self, sequences: int, size: int) -> None:
         self._slot_ranges: list[list[list[slice]] | None] = [[[] for _ in range(size)] for _ in range(sequences)]
 
     def add(self, sequence: int, rank: int, start: int, count: int) -> None:
-        """``rank`` has a token of ``row`` in ``count`` slots from ``start`` on, which follow those it had."""
+        """``rank`` has tokens of ``sequence`` in ``count`` slots from ``start`` on, after those it had."""
         by_rank = self._slot_ranges[sequence]
         if by_rank is not None and count:
             slot_ranges = by_rank[rank]
@@ -26,28 +29,28 @@ class Occupancy:
             slot_ranges.append(slice(first, start + count))
 
     def add_to_all(self, rank: int, slot: int) -> None:
-        """``rank`` has a token of every row in ``slot``."""
+        """``rank`` has a token of every sequence in ``slot``."""
         for sequence in range(len(self._slot_ranges)):
             self.add(sequence, rank, slot, 1)
 
     def lose(self, sequences: Iterable[int]) -> None:
-        """Some tokens of these rows are hidden."""
+        """Some tokens of these sequences were hidden."""
         for sequence in sequences:
             self._slot_ranges[sequence] = None
 
     def of(self, sequences: slice, rank: int) -> SlotRanges:
-        """The slots that each of ``rows`` has a token in, up to the first that some have one in and others not."""
+        """The slots in which each of ``sequences`` has a token, up to the first in which only some of them have one."""
         known = self._slot_ranges[sequences]
-        by_row = [by_rank[rank] for by_rank in known if by_rank is not None]
-        if not by_row or len(by_row) < len(known):
+        by_sequence = [by_rank[rank] for by_rank in known if by_rank is not None]
+        if not by_sequence or len(by_sequence) < len(known):
             return ()
-        common: Sequence[slice] = by_row[0]
-        for slot_ranges in by_row[1:]:
-            common = _while_alike(common, slot_ranges)
+        common: Sequence[slice] = by_sequence[0]
+        for slot_ranges in by_sequence[1:]:
+            common = _common_start(common, slot_ranges)
         return tuple(common)
 
 
-def _while_alike(one: Sequence[slice], other: Sequence[slice]) -> list[slice]:
+def _common_start(one: Sequence[slice], other: Sequence[slice]) -> list[slice]:
     found = list[slice]()
     for a, b in zip(one, other, strict=False):
         if a.start == b.start:

@@ -1,6 +1,6 @@
-"""One forward of a generation: its tokens go into a store, and attend to all that is there."""
+"""One forward pass against a cache: its keys and values are stored, and its queries attend to all that is cached."""
 
-# Shapes: B rows, T tokens on this rank, H query heads, K key/value heads, D head_dim.
+# Shapes: B sequences, T tokens on this rank, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
@@ -21,16 +21,16 @@ from ds_ring.transport.base import Transport
 
 @dataclass(frozen=True)
 class Step(ABC):
-    """Making one reserves its tokens' slots; their keys and values follow by layer."""
+    """The constructor reserves slots for the tokens; their keys and values are stored layer by layer."""
 
     cache_shard: KVCacheShard
 
     is_first = False
-    """Nothing was cached before, so that the tokens attend to each other only."""
+    """Nothing was cached before: the tokens attend to each other only."""
 
     @abstractmethod
     def store_layer(self, layer: int, k_BTKD: Tensor, v_BTKD: Tensor, window: int | None) -> None:
-        """Keys and values of tokens that attend to each other only."""
+        """Store keys and values of tokens that attend to each other only."""
 
     @abstractmethod
     def attend(
@@ -45,18 +45,19 @@ class Step(ABC):
         sinks_H: Tensor | None,
         variant: RingVariant,
     ) -> Tensor:
-        """Store the keys and values, and attend to the store of every rank, these among them; out [B, T, H, D]."""
+        """Store the keys and values, then attend to the shards of all ranks, these included; out [B, T, H, D]."""
 
 
 @dataclass(frozen=True)
 class ChunkStep(Step):
-    """Tokens that are spread over the ranks, as many on each.
+    """A chunk of a prompt, whose tokens are spread over the ranks, equally many on each.
 
     Attributes:
-        rows: which of the store's rows these are.
-        positions_BT: where this rank's tokens stand, int32; ``EMPTY`` for padding.
-        starts, held: the slots filled on every rank before and after.
-        seen: runs of every rank's slots before ``starts`` in which each of the rows has a token; between them none has.
+        sequences: which sequences of the cache these are.
+        positions_BT: positions of this rank's tokens, int32; ``EMPTY`` for padding.
+        starts, held: slots filled on every rank before and after.
+        seen: of every rank's slots before ``starts``, the ranges in which each sequence has a token; between them none
+            has.
     """
 
     sequences: slice
@@ -66,7 +67,7 @@ class ChunkStep(Step):
     seen: tuple[SlotRanges, ...]
     is_first: bool
     _entries: dict[int, Entry] = field(default_factory=dict, init=False)
-    """By window; all its layers get the same slots."""
+    """By window; all layers with that window get the same slots."""
 
     def __post_init__(self) -> None:
         if self.positions_BT.shape[1]:
@@ -97,11 +98,11 @@ class ChunkStep(Step):
             held, cached = list(self.held), self.cache_shard.read(layer, self.sequences, self.held[own])
             seen = self.seen
         else:
-            # The last of these tokens may take the place of what the first of them see.
+            # The last of these tokens may replace cached tokens that the first of them see.
             slots = self.cache_shard.window(spec.window)
             behind = [slots.held(start) for start in self.starts]
             held = [b + after - before for b, after, before in zip(behind, self.held, self.starts, strict=True)]
-            cached = self._beside(layer, spec.window, behind[own], k_BTKD, v_BTKD)
+            cached = self._cached_and_new(layer, spec.window, behind[own], k_BTKD, v_BTKD)
             self.store_layer(layer, k_BTKD, v_BTKD, spec.window)
             seen = ()
         q_positions_BT = self.positions_BT.masked_fill(self.positions_BT == EMPTY, BLIND)
@@ -110,8 +111,8 @@ class ChunkStep(Step):
             seen=seen, sinks_H=sinks_H, variant=variant,
         )  # fmt: skip
 
-    def _beside(self, layer: int, window: int, behind: int, k_BTKD: Tensor, v_BTKD: Tensor) -> Cached:
-        """What the layer keeps from before, and beside it these tokens."""
+    def _cached_and_new(self, layer: int, window: int, behind: int, k_BTKD: Tensor, v_BTKD: Tensor) -> Cached:
+        """What the layer has cached, followed by these tokens."""
         before_BS = self._entry(window).before_BS[:, :behind]
         kept = self.cache_shard.read(layer, self.sequences, behind)
         return Cached(
@@ -128,14 +129,14 @@ class ChunkStep(Step):
 
 @dataclass(frozen=True)
 class TokenStep(Step):
-    """A token in each row, the same on all ranks, of which one stores it.
+    """One token of each sequence, the same on all ranks; one rank stores it.
 
-    Who does, and where it stands, is told by tensors, and shapes depend on the store's capacity alone: the next token
-    takes the same launches, which can be captured in a graph.
+    Which rank stores it, and in which slot, is in tensors, and shapes depend on the capacity of the cache alone: the
+    next token takes the same kernel launches, which can be captured in a CUDA graph.
 
     Attributes:
-        positions_B1: where the tokens stand, int32.
-        slot_1: the slot they get on this rank, int64; the store's spare one where another rank stores them.
+        positions_B1: positions of the tokens, int32.
+        slot_1: the slot they get on this rank, int64; the spare one where another rank stores them.
         sliced: each rank has its share of the heads.
     """
 

@@ -172,7 +172,7 @@ def test_a_chunk_that_is_spread_like_the_cache(size, variant, spec, with_sinks):
 @pytest.mark.parametrize("size", [1, 3])
 def test_many_queries_see_what_all_rows_have_in_common_without_positions(size, variant, spec, many, monkeypatch):
     """Tokens in slots with gaps of garbage, and behind them a chunk of four a rank, the last of which is padding."""
-    monkeypatch.setattr(cached_attention, "MANY_ROWS", 1 if many else 1000)
+    monkeypatch.setattr(cached_attention, "MANY_QUERIES", 1 if many else 1000)
     calls: list[bool] = []
     fold = cached_attention.accumulate_
 

@@ -77,7 +77,7 @@ def folded(monkeypatch) -> list[int]:
         fold(out, lse, q, k_BSKD, v, **options)
 
     monkeypatch.setattr(attention, "accumulate_", folds)
-    monkeypatch.setattr(attention, "MANY_ROWS", 1)
+    monkeypatch.setattr(attention, "MANY_QUERIES", 1)
     return keys
 
 
