@@ -1,14 +1,11 @@
-"""The two doors: ``from_pretrained`` and ``init_inference``, from a configuration to an engine.
+"""``from_pretrained`` and ``init_inference``: from a configuration to an engine.
 
-Each checks, then connects the ranks of this launch, then loads or takes the weights.
+Both check the configuration, then connect the ranks of this launch, then load or take the weights.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import socket
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_ring.config import RunConfig
+from ds_ring.engine.connect import connect, local_device, world_size
 from ds_ring.engine.dry_run import dry_run
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import ModelRunner
@@ -36,20 +34,12 @@ from ds_ring.planning import plan
 from ds_ring.planning.cards import card_of
 from ds_ring.planning.validation import check_layout
 from ds_ring.process.hostfile import check_hostfile
-from ds_ring.process.parent_watch import end_with_launcher
 from ds_ring.process.watchdog import outside
 from ds_ring.transport.mesh import Mesh
-from ds_ring.transport.process_group import ProcessGroupTransport
-from ds_ring.transport.select import Location, select_transports, sharing_a_gpu
-from ds_ring.utils.results import versions
+
+__all__ = ["from_pretrained", "init_inference"]
 
 log = logging.getLogger("ds_ring")
-
-HOST_THREADS = 8
-"""Of a rank that computes on a GPU, at most: its host's part is small tensors."""
-GROUPS_WAIT_LONGER_S = 60
-LONGEST_WAIT_S = 20 * 24 * 3600
-"""PyTorch's sockets count milliseconds in 32 bits."""
 
 
 def from_pretrained(
@@ -150,7 +140,7 @@ def _log_stages(run: RunConfig, dims: ModelDims) -> None:
     pp = run.parallel.pp_size
     if dims.num_layers % pp:
         counts = [str(len(stage_layers(dims.num_layers, pp, stage))) for stage in range(pp)]
-        log.info("%s", f"pp_size={pp} does not divide {dims.num_layers} layers: stages of {', '.join(counts)}")
+        log.info("pp_size=%d does not divide %d layers: stages of %s", pp, dims.num_layers, ", ".join(counts))
 
 
 def with_planned_degrees(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:
@@ -163,7 +153,7 @@ def with_planned_degrees(run: RunConfig, config: PretrainedConfig | None = None)
     found, reason = plan.with_planned_degrees(
         run, config or read_config(run.checkpoint), world_size(), card_of(local_device())
     )
-    log.info("%s", f"parallel=auto takes {reason}")
+    log.info("parallel=auto takes %s", reason)
     return found
 
 
@@ -186,107 +176,3 @@ def build_engine(
         with float_buffers_kept(model):
             model = model.to(device=device, dtype=dtype).eval()
         return Engine((runner or runner_of(run))(model, run, mesh, dims, device))
-
-
-def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
-    """Initialise ``deepspeed.comm`` and make the groups of every axis.
-
-    All ranks must hold the same configuration, and the same model as far as ``model`` says (see ``hf.identity``). From
-    now on this process ends with its launcher, and when it waits for a peer that does not come.
-    """
-    end_with_launcher()
-    outside.timeout_s = run.ring.timeout_s
-    with outside.over("connecting"):
-        mesh = _connect(run, model or {})
-    outside.activity = mesh.traffic
-    return mesh
-
-
-def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    device = local_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        # DeepSpeed's shared-memory all-reduce for CPUs ignores its group: wrong or hanging inside sub-groups.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # It refuses fp16 on CPUs without the instructions; PyTorch computes it all the same, only slowly.
-        get_accelerator().is_fp16_supported = lambda: True
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    # Peers' memory is read by address; NVLink multicast is not used, and where it is broken, asking for it fails.
-    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-    if sharing_a_gpu():
-        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    if not deepspeed.comm.is_initialized():
-        timeout = _group_timeout(run.ring.timeout_s)
-        if sharing_a_gpu():
-            # NCCL takes no two ranks on one GPU, and DeepSpeed would give each rank a GPU of its own.
-            torch.distributed.init_process_group("gloo", timeout=timeout)
-        backend = "nccl" if device.type == "cuda" and not sharing_a_gpu() else "gloo"
-        deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
-    # Before any group is made: ranks that were told different degrees would wait for different peers.
-    world = range(deepspeed.comm.get_world_size())
-    everyone = ProcessGroupTransport(deepspeed.comm.get_world_group(), world, deepspeed.comm.get_rank())
-    packages = {f"the version of {name}": value for name, value in versions().items()}
-    everyone.agree(**run.facts(), **packages, **model)
-    locations = everyone.all_gather_objects(Location.of(device))
-    if device.type == "cuda":
-        _share_cores(sum(location.host == locations[everyone.rank].host for location in locations))
-    ours = run.parallel.implementation == "ds_ring"
-    choice = select_transports(
-        run.ring.transport if ours else "process_group", run.topology, locations, sharing_a_gpu()
-    )
-    if choice.describe():
-        log.info("%s", f"transport: {choice.describe()}")
-    insist = run.ring.transport == "copy_engine"
-    return Mesh.from_process_groups(run.topology, choice.pulled, device, insist, _messages(device))
-
-
-def _messages(device: torch.device) -> type[ProcessGroupTransport]:
-    """How process groups move tensors: NCCL takes no two ranks on one GPU, and gloo only host memory."""
-    if device.type != "cuda" or not sharing_a_gpu():
-        return ProcessGroupTransport
-    from ds_ring.testing.host_staged import HostStagedTransport
-
-    return HostStagedTransport
-
-
-def _group_timeout(timeout_s: int) -> timedelta:
-    """For how long process groups wait: longer than the watch, which names who is missing; DeepSpeed's 10 minutes would
-    end a run that may wait for longer."""
-    return timedelta(seconds=min(timeout_s + GROUPS_WAIT_LONGER_S, LONGEST_WAIT_S) if timeout_s else LONGEST_WAIT_S)
-
-
-def _share_cores(ranks: int) -> None:
-    """Give each of a host's ranks its share of the cores. PyTorch would start a thread for every core on every rank,
-    and teams that wait for each other take tens of milliseconds over an operation on 10,000 numbers."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, min(HOST_THREADS, len(os.sched_getaffinity(0)) // ranks)))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none. ``DS_ACCELERATOR=cpu`` asks for the CPU; with
-    ``DS_RING_SHARE_GPU=1``, for tests, ranks beyond the number of GPUs share them.
-
-    Raises:
-        ConfigError: more ranks than GPUs; under DeepSpeed's launcher on all ranks of this host, else on those beyond.
-    """
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if sharing_a_gpu():
-        return torch.device("cuda", local_rank % gpus)
-    ranks = max(local_rank + 1, int(os.environ.get("LOCAL_SIZE", "1")))
-    if ranks > gpus:
-        raise ConfigError(
-            f"{ranks} ranks were launched on {socket.gethostname()}, which has {gpus} GPUs to give; launch with "
-            f"--num_gpus {gpus} and lower the degrees, or see what CUDA_VISIBLE_DEVICES leaves out"
-        )
-    return torch.device("cuda", local_rank)

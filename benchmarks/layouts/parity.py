@@ -20,9 +20,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ds_ring.api import local_device
 from ds_ring.cli import options
 from ds_ring.engine.batch import pack
+from ds_ring.engine.connect import local_device
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import ConfigError
 from ds_ring.hf.attention import torch_dtype

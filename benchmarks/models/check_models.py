@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ds_ring import api
 from ds_ring.config import RunConfig
+from ds_ring.engine.connect import connect
 from ds_ring.errors import InputError, UserError
 from ds_ring.process.watchdog import outside
 from ds_ring.transport.base import Transport
@@ -56,7 +57,7 @@ def check(config: RunConfig, names: list[str], new_tokens: int, say: Callable[[s
     known = architectures()
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"transformers has no causal LM of type {', '.join(unknown)}")
-    everyone = api.connect(config)["world"]
+    everyone = connect(config)["world"]
     rows = []
     for name in names or known:
         rows.append(_row(name, config, new_tokens, everyone))

@@ -166,7 +166,7 @@ def leave(code: int) -> None:
 
     Interpreter shutdown would tear down process groups whose threads still run, and abort.
     """
-    if code == 0 and "ds_ring.api" in sys.modules:
+    if code == 0 and "ds_ring.engine.connect" in sys.modules:
         from deepspeed import comm
 
         from ds_ring.process.watchdog import outside

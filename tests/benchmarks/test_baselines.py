@@ -163,6 +163,7 @@ from torch.distributed.tensor import DTensor
 from benchmarks.baselines.load import baseline_of
 from benchmarks.layouts import bench
 from ds_ring import api
+from ds_ring.engine.connect import connect
 from ds_ring.cli.options import leave
 from ds_ring.config import RunConfig
 from benchmarks.baselines import context_parallel as peer
@@ -182,7 +183,7 @@ ids = tokens(3, 101)
 want, mesh, found = logits(model, ids), None, []
 for options in ({{}}, {{"ring_impl": "contiguous", "ring_variant": "pass_kv"}}):
     run = RunConfig.load({{"dtype": "fp32"}}, micro_batch_size=2, **{RING}, **options)
-    mesh = mesh or api.connect(run)
+    mesh = mesh or connect(run)
     engine = api.build_engine(model, run, mesh, model_dims(model.config), torch.device("cpu"), baseline_of(run))
     got = engine(ids).logits
     error = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())

@@ -108,12 +108,12 @@ def test_launched_trials_find_what_a_limited_memory_holds(tmp_path):
 
 SCRIPT = """
 import argparse, os, sys, time
-from ds_ring import api
+from ds_ring.engine.connect import connect
 from ds_ring.cli import options
 from ds_ring.config import RunConfig
 
 def work(args):
-    mesh = api.connect(RunConfig.load({"dtype": "fp32"}, ring_degree=2))
+    mesh = connect(RunConfig.load({"dtype": "fp32"}, ring_degree=2))
 %s
 
 parser = argparse.ArgumentParser()

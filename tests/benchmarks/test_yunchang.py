@@ -24,6 +24,7 @@ from yunchang.kernels import attention as kernels
 from benchmarks.baselines.load import baseline_of
 from benchmarks.layouts import bench
 from ds_ring import api
+from ds_ring.engine.connect import connect
 from ds_ring.cli.options import leave
 from ds_ring.config import RunConfig
 from ds_ring.hf.dims import model_dims
@@ -58,7 +59,7 @@ for config, dtype, options in (
     (llama, "fp16", {"ring_degree": 4}),
 ):
     run = RunConfig.load({"dtype": dtype}, implementation="yunchang", batch_size=3, micro_batch_size=2, **options)
-    mesh = api.connect(run)
+    mesh = connect(run)
     model = build(config)
     want = logits(model, ids)
     engine = api.build_engine(model, run, mesh, model_dims(model.config), torch.device("cpu"), baseline_of(run))

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from ds_ring.api import local_device
+from ds_ring.engine.connect import local_device
 from ds_ring.errors import ConfigError, TransportError
 from ds_ring.parallel.topology import Topology
 from ds_ring.transport.mesh import Mesh
