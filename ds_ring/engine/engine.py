@@ -96,6 +96,15 @@ class Engine:
         self.mesh["world"].agree(input_ids=batch.digest())
         return batch, columns_BL
 
+    def _refuse_unserved(self, options: dict[str, Any]) -> None:
+        """Raise InputError on every rank where an option would change what the model computes."""
+        unserved = [name for name, value in options.items() if not _changes_nothing(name, value)]
+        if unserved:
+            raise InputError(
+                f"the engine does not take {', '.join(unserved)}; it takes input_ids, attention_mask, position_ids and "
+                f"logits_to_keep"
+            )
+
     def _cached_runner(self, wanted: str) -> CachedRunner:
         if not isinstance(self.runner, CachedRunner):
             raise InputError(
@@ -112,22 +121,26 @@ class Engine:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         logits_to_keep: int = 0,
+        **options: Any,
     ) -> CausalLMOutput:
-        """The model's logits, on every rank.
+        """The model's logits, on every rank: ``engine(**tokenizer(texts, padding=True, return_tensors="pt"))``.
 
         Args:
             input_ids: [B, C], the same on every rank.
             attention_mask: [B, C], 1 for tokens and 0 for padding, on either side.
             position_ids: [B, C]; None: every row counts its own tokens from 0.
-            logits_to_keep: only the last so many columns; 0 for all.
+            logits_to_keep: only this many last columns; 0 for all.
+            options: what tokenizers and scripts for transformers pass besides, where it changes nothing here:
+                ``token_type_ids`` of zeros, ``use_cache=False``, ``return_dict=True``.
 
         Returns:
             CausalLMOutput with logits [B, C or logits_to_keep, V] in the model's dtype; 0 at padding.
 
         Raises:
-            InputError: unusable tensors (see ``pack``). DisagreementError: ranks were given different tokens.
-            NumericsError: a layer gave NaN or infinity.
+            InputError: unusable tensors (see ``pack``), or an option that is not served, by name.
+            DisagreementError: ranks were given different tokens. NumericsError: a layer gave NaN or infinity.
         """
+        self._refuse_unserved(options)
         batch, columns_BL = self.prepare(input_ids, attention_mask, position_ids)
         first = 0 if logits_to_keep == 0 else max(0, input_ids.shape[1] - logits_to_keep)
         micro_batches, mine = self.runner.micro_batches(batch)
@@ -177,6 +190,8 @@ class Engine:
             InputError: unusable tokens or options, before any work. DisagreementError: ranks were given different ones.
             NumericsError: a layer gave NaN or infinity.
         """
+        if "token_type_ids" in options and _changes_nothing("token_type_ids", options["token_type_ids"]):
+            del options["token_type_ids"]  # tokenizers of some models give zeros, which mean nothing to a causal LM
         return generate(
             self._cached_runner("generate"),
             input_ids,
@@ -270,6 +285,14 @@ class Engine:
         if stages.size > 1:
             whole_BV = stages.all_gather(whole_BV)[-1]
         return gather_replicas(whole_BV, len(batch.sequences), self.mesh["dp"])
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    """Whether the option is one that transformers' causal LMs take, with the value that the engine uses anyway."""
+    if name == "token_type_ids":
+        return value is None or (isinstance(value, Tensor) and not bool(value.any()))
+    usual = {"use_cache": (None, False), "return_dict": (None, True), "labels": (None,), "past_key_values": (None,)}
+    return any(value is one for one in usual.get(name, ()))
 
 
 def _sequences(batch: Batch) -> slice:

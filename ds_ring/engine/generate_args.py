@@ -27,15 +27,27 @@ REFUSED = (
 )  # fmt: skip
 
 
+OF_GENERATE = ("stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn", "tokenizer")
+"""Arguments of transformers' ``generate`` that neither its settings nor a model's forward have."""
+
+
 @dataclass(frozen=True)
 class GenerateArgs:
-    """What transformers will go by, which columns hold a token (bool, on the CPU), the cache (the caller's or an empty
-    one), and how many tokens may be generated."""
+    """What a call of ``generate`` asks for, checked.
+
+    Attributes:
+        settings: transformers' own, with every default filled in.
+        mask_BC: which columns hold a token, bool, on the CPU.
+        cache: the caller's, or an empty one.
+        new_tokens: how many may be generated.
+        prefill_chunk: prompt tokens of each sequence that run at a time; 0: the whole prompt.
+    """
 
     settings: GenerationConfig
     mask_BC: Tensor
     cache: ShardedCache
     new_tokens: int
+    prefill_chunk: int
 
 
 def check_generate_args(
@@ -71,9 +83,10 @@ def check_generate_args(
         world.agree(input_ids=f"unusable ones: {error}")
         raise
     plain = {k: v for k, v in vars(settings).items() if isinstance(v, int | float | str | list | None)}
-    plain["max_new_tokens"] = new_tokens
+    prefill_chunk = adapter.prefill_chunk_size or runner.run_config.workload.prefill_chunk
+    plain |= {"max_new_tokens": new_tokens, "prefill_chunk_size": prefill_chunk}
     world.agree(input_ids=digest, **{f"generate's {name}": value for name, value in plain.items()})
-    return GenerateArgs(settings, mask_BC, cache, new_tokens)
+    return GenerateArgs(settings, mask_BC, cache, new_tokens, prefill_chunk)
 
 
 def _settings(
@@ -87,7 +100,8 @@ def _settings(
         raise InputError(f"generate does not serve {', '.join(asked)} with a cache that is spread over ranks")
     settings: GenerationConfig
     try:
-        settings, _ = adapter._prepare_generation_config(generation_config, **options)
+        settings, others = adapter._prepare_generation_config(generation_config, **options)
+        adapter._validate_model_kwargs({k: v for k, v in others.items() if k not in OF_GENERATE})
     except ValueError as error:
         raise InputError(f"transformers refuses the options of generate: {error}") from None
     mode = settings.get_generation_mode()
@@ -98,11 +112,8 @@ def _settings(
         )
     if settings.use_cache is False:
         raise InputError("use_cache=False: without a cache every token would cost a forward of the whole text")
-    if settings.prefill_chunk_size is not None:
-        raise InputError(
-            f"prefill_chunk_size={settings.prefill_chunk_size} belongs into the configuration: "
-            f'"workload": {{"prefill_chunk": {settings.prefill_chunk_size}}}'
-        )
+    if (chunk := adapter.prefill_chunk_size) is not None and (type(chunk) is not int or chunk < 1):
+        raise InputError(f"prefill_chunk_size={chunk!r} must be a whole number of at least 1")
     return settings
 
 

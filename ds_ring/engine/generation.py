@@ -50,12 +50,12 @@ def generate(
     request = check_generate_args(
         runner, adapter, input_ids, attention_mask, generation_config, past_key_values, streamer, options
     )
-    forward.new_tokens = request.new_tokens
+    forward.new_tokens, forward.prefill_chunk = request.new_tokens, request.prefill_chunk
     past, mask_BC = request.cache.get_seq_length(), request.mask_BC
 
     def note() -> str:
         prompt, length = int(mask_BC[:, past:].sum(1).max()), int(mask_BC.sum(1).max()) + request.new_tokens
-        return generation_note(runner, len(request.cache.sequences), prompt, length)
+        return generation_note(runner, len(request.cache.sequences), prompt, length, request.prefill_chunk)
 
     with (
         with_memory_note(note),
@@ -98,6 +98,8 @@ class _GenerationForward:
         self.fine = torch.ones((), dtype=torch.bool, device=runner.device)
         """Whether all logits so far are finite; the same on all ranks. It stays on the device, as a stopping criterion:
         transformers waits for stopping criteria once a step anyway, so that no step waits twice."""
+        self.prefill_chunk = 0
+        """Prompt tokens of each sequence that run at a time; 0: all."""
         self.new_tokens = 0
         """How many tokens may be generated: the cache makes room for them."""
         self._prefilled: ShardedCache | None = None
@@ -137,7 +139,7 @@ class _GenerationForward:
         work = [
             part
             for parts in chunks(
-                batch, cache_positions_BL[own], cache.cache_shard, size=runner.run_config.workload.prefill_chunk,
+                batch, cache_positions_BL[own], cache.cache_shard, size=self.prefill_chunk,
                 sequences_at_a_time=runner.run_config.workload.micro_batch_size, slots=runner.slots,
                 tokens_held=runner.tokens_held,
             )

@@ -54,10 +54,10 @@ def forward_note(runner: ModelRunner) -> str:
     )
 
 
-def generation_note(runner: ModelRunner, sequences: int, prompt: int, length: int) -> str:
+def generation_note(runner: ModelRunner, sequences: int, prompt: int, length: int, prefill_chunk: int) -> str:
     """One line about a replica's ``sequences``; the longest has ``prompt`` tokens to run, and ``length`` at the end."""
     work, t = runner.run_config.workload, runner.mesh.topology
-    micro, chunk = min(work.micro_batch_size, sequences), min(work.prefill_chunk or prompt, prompt)
+    micro, chunk = min(work.micro_batch_size, sequences), min(prefill_chunk or prompt, prompt)
     # Chunks run one after the other: each needs what earlier ones leave.
     run = RunConfig.load(runner.run_config, max_length=chunk, interleave="off")
     cache = cache_bytes(run, runner.dims, sequences, length)
@@ -65,7 +65,7 @@ def generation_note(runner: ModelRunner, sequences: int, prompt: int, length: in
     return (
         f"{_held(runner.peak_memory_gib, runner.device)}, {predicted:.1f} are predicted: {cache / GIB:.1f} for a cache "
         f"of {sequences} x {length} tokens, the rest for weights and chunks of {micro} x {chunk}; "
-        f"{'lower' if work.prefill_chunk else 'set'} prefill_chunk, give fewer rows or tokens at a time, or share them "
+        f"{'lower' if prefill_chunk else 'set'} prefill_chunk, give fewer rows or tokens at a time, or share them "
         f"among more ranks ({'tp_size, pp_size' if t.tp * t.pp > 1 else 'ring_degree, ulysses_degree'})"
     )
 

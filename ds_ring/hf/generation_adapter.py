@@ -35,6 +35,8 @@ class GenerationAdapter(GenerationMixin):
         self._model, self._run, self._everyone, self._fine = model, run, everyone, fine
         self.config, self.generation_config = model.config, model.generation_config
         self.device, self.dtype = device, model.dtype
+        self.prefill_chunk_size: int | None = None
+        """transformers' argument of the last ``generate``. Its own loop over chunks would not know of ranks."""
 
     def forward(
         self,
@@ -51,6 +53,13 @@ class GenerationAdapter(GenerationMixin):
         return CausalLMOutputWithPast(logits=logits_BV[:, None], past_key_values=past_key_values)
 
     __call__ = forward
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        settings, rest = super()._prepare_generation_config(generation_config, **kwargs)
+        self.prefill_chunk_size, settings.prefill_chunk_size = settings.prefill_chunk_size, None
+        return settings, rest
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -37,7 +37,7 @@ LIMITED = {"max_position_embeddings": 64}
         (torch.ones(1, 4).long(), None, {"inputs_embeds": torch.ones(1, 4, 72)}, "does not serve inputs_embeds"),
         (torch.ones(1, 4).long(), None, {"token_type_ids": torch.ones(1, 4)}, "does not serve token_type_ids"),
         (torch.ones(1, 4).long(), None, {"use_cache": False}, "use_cache=False"),
-        (torch.ones(1, 4).long(), None, {"prefill_chunk_size": 2}, '"prefill_chunk": 2'),
+        (torch.ones(1, 4).long(), None, {"prefill_chunk_size": 0}, "prefill_chunk_size=0 must be"),
         (torch.ones(1, 4).long(), None, {"past_key_values": DynamicCache()}, "a DynamicCache that another model made"),
     ],
     ids=lambda value: None if isinstance(value, Tensor) else str(value)[:20],
