@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ds_ring.config.sections import BASELINE_DEGREES, DType, ParallelConfig, RingConfig, Section, WorkloadConfig
 from ds_ring.errors import ConfigError
 from ds_ring.parallel.topology import Topology
+from ds_ring.utils.hub import local_checkpoint
 
 _DTYPE_NAMES: dict[str, DType] = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
@@ -39,8 +40,8 @@ class RunConfig(Section):
 
         Args:
             source: path, dict, RunConfig, or None for the defaults.
-            overrides: any field of our section, of its ``parallel`` or of its ``workload``; ``tp_size``, ``dtype``.
-                None means "as in the file".
+            overrides: any field of our section, of its ``parallel`` or of its ``workload``; ``tp_size``, ``dtype``;
+                ``parallelism_config``, accelerate's. None means "as in the file".
 
         A dtype that neither gives is the checkpoint's own, else fp32, as in transformers. In a RunConfig, too, it
         counts as not given, so that another ``model`` brings its own.
@@ -53,6 +54,7 @@ class RunConfig(Section):
         else:
             document = _read(source) if isinstance(source, str | Path) else dict(source or {})
         section = dict(_object("ds_ring", document.pop("ds_ring", {})))
+        overrides = {**degrees_of(overrides.pop("parallelism_config", None)), **overrides}
         for name, value in overrides.items():
             if value is not None:
                 _override(document, section, name, value)
@@ -74,10 +76,10 @@ class RunConfig(Section):
 
     @property
     def checkpoint(self) -> str:
-        """The checkpoint directory; ConfigError where none was given."""
+        """The checkpoint directory, see ``utils.hub``; ConfigError where none was given."""
         if self.ring.model is None:
             raise ConfigError('no model: give a checkpoint directory, "model" in the section "ds_ring", or --model')
-        return self.ring.model
+        return str(local_checkpoint(self.ring.model))
 
     @property
     def dtype(self) -> DType:
@@ -133,6 +135,29 @@ class RunConfig(Section):
         return {**document, "ds_ring": self.ring.model_dump(mode="json")}
 
 
+def degrees_of(parallelism_config: Any) -> dict[str, int]:
+    """Our degrees for accelerate's ``ParallelismConfig``: its context parallelism (cp) is our ring, its sequence
+    parallelism (sp) our Ulysses. It allows one of both; our own keys allow both at once.
+
+    Raises:
+        ConfigError: sharded data parallelism, which is about training.
+    """
+    if parallelism_config is None:
+        return {}
+    if (parallelism_config.dp_shard_size or 1) > 1:
+        raise ConfigError(
+            f"parallelism_config.dp_shard_size={parallelism_config.dp_shard_size}: weights are not sharded here; use "
+            f"dp_replicate_size for replicas"
+        )
+    sizes = {
+        "dp_size": parallelism_config.dp_replicate_size,
+        "tp_size": parallelism_config.tp_size,
+        "ring_degree": parallelism_config.cp_size,
+        "ulysses_degree": parallelism_config.sp_size,
+    }
+    return {name: size for name, size in sizes.items() if size is not None and size > 1}
+
+
 def flatten(value: Any, path: str) -> dict[str, Any]:
     """What is in nested dicts, by its dotted path below ``path``."""
     if not isinstance(value, dict):
@@ -163,7 +188,7 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 def _checkpoint_dtype(model: object) -> str | None:
     """What the config of a checkpoint directory, or a config file, says its weights are; None where there is no such
     file or word."""
-    path = Path(str(model))
+    path = local_checkpoint(str(model))
     try:
         config = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
         return str(config.get("dtype") or config.get("torch_dtype") or "") or None

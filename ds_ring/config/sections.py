@@ -125,7 +125,9 @@ class RingConfig(Section):
             return {**values, "parallel": {"auto": True}}
         return values
 
-    model: str | None = Field(None, description="checkpoint directory (safetensors) that from_pretrained reads")
+    model: str | None = Field(
+        None, description="checkpoint directory (safetensors), or a hub id that is in the local cache"
+    )
     parallel: ParallelConfig = ParallelConfig()
     workload: WorkloadConfig = WorkloadConfig()
     transport: TransportName = Field(

@@ -31,7 +31,10 @@ class Checkpoint:
         """
         directory = Path(directory)
         if not directory.is_dir():
-            raise CheckpointError(f"{directory} is not a checkpoint directory; make one with launch/make_checkpoint.py")
+            raise CheckpointError(
+                f"{directory} is not a checkpoint directory, nor a hub id in the local cache; get one with `hf "
+                f"download`, or make one with launch/make_checkpoint.py"
+            )
         _check_config(directory)
         if (directory / INDEX).is_file():
             shards = _indexed_shards(directory)

@@ -95,7 +95,7 @@ class TestGood:
 
 class TestRefused:
     def test_no_such_directory(self, tmp_path):
-        with refused(f"{tmp_path}/none is not a checkpoint directory; make one with launch/make_checkpoint.py"):
+        with refused(f"{tmp_path}/none is not a checkpoint directory, nor a hub id in the local cache; get one with"):
             Checkpoint.open(tmp_path / "none")
 
     def test_a_file_instead_of_a_directory(self, single):
