@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
@@ -39,6 +40,8 @@ def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
         DisagreementError: on every rank alike, where they differ.
     """
     end_with_launcher()
+    if os.environ.get("RANK", "0") != "0":
+        disable_progress_bar()  # one bar for all ranks: rank 0's
     outside.timeout_s = run.ring.timeout_s
     with outside.over("connecting"):
         mesh = _connect(run, model or {})
