@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_ring.cli.make_checkpoint import byte_tokenizer, make_checkpoint
+from ds_ring.cli.seeded_checkpoint import byte_tokenizer, make_checkpoint
 from ds_ring.errors import CheckpointError, ConfigError, InputError
-from ds_ring.utils.corpus import load_tokenizer, read_text, rows_of, token_stream
+from ds_ring.utils.corpus import load_tokenizer, read_text, text_windows, token_stream
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_without_files_the_text_is_the_language_reference(small):
 
 
 def test_rows_are_spread_over_the_text_and_wrap_round():
-    rows = rows_of(torch.arange(10), batch=3, length=6)
+    rows = text_windows(torch.arange(10), batch=3, length=6)
     assert rows.tolist() == [[0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7, 8], [6, 7, 8, 9, 0, 1]]
 
 
