@@ -28,7 +28,7 @@ from ds_ring.errors import UnsupportedModelError
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.base import blank
-from ds_ring.utils.hardware import to_device
+from ds_ring.utils.device import to_device
 
 Shared = AbstractContextManager[tuple[Tensor, Tensor]]
 

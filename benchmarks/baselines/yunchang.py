@@ -27,7 +27,7 @@ from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
 from ds_ring.transport.base import blank
 from ds_ring.transport.mesh import Mesh
-from ds_ring.utils.hardware import to_device
+from ds_ring.utils.device import to_device
 
 
 class YunchangRunner(BaselineRunner):

@@ -22,7 +22,7 @@ from ds_ring.errors import ConfigError
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     first = measure(options.run_config(args), args.references, args.output, args.trace)
-    from ds_ring.utils.hardware import release_memory
+    from ds_ring.utils.device import release_memory
 
     for config, output in args.then:
         release_memory()

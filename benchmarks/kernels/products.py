@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.kernels import cublaslt
 from benchmarks.kernels.attention_timing import quick_seconds, stopwatch, time_in_turn
 from ds_ring.model_dims import ModelDims
-from ds_ring.utils.hardware import synchronize
+from ds_ring.utils.device import synchronize
 
 Call = Callable[[], object]
 Way = tuple[Call, str, dict[str, Any]]

@@ -22,7 +22,7 @@ from benchmarks.kernels.products import Case, as_pytorch, cases, tensors
 from benchmarks.layouts.gpu_telemetry import watched_gpu
 from ds_ring.model_dims import ModelDims
 from ds_ring.transport.cuda_memory import CudaQueue
-from ds_ring.utils.hardware import synchronize
+from ds_ring.utils.device import synchronize
 
 IN_FLIGHT = 2
 """Layers whose work is queued ahead of the host."""

@@ -37,7 +37,7 @@ from ds_ring.planning.metrics import Work
 from ds_ring.planning.validation import check_workload
 from ds_ring.transport.base import void
 from ds_ring.utils.corpus import rows_of, token_stream
-from ds_ring.utils.hardware import device_name, peak_flops
+from ds_ring.utils.device import device_name, peak_flops
 
 WARMUP_MICRO_BATCHES = 16
 
@@ -73,7 +73,7 @@ def measure(
         engine.runner.run_config = RunConfig.load(config, micro_batch_size=size)
         ids = rows_of(stream, config.workload.batch_size, length)
         batch, _ = pack(ids, None, None, engine.runner.dims)
-        with engine.watchdog.over("agreeing on the batch"):
+        with engine.watchdog.watch("agreeing on the batch"):
             engine.mesh["world"].agree(input_ids=batch.digest())
         for mode in config.workload.modes:
             last = layers[-1] if mode == "prefill_only" else None

@@ -27,7 +27,7 @@ from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.planning.validation import check_run
 from ds_ring.process import launcher
 from ds_ring.utils.corpus import rows_of, token_stream
-from ds_ring.utils.hardware import device_name, limit_memory, memory_gib
+from ds_ring.utils.device import device_name, limit_memory, memory_gib
 from ds_ring.utils.results import read_json, write_json
 
 Report = Callable[[str], None]

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ds_ring.utils.hardware import synchronize
+from ds_ring.utils.device import synchronize
 
 Category = Literal["gemm", "attention", "elementwise", "copy", "communication"]
 Interval = tuple[float, float]

@@ -18,7 +18,7 @@ from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.engine.connect import connect
 from ds_ring.errors import InputError, UserError
-from ds_ring.process.watchdog import outside
+from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.base import Transport
 
 LENGTH, SEED = 75, 0
@@ -131,7 +131,7 @@ def _row(model_type: str, config: RunConfig, new_tokens: int, everyone: Transpor
         except Exception as error:  # whatever a config or a model raises about sizes that do not suit it
             problem = _first_line(error)
         # Only rank 0 knows.
-        with outside.over("waiting for rank 0's model"):
+        with process_watchdog.watch("waiting for rank 0's model"):
             problem = everyone.all_gather_objects(problem)[0]
         if problem is None:
             try:
@@ -197,10 +197,10 @@ def _sharded(folder: Path, config: RunConfig, new_tokens: int) -> tuple[Tensor, 
 def _shared_folder(everyone: Transport) -> Iterator[Path]:
     """A folder that rank 0 makes, and removes when all are done with it; ranks must share a file system."""
     with tempfile.TemporaryDirectory() as own:
-        with outside.over("waiting for rank 0's folder"):
+        with process_watchdog.watch("waiting for rank 0's folder"):
             folder = everyone.all_gather_objects(own)[0]
         yield Path(folder)
-        with outside.over("waiting for all ranks to be done with a folder"):
+        with process_watchdog.watch("waiting for all ranks to be done with a folder"):
             everyone.barrier()
 
 

@@ -1,19 +1,16 @@
-"""What stands in the way of a run on this machine, and what to do about it. Checks start nothing and change nothing."""
+"""Checks of this machine and of a configuration. They start nothing and change nothing."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
 
 import torch
 from packaging.version import Version
 
+from ds_ring.cli.findings import Finding
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.hf.checkpoint import Checkpoint
@@ -21,35 +18,18 @@ from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.kernels import triton_attention
 from ds_ring.kernels.jit import unavailable
 from ds_ring.planning.validation import check_layout, check_workload
+from ds_ring.process.hostfile import Host, read_hostfile
 from ds_ring.process.launcher import deepspeed_command, gpu_count
 from ds_ring.transport.select import Location, select_transports
-from ds_ring.utils.hardware import device_name
+from ds_ring.utils.device import device_name
 from ds_ring.utils.results import versions
 
-Outcome = Literal["ok", "slower", "problem"]
 OLDEST = {"python": "3.11", "torch": "2.11", "transformers": "5.17", "deepspeed": "0.19"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """``slower``: it runs, but not as fast as it could; ``fix`` is empty where nothing is wrong."""
-
-    what: str
-    outcome: Outcome
-    detail: str
-    fix: str = ""
-
-
-@dataclass(frozen=True)
-class Host:
-    """A line of a hostfile."""
-
-    name: str
-    slots: int
+"""The oldest releases that are supported."""
 
 
 def examine(run: RunConfig | None, hostfile: str | None, port: int) -> list[Finding]:
-    """Every check in order; ``run`` None: those that need no configuration."""
+    """All checks, in order. ``run`` None: those that need no configuration."""
     findings = [*packages(), launcher(), master_port(port)]
     hosts: list[Host] | None = None
     if hostfile is not None:
@@ -84,7 +64,7 @@ def launcher() -> Finding:
 
 
 def master_port(port: int) -> Finding:
-    """Whether rank 0 could listen there."""
+    """Whether rank 0 could listen on ``port``."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -95,47 +75,22 @@ def master_port(port: int) -> Finding:
     return Finding("port", "ok", f"{port} is free")
 
 
-def read_hostfile(path: str) -> list[Host]:
-    """Raise ConfigError for a file that cannot be read, or a line that the launcher would not understand.
-
-    The launcher itself goes on with this machine alone where the file is missing.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; the launcher would use this machine alone") from None
-    hosts = []
-    for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        if len(words) != 2 or not words[1].startswith("slots=") or not words[1][6:].isdigit():
-            raise ConfigError(f'{path}, line {number}: "{line.strip()}" is not NAME slots=N')
-        hosts.append(Host(words[0], int(words[1][6:])))
-    if not hosts:
-        raise ConfigError(f"{path} names no host")
-    if len({host.name for host in hosts}) < len(hosts):
-        raise ConfigError(f"{path} names a host twice")
-    return hosts
-
-
 def reachable(hosts: Sequence[Host]) -> Iterator[Finding]:
     if len(hosts) > 1 and not shutil.which("pdsh"):
-        yield Finding(
-            "pdsh", "problem", "the launcher starts other hosts with it, and it is not installed", "install pdsh"
-        )
+        detail = "the launcher starts other hosts with it, and it is not installed"
+        yield Finding("pdsh", "problem", detail, "install pdsh")
     for host in hosts:
+        name = f"host {host.name}"
         try:
             address = socket.gethostbyname(host.name)
         except OSError as error:
-            yield Finding(
-                f"host {host.name}", "problem", f"its name does not resolve: {error}", "mend the name, or DNS"
-            )
+            yield Finding(name, "problem", f"its name does not resolve: {error}", "mend the name, or DNS")
         else:
-            yield Finding(f"host {host.name}", "ok", f"{address}, {host.slots} slots")
+            yield Finding(name, "ok", f"{address}, {host.slots} slots")
 
 
 def gpus() -> Iterator[Finding]:
+    """Whether there are GPUs, all of one kind, that can read each other's memory."""
     count = gpu_count()
     if not count:
         asked = os.environ.get("DS_ACCELERATOR") == "cpu"
@@ -148,9 +103,8 @@ def gpus() -> Iterator[Finding]:
         return
     names = dict.fromkeys(device_name(torch.device("cuda", i)) for i in range(count))
     if len(names) > 1:
-        yield Finding(
-            "GPUs", "slower", f"unlike ones: {', '.join(names)}", "use equal ones: each step waits for the slowest"
-        )
+        fix = "use equal ones: each step waits for the slowest"
+        yield Finding("GPUs", "slower", f"unlike ones: {', '.join(names)}", fix)
     else:
         yield Finding("GPUs", "ok", f"{count} x {next(iter(names))}")
     apart = [
@@ -165,6 +119,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def kernels() -> Iterator[Finding]:
+    """Whether our kernels can be built and run; nothing without a GPU."""
     if not gpu_count():
         return
     device = torch.device("cuda", 0)
@@ -179,7 +134,10 @@ def kernels() -> Iterator[Finding]:
 
 
 def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
-    """``slots``: ranks that can be started; None: as many as asked for, on CPUs."""
+    """Whether the checkpoint can be read and its layout can run.
+
+    ``slots``: how many ranks can be started. None: any number, on CPUs.
+    """
     try:
         path = run.checkpoint
         Checkpoint.open(path)
@@ -188,35 +146,20 @@ def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
         yield Finding("checkpoint", "problem", str(error))
         return
     yield Finding("checkpoint", "ok", f"{path}: {dims.model_type}, {dims.num_layers} layers")
+    if run.parallel.auto:
+        return
     wanted = run.topology.world_size
-    if not run.parallel.auto:
-        try:
-            check_layout(run, dims, wanted)
-            check_workload(run, dims)
-        except UserError as error:
-            yield Finding("configuration", "problem", str(error))
-            return
-        yield Finding("configuration", "ok", f"{run.label}: {wanted} ranks")
-        if slots is not None and wanted > slots:
-            fix = f"lower the degrees, or add {wanted - slots} GPUs"
-            yield Finding("ranks", "problem", f"{wanted} are wanted, and {slots} can be started", fix)
-    if gpu_count() > 1 and not run.parallel.auto and wanted <= gpu_count():
+    try:
+        check_layout(run, dims, wanted)
+        check_workload(run, dims)
+    except UserError as error:
+        yield Finding("configuration", "problem", str(error))
+        return
+    yield Finding("configuration", "ok", f"{run.label}: {wanted} ranks")
+    if slots is not None and wanted > slots:
+        fix = f"lower the degrees, or add {wanted - slots} GPUs"
+        yield Finding("ranks", "problem", f"{wanted} are wanted, and {slots} can be started", fix)
+    if gpu_count() > 1 and wanted <= gpu_count():
         locations = [Location.of(torch.device("cuda", rank)) for rank in range(wanted)]
-        yield Finding(
-            "transport",
-            "ok",
-            select_transports(run.ring.transport, run.topology, locations).describe() or "none is needed",
-        )
-
-
-def document(findings: Sequence[Finding]) -> dict[str, Any]:
-    return {
-        "problems": sum(finding.outcome == "problem" for finding in findings),
-        "slower": sum(finding.outcome == "slower" for finding in findings),
-        "checks": [vars(finding) for finding in findings],
-    }
-
-
-def show(findings: Sequence[Finding], say: Callable[[str], None] = lambda line: print(line, file=sys.stderr)) -> None:
-    for finding in findings:
-        say(f"{finding.outcome:8} {finding.what}: {finding.detail}" + (f"; {finding.fix}" if finding.fix else ""))
+        transports = select_transports(run.ring.transport, run.topology, locations)
+        yield Finding("transport", "ok", transports.describe() or "none is needed")

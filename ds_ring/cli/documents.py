@@ -1,4 +1,4 @@
-"""Log-likelihood and perplexity of whole documents: what prefill throughput is for."""
+"""Log-likelihood and perplexity of whole documents."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ds_ring.utils.corpus import load_tokenizer, read_text
 from ds_ring.utils.progress import make_console
 
 Document = tuple[str, list[int]]
-"""(file, its tokens)"""
+"""(file, its token ids)"""
 
 
-def read_documents(config: RunConfig) -> list[Document]:
+def read(config: RunConfig) -> list[Document]:
     """Every file of the workload with its tokens, in order.
 
     Raises:
@@ -44,32 +44,34 @@ def read_documents(config: RunConfig) -> list[Document]:
 
 
 def score(engine: Engine, documents: list[Document], show_progress: bool) -> dict[str, Any]:
-    """``{"documents": [{file, tokens, nll, perplexity, log_likelihood}]}``, in the order of ``documents``.
+    """Scores of every document. Collective.
 
-    ``nll`` is the mean negative log-likelihood in nats of a document's tokens after its first, ``perplexity`` its
-    exponential, ``log_likelihood`` the sum.
+    Returns:
+        ``{"layout", "documents": [{file, tokens, nll, perplexity, log_likelihood}]}``, in the order of ``documents``.
+        ``nll`` is the mean negative log-likelihood in nats of a document's tokens after its first, ``perplexity`` its
+        exponential, ``log_likelihood`` the sum.
     """
     replicas = engine.mesh.topology.dp
     at_a_time = replicas * engine.run_config.workload.micro_batch_size
-    # Neighbours of like length waste the least padding.
+    # Sorted by length, so that documents of one batch need little padding.
     order = sorted(range(len(documents)), key=lambda i: len(documents[i][1]))
     found: dict[int, dict[str, Any]] = {}
     with Progress(console=make_console(), disable=not show_progress) as progress:
         bar = progress.add_task("scoring", total=sum(len(tokens) for _, tokens in documents))
         for start in range(0, len(order), at_a_time):
             group = order[start : start + at_a_time]
-            rows = [documents[i][1] for i in group]
-            # Replicas without a document of their own repeat one; what they find is left out.
-            ids, mask = padded(rows + rows[:1] * (replicas - len(rows)))
+            sequences = [documents[i][1] for i in group]
+            # A replica without a document of its own repeats the first; its scores are dropped.
+            ids, mask = right_padded(sequences + sequences[:1] * (replicas - len(sequences)))
             for i, scores in zip(group, engine.token_log_likelihoods(ids, mask), strict=False):
                 found[i] = entry(documents[i][0], scores)
-            progress.advance(bar, sum(map(len, rows)))
+            progress.advance(bar, sum(map(len, sequences)))
     return {"layout": engine.run_config.label, "documents": [found[i] for i in range(len(documents))]}
 
 
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(token ids, mask), both [B, L], of rows padded at their ends."""
-    tensors = [torch.tensor(row) for row in rows]
+def right_padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(token ids [B, C], mask [B, C]) of ``sequences``, padded at their ends."""
+    tensors = [torch.tensor(tokens) for tokens in sequences]
     masks = [torch.ones_like(tensor) for tensor in tensors]
     return pad_sequence(tensors, batch_first=True), pad_sequence(masks, batch_first=True)
 

@@ -2,23 +2,18 @@
 
     deepspeed --num_gpus 4 launch/generate.py --model DIR --ring-degree 4 --prompt-file book.txt --max-new-tokens 200
 
-With --prefill-chunk standard error tells how far the prompts are, at most once a second. A single prompt's text appears
-there as it is made, and a summary at the end. The last line of standard output is one JSON document: ttft_ms,
-decode_tpot_ms, tokens_per_second, cache_gib_per_rank and the completions. With --passes 1000 its held_gib_after_pass
-shows whether generations leave memory behind.
+With --prefill-chunk, standard error shows how many prompt tokens are done, at most once a second. The text of a single
+prompt appears there as it is generated, and a summary at the end. The last line of standard output is one JSON
+document: ttft_ms, decode_tpot_ms, tokens_per_second, cache_gib_per_rank and the completions. With --passes 1000 its
+held_gib_after_pass shows whether generations leak memory.
 
-With --auto the layout is planned for the prompts and their new tokens, but for a --batch-size or --max-length that is
-given.
+With --auto the layout is planned for the prompts and their new tokens, unless --batch-size or --max-length is given.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring.cli import options
 
@@ -26,29 +21,33 @@ from ds_ring.cli import options
 def work(args: argparse.Namespace) -> dict[str, Any]:
     config = options.run_config(args)
     from ds_ring import api
-    from ds_ring.cli import generate
+    from ds_ring.cli import held_memory, prompts
+    from ds_ring.cli.sampling import Sampling, check
+    from ds_ring.cli.timed_generation import generate, summary
     from ds_ring.utils import results
 
-    sampling = generate.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
-    generate.check(args.max_new_tokens, sampling, args.passes)
-    tokenizer, prompts = generate.read_prompts(config, args.prompt, args.prompt_file)
-    generate.check_lengths(config, prompts, args.max_new_tokens)
-    config = api.with_planned_degrees(generate.sized(config, prompts, args.max_new_tokens))
+    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed)
+    check(args.max_new_tokens, sampling, args.passes)
+    tokenizer, token_ids = prompts.read(config, args.prompt, args.prompt_file)
+    prompts.check_lengths(config, token_ids, args.max_new_tokens)
+    config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens))
     engine = api.from_pretrained(config=config)
-    looked_at, held = generate.passes_to_look_at(args.passes), {}
+    recorded, held_gib = held_memory.recorded_passes(args.passes), {}
     for number in range(1, args.passes + 1):
-        found = generate.run(
-            engine, tokenizer, prompts, max_new_tokens=args.max_new_tokens, sampling=sampling,
-            say=options.say if number in looked_at else lambda text: None, stream=number == args.passes,
+        found = generate(
+            engine, tokenizer, token_ids, max_new_tokens=args.max_new_tokens, sampling=sampling,
+            say=options.say if number in recorded else lambda text: None, stream=number == args.passes,
         )  # fmt: skip
-        if number in looked_at:
-            held[str(number)] = generate.held_gib(engine)
-    options.say(generate.summary(found))
-    memory = {"passes": args.passes, "held_gib_after_pass": held, "held_growth": generate.growth(held)}
+        if number in recorded:
+            held_gib[str(number)] = held_memory.most_held_gib(engine)
+    options.say(summary(found))
+    memory = {
+        "passes": args.passes, "held_gib_after_pass": held_gib, "held_growth": held_memory.growth(held_gib),
+    }  # fmt: skip
     return {**results.provenance(), "config": config.document(), **memory, **found}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = options.run_parser(__doc__)
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT")
     parser.add_argument("--prompt-file", nargs="+", default=[], metavar="FILE")

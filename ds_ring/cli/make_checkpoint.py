@@ -6,10 +6,6 @@ python launch/make_checkpoint.py --config ds_configs/models/paper.json --directo
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring.cli import options
 
@@ -17,14 +13,14 @@ from ds_ring.cli import options
 def work(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
-    from ds_ring.cli.make_checkpoint import make_checkpoint
+    from ds_ring.cli.seeded_checkpoint import make_checkpoint
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     parameters = make_checkpoint(args.config, args.directory, seed=args.seed, dtype=args.dtype, device=device)
     return {"directory": args.directory, "parameters": parameters, "dtype": args.dtype, "seed": args.seed}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a transformers config.json")
     parser.add_argument("--directory", required=True, help="where the checkpoint goes")

@@ -9,18 +9,14 @@ launch/compare.py measures them.
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring.cli import options
 from ds_ring.planning.cards import CARDS
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.reports import tables
+    from ds_ring.cli.plan_table import plan_table
     from ds_ring.hf.dims import model_dims, read_config
     from ds_ring.hf.flops import linear_parameters
     from ds_ring.planning import plan
@@ -29,15 +25,15 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     run = options.run_config(args)
     config = read_config(run.checkpoint)
     card, weights = CARDS[args.card], linear_parameters(config)
-    found = plan.plans(run, model_dims(config), weights, args.ranks, card)
-    rows = [plan.row(each) for each in found]
-    progress.make_console().print(tables.plan_table(rows))
-    chosen, reason = plan.best_of(found, args.ranks, card)
+    plans = plan.plans(run, model_dims(config), weights, args.ranks, card)
+    rows = [plan.row(each) for each in plans]
+    progress.make_console().print(plan_table(rows))
+    best, reason = plan.best_of(plans, args.ranks, card)
     options.say(reason)
-    return {**results.provenance(), "chosen": chosen.config.document(), "reason": reason, "rows": rows}
+    return {**results.provenance(), "chosen": best.config.document(), "reason": reason, "rows": rows}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = options.run_parser(__doc__)
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs, over all hosts")
     parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="which GPU [H100]")

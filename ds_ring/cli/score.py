@@ -6,11 +6,7 @@ deepspeed --num_gpus 3 launch/score.py --model checkpoints/small --ring-degree 3
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring.cli import options
 
@@ -18,15 +14,15 @@ from ds_ring.cli import options
 def work(args: argparse.Namespace) -> dict[str, Any]:
     config = options.run_config(args)
     from ds_ring import api
-    from ds_ring.cli import score
+    from ds_ring.cli import documents
     from ds_ring.utils import results
 
-    documents = score.read_documents(config)
+    texts = documents.read(config)
     config = api.with_planned_degrees(config)
     engine = api.from_pretrained(config=config)
-    found = score.score(engine, documents, show_progress=options.is_first_rank())
-    return {**results.provenance(), "config": config.document(), **found}
+    scores = documents.score(engine, texts, show_progress=options.is_first_rank())
+    return {**results.provenance(), "config": config.document(), **scores}
 
 
-if __name__ == "__main__":
+def main() -> None:
     options.main(work, options.run_parser(__doc__))

@@ -1,5 +1,4 @@
-"""Writing a seeded checkpoint of a transformers config, with a byte-level tokenizer: something real to load and score
-where no model hub can be reached."""
+"""A checkpoint with random weights and a byte-level tokenizer: something to load where no model hub can be reached."""
 
 from __future__ import annotations
 
@@ -14,13 +13,17 @@ from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.dims import read_config
 
 END_OF_TEXT = "<|endoftext|>"
-VOCABULARY = 256 + 1  # bytes, and the end of text, which also pads
+VOCABULARY = 256 + 1
+"""The bytes, and the end of text, which is also the padding."""
 
 
 def make_checkpoint(config_file: str | Path, directory: str | Path, *, seed: int, dtype: str, device: str) -> int:
-    """Initialise the model as transformers does and save it as safetensors; returns its number of parameters.
+    """Initialise the model as transformers does and save it as safetensors. Returns its number of parameters.
 
     The same seed gives the same weights on the same kind of device.
+
+    Raises:
+        CheckpointError: a config that cannot be read. ConfigError: a vocabulary smaller than ``VOCABULARY``.
     """
     config = read_config(config_file)
     vocab_size = config.get_text_config().vocab_size
@@ -35,7 +38,7 @@ def make_checkpoint(config_file: str | Path, directory: str | Path, *, seed: int
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: no training, no unknown text, and length in tokens is length in bytes."""
+    """A tokenizer of one token a byte: it needs no training, knows every text, and its tokens count bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_ring.cli.score import score
+from ds_ring.cli.documents import score
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import build, gpt_neox, tokens
 

@@ -1,0 +1,11 @@
+"""Score documents: log-likelihood and perplexity. See ds_ring/cli/score.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ds_ring.cli.score import main
+
+if __name__ == "__main__":
+    main()
