@@ -1,4 +1,4 @@
-"""yunchang's ``LongContextAttention`` (USP), Ulysses within a ring, as a peer.
+"""yunchang's ``LongContextAttention`` (USP), Ulysses within a ring, as a baseline.
 
 Its ring keeps the log-sum-exp of PyTorch's kernels in the model's dtype while it merges blocks: in fp16 that costs it
 digits, and it is held to the same limit as all others.

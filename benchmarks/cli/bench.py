@@ -9,11 +9,8 @@ ds_ring/planning/metrics.py and benchmarks/layouts/bench.py.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring.cli import options
 from ds_ring.config import RunConfig
@@ -49,11 +46,11 @@ def measure(config: RunConfig, references: list[str], output: str | None, trace:
     return results.collect(document, rows, output if options.is_first_rank() else None)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = options.run_parser(__doc__)
     references = "files of benchmarks.layouts.parity for the shortest lengths, ascending"
     parser.add_argument("--references", nargs="+", default=[], metavar="FILE", help=references)
-    others = "behind the first, in the same processes, measure what this file says, a layout of as many ranks"
+    others = "after the first, measure this file's layout in the same processes; it must have as many ranks"
     parser.add_argument("--then", nargs=2, action="append", default=[], metavar=("CONFIG", "OUTPUT"), help=others)
     parser.add_argument("--trace", metavar="FILE.json", help="leave a Chrome trace of one pass of every rank here")
     options.main(work, parser)

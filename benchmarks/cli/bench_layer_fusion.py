@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any, get_args
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring.cli import options
 from ds_ring.config import DType
@@ -26,24 +22,24 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks.kernels import layer_fusion
-    from benchmarks.reports import tables
+    from benchmarks.reports.kernel_tables import layer_fusion_table
     from ds_ring.api import local_device
     from ds_ring.hf.attention import torch_dtype
-    from ds_ring.utils import hardware, results
+    from ds_ring.utils import device, results
     from ds_ring.utils.progress import make_console
 
     cases = [_case(*words) for words in args.case or CASES]
     if args.rounds < 1 or args.seconds <= 0:
         raise ConfigError(f"rounds={args.rounds} or seconds={args.seconds} is too small")
-    device = local_device()
+    gpu = local_device()
     torch.manual_seed(0)
     effort = layer_fusion.Effort(args.seconds, args.rounds, args.backend)
-    document = {**results.provenance(), "device": hardware.device_name(device), "dtype": args.dtype}
+    document = {**results.provenance(), "device": device.device_name(gpu), "dtype": args.dtype}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what an earlier run compiled would be no compile time
-        rows = layer_fusion.run(cases, args.modes, torch_dtype(args.dtype), device, effort, options.say)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # empty: what an earlier run compiled would take no time
+        rows = layer_fusion.run(cases, args.modes, torch_dtype(args.dtype), gpu, effort, options.say)
         document = results.collect({**document, "backend": args.backend}, rows, args.output)
-    make_console().print(tables.layer_fusion_table(document["rows"]))
+    make_console().print(layer_fusion_table(document["rows"]))
     return document
 
 
@@ -59,7 +55,7 @@ def _case(model: str, *numbers: str) -> Any:
     return Case(model, batch, length)
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = "config file or checkpoint directory, sequences, tokens each; may be repeated [the paper's model 2 10000, "
     text += "llama_wide 1 32768]"

@@ -6,11 +6,7 @@ python launch/bench_transfers.py --gpus 2 --model ds_configs/models/paper.json -
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any, get_args
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring.cli import options
 from ds_ring.config import DType
@@ -22,10 +18,10 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.kernels import transfers
     from benchmarks.layouts import gpu_telemetry
-    from benchmarks.reports import tables
+    from benchmarks.reports.kernel_tables import transfers_table
     from ds_ring.hf.attention import torch_dtype
     from ds_ring.hf.dims import model_dims, read_config
-    from ds_ring.utils import hardware, results
+    from ds_ring.utils import device, results
     from ds_ring.utils.progress import make_console
 
     dims = model_dims(read_config(args.model))
@@ -33,19 +29,19 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"gpus={args.gpus}: it takes two to pull from one another")
     if (count := torch.cuda.device_count()) < args.gpus:
         raise ConfigError(f"{count} CUDA GPUs, {args.gpus} are wanted; they must reach each other's memory")
-    devices = [torch.device("cuda", index) for index in range(args.gpus)]
+    gpus = [torch.device("cuda", index) for index in range(args.gpus)]
     torch.manual_seed(0)
-    rows = transfers.run(dims, args.rows, torch_dtype(args.dtype), devices, args.seconds, args.warm_s, options.say)
+    rows = transfers.run(dims, args.rows, torch_dtype(args.dtype), gpus, args.seconds, args.warm_s, options.say)
     general = {
-        "device": hardware.device_name(devices[0]), "gpus": args.gpus, "dtype": args.dtype, "tokens": args.rows,
-        "link_sleeps_after_ms": gpu_telemetry.link_sleeps_after_ms(devices[0]),
+        "device": device.device_name(gpus[0]), "gpus": args.gpus, "dtype": args.dtype, "tokens": args.rows,
+        "link_sleeps_after_ms": gpu_telemetry.link_sleeps_after_ms(gpus[0]),
     }  # fmt: skip
     document = results.collect({**results.provenance(), **general}, rows, args.output)
-    make_console().print(tables.transfers_table(document["rows"]))
+    make_console().print(transfers_table(document["rows"]))
     return document
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint directory, or a file of ds_configs/models/")
     parser.add_argument("--gpus", type=int, default=2, metavar="N", help="of one host, each pulls from the next [2]")

@@ -9,11 +9,8 @@ Logits and greedy tokens are compared; those that cannot work are listed with th
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ds_ring.cli import options
 from ds_ring.errors import InputError
@@ -38,13 +35,12 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return {**results.provenance(), "config": config.document(), **found}
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = options.run_parser(__doc__)
     parser.add_argument("--types", nargs="+", default=[], metavar="TYPE", help="model types [all of transformers']")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="greedy tokens to compare [64]")
     table = "check nothing: make a table of these results, one layout each"
     parser.add_argument("--table", nargs="+", default=[], metavar="FILE.json", help=table)
-    parser.add_argument(
-        "--markdown", default="models.md", metavar="FILE.md", help="where to write the table [models.md]"
-    )
+    markdown = "where to write the table [models.md]"
+    parser.add_argument("--markdown", default="models.md", metavar="FILE.md", help=markdown)
     options.main(work, parser)

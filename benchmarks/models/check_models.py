@@ -1,4 +1,4 @@
-"""Which of transformers' causal LMs work: each in small with random weights, sharded against unsharded."""
+"""Check transformers' causal LMs: each in small, with random weights, sharded against unsharded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from ds_ring.transport.base import Transport
 
 LENGTH, SEED = 75, 0
 TOLERANCE = 1e-4
-"""On the worst token's relative error, fp32; a token at a wrong place gives errors near 1."""
+"""On the worst token's relative error, fp32. A token at a wrong position gives errors near 1."""
 TIE = 1e-3
-"""Two best logits nearer than this are a toss-up between sums in another order."""
+"""If the two best logits are nearer than this, sums in another order may prefer either."""
 LARGEST = 20_000_000
+"""Parameters of a model that is checked, at most."""
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512, "sliding_window": 24,
@@ -36,17 +37,20 @@ SIZES: dict[str, Any] = {
     "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "image_size": 28, "patch_size": 14,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-"""Set where a config has them."""
+"""Fields that are set where a config has them."""
 NEVER_NONE = {"head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok"}
-"""Set even where the default is None, which some models only know how to fill from a checkpoint's config."""
+"""Fields that are set even where their default is None, which some models can only replace from a checkpoint."""
 LATENT_ATTENTION = {
     "num_key_value_heads": 6, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
 }  # fmt: skip
-"""Set where keys and values come from one compressed vector: other sizes and no groups."""
+"""Fields that are set where keys and values come from one compressed vector."""
 
 
 def check(config: RunConfig, names: list[str], new_tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """``{"layout", "rows": [{model_type, class, outcome, detail, max_rel_error, same_tokens}]}`` for every name.
+    """Check every model type of ``names``, or all if there are none. Collective.
+
+    Returns:
+        ``{"layout", …, "rows": [{model_type, class, outcome, detail, max_rel_error, same_tokens}]}``.
 
     Raises:
         InputError: an unknown name, or more tokens than the small models have positions for.
@@ -106,7 +110,7 @@ def _sets(config: PretrainedConfig, name: str) -> bool:
 
 
 def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Weights so large that a token at a wrong place shows: at the usual 0.02 attention is nearly uniform."""
+    """A model with large random weights: at the usual scale of 0.02 attention is nearly uniform, and hides errors."""
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if count > LARGEST:
@@ -128,9 +132,9 @@ def _row(model_type: str, config: RunConfig, new_tokens: int, everyone: Transpor
             if everyone.rank == 0:
                 tiny_model(tiny_config(model_type)).save_pretrained(folder)
             problem = None
-        except Exception as error:  # whatever a config or a model raises about sizes that do not suit it
+        except Exception as error:  # configs and models raise errors of any kind for sizes that they cannot have
             problem = _first_line(error)
-        # Only rank 0 knows.
+        # So far only rank 0 knows of a problem.
         with process_watchdog.watch("waiting for rank 0's model"):
             problem = everyone.all_gather_objects(problem)[0]
         if problem is None:
@@ -170,8 +174,8 @@ def _options(new_tokens: int) -> dict[str, Any]:
 
 
 def _unsharded(folder: Path, new_tokens: int, use_cache: bool = True) -> tuple[Tensor, Tensor, list[float]]:
-    """(logits, greedy tokens, by how much each of these was the best), on the CPU."""
-    # Eager: older releases drop soft-capping under SDPA without a word.
+    """(logits, greedy tokens, the distance of each step's two best logits), on the CPU."""
+    # Eager, because older releases silently drop soft-capping under SDPA.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     ids = _prompt()
     with torch.no_grad():
@@ -195,7 +199,7 @@ def _sharded(folder: Path, config: RunConfig, new_tokens: int) -> tuple[Tensor, 
 
 @contextmanager
 def _shared_folder(everyone: Transport) -> Iterator[Path]:
-    """A folder that rank 0 makes, and removes when all are done with it; ranks must share a file system."""
+    """A folder that rank 0 makes, and removes when all ranks have left the block. Ranks must share a file system."""
     with tempfile.TemporaryDirectory() as own:
         with process_watchdog.watch("waiting for rank 0's folder"):
             folder = everyone.all_gather_objects(own)[0]

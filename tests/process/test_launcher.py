@@ -62,12 +62,12 @@ def test_the_launcher_sees_all_gpus_it_is_to_choose_from(host, monkeypatch, tmp_
 
 SCRIPT = """
 import argparse, os, sys, time
-from ds_ring import api
+from ds_ring.engine.connect import connect
 from ds_ring.cli import options
 from ds_ring.config import RunConfig
 
 def work(args):
-    mesh = api.connect(RunConfig.load({"dtype": "fp32"}, ring_degree=2))
+    mesh = connect(RunConfig.load({"dtype": "fp32"}, ring_degree=2))
 %s
 
 parser = argparse.ArgumentParser()
