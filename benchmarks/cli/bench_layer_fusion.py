@@ -23,7 +23,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.kernels import layer_fusion
     from benchmarks.reports.kernel_tables import layer_fusion_table
-    from ds_ring.api import local_device
+    from ds_ring.engine.connect import local_device
     from ds_ring.hf.attention import torch_dtype
     from ds_ring.utils import device, results
     from ds_ring.utils.progress import make_console

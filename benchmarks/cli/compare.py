@@ -25,7 +25,7 @@ from ds_ring.cli import options
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.layouts import checkpoint, compare, latency, rank_rows
-    from benchmarks.layouts.run_queue import Findings
+    from benchmarks.layouts.run_queue import QueueResults
     from benchmarks.reports import comparison_table, latency_table, plots
     from ds_ring.utils import progress, results
 
@@ -40,7 +40,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         comparison.check_baseline(args.baseline)
     output, console, provenance = Path(args.output), progress.make_console(), results.provenance()
 
-    def keep(found: Findings) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    def keep(found: QueueResults) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Write what was found so far as JSON; returns (rows, document)."""
         failed = found.all_failures
         options.require([] if found.rows else list(map(_said, failed)), "no layout ran: {}; see the logs by the output")

@@ -233,10 +233,10 @@ def _ds_ring_merging(inputs: Inputs) -> Prepared:
 
 def _backends(inputs: Inputs) -> str:
     case, spec = inputs.case, AttentionSpec(inputs.case.scale)
-    chosen = [
+    backends = [
         select_backend(inputs.q[:, : r.length], r.stop, BlockSpec(spec, case.causal, r.start)) for r in case.ranges
     ]
-    return ", ".join(dict.fromkeys(backend.name for backend in chosen))
+    return ", ".join(dict.fromkeys(backend.name for backend in backends))
 
 
 def _module(name: str) -> Any:

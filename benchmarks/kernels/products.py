@@ -46,7 +46,7 @@ def cases(dims: ModelDims) -> list[Case]:
 
 
 def run(
-    chosen: list[Case],
+    selected: list[Case],
     rows: int,
     panels: Sequence[int],
     dtype: torch.dtype,
@@ -60,7 +60,7 @@ def run(
         panels: numbers of rows. Those that are not below ``rows`` are left out.
         seconds: how long each is sustained.
     """
-    for case in chosen:
+    for case in selected:
         say(f"{case.name}: {rows} x {case.columns_in} x {case.columns_out}")
         x_MN, weight_WN, bias_W, residual_MW = tensors(case, rows, dtype, device)
         out_MW = torch.empty_like(residual_MW)

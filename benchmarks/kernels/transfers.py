@@ -70,13 +70,15 @@ NOTHING = Traffic("nothing", 0, 1)
 class _Gpu:
     """One GPU with its products and a buffer from which others copy."""
 
-    def __init__(self, device: torch.device, chosen: Sequence[Case], rows: int, dtype: torch.dtype, room: int) -> None:
+    def __init__(
+        self, device: torch.device, products: Sequence[Case], rows: int, dtype: torch.dtype, nbytes: int
+    ) -> None:
         self.device = device
         with torch.cuda.device(device):
-            self._tensors = [tensors(case, rows, dtype, device) for case in chosen]
-            self._products = [as_pytorch(case, *t) for case, t in zip(chosen, self._tensors, strict=True)]
-            self.memory = torch.zeros(room, dtype=torch.uint8, device=device)
-            self._inbox = torch.zeros(room, dtype=torch.uint8, device=device)
+            self._tensors = [tensors(case, rows, dtype, device) for case in products]
+            self._products = [as_pytorch(case, *t) for case, t in zip(products, self._tensors, strict=True)]
+            self.memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            self._inbox = torch.zeros(nbytes, dtype=torch.uint8, device=device)
             self._queue = CudaQueue(torch.cuda.Stream(device, priority=-1))
         self._layers = 0
 
@@ -112,10 +114,10 @@ def run(
     Args:
         seconds: how long each traffic is sustained.
     """
-    chosen = [case for case in cases(dims) if case.name != "attention's result"]
+    products = [case for case in cases(dims) if case.name != "attention's result"]
     several = traffics(2 * dims.num_kv_heads * dims.head_dim * dtype.itemsize, rows)
-    room = 2 * max(t.nbytes for t in several)
-    gpus = [_Gpu(device, chosen, rows, dtype, room) for device in devices]
+    nbytes = 2 * max(t.nbytes for t in several)
+    gpus = [_Gpu(device, products, rows, dtype, nbytes) for device in devices]
     for gpu, source in zip(gpus, gpus[1:] + gpus[:1], strict=True):
         gpu.open(source)
     begun = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.baselines import rules
 from benchmarks.layouts import checkpoint, counterbalance
 from benchmarks.layouts.micro_batches import missing
-from benchmarks.layouts.run_queue import Findings, QueuedRun, Report, rows_written, run_first
+from benchmarks.layouts.run_queue import QueuedRun, QueueResults, Report, rows_written, run_first
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, OutOfMemory
 from ds_ring.hf.dims import model_dims, read_config
@@ -101,8 +101,8 @@ def run_all(
     logs: Path,
     advance: Callable[[], None],
     report: Report,
-    keep: Callable[[Findings], object] = lambda found: None,
-) -> Findings:
+    keep: Callable[[QueueResults], object] = lambda found: None,
+) -> QueueResults:
     """Run the unsharded model, for reference, and every layout.
 
     Args:
@@ -114,7 +114,7 @@ def run_all(
         ConfigError: a layout of ours was refused. DsRingError: there is no reference to compare with.
     """
     runs = counterbalance.first_half(comparison.runs) if comparison.there_and_back else comparison.runs
-    found, waiting = Findings(), [QueuedRun(file, run) for file, run in runs]
+    found, waiting = QueueResults(), [QueuedRun(file, run) for file, run in runs]
     for queued in waiting:  # a result of an earlier comparison must not be taken for this one's
         queued.output(logs).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -140,9 +140,9 @@ def run_all(
     return found
 
 
-def _run_second_half(comparison: Comparison, logs: Path, found: Findings, report: Report) -> None:
+def _run_second_half(comparison: Comparison, logs: Path, found: QueueResults, report: Report) -> None:
     """Time once more the rows that count, in reverse order, and put the means into ``found``."""
-    again, waiting = Findings(), counterbalance.second_half(comparison.runs, found.rows)
+    again, waiting = QueueResults(), counterbalance.second_half(comparison.runs, found.rows)
     for queued in waiting:
         queued.output(logs).unlink(missing_ok=True)
     labels = dict.fromkeys(queued.run.label for queued in waiting)

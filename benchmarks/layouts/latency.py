@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.layouts.compare import Comparison
-from benchmarks.layouts.run_queue import Findings
+from benchmarks.layouts.run_queue import QueueResults
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 
@@ -50,7 +50,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def document(comparison: Comparison, found: Findings, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def document(comparison: Comparison, found: QueueResults, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A comparison of single sequences as JSON.
 
     ``rows``: of every layout and length, with ratios; ``unfit``: what did not fit; ``unchecked``: lengths without a

@@ -70,8 +70,8 @@ def write_reference(model: PreTrainedModel, input_ids_BL: Tensor, path: str | Pa
     every = input_ids_BL.shape[1] * model.config.get_text_config().vocab_size <= ALL_LOGITS_LIMIT
     hidden, logits = [], []
     with torch.inference_mode(), Decoder.of(model).captured_hidden() as found:
-        for row in input_ids_BL:
-            out = model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=0 if every else 1)
+        for ids_L in input_ids_BL:
+            out = model(input_ids=ids_L[None].to(model.device), use_cache=False, logits_to_keep=0 if every else 1)
             hidden.append(found.pop().cpu())
             logits.append(out.logits.cpu())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -94,14 +94,14 @@ def compare(engine: Engine, path: str | Path) -> Difference:
         batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
         every = file.get_slice("logits").get_shape()[1] == batch.length
         for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
-            rows, hidden = shard.batch.sequences, shard.hidden_BTd is not None
+            own, hidden = shard.batch.sequences, shard.hidden_BTd is not None
             if shard.hidden_BTd is not None:
                 real = shard.positions_T < batch.length
-                want = file.get_slice("hidden")[rows.start : rows.stop][:, shard.positions_T[real]]
+                want = file.get_slice("hidden")[own.start : own.stop][:, shard.positions_T[real]]
                 tally.add(shard.hidden_BTd[:, real], want)
             if shard.logits_BkV is not None and len(shard.kept_k):
                 at = shard.kept_k if every else [0]
-                want = file.get_slice("logits")[rows.start : rows.stop][:, at]
+                want = file.get_slice("logits")[own.start : own.stop][:, at]
                 tally.add(shard.logits_BkV, want, worst_only=hidden)
     return tally.of_all_ranks(engine)
 
@@ -111,12 +111,12 @@ def compare_last(engine: Engine, path: str | Path) -> Difference:
     tally = _Tally()
     with safe_open(path, framework="pt") as file:
         batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
-        logits, row = file.get_slice("logits"), engine.runner.sequences_of_replica(len(batch.sequences)).start
+        logits, first = file.get_slice("logits"), engine.runner.sequences_of_replica(len(batch.sequences)).start
         last = logits.get_shape()[1] - 1
         for part_BV in engine.prefill_only(batch):
             if part_BV is not None:
-                tally.add(part_BV, logits[row : row + len(part_BV)][:, last])
-                row += len(part_BV)
+                tally.add(part_BV, logits[first : first + len(part_BV)][:, last])
+                first += len(part_BV)
     return tally.of_all_ranks(engine)
 
 

@@ -24,7 +24,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Findings:
+class QueueResults:
     """What launches found. A layout that fails loses neither the others' rows nor those it had itself.
 
     Attributes:
@@ -86,7 +86,7 @@ def run_first(
     waiting: list[QueuedRun],
     references: list[str],
     logs: Path,
-    found: Findings,
+    found: QueueResults,
     advance: Callable[[], None],
     report: Report,
 ) -> list[QueuedRun]:
@@ -112,7 +112,7 @@ def run_first(
 
 
 def _note_failure(
-    queued: QueuedRun, rows: list[dict[str, Any]], error: DsRingError, found: Findings, report: Report
+    queued: QueuedRun, rows: list[dict[str, Any]], error: DsRingError, found: QueueResults, report: Report
 ) -> QueuedRun | None:
     """Put into ``found`` why ``queued`` ended after ``rows``. Returns the part of it that is still to be launched."""
     whose = {"layout": queued.run.label, "implementation": queued.run.parallel.implementation}

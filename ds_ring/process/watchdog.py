@@ -102,7 +102,7 @@ class Watchdog:
 
 
 process_watchdog = Watchdog(NoActivity(), 0)
-"""Watches what a rank does outside its engines: connecting, waiting for others to load, leaving. ``api.connect`` sets
+"""Watches what a rank does outside its engines: connecting, waiting for others to load, leaving. ``connect`` sets
 its time-out and its activity."""
 
 

@@ -1,4 +1,4 @@
-"""The attention benchmark on a CPU, tiny: its arithmetic, its timing on a clock of our own, and every row it makes."""
+"""The attention benchmark on a CPU with tiny cases: FLOPs, timing on a mocked clock, and the rows it makes."""
 
 import itertools
 import statistics

@@ -1,4 +1,4 @@
-"""Other implementations of sequence parallelism beside ours: what they cannot do, and that they compute the model."""
+"""Baselines, other projects' sequence parallelism: what they cannot do, and that they compute the model."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ FILES = ("baselines2/deepspeed_ulysses2.json", "baselines2/context_parallel2.jso
     ],
     ids=str,
 )
-def test_what_they_can_do_passes(options):
+def test_what_baselines_can_do_is_accepted(options):
     check(**options)
 
 
@@ -71,7 +71,7 @@ def test_what_they_can_do_passes(options):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_they_cannot_do_is_refused(options, text):
+def test_what_baselines_cannot_do_is_refused(options, text):
     with pytest.raises(ConfigError, match=text):
         rules.check(RunConfig.load(None, **options), SHAPE)
 
@@ -154,7 +154,7 @@ def test_deepspeeds_ulysses_is_compared_in_the_same_table(tmp_path):
 
 @pytest.mark.launch
 def test_context_parallel_computes_the_model(tmp_path):
-    """PyTorch's ring with its kernel for CPUs put where it has only those for GPUs."""
+    """PyTorch's ring, with its kernel for CPUs in place of those for GPUs, the only ones that it takes."""
     script = tmp_path / "ring.py"
     script.write_text(f"""
 import json, sys, torch

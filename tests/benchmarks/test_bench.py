@@ -1,4 +1,4 @@
-"""What a benchmark runs: the passes that are not timed, and what of a large batch reaches the device."""
+"""A benchmark's passes, timed and untimed, its figures, and how much of a large batch is on the device."""
 
 import contextlib
 import itertools
@@ -111,7 +111,7 @@ def test_the_peak_of_memory_is_that_of_the_timed_passes(monkeypatch):
     assert [each.peak_memory_gib for each in found] == [2.0, 2.0]
 
 
-def test_every_ranks_clock_is_told(monkeypatch):
+def test_every_ranks_clock_is_in_the_row(monkeypatch):
     clocks, drawn = threading.local(), itertools.count(1400)
 
     @contextlib.contextmanager

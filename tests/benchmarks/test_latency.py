@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.layouts import compare, latency
+from benchmarks.layouts.run_queue import QueueResults
 from benchmarks.reports import latency_table, plots
 from ds_ring.errors import ConfigError
 from tests.helpers.compared_rows import timed_row
@@ -15,7 +16,7 @@ FILES = [
 
 @pytest.fixture
 def document():
-    found = compare.Findings(
+    found = QueueResults(
         rows=[
             timed_row("single", 10000, 2.0, gpus=1),
             timed_row("ring4", 10000, 0.6, ring_degree=4),

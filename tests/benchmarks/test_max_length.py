@@ -1,4 +1,4 @@
-"""The longest sequence that fits: the search, and real launches under a memory limit."""
+"""The longest sequence that fits: the search, and real launches with limited memory."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from tests.helpers.launching import ROOT, last_line, run, save
 
 
 class Memory:
-    """Ranks whose memory is ``weights`` and so much a token, of ``size``; remembers what was tried."""
+    """Attempts on ranks with ``size`` of memory, which use ``weights`` and ``per_token`` for each token."""
 
     def __init__(self, weights: float, per_token: float, size: float, known: bool = True) -> None:
         self.weights, self.per_token, self.size, self.known = weights, per_token, size, known

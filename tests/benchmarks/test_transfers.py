@@ -18,7 +18,7 @@ PAPER = ROOT / "ds_configs/models/paper.json"
 
 
 @pytest.mark.parametrize("traffic", transfers.traffics(64, 48), ids=lambda t: t.name)
-def test_as_many_bytes_as_said_lie_apart(traffic: Traffic):
+def test_rows_have_gaps_and_as_many_bytes_as_the_traffic(traffic: Traffic):
     largest = max(t.nbytes for t in transfers.traffics(64, 48))
     part = traffic.part(memory := torch.zeros(2 * largest, dtype=torch.uint8))
     part.fill_(1)

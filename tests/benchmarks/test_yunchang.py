@@ -14,7 +14,7 @@ pytestmark = [
 
 
 def test_it_computes_the_model(tmp_path):
-    """Four ranks, with PyTorch's kernel for CPUs put where it has those for GPUs alone, as particular as they are."""
+    """Four ranks, with PyTorch's kernel for CPUs in place of those for GPUs, and with their restrictions."""
     script = tmp_path / "baseline.py"
     script.write_text("""
 import json, sys, torch

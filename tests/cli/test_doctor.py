@@ -1,4 +1,4 @@
-"""What stands in the way of a run, found before anything is started."""
+"""Doctor's checks: problems are found before anything is started."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What launch/generate.py does around the engine: prompts, options, completions, times."""
+"""The generate command around the engine: prompts, options, completions, times."""
 
 import pytest
 import torch

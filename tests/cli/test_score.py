@@ -1,4 +1,4 @@
-"""Scoring documents over replicas: every one in its place, however many there are and whatever their names."""
+"""Scores of documents over replicas: in their order, however many there are and whatever their names."""
 
 import pytest
 

@@ -62,7 +62,7 @@ def test_what_the_launcher_was_given(command, given):
     assert hostfile.hostfile_of(command) == given
 
 
-def test_a_hostfile_is_looked_for_where_the_launcher_did(tmp_path, monkeypatch):
+def test_a_hostfile_is_sought_in_the_launchers_folder(tmp_path, monkeypatch):
     launch = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "script.py"]
     commands = {os.getppid(): launch, os.getpid(): [*RUNNER, "--hostfile", "hosts", "script.py"]}
     monkeypatch.setattr(hostfile, "parent_of", lambda pid: os.getpid())  # whose folder can be chosen

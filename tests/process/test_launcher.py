@@ -119,7 +119,7 @@ def test_a_line_that_looks_like_a_refusal_is_none_where_the_run_succeeds(tmp_pat
 
 
 @pytest.mark.parametrize(("heeds", "last_words"), [(True, "interrupted"), (False, "")])
-def test_who_is_late_may_write_down_what_it_has(heeds, last_words, tmp_path, monkeypatch):
+def test_a_late_process_may_write_what_it_has(heeds, last_words, tmp_path, monkeypatch):
     monkeypatch.setattr(launcher, "GRACE_S", 1.0)
     script = f"""
 import pathlib, signal, time
