@@ -14,7 +14,7 @@ from benchmarks.kernels import products
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.flops import layer_parameters
 from ds_ring.process.launcher import ROOT
-from tests.helpers.marks import NEEDS_A_GPU
+from tests.helpers.marks import ON_A_GPU
 
 PAPER = ROOT / "ds_configs/models/paper.json"
 
@@ -45,11 +45,12 @@ def test_without_a_gpu_it_is_refused_in_a_line():
     assert done.stderr.strip().splitlines()[-1] == "error: no CUDA GPU; this benchmark needs one"
 
 
-@pytest.mark.gpu
-@NEEDS_A_GPU
-def test_rows_of_the_whole_product_and_of_panels():
-    case, device = products.Case("down", 512, 1024, added=True), torch.device("cuda")
-    whole, panels = products.run([case], 256, (100, 256), torch.float16, device, 0.1, lambda text: None)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_rows_of_the_whole_product_and_of_panels(device):
+    case = products.Case("down", 512, 1024, added=True)
+    dtype, seconds = (torch.float32, 0.01) if device == "cpu" else (torch.float16, 0.1)
+    rows = products.run([case], 256, (100, 256), dtype, torch.device(device), seconds, lambda text: None)
+    whole, panels = rows
     assert [whole["impl"], panels["impl"]] == ["PyTorch", "PyTorch, 100 rows at a time"]
     assert panels["rel_error"] < 2e-3
-    assert panels["over_pytorch"] > 0
+    assert panels["over_pytorch"] == pytest.approx(whole["ms"] / panels["ms"])
