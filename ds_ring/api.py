@@ -34,7 +34,7 @@ from ds_ring.planning import plan
 from ds_ring.planning.cards import card_of
 from ds_ring.planning.validation import check_layout
 from ds_ring.process.hostfile import check_hostfile
-from ds_ring.process.watchdog import outside
+from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.mesh import Mesh
 
 __all__ = ["from_pretrained", "init_inference"]
@@ -81,12 +81,12 @@ def from_pretrained(
     with with_memory_note(lambda: weights_note(weight_bytes(config_of_model, dtype, layers), run, device)):
         # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched. Stages read other
         # tensors, so that one may lack what others do not miss.
-        with mesh["world"].together(outside.over("waiting for all ranks to load")):
+        with mesh["world"].together(process_watchdog.watch("waiting for all ranks to load")):
             if kind is TensorPipelineRunner:
                 model = load_stage(path, dtype, device, layers)
             else:
                 model = load_model(path, dtype, device)
-        with outside.over("building the engine"):
+        with process_watchdog.watch("building the engine"):
             return Engine(kind(model, run, mesh, dims, device))
 
 
@@ -111,7 +111,7 @@ def init_inference(
     kind = _checked_runner(run, dims, runner)
     _log_stages(run, dims)
     mesh = connect(run, {**fingerprint.of_config(model.config), **fingerprint.of_parameters(model)})
-    with outside.over("building the engine"):
+    with process_watchdog.watch("building the engine"):
         return build_engine(model, run, mesh, dims, local_device(), kind)
 
 

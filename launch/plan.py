@@ -1,44 +1,11 @@
-"""Which layout to take: every one that a model, a batch and a number of GPUs allow, with its predicted step and memory.
+"""List the layouts that fit a model and a number of GPUs, fastest first. See ds_ring/cli/plan.py."""
 
-    python launch/plan.py --model checkpoints/paper --ranks 16 --card H100 --batch-size 1024 --max-length 10000
-
-Needs no GPU and no weights: --model may be a config file of ds_configs/models/. Predictions order layouts;
-launch/compare.py measures them.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring.cli import options
-from ds_ring.planning.cards import CARDS
-
-
-def work(args: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks.reports import tables
-    from ds_ring.hf.dims import model_dims, read_config
-    from ds_ring.hf.flops import linear_parameters
-    from ds_ring.planning import plan
-    from ds_ring.utils import progress, results
-
-    run = options.run_config(args)
-    config = read_config(run.checkpoint)
-    card, weights = CARDS[args.card], linear_parameters(config)
-    found = plan.plans(run, model_dims(config), weights, args.ranks, card)
-    rows = [plan.row(each) for each in found]
-    progress.make_console().print(tables.plan_table(rows))
-    chosen, reason = plan.best_of(found, args.ranks, card)
-    options.say(reason)
-    return {**results.provenance(), "chosen": chosen.config.document(), "reason": reason, "rows": rows}
-
+from ds_ring.cli.plan import main
 
 if __name__ == "__main__":
-    parser = options.run_parser(__doc__)
-    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs, over all hosts")
-    parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="which GPU [H100]")
-    options.main(work, parser)
+    main()

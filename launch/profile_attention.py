@@ -1,52 +1,11 @@
-"""Profile attention512 with Nsight Compute: what bounds it in each case.
+"""Profile the attention kernel with Nsight Compute. See benchmarks/cli/profile_attention.py."""
 
-python launch/profile_attention.py --only d512 --kind self 'zigzag rank' --output results/attention_profile_h100.json
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring.cli import options
-from ds_ring.errors import ConfigError
-
-
-def work(args: argparse.Namespace) -> dict[str, Any] | None:
-    import torch
-
-    from benchmarks.kernels import attention_cases, attention_profile
-    from ds_ring.kernels.attention512 import HEAD_DIM
-    from ds_ring.utils import hardware, results
-
-    selected = [
-        c
-        for c in attention_cases.select(attention_cases.default_cases(), args.only, args.kind)
-        if c.head_dim == HEAD_DIM
-    ]
-    if not selected:
-        raise ConfigError(f"no case of head_dim {HEAD_DIM} has all of these in its name; bench_attention.py --list")
-    if not torch.cuda.is_available():
-        raise ConfigError("no CUDA GPU; this benchmark needs one")
-    device = torch.device("cuda")
-    torch.manual_seed(0)
-    if args.calls:
-        attention_profile.calls(selected, device)
-        return None
-    options = [word for name in ("only", "kind") if getattr(args, name) for word in (f"--{name}", *getattr(args, name))]
-    rows = attention_profile.run(selected, __file__, [*options, "--calls"], options.say)
-    document = {**results.provenance(), "device": hardware.device_name(device)}
-    return results.collect(document, rows, args.output)
-
+from benchmarks.cli.profile_attention import main
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with all of these in their name")
-    parser.add_argument("--kind", nargs="+", default=[], metavar="WORD", help="cases of a kind with one of these in it")
-    parser.add_argument("--calls", action="store_true", help="only make the calls, for the profiler around them")
-    parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    options.main(work, parser)
+    main()

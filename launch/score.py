@@ -1,32 +1,11 @@
-"""Score documents: token log-likelihood and perplexity of each, in any layout.
+"""Score documents: log-likelihood and perplexity. See ds_ring/cli/score.py."""
 
-deepspeed --num_gpus 3 launch/score.py --model checkpoints/small --ring-degree 3 --max-length 100000 --text a.txt b.txt
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ds_ring.cli import options
-
-
-def work(args: argparse.Namespace) -> dict[str, Any]:
-    config = options.run_config(args)
-    from ds_ring import api
-    from ds_ring.cli import score
-    from ds_ring.utils import results
-
-    documents = score.read_documents(config)
-    config = api.with_planned_degrees(config)
-    engine = api.from_pretrained(config=config)
-    found = score.score(engine, documents, show_progress=options.is_first_rank())
-    return {**results.provenance(), "config": config.document(), **found}
-
+from ds_ring.cli.score import main
 
 if __name__ == "__main__":
-    options.main(work, options.run_parser(__doc__))
+    main()

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from ds_ring.errors import UnsupportedModelError
 from ds_ring.hf.attention import attend_by
 
-_ATTRIBUTE = "_ds_ring_peer"
+_ATTRIBUTE = "_ds_ring_baseline"
 _DROPPED = ("softcap", "sliding_window", "s_aux", "position_bias")
 
 Attend = Callable[..., tuple[Tensor, None]]
@@ -21,7 +21,7 @@ Attend = Callable[..., tuple[Tensor, None]]
 def attach(model: PreTrainedModel, name: str, attend: Attend) -> None:
     """Make ``model``, and no other, attend by ``attend``.
 
-    The name has no mask function, as ours has none: peers go by causality alone, a mask of a rank's own tokens would
+    The name has no mask function, as ours has none. Baselines know causality only: a mask of a rank's own tokens would
     mean nothing to them, and transformers would take a zigzag rank's positions for packed sequences.
     """
     AttentionInterface.register(name, _attention)

@@ -1,4 +1,4 @@
-"""PyTorch's ``context_parallel``, ring attention under SDPA, as a peer."""
+"""PyTorch's ``context_parallel``, ring attention under SDPA, as a baseline."""
 
 # Shapes: B rows, P padded tokens, T of them on this rank.
 from __future__ import annotations

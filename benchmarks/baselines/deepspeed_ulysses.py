@@ -1,4 +1,4 @@
-"""DeepSpeed's own Ulysses for transformers' models, ``UlyssesSPAttentionHF``, as a peer.
+"""DeepSpeed's own Ulysses for transformers' models, ``UlyssesSPAttentionHF``, as a baseline.
 
 Its attention is used as it is. What its registration does around it is left out: that replaces "sdpa" for the whole
 process, and reads a field of the config that not every model has.

@@ -77,7 +77,7 @@ def check_device(config: RunConfig, device_type: str) -> None:
 
 
 def check_installed(config: RunConfig) -> None:
-    """The rule of a layout by what is installed. A comparison leaves it to each layout's own launch: that a peer is
-    missing is a line of its table and does not keep it from the others."""
+    """The rule of a layout by what is installed. A comparison leaves it to each layout's own launch: that a baseline
+    is missing is a line of its table and does not keep it from the others."""
     if config.parallel.implementation == "yunchang" and find_spec("yunchang") is None:
         raise ConfigError("implementation=yunchang: it is not installed; pip install yunchang")

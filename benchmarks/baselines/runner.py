@@ -28,7 +28,7 @@ from ds_ring.errors import UnsupportedModelError
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.base import blank
-from ds_ring.utils.hardware import to_device
+from ds_ring.utils.device import to_device
 
 Shared = AbstractContextManager[tuple[Tensor, Tensor]]
 
@@ -51,13 +51,13 @@ class BaselineRunner(ModelRunner):
 
     @abstractmethod
     def _shared(self, ids_BP: Tensor, position_ids_BP: Tensor) -> Shared:
-        """This rank's part [B, T] of both inside a block in which the peer's attention works."""
+        """This rank's part [B, T] of both inside a block in which the baseline's attention works."""
 
     @abstractmethod
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any
     ) -> tuple[Tensor, None]:
-        """The peer's attention, as transformers calls one."""
+        """The baseline's attention, as transformers calls one."""
 
     @classmethod
     def check(cls, run_config: RunConfig, dims: ModelDims, device_type: str) -> None:

@@ -1,4 +1,4 @@
-"""yunchang's ``LongContextAttention`` (USP), Ulysses within a ring, as a peer.
+"""yunchang's ``LongContextAttention`` (USP), Ulysses within a ring, as a baseline.
 
 Its ring keeps the log-sum-exp of PyTorch's kernels in the model's dtype while it merges blocks: in fp16 that costs it
 digits, and it is held to the same limit as all others.
@@ -27,7 +27,7 @@ from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
 from ds_ring.transport.base import blank
 from ds_ring.transport.mesh import Mesh
-from ds_ring.utils.hardware import to_device
+from ds_ring.utils.device import to_device
 
 
 class YunchangRunner(BaselineRunner):

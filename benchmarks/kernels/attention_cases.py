@@ -1,4 +1,4 @@
-"""Which blocks of attention are timed, how many FLOPs each is, and the tensors it takes."""
+"""The blocks of attention that are timed, their FLOPs and their tensors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Kind = Literal["self", "zigzag half block", "carry", "zigzag rank", "decode", "b
 KINDS: tuple[str, ...] = get_args(Kind)
 
 HEADS_OF = {64: 128, 128: 64, 256: 32, 512: 16}
-"""Equal work a token at every head_dim: the paper's width of 8192."""
+"""Heads by head_dim: always the paper's width of 8192, so that the work of a token is equal."""
 
 BATCH_OF = {2500: 8, 10_000: 2, 32_768: 1}
-"""By length: over a thousand tiles of 128 rows at every head_dim, of half blocks as well."""
+"""Batch by length: over a thousand tiles of 128 queries at every head_dim, also of half blocks."""
 
 DECODE_BATCH = 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """A block of attention. ``ranks`` > 1: all of a zigzag rank's queries against all the keys that they see."""
+    """A block of attention. ``ranks`` > 1: all queries of a rank of a zigzag layout, and all keys that they see."""
 
     head_dim: int
     causal: bool
@@ -53,31 +53,31 @@ class Case:
 
     @property
     def rank(self) -> int:
-        """A middle rank; all do equal work."""
+        """A middle rank. All ranks do equal work."""
         return self.ranks // 2
 
     @property
-    def runs(self) -> tuple[TokenRange, ...]:
-        """The global positions of the queries; those of the keys are 0 .. seq_k - 1."""
+    def ranges(self) -> tuple[TokenRange, ...]:
+        """The global positions of the queries. Those of the keys are 0 .. seq_k - 1."""
         if self.ranks > 1:
             return self.layout.slice_ranges(self.rank)
         return (TokenRange(self.seq_k - self.seq_q, self.seq_q),)
 
     @property
     def edges(self) -> list[int]:
-        """Of the segments that a rank has keys in: its own stay where they were made, apart from those before, between
-        and behind them."""
+        """Bounds of the segments of keys that a rank has: its own keys stay where they were made, apart from those
+        before, between and after them."""
         changes: set[int] = set()
-        for run in self.runs if self.ranks > 1 else ():
-            changes ^= {run.start, run.stop}  # where one run begins at another's end nothing changes
+        for own in self.ranges if self.ranks > 1 else ():
+            changes ^= {own.start, own.stop}  # no bound where one range begins at the end of another
         return sorted({0, self.seq_k, *changes})
 
     @property
     def flops(self) -> float:
-        """4 a pair of query and visible key, a head and a dimension."""
+        """4 for each head, dimension, and pair of a query and a key that it sees."""
         pairs = self.seq_q * self.seq_k
         if self.causal:
-            pairs = sum(run.length * run.start + run.length * (run.length + 1) // 2 for run in self.runs)
+            pairs = sum(r.length * r.start + r.length * (r.length + 1) // 2 for r in self.ranges)
         return 4.0 * self.batch * self.heads * self.head_dim * pairs
 
     def kv_bytes(self, itemsize: int) -> int:
@@ -95,11 +95,11 @@ def default_cases() -> list[Case]:
     for head_dim, heads in HEADS_OF.items():
         for length, batch in BATCH_OF.items():
             cases += [Case(head_dim, causal, batch, heads, heads, length, length) for causal in (False, True)]
-            # A zigzag rank's later queries see all keys of a rank behind it, all of its queries the first half of the
-            # keys of one before: there is no causal one.
+            # In a zigzag layout, a rank's later queries see all keys of a later rank, and all its queries see the first
+            # half of the keys of an earlier rank. Neither block is causal.
             for shape in ((length // 2, length), (length, length // 2)):
                 cases += [Case(head_dim, False, batch, heads, heads, *shape, "zigzag half block")]
-            # One query sees all keys: a causal mask would hide nothing.
+            # One query sees all keys, with a causal mask or without.
             cases += [Case(head_dim, False, DECODE_BATCH, heads, heads, 1, length, "decode")]
     cases += [Case(512, True, 2, 16, 4, 10_000, 10_000), Case(128, True, 2, 32, 8, 10_000, 10_000)]
     for head_dim in (512, 128):
@@ -108,14 +108,14 @@ def default_cases() -> list[Case]:
     cases += [Case(512, False, 8, 16, 16, 1250, 2500, "carry")]
     for head_dim, heads, kv_heads in ((512, 16, 4), (128, 32, 8)):
         cases += [Case(head_dim, False, 8, heads, kv_heads, 1, length, "decode") for length in (32_768, 100_000)]
-    # Where cuDNN starts to pay beside FlashAttention-2: blocks of few rows, and causal ones behind keys that all see.
+    # Where cuDNN starts to be faster than FlashAttention-2: few queries, and causal blocks after keys that all see.
     cases += [Case(128, False, 8, 64, 64, rows, rows, "back-ends") for rows in (64, 128, 256, 512)]
     cases += [Case(128, True, 8, 64, 64, 1024, 1024 + ahead, "back-ends") for ahead in (256, 512, 1024, 2048, 4096)]
     return sorted(cases, key=lambda case: KINDS.index(case.kind))
 
 
 def select(cases: Sequence[Case], only: Sequence[str] = (), kinds: Sequence[str] = ()) -> list[Case]:
-    """Cases whose label has every word of ``only`` in it and whose kind has one of ``kinds`` in it; none: no filter."""
+    """Cases with every word of ``only`` in their label and one of ``kinds`` in their kind. Empty: no filter."""
     return [
         case
         for case in cases
@@ -125,9 +125,9 @@ def select(cases: Sequence[Case], only: Sequence[str] = (), kinds: Sequence[str]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Random tensors of a case: q [B, L, H, D]; k and v [B, S, K, D], in the sequence's order.
+    """Random tensors of a case: q [B, L, H, D], k and v [B, S, K, D], in the order of the sequence.
 
-    ``state`` is what earlier blocks of a ring left, out [B, L, H, D] and lse [B, H, L], both fp32.
+    ``state``: the result of a ring's earlier blocks, (out [B, L, H, D], lse [B, H, L]), both fp32.
     """
 
     case: Case
@@ -138,8 +138,8 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
-    # One set of tensors a case, read again by every call: q, k and v together exceed the L2 cache (50 MB) in every
-    # default case, most many times over, so a call finds little of what the one before it read. No rotation of inputs.
+    # Every call reads the same tensors. In every default case q, k and v together are larger than the L2 cache (50 MB),
+    # mostly many times, so a call finds little there of the call before it.
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     shape_q = case.batch, case.seq_q, case.heads, case.head_dim
     shape_k = case.batch, case.seq_k, case.kv_heads, case.head_dim
@@ -147,6 +147,6 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     if case.kind != "carry":
         return Inputs(case, q, k, v)
     out = torch.randn(shape_q, device=device)
-    # About the lse of as many other random keys, so that both sides of the merge weigh.
+    # About the lse of as many other random keys, so that both sides of the merge have weight.
     lse = torch.randn(case.batch, case.heads, case.seq_q, device=device) + torch.tensor(float(case.seq_k)).log().item()
     return Inputs(case, q, k, v, state=(out, lse))

@@ -1,4 +1,4 @@
-"""Results held against fp64 on a sample of rows."""
+"""Results compared with fp64 on a sample of queries."""
 
 from __future__ import annotations
 
@@ -10,38 +10,44 @@ from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.errors import DsRingError
 
-CHECKED_ROWS = 16
+CHECKED_QUERIES = 16
 
 
 def errors(out: Tensor, lse: Tensor | None, inputs: Inputs, carries: bool) -> tuple[float, float | None]:
-    """(relative error of out, error of lse), the worst of the first, middle and last rows of every run of queries.
+    """(relative error of out, error of lse): the worst of the first, middle and last queries of every range.
 
-    In the last sequence of the batch, the query heads of the last key/value head: the far end of every stride. Groups
-    of rows are judged one by one: causal attention's first rows, which see few keys, are many times longer than its
-    last, and one norm over all would see only them. An lse's error is relative where it exceeds 1.
+    Checked are the last sequence of the batch and the query heads of its last key/value head, the far ends of all
+    strides. Each group of queries has an error of its own: in causal attention the first results, of few keys, have
+    norms many times larger than the last, and would dominate one norm over all. An lse above 1 has a relative error.
+
+    Args:
+        carries: the result includes the state of ``inputs``.
+
+    Raises:
+        DsRingError: a result that is not finite.
     """
     case = inputs.case
     heads = slice(case.heads - case.heads // case.kv_heads, case.heads)
     k, v = inputs.k[-1:, :, -1:], inputs.v[-1:, :, -1:]
     out_errors, lse_errors = [], []
     done = 0
-    for run in case.runs:
-        count = min(CHECKED_ROWS, run.length)
-        for first in sorted({0, (run.length - count) // 2, run.length - count}):
-            rows = slice(done + first, done + first + count)
+    for own in case.ranges:
+        count = min(CHECKED_QUERIES, own.length)
+        for first in sorted({0, (own.length - count) // 2, own.length - count}):
+            at = slice(done + first, done + first + count)
             want, want_lse = reference_attention(
-                inputs.q[-1:, rows, heads], k, v,
-                spec=AttentionSpec(case.scale), causal=case.causal, q_offset=run.start + first,
+                inputs.q[-1:, at, heads], k, v,
+                spec=AttentionSpec(case.scale), causal=case.causal, q_offset=own.start + first,
             )  # fmt: skip
             if carries:
                 assert inputs.state is not None
-                before = inputs.state[0][-1:, rows, heads].double(), inputs.state[1][-1:, heads, rows].double()
+                before = inputs.state[0][-1:, at, heads].double(), inputs.state[1][-1:, heads, at].double()
                 want, want_lse = _merged(*before, want, want_lse)
-            out_errors.append((out[-1:, rows, heads].double() - want).norm() / want.norm())
+            out_errors.append((out[-1:, at, heads].double() - want).norm() / want.norm())
             if lse is not None:
-                difference = (lse[-1:, heads, rows].double() - want_lse).abs()
+                difference = (lse[-1:, heads, at].double() - want_lse).abs()
                 lse_errors.append((difference / want_lse.abs().clamp_min(1.0)).max())
-        done += run.length
+        done += own.length
     worst = [torch.stack(found).max().item() for found in (out_errors, lse_errors) if found]
     if not all(error < float("inf") for error in worst):
         raise DsRingError("the result is not finite")

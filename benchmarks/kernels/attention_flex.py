@@ -1,4 +1,4 @@
-"""FlexAttention: compiled for a case, with the best of a few tilings."""
+"""FlexAttention, compiled for a case with the fastest of a few tile sizes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.kernels.attention_timing import quick_seconds, stopwatch
 from ds_ring.errors import DsRingError
 
 TUNING_SECONDS = 20.0
-"""Once an option has worked and this is spent, mostly on compiling, the rest are left out."""
+"""After this many seconds, mostly of compiling, no more options are tried if one has worked."""
 
 
 def _tile(m: int, n: int, stages: int, warps: int) -> dict[str, int]:
@@ -28,8 +28,8 @@ OPTIONS: dict[int, tuple[dict[str, int], ...]] = {
     256: (_tile(128, 64, 2, 8), _tile(128, 32, 3, 8), _tile(64, 64, 2, 4), _tile(64, 32, 3, 4)),
     512: (_tile(64, 32, 2, 8), _tile(64, 64, 1, 8), _tile(64, 32, 1, 8), _tile(64, 32, 2, 4)),
 }
-"""By head_dim, first what is likely best. The first at 64 and 128 and the last at 256 are PyTorch's own choice on
-Hopper; its choice at 512 does not fit into shared memory."""
+"""By head_dim, the likely fastest first. The first at 64 and 128 and the last at 256 are PyTorch's defaults on Hopper.
+Its default at 512 does not fit into shared memory."""
 
 DECODE_OPTIONS: tuple[dict[str, int], ...] = (
     {},
@@ -37,13 +37,13 @@ DECODE_OPTIONS: tuple[dict[str, int], ...] = (
     {"BLOCK_N": 32, "num_stages": 2, "num_warps": 4},
     {"BLOCK_N": 32, "num_stages": 2, "num_warps": 2},
 )
-"""Short queries go to a kernel that splits the keys; its tiles' height is its own affair."""
+"""For one query. PyTorch then uses a kernel that splits the keys and chooses the height of tiles itself."""
 
 
 def tuned(inputs: Inputs) -> tuple[Callable[[], tuple[Tensor, Tensor]], dict[str, int]]:
-    """The fastest call and its options, by a quick timing on the case itself; options that raise are left out."""
+    """The fastest call and its options, by a quick timing on the case itself. Options that raise are left out."""
     case, device = inputs.case, inputs.q.device
-    # Every compiled variant of one Python function counts towards a limit, past which calls run uncompiled.
+    # Every compiled variant of a Python function counts towards a limit, after which calls run uncompiled.
     torch._dynamo.reset()
     compiled = torch.compile(fx.flex_attention, dynamic=False, fullgraph=True)
     mask = block_mask(case, device)
@@ -54,8 +54,8 @@ def tuned(inputs: Inputs) -> tuple[Callable[[], tuple[Tensor, Tensor]], dict[str
         call = _call(compiled, inputs, mask, options)
         try:
             found.append((quick_seconds(call, stopwatch(device)), call, options))
-        except Exception as error:  # too little shared memory, a tile that the template refuses, …
-            failure = f"{type(error).__name__}: {error}"  # its text only: its traceback would hold on to the tensors
+        except Exception as error:  # too little shared memory, a tile size that the template refuses, …
+            failure = f"{type(error).__name__}: {error}"  # only its text: its traceback would keep the tensors alive
         if found and time.monotonic() - started > TUNING_SECONDS:
             break
     if not found:
@@ -67,7 +67,7 @@ def tuned(inputs: Inputs) -> tuple[Callable[[], tuple[Tensor, Tensor]], dict[str
 def block_mask(case: Case, device: torch.device) -> fx.BlockMask | None:
     if not case.causal:
         return None
-    first, *more = case.runs
+    first, *more = case.ranges
     split, before = first.length, first.start
     after = more[0].start - split if more else before
 

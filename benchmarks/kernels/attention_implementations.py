@@ -1,4 +1,4 @@
-"""Every implementation of attention that a machine offers, made ready for a case."""
+"""Every implementation of attention on this machine, prepared for a case."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Block = Callable[[Tensor, Tensor, Tensor, float, bool], Result]
 
 @dataclass(frozen=True)
 class Prepared:
-    """An implementation bound to a case's tensors, compiled and tuned as far as it wants to be."""
+    """An implementation with a case's tensors, compiled and tuned where it can be."""
 
     call: Callable[[], Result]
     detail: str = ""
@@ -45,25 +45,25 @@ Prepare = Callable[[Inputs], Prepared]
 
 
 def implementations(case: Case, device: torch.device) -> dict[str, Prepare]:
-    """What can serve the case, by name; ours begin with ``ds_ring``. On a CPU: our plain path and SDPA's."""
+    """Implementations that can run the case, by name. Ours begin with ``ds_ring``. On a CPU: eager code and SDPA."""
     if case.kind == "carry":
         return {"ds_ring, no state": _ds_ring, "ds_ring": _ds_ring_carrying, "ds_ring + merge": _ds_ring_merging}
     if case.kind == "back-ends":
         return {f"ds_ring {backend.name}": partial(_by_backend, backend) for backend in (CUDNN, FLASH)}
     found: dict[str, Prepare] = {}
-    # scaled_dot_product_attention aligns its causal mask to the first key; the two agree on squares only.
-    first_key_will_do = not case.causal or (case.ranks == 1 and case.seq_q == case.seq_k)
+    # scaled_dot_product_attention aligns its causal mask to the first key, ours to the last. On squares both agree.
+    aligned_alike = not case.causal or (case.ranks == 1 and case.seq_q == case.seq_k)
     if device.type == "cuda":
         flash_fits = case.head_dim <= pytorch.FLASH_MAX_HEAD_DIM
         found["sdpa memory_efficient"] = partial(_by_blocks, _returning_lse(pytorch.memory_efficient))
         if flash_fits:
             found["sdpa flash"] = partial(_by_blocks, _returning_lse(pytorch.flash))
-        if flash_fits and first_key_will_do:
+        if flash_fits and aligned_alike:
             found["sdpa cudnn"] = partial(_by_blocks, _sdpa(SDPBackend.CUDNN_ATTENTION))
         found["flex"] = _flex
         if flash_fits:
             found |= _flash_attn_packages()
-    elif first_key_will_do:
+    elif aligned_alike:
         found["sdpa math"] = partial(_by_blocks, _sdpa(SDPBackend.MATH))
     if case.kind == "decode":
         found |= {"ds_ring": _by_positions, "ds_ring block": _ds_ring}
@@ -77,7 +77,7 @@ def implementations(case: Case, device: torch.device) -> dict[str, Prepare]:
 
 
 def _by_blocks(block: Block, inputs: Inputs) -> Prepared:
-    """One call a run of queries. K and V are in the sequence's order already, which flatters those that need it."""
+    """One call for each range of queries. K and V are in the order of the sequence; in a ring that takes copies."""
     case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
     if case.ranks == 1:
         return Prepared(lambda: block(q, k, v, case.scale, case.causal))
@@ -85,14 +85,14 @@ def _by_blocks(block: Block, inputs: Inputs) -> Prepared:
     def call() -> Result:
         results = []
         done = 0
-        for run in case.runs:
-            q_run = q[:, done : done + run.length]
-            results.append(block(q_run, k[:, : run.stop], v[:, : run.stop], case.scale, True))
-            done += run.length
+        for own in case.ranges:
+            own_q = q[:, done : done + own.length]
+            results.append(block(own_q, k[:, : own.stop], v[:, : own.stop], case.scale, True))
+            done += own.length
         lses = [lse for _, lse in results if lse is not None]
         return torch.cat([out for out, _ in results], dim=1), torch.cat(lses, dim=2) if lses else None
 
-    return Prepared(call, f"{len(case.runs)} calls, K and V in order")
+    return Prepared(call, f"{len(case.ranges)} calls, K and V in order")
 
 
 def _returning_lse(kernel: Any) -> Block:
@@ -122,7 +122,7 @@ def _flash_attn_packages() -> dict[str, Prepare]:
         def two(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Result:
             out, lse, _ = package.flash_attn_func(
                 q, k, v, softmax_scale=scale, causal=causal, return_attn_probs=True
-            )  # the flag's name is historical: out of training it returns the lse and an empty tensor
+            )  # the flag's name is historical: outside training it returns the lse and an empty tensor
             return out, lse
 
         found["flash-attn"] = partial(_by_blocks, two)
@@ -142,32 +142,32 @@ def _triton(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Resu
 
 
 def _ds_ring(inputs: Inputs) -> Prepared:
-    """What an engine would run: ``local.attend``, or for a ring's rank ``runs.attend_ranges``."""
+    """What an engine would call: ``block.attend``, or for a rank of a ring ``segments.attend_ranges``."""
     case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
     spec = AttentionSpec(case.scale)
     if case.ranks > 1:
         keys = [Segment(a, k[:, a:b], v[:, a:b]) for a, b in pairwise(case.edges)]
         detail = f"{_backends(inputs)}, {len(keys)} segments"
-        return Prepared(lambda: (attend_ranges(q, case.runs, keys, spec), None), detail)
-    offset = case.runs[0].start
+        return Prepared(lambda: (attend_ranges(q, case.ranges, keys, spec), None), detail)
+    offset = case.ranges[0].start
     return Prepared(lambda: attend(q, k, v, spec=spec, causal=case.causal, q_offset=offset), _backends(inputs))
 
 
 def _by_backend(backend: Backend, inputs: Inputs) -> Prepared:
     case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
-    block = BlockSpec(AttentionSpec(case.scale), case.causal, case.runs[0].start)
+    block = BlockSpec(AttentionSpec(case.scale), case.causal, case.ranges[0].start)
     return Prepared(lambda: backend.attend(q, k, v, block, q.dtype))
 
 
 def _positions(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Of queries and keys, as a full cache has them: the last query is as far on as the last key."""
+    """Positions of queries and keys, as in a full cache: the last query is at the last key."""
     case = inputs.case
     everywhere = torch.arange(case.seq_k, device=inputs.q.device, dtype=torch.int32).repeat(case.batch, 1)
-    return everywhere[:, case.runs[0].start :], everywhere
+    return everywhere[:, case.ranges[0].start :], everywhere
 
 
 def _by_positions(inputs: Inputs) -> Prepared:
-    """A step of decoding as an engine would run it."""
+    """A decode step as an engine would run it."""
     q, k, v = inputs.q, inputs.k, inputs.v
     q_positions, k_positions = _positions(inputs)
     spec = AttentionSpec(inputs.case.scale)
@@ -178,7 +178,7 @@ def _by_positions(inputs: Inputs) -> Prepared:
 
 
 def _decode_tiles(case: Case) -> dict[str, Prepare]:
-    """The decode kernel with each of its tile sizes, its own choice first."""
+    """The decode kernel with each of its tile sizes, its default first."""
     from ds_ring.kernels import decode_kernel
 
     tiles = decode_kernel.tiles(case.head_dim, case.seq_q * case.heads // case.kv_heads, torch.float16)
@@ -202,10 +202,10 @@ def _with_tile(tile: tuple[int, int, int, int], inputs: Inputs) -> Prepared:
 
 
 def _ds_ring_carrying(inputs: Inputs) -> Prepared:
-    """A ring's hop as it is: the block folded into the running state, in place. The state creeps, call by call."""
+    """A step of a ring: the block is accumulated into the state, in place, so every call changes the state."""
     assert inputs.state is not None
     case, q, k, v = inputs.case, inputs.q, inputs.k, inputs.v
-    spec, offset = AttentionSpec(case.scale), case.runs[0].start
+    spec, offset = AttentionSpec(case.scale), case.ranges[0].start
     out, lse = (t.clone() for t in inputs.state)
 
     def call() -> Result:
@@ -216,7 +216,7 @@ def _ds_ring_carrying(inputs: Inputs) -> Prepared:
 
 
 def _ds_ring_merging(inputs: Inputs) -> Prepared:
-    """The same in two passes: the block without the state, and a compiled merge into it."""
+    """The same in two steps: the block without the state, and a compiled merge into it."""
     assert inputs.state is not None
     block = _ds_ring(inputs)
     out, lse = (t.clone() for t in inputs.state)
@@ -233,8 +233,10 @@ def _ds_ring_merging(inputs: Inputs) -> Prepared:
 
 def _backends(inputs: Inputs) -> str:
     case, spec = inputs.case, AttentionSpec(inputs.case.scale)
-    chosen = [select_backend(inputs.q[:, : r.length], r.stop, BlockSpec(spec, case.causal, r.start)) for r in case.runs]
-    return ", ".join(dict.fromkeys(backend.name for backend in chosen))
+    backends = [
+        select_backend(inputs.q[:, : r.length], r.stop, BlockSpec(spec, case.causal, r.start)) for r in case.ranges
+    ]
+    return ", ".join(dict.fromkeys(backend.name for backend in backends))
 
 
 def _module(name: str) -> Any:

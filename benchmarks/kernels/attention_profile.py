@@ -1,7 +1,7 @@
-"""What a GPU's counters say of one call of attention512 a case: Nsight Compute around a process that makes the calls.
+"""A GPU's counters for one call of attention512 of each case: Nsight Compute runs a process that makes the calls.
 
-Counters need replays of a kernel, alone between pauses, at a clock that sustained calls do not reach: a rate comes from
-``attention_run.py``, never from here.
+For its counters Nsight Compute replays a kernel with pauses between, at a clock that sustained calls do not reach. So
+rates are taken from ``attention_run.py``, never from here.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ METRICS = {
     "l2_hit": ("lts__t_sector_hit_rate.pct", 100.0),
     "dram_busy": ("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", 100.0),
 }
-"""What a row keeps of hundreds of metrics: its name here, Nsight Compute's, and how many of its unit are one of ours.
+"""The metrics of a row, of hundreds: by our name, Nsight Compute's name and the number that its value is divided by.
 
-``..._busy``: a share of the cycles of the whole launch; ``tensor_busy_active`` of those in which an SM had a CTA.
-``sm_cycles_...``: the latter, of the SM that was done first, of all in the mean, and of the last. ``l1_busy``: the pipe
-from and to L1 and shared memory.
+``..._busy``: a share of the cycles of the whole launch. ``tensor_busy_active``: of the cycles in which an SM had a CTA.
+``sm_cycles_...``: these cycles of the first SM to finish, of the mean SM and of the last. ``l1_busy``: the data pipe of
+L1 and shared memory.
 """
 
 FLOP_PER_CYCLE = 4096
-"""Of an SM's tensor cores, fp16, dense. NVIDIA's white paper on the H100: 989.4 TFLOP/s of 132 SMs at 1830 MHz."""
+"""Of one SM's tensor cores, fp16, dense. From NVIDIA's white paper on the H100: 989.4 TFLOP/s, 132 SMs, 1830 MHz."""
 
 STALLED = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 LATENCY = "smsp__average_warp_latency_per_inst_issued.ratio"
@@ -54,7 +54,7 @@ STALLS = 5
 
 
 def calls(cases: Iterable[Case], device: torch.device) -> None:
-    """Make them: the profiler looks at one of each case, behind what a first one costs."""
+    """Call the kernel twice for each case. Only the second call is profiled."""
     for case in cases:
         prepared = attention_implementations.implementations(case, device)["ds_ring"](make_inputs(case, device))
         prepared.call()
@@ -69,16 +69,16 @@ def run(cases: Sequence[Case], script: str, options: Sequence[str], say: Callabl
     """A row of ``figures`` for each case.
 
     Args:
-        script: makes the ``calls`` of these cases when run with ``options``.
+        script: a script that makes the ``calls`` of these cases when it is run with ``options``.
 
     Raises:
-        ConfigError: no Nsight Compute, one that cannot read counters, or calls that launch another kernel.
+        ConfigError: Nsight Compute is missing or cannot read counters, or the calls launched another kernel.
     """
     found = shutil.which("ncu")
     if found is None:
         raise ConfigError("ncu (Nsight Compute) is not on the PATH")
     sections = [word for name in SECTIONS for word in ("--section", name)]
-    # Clocks are the machine's own business: the profiler must not fix them.
+    # By default the profiler fixes clocks. It must not here.
     profiler = [found, "--clock-control", "none", "--profile-from-start", "off", *sections]
     profiler += ["--csv", "--page", "raw", "--print-units", "base"]
     command = [*profiler, "--kernel-name", f"regex:{KERNEL}", sys.executable, script, *options]
@@ -92,11 +92,11 @@ def run(cases: Sequence[Case], script: str, options: Sequence[str], say: Callabl
 
 
 def figures(flops: float, metrics: dict[str, float]) -> dict[str, Any]:
-    """Of a launch: the chosen ``METRICS``, and two that are derived; without those that this profiler does not have.
+    """``METRICS`` of a launch, as far as this profiler has them, and two derived figures.
 
-    ``useful``: the case's FLOPs over what the tensor pipe can do in the cycles in which it worked; the rest is padding
-    of blocks and what masks hide of them. ``stalls``: the most frequent reasons why a warp does not issue, as shares of
-    its time; of all warps, those that only load as well.
+    ``useful``: the case's FLOPs ÷ what the tensor pipe can do in the cycles in which it worked. The rest is padding of
+    blocks, and what masks hide. ``stalls``: the most frequent reasons for which warps do not issue an instruction, as
+    shares of the time of all warps, those that only load included.
     """
     row: dict[str, Any] = {name: metrics[full] / unit for name, (full, unit) in METRICS.items() if full in metrics}
     sms = metrics.get("launch__sm_count")
@@ -112,8 +112,9 @@ def figures(flops: float, metrics: dict[str, float]) -> dict[str, Any]:
 
 
 def table(text: str) -> Iterator[dict[str, float]]:
-    """The numbers of each launch by metric, from what ``ncu --csv --page raw`` prints behind the program's own output:
-    names, units, and a line a launch."""
+    """The numbers of each launch by metric, from the output of ``ncu --csv --page raw``.
+
+    After the program's own output it has a line of names, a line of units, and a line for each launch."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     names, *rest = list(csv.reader(lines)) or [[]]
     for row in rest[1:]:

@@ -1,4 +1,4 @@
-"""Rows of the benchmark: every case by every implementation, each beside a matrix product."""
+"""Rows of the attention benchmark: every case by every implementation, each in turn with a matrix product."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from benchmarks.kernels.attention_cases import Case, Inputs, make_inputs
 from benchmarks.kernels.attention_timing import Call, time_in_turn
 
 GEMM = (8192, 8192, 32768)
-"""(m, k, n) of the fp16 matrix product that rates are compared with."""
+"""(m, k, n) of the fp16 matrix product with which rates are compared."""
 
 Row = dict[str, Any]
 
 COSTS = {"ds_ring": "carry_cost_ms", "ds_ring + merge": "merge_cost_ms"}
 WITHOUT_STATE = "ds_ring, no state"
-"""Of ``carry``: what a row's time exceeds the block without a state by, and the row that is taken from."""
+"""The row of a "carry" case without a state. Its time is subtracted from those of ``COSTS``."""
 
 
 def run(
@@ -33,11 +33,11 @@ def run(
         [Case, torch.device], dict[str, attention_implementations.Prepare]
     ] = attention_implementations.implementations,
 ) -> Iterator[Row]:
-    """A row for every case and implementation, as each is done.
+    """A row for every case and implementation, yielded as soon as it is measured.
 
     Args:
         seconds: how long each implementation, and the product beside it, is sustained.
-        names: implementations whose name has one of these in it; none: all.
+        names: take implementations with one of these words in their name; empty: all.
         gemm: (m, k, n) of the product.
     """
     product = _product(gemm, device)
@@ -70,14 +70,14 @@ def _rows(
     without_state: float | None = None
     for name, prepare in found.items():
         row: Row = {"case": case.label, "impl": name, **vars(case)}
-        # Whatever fails, an implementation or the case's own tensors, becomes a row: the others are still worth having.
+        # An implementation that fails, or a case whose tensors do not fit, is a row with an error. The others go on.
         try:
             inputs = inputs or make_inputs(case, device)
             row |= _measured(prepare, inputs, product, product_flops, seconds)
         except Exception as error:
             row["error"] = _one_line(error)
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # the next one may need it in other sizes
+            torch.cuda.empty_cache()  # the next one may need blocks of other sizes
         if name == WITHOUT_STATE:
             without_state = row.get("ms")
         elif case.kind == "carry" and name in COSTS and without_state is not None and "ms" in row:

@@ -1,7 +1,7 @@
-"""Sustained rates: a call's own clock and power, in turn with a matrix product at its own.
+"""Sustained rates of a call, with its own clock and power, in turn with those of a matrix product.
 
-A chip at its power limit slows down within a second, and whoever ran first on a cool one would look faster. So each
-call runs alone for a block of time, the product likewise, block after block, and each is measured in its own blocks.
+A GPU at its power limit slows down within a second, so whatever ran first, on a cool GPU, would look faster. Therefore
+the call and the product run in turn, each alone for a block of time, and each is measured in its own blocks.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Call = Callable[[], object]
 
 BLOCK_SECONDS = 0.5
 CHUNK_SECONDS = 0.05
-"""Calls between two marks: long enough that marks, and Python's part of short calls, do not show."""
+"""Time between two marks: so long that neither marks nor the host's part of short calls matter."""
 
 SAMPLE_SECONDS = 0.02
 
 
 class Stopwatch(Protocol):
-    """Marks in a device's queue of work."""
+    """Takes times by marks in a device's queue of work."""
 
     def mark(self) -> Any: ...
     def seconds(self, start: Any, stop: Any) -> float:
-        """Between two marks; waits until the device is past the second."""
+        """Time between two marks. Waits until the device has reached the second."""
         ...
 
 
@@ -59,12 +59,12 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 @dataclass
 class Timed:
-    """A call and what its blocks gave so far."""
+    """A call and its measurements."""
 
     call: Call
     calls_per_chunk: int
     chunks: list[float] = field(default_factory=list)
-    """Seconds a call, chunk by chunk."""
+    """Seconds of a call, for each chunk."""
     gpu: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -83,7 +83,7 @@ class Timed:
 def time_in_turn(
     call: Call, product: Call, seconds: float, device: torch.device, watch: Stopwatch | None = None
 ) -> tuple[Timed, Timed]:
-    """Blocks of the product and of the call in turn, until each has run for ``seconds``."""
+    """(the call, the product), measured in turn until each has run for ``seconds``."""
     watch = watch or stopwatch(device)
     timed, beside = (Timed(f, _calls_per_chunk(f, min(CHUNK_SECONDS, seconds), watch)) for f in (call, product))
     while min(timed.sustained, beside.sustained) < seconds:
@@ -95,9 +95,9 @@ def time_in_turn(
 
 
 def sustain(call: Call, calls: int, seconds: float, watch: Stopwatch) -> list[float]:
-    """Call without a pause for ``seconds``; seconds a call, of chunks of ``calls`` calls.
+    """Call without pause for ``seconds``. Returns the seconds of a call, for each chunk of ``calls`` calls.
 
-    The host waits for a chunk only once the next one is queued, so the device is never left without work.
+    The host waits for a chunk only after the next one is queued, so the device is never without work.
     """
     chunks: list[float] = []
     marks = [watch.mark()]
@@ -112,13 +112,13 @@ def sustain(call: Call, calls: int, seconds: float, watch: Stopwatch) -> list[fl
 
 
 def quick_seconds(call: Call, watch: Stopwatch, seconds: float = 0.1) -> float:
-    """A call's time well enough to choose by: the median of few chunks, once warm."""
+    """A rough time of a call, to choose by: the median of a few chunks."""
     return statistics.median(sustain(call, _calls_per_chunk(call, seconds / 4, watch), seconds, watch))
 
 
 def _calls_per_chunk(call: Call, chunk_seconds: float, watch: Stopwatch) -> int:
     calls = 1
-    for _ in range(2):  # a lone call shows its launch as well; a second look at several does not
+    for _ in range(2):  # the time of a single call includes its launch; that of several hardly does
         start = watch.mark()
         for _ in range(calls):
             call()

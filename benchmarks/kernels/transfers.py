@@ -1,8 +1,8 @@
-"""What transfers between GPUs cost a layer's matrix products beside them, where the power limit sets the clock.
+"""How much transfers between GPUs slow down a layer's matrix products, where the power limit sets the clock.
 
-Copy engines need no SM, and yet products get slower: moving bytes and keeping links awake takes power that the SMs then
-lack. Every GPU runs the products of a layer over and over and pulls from the next one meanwhile, in one of several
-``Traffic``s; all are measured there and back, after the GPUs have become warm.
+Copy engines use no SM, and still products become slower: moving bytes and keeping links awake takes power that the SMs
+then lack. Every GPU runs the products of a layer again and again, and meanwhile copies from the next GPU. Each kind of
+``Traffic`` is measured twice, in order and in reverse order, after the GPUs have become warm.
 """
 
 # Shapes: M rows, N columns in, W columns out.
@@ -22,16 +22,22 @@ from benchmarks.kernels.products import Case, as_pytorch, cases, tensors
 from benchmarks.layouts.gpu_telemetry import watched_gpu
 from ds_ring.model_dims import ModelDims
 from ds_ring.transport.cuda_memory import CudaQueue
-from ds_ring.utils.hardware import synchronize
+from ds_ring.utils.device import synchronize
 
 IN_FLIGHT = 2
-"""Layers whose work is queued ahead of the host."""
+"""Layers that are queued before the host waits for the first of them."""
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a GPU pulls for each layer: rows of ``row_nbytes``, one beside the other's end, as keys and values lie in a
-    fused projection. ``every`` so many layers it pulls so many times as much, one after the other."""
+    """What a GPU copies from the next one for each layer.
+
+    Attributes:
+        nbytes: bytes a layer.
+        row_nbytes: bytes of a contiguous row. Between two rows there is a gap of the same size, as between the keys and
+            values of tokens in a fused projection.
+        every: number of layers whose copies are made together.
+    """
 
     name: str
     nbytes: int
@@ -39,13 +45,13 @@ class Traffic:
     every: int = 1
 
     def part(self, memory: Tensor) -> Tensor:
-        """The rows within a buffer of at least ``2 * nbytes``."""
+        """The rows in ``memory``, a buffer of at least ``2 * nbytes``."""
         rows = self.nbytes // self.row_nbytes
         return memory[: 2 * self.nbytes].view(rows, 2, self.row_nbytes)[:, 0]
 
 
 def traffics(token_nbytes: int, rows: int) -> list[Traffic]:
-    """``token_nbytes``: of a token's keys and values in one layer; ``rows``: tokens."""
+    """``token_nbytes``: bytes of a token's keys and values in one layer; ``rows``: tokens."""
     once = token_nbytes * rows
     return [
         NOTHING,
@@ -62,21 +68,24 @@ NOTHING = Traffic("nothing", 0, 1)
 
 
 class _Gpu:
-    """One GPU's products and what it pulls from."""
+    """One GPU with its products and a buffer from which others copy."""
 
-    def __init__(self, device: torch.device, chosen: Sequence[Case], rows: int, dtype: torch.dtype, room: int) -> None:
+    def __init__(
+        self, device: torch.device, products: Sequence[Case], rows: int, dtype: torch.dtype, nbytes: int
+    ) -> None:
         self.device = device
         with torch.cuda.device(device):
-            self._tensors = [tensors(case, rows, dtype, device) for case in chosen]
-            self._products = [as_pytorch(case, *t) for case, t in zip(chosen, self._tensors, strict=True)]
-            self.memory = torch.zeros(room, dtype=torch.uint8, device=device)
-            self._inbox = torch.zeros(room, dtype=torch.uint8, device=device)
+            self._tensors = [tensors(case, rows, dtype, device) for case in products]
+            self._products = [as_pytorch(case, *t) for case, t in zip(products, self._tensors, strict=True)]
+            self.memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+            self._inbox = torch.zeros(nbytes, dtype=torch.uint8, device=device)
             self._queue = CudaQueue(torch.cuda.Stream(device, priority=-1))
         self._layers = 0
 
-    def layer(self, traffic: Traffic, peer: _Gpu) -> tuple[torch.cuda.Event, ...]:
-        """Queue the products of a layer and, beside them, a pull from ``peer``. Events: of the products' end, of the
-        pull's beginning and end."""
+    def layer(self, traffic: Traffic, source: _Gpu) -> tuple[torch.cuda.Event, ...]:
+        """Queue the products of a layer and, on another stream, a copy from ``source``.
+
+        Returns (end of the products, beginning of the copy, end of the copy)."""
         with torch.cuda.device(self.device):
             begun, pulled, done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
             self._queue.stream.wait_stream(torch.cuda.current_stream())
@@ -84,33 +93,33 @@ class _Gpu:
             self._layers += 1
             if traffic.nbytes and self._layers % traffic.every == 0:
                 for _ in range(traffic.every):
-                    self._queue.copy(traffic.part(self._inbox), traffic.part(peer.memory))
+                    self._queue.copy(traffic.part(self._inbox), traffic.part(source.memory))
             pulled.record(self._queue.stream)
             for product in self._products:
                 product()
             done.record()
         return done, begun, pulled
 
-    def open(self, peer: _Gpu) -> None:
-        """Map ``peer``'s memory: PyTorch does at a first copy."""
-        self._inbox.copy_(peer.memory)
+    def open(self, source: _Gpu) -> None:
+        """Map the memory of ``source``: PyTorch does so at the first copy."""
+        self._inbox.copy_(source.memory)
 
 
 def run(
     dims: ModelDims, rows: int, dtype: torch.dtype, devices: Sequence[torch.device], seconds: float, warm_s: float,
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """A row of each second of ``warm_s`` without transfers, and then of each traffic, twice: there and back.
+    """Rows of each second of ``warm_s`` without transfers, and then of each traffic, in order and in reverse order.
 
     Args:
-        seconds: how long each is sustained.
+        seconds: how long each traffic is sustained.
     """
-    chosen = [case for case in cases(dims) if case.name != "attention's result"]
+    products = [case for case in cases(dims) if case.name != "attention's result"]
     several = traffics(2 * dims.num_kv_heads * dims.head_dim * dtype.itemsize, rows)
-    room = 2 * max(t.nbytes for t in several)
-    gpus = [_Gpu(device, chosen, rows, dtype, room) for device in devices]
-    for gpu, peer in zip(gpus, gpus[1:] + gpus[:1], strict=True):
-        gpu.open(peer)
+    nbytes = 2 * max(t.nbytes for t in several)
+    gpus = [_Gpu(device, products, rows, dtype, nbytes) for device in devices]
+    for gpu, source in zip(gpus, gpus[1:] + gpus[:1], strict=True):
+        gpu.open(source)
     begun = time.perf_counter()
     for second in range(1, round(warm_s) + 1):
         yield {"phase": "warming", "second": second, **_sustained(gpus, NOTHING, 1.0)}
@@ -122,7 +131,7 @@ def run(
 
 
 def _sustained(gpus: Sequence[_Gpu], traffic: Traffic, seconds: float) -> dict[str, Any]:
-    """Means over GPUs, of one layer."""
+    """Means over GPUs, for one layer."""
     with ExitStack() as stack:
         watched = [stack.enter_context(watched_gpu(gpu.device)) for gpu in gpus]
         layers, pulls = 0, list[float]()
@@ -130,7 +139,8 @@ def _sustained(gpus: Sequence[_Gpu], traffic: Traffic, seconds: float) -> dict[s
         begun = time.perf_counter()
         while time.perf_counter() - begun < seconds or queued:
             if time.perf_counter() - begun < seconds:
-                queued.append([gpu.layer(traffic, peer) for gpu, peer in zip(gpus, [*gpus[1:], gpus[0]], strict=True)])
+                sources = [*gpus[1:], gpus[0]]
+                queued.append([gpu.layer(traffic, source) for gpu, source in zip(gpus, sources, strict=True)])
                 layers += 1
                 if len(queued) <= IN_FLIGHT:
                     continue

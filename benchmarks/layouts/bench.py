@@ -1,4 +1,4 @@
-"""Measuring one layout on one workload: throughput, latency, memory, and what communication costs.
+"""Measures one layout on one workload: throughput, latency, memory, and the cost of communication.
 
 Per size of micro-batch and length, in this order: parity with the unsharded model (once a length, where a reference is
 given), a pass that counts bytes and keeps a journal of what is sent, warm-ups, timed passes and, but for
@@ -6,9 +6,9 @@ given), a pass that counts bytes and keeps a journal of what is sent, warm-ups, 
 step less the step without communication (a pipeline's bubble shows up there too); communication *alone* is the journal
 run through with nothing else to do.
 
-A large batch is many micro-batches alike, so the passes that are not timed take the first rows of it
-(``warmup_batch``), as many micro-batches as any pipeline here is deep; bytes counted and communication alone are scaled
-by rows.
+A large batch consists of equal micro-batches, so passes that are not timed take only its first sequences
+(``warmup_batch``), as many micro-batches as the deepest pipeline here. Counted bytes and the time of communication
+alone are scaled by the number of sequences.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from ds_ring.planning.comm_volume import bytes_sent_per_rank
 from ds_ring.planning.metrics import Work
 from ds_ring.planning.validation import check_workload
 from ds_ring.transport.base import void
-from ds_ring.utils.corpus import rows_of, token_stream
-from ds_ring.utils.hardware import device_name, peak_flops
+from ds_ring.utils.corpus import text_windows, token_stream
+from ds_ring.utils.device import device_name, peak_flops
 
 WARMUP_MICRO_BATCHES = 16
 
@@ -45,10 +45,10 @@ Report = Callable[[str], None]
 
 
 def check(config: RunConfig) -> None:
-    """Refuse a workload that the model cannot run, before anything loads.
+    """Refuse a workload that the model cannot run. Loads nothing.
 
     Raises:
-        ConfigError, CheckpointError: no model, more tokens than positions, fewer rows than replicas.
+        ConfigError, CheckpointError: no model, more tokens than positions, fewer sequences than replicas.
     """
     check_workload(config, model_dims(read_config(config.checkpoint)))
 
@@ -56,11 +56,11 @@ def check(config: RunConfig) -> None:
 def measure(
     engine: Engine, references: dict[int, str], report: Report, trace: Path | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A row for each size of micro-batch and length, both ascending, and mode of the workload.
+    """A row for each size of micro-batch and length, both ascending, and each mode of the workload. Collective.
 
     Args:
         references: files of ``parity.write_reference`` by length.
-        trace: where one more untimed pass over the longest, in the smallest micro-batches, leaves its Chrome trace.
+        trace: file for the Chrome trace of one more, untimed pass over the longest, in the smallest micro-batches.
     """
     config, dtype = engine.run_config, torch_dtype(engine.run_config.dtype)
     stream = token_stream(config.checkpoint, config.workload.text)
@@ -71,14 +71,14 @@ def measure(
     traced = config.workload.micro_batches[0], config.workload.lengths[-1], config.workload.modes[0]
     for size, length in product(config.workload.micro_batches, config.workload.lengths):
         engine.runner.run_config = RunConfig.load(config, micro_batch_size=size)
-        ids = rows_of(stream, config.workload.batch_size, length)
+        ids = text_windows(stream, config.workload.batch_size, length)
         batch, _ = pack(ids, None, None, engine.runner.dims)
-        with engine.watchdog.over("agreeing on the batch"):
+        with engine.watchdog.watch("agreeing on the batch"):
             engine.mesh["world"].agree(input_ids=batch.digest())
         for mode in config.workload.modes:
             last = layers[-1] if mode == "prefill_only" else None
             work = Work(engine.runner.dims, sum(layers), config.workload.batch_size, length, last)
-            if (length, mode) not in differences:  # of single rows, so that any micro-batch gives the same
+            if (length, mode) not in differences:  # of single sequences: the same for any micro-batch
                 differences[length, mode] = _difference(engine, length, mode, references.get(length), report)
             found = _measure_length(engine, batch, mode, report)
             row = _row(engine, work, mode, found, differences[length, mode], peak, peak_source)
@@ -91,8 +91,9 @@ def measure(
 
 
 def warmup_rows(config: RunConfig) -> int:
-    """Sequences of the untimed passes. They hold every size of micro-batch that the whole batch has, and a whole number
-    of times, as what is counted in them is scaled up."""
+    """The number of sequences of untimed passes: whole micro-batches of every replica, of every size in the batch.
+
+    What is counted in these passes is scaled up to the batch."""
     work, replicas = config.workload, config.parallel.dp_size
     alike = replicas * work.micro_batch_size
     if work.batch_size % alike:
@@ -102,7 +103,7 @@ def warmup_rows(config: RunConfig) -> int:
 
 
 def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
-    """Figures of ``trace.summary``, means over ranks; of some each rank's too, as whoever is faster waits."""
+    """Figures of ``profile_trace.summary``, means over ranks, and some of each rank, because faster ranks wait."""
     first_rows = batch.split(range(warmup_rows(engine.run_config)))
     engine.meet()
     own = trace_step(
@@ -164,7 +165,7 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     report(f"{label}: {work.repeats} timed passes{sustained}")
     with watched_gpu(engine.device) as gpu:
         timing = time_passes(engine, step, work.repeats, work.sustain_s)
-    # GPUs at one power limit do not run at one clock, and all wait for the slowest.
+    # GPUs with equal power limits have unequal clocks, and all wait for the slowest.
     clocks = [clock for clock in engine.gather(gpu.get("sm_clock_mhz")) if clock is not None]
     figures = _of_a_pass(gpu, timing) | ({"sm_clock_mhz_by_rank": _each(clocks)} if clocks else {})
     # Before the passes without communication, which hold memory of their own beside what peers can read.
@@ -195,7 +196,7 @@ def _each(values: Iterable[float]) -> str:
 
 
 def _of_a_pass(gpu: dict[str, float], timing: Timing) -> dict[str, float]:
-    """What ``watched_gpu`` found, its energy that of one of the passes."""
+    """The figures of ``watched_gpu``, with the energy of one pass."""
     return gpu | ({"energy_j": gpu["energy_j"] / len(timing.samples_s)} if "energy_j" in gpu else {})
 
 

@@ -1,4 +1,4 @@
-"""Several layouts on one model, one text and one batch, one after the other."""
+"""Several layouts on one model, one text and one batch, measured one after the other."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.baselines import rules
-from benchmarks.layouts import counterbalance
+from benchmarks.layouts import checkpoint, counterbalance
 from benchmarks.layouts.micro_batches import missing
-from benchmarks.layouts.run_queue import Findings, Job, Report, rows_of, run_first
-from ds_ring.cli.make_checkpoint import make_checkpoint
+from benchmarks.layouts.run_queue import QueuedRun, QueueResults, Report, rows_written, run_first
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, OutOfMemory
 from ds_ring.hf.dims import model_dims, read_config
@@ -23,23 +22,23 @@ from ds_ring.process import launcher
 
 @dataclass(frozen=True)
 class Comparison:
-    """What will be run: layouts by file, with the same model and workload, micro-batches of their own size."""
+    """Layouts to compare, each with its file. Model and workload are the same, but for the size of micro-batches."""
 
     runs: list[tuple[Path, RunConfig]]
     there_and_back: bool = False
 
     @classmethod
     def make(cls, files: Sequence[str], overrides: dict[str, Any]) -> Comparison:
-        """Load every layout; otherwise as ``checked``."""
+        """As ``checked``, of the layouts in ``files``."""
         return cls.checked([(Path(file), RunConfig.load(file, **overrides)) for file in files])
 
     @classmethod
     def checked(cls, runs: list[tuple[Path, RunConfig]]) -> Comparison:
-        """Refuse, before anything runs, layouts that cannot work or do not compare.
+        """Refuse, before anything runs, layouts that cannot work or cannot be compared.
 
         Raises:
-            ConfigError: a broken rule (``check_run``), layouts that differ in model, dtype or workload, or that go by
-                one name.
+            ConfigError: a broken rule (``check_run``), layouts that differ in model, dtype or workload, or two layouts
+                of one name.
         """
         if not runs:
             raise ConfigError("no layouts to compare")
@@ -58,14 +57,14 @@ class Comparison:
                 raise ConfigError(
                     f"{file} says parallel=auto; what is compared needs degrees (launch/plan.py has them)"
                 )
-            dims = model_dims(read_config(model_source(run)))
+            dims = model_dims(read_config(checkpoint.source(run)))
             check_run(run, dims, run.topology.world_size)
             rules.check(run, dims)
             rules.check_device(run, "cuda" if launcher.gpu_count() else "cpu")
         return cls(runs)
 
     def check_baseline(self, name: str) -> None:
-        """Raise ConfigError unless it is one of the layouts: no row would have anything to refer to."""
+        """Raise ConfigError unless ``name`` is one of the layouts: there would be nothing to compare rows with."""
         names = list(dict.fromkeys(run.label for _, run in self.runs))
         if name not in names:
             raise ConfigError(f"baseline={name} is none of the layouts; {suggest(names, '')}")
@@ -80,116 +79,95 @@ class Comparison:
 
     @property
     def steps(self) -> int:
-        """References, layouts and the way back: how often ``run_all`` advances."""
+        """How often ``run_all`` advances: for references, for layouts, and for the second half."""
         return len(self.lengths) + len(self.runs) + self.there_and_back
 
     @property
-    def parity_rows(self) -> int:
-        """Every replica of every layout needs a row to check."""
+    def reference_sequences(self) -> int:
+        """Sequences of the unsharded model's results: one for every replica of any layout."""
         return max(run.parallel.dp_size for _, run in self.runs)
 
 
 def default_layouts() -> list[str]:
-    """The layouts for the hardware at hand: the largest set that its GPUs allow, else CPUs."""
+    """The layouts for this machine: the largest set of ds_configs/ that its GPUs allow, or the one for CPUs."""
     gpus = launcher.gpu_count()
     fitting = [n for n in (8, 4, 2) if n <= gpus]
     folder = f"gpu{fitting[0]}" if fitting else "gpu1" if gpus else "cpu4"
     return sorted(str(path) for path in (launcher.ROOT / "ds_configs" / folder).glob("*.json"))
 
 
-def model_source(run: RunConfig) -> Path:
-    """The checkpoint directory, or, while there is none, the config in ds_configs/models/ it is made from."""
-    directory = Path(run.checkpoint)
-    recipe = launcher.ROOT / "ds_configs" / "models" / f"{directory.name}.json"
-    return directory if directory.is_dir() or not recipe.is_file() else recipe
-
-
-def ensure_checkpoint(run: RunConfig, report: Report) -> None:
-    """Make the checkpoint where there is only its recipe; an interruption leaves none, not half of one."""
-    source, directory = model_source(run), Path(run.checkpoint)
-    if source.is_dir():
-        return
-    report(f"make {directory} from {source}")
-    device = "cuda" if launcher.gpu_count() else "cpu"
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        made = Path(scratch) / directory.name
-        make_checkpoint(source, made, seed=0, dtype=run.dtype, device=device)
-        made.rename(directory)
-
-
 def run_all(
-    plan: Comparison,
+    comparison: Comparison,
     logs: Path,
     advance: Callable[[], None],
     report: Report,
-    keep: Callable[[Findings], object] = lambda found: None,
-) -> Findings:
-    """Run the reference and every layout.
+    keep: Callable[[QueueResults], object] = lambda found: None,
+) -> QueueResults:
+    """Run the unsharded model, for reference, and every layout.
 
     Args:
-        logs: a folder for every run's log, its configuration as it was run, and each layout's own result.
-        advance: called for the reference of each length, after each layout, and after the way back.
-        keep: is given what there is when this is interrupted, if it is anything.
+        logs: a folder for the log, the configuration and the result of every launch.
+        advance: called for the reference of each length, after each layout, and after the second half.
+        keep: called with the findings so far when this is interrupted and there are any rows.
 
     Raises:
-        ConfigError: a run refused. DsRingError: there is no reference to compare with.
+        ConfigError: a layout of ours was refused. DsRingError: there is no reference to compare with.
     """
-    runs = counterbalance.way_there(plan.runs) if plan.there_and_back else plan.runs
-    found, waiting = Findings(), [Job(file, run) for file, run in runs]
-    for job in waiting:  # an earlier run's result must not pass for this one's
-        job.output(logs).unlink(missing_ok=True)
+    runs = counterbalance.first_half(comparison.runs) if comparison.there_and_back else comparison.runs
+    found, waiting = QueueResults(), [QueuedRun(file, run) for file, run in runs]
+    for queued in waiting:  # a result of an earlier comparison must not be taken for this one's
+        queued.output(logs).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        references = _write_references(plan, Path(scratch), logs, report)
-        found.unchecked.extend(plan.lengths[len(references) :])
-        for _ in plan.lengths:
+        references = _write_references(comparison, Path(scratch), logs, report)
+        found.unchecked.extend(comparison.lengths[len(references) :])
+        for _ in comparison.lengths:
             advance()
         try:
             while waiting:
                 waiting = run_first(waiting, references, logs, found, advance, report)
-            if plan.there_and_back:
-                _go_back(plan, logs, found, report)
+            if comparison.there_and_back:
+                _run_second_half(comparison, logs, found, report)
                 advance()
         except KeyboardInterrupt:
-            for job in waiting:
-                rows = rows_of(job, logs)
+            for queued in waiting:
+                rows = rows_written(queued, logs)
                 found.rows.extend(rows)
-                if missing(job.run, rows):
-                    found.not_run.append(job.run.label)
+                if missing(queued.run, rows):
+                    found.not_run.append(queued.run.label)
             if found.rows:
                 keep(found)
             raise
     return found
 
 
-def _go_back(plan: Comparison, logs: Path, found: Findings, report: Report) -> None:
-    """Time once more what counts, and put the means into ``found``."""
-    again, waiting = Findings(), counterbalance.jobs(plan.runs, found.rows)
-    for job in waiting:
-        job.output(logs).unlink(missing_ok=True)
-    labels = dict.fromkeys(job.run.label for job in waiting)
+def _run_second_half(comparison: Comparison, logs: Path, found: QueueResults, report: Report) -> None:
+    """Time once more the rows that count, in reverse order, and put the means into ``found``."""
+    again, waiting = QueueResults(), counterbalance.second_half(comparison.runs, found.rows)
+    for queued in waiting:
+        queued.output(logs).unlink(missing_ok=True)
+    labels = dict.fromkeys(queued.run.label for queued in waiting)
     try:
         while waiting:
             waiting = run_first(waiting, [], logs, again, lambda: None, report)
     except KeyboardInterrupt:
-        # Of all: means of some would not compare with what the others took on the way there.
+        # No layout gets a mean: it could not be compared with single times of the others.
         found.not_run.extend(f"{label} on the way back" for label in labels)
         raise
     found.rows[:] = counterbalance.averaged(found.rows, again.rows)
-    found.failures.extend({**what, "reason": f"on the way back: {what['reason']}"} for what in again.without_row)
+    found.failures.extend({**what, "reason": f"on the way back: {what['reason']}"} for what in again.all_failures)
 
 
-def _write_references(plan: Comparison, folder: Path, logs: Path, report: Report) -> list[str]:
-    """Files of the unsharded model's results, for the shortest lengths: one device must hold it."""
-    run = plan.first
-    outputs = [folder / f"reference_{length}.safetensors" for length in plan.lengths]
-    arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--rows", str(plan.parity_rows)]
-    arguments += ["--length", *map(str, plan.lengths), "--output", *map(str, outputs)]
+def _write_references(comparison: Comparison, folder: Path, logs: Path, report: Report) -> list[str]:
+    """Files of the unsharded model's results, for the shortest lengths: as far as one device can hold it."""
+    run, lengths = comparison.first, comparison.lengths
+    outputs = [folder / f"reference_{length}.safetensors" for length in lengths]
+    arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--rows", str(comparison.reference_sequences)]
+    arguments += ["--length", *map(str, lengths), "--output", *map(str, outputs)]
     arguments += ["--text", *run.workload.text] if run.workload.text else []
     try:
         launcher.run_module("benchmarks.layouts.parity", arguments, log=logs / "references.log", report=report)
     except OutOfMemory as error:
         written = [output for output in outputs if output.exists()]
-        report(f"no reference from L = {plan.lengths[len(written)]} on: {error}")
+        report(f"no reference from L = {lengths[len(written)]} on: {error}")
         return list(map(str, written))
     return list(map(str, outputs))

@@ -1,9 +1,9 @@
-"""A comparison's way back: every layout once more, last to first, each at its fastest size of micro-batches.
+"""Timing every layout twice (``--there-and-back``): in order, and once more in reverse order.
 
-GPUs at their power limit do not run at one speed: the clock depends on how warm they are, and so a layout's time on
-when it was measured. There and back, the mean of a layout's two times belongs to the moment in the middle, the same for
-all, as far as the change is steady. What communication costs is measured on the way back alone: of what counts, and of
-no other size.
+GPUs at their power limit do not run at one speed: their clock depends on how warm they are, and so a layout's time
+depends on when it was measured. If the clock changes steadily, the mean of a layout's two times is that of the moment
+in the middle, the same for all layouts. In the second half only the fastest size of micro-batches is timed, and only
+there is the cost of communication measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.layouts.micro_batches import Row, best
-from benchmarks.layouts.run_queue import Job
+from benchmarks.layouts.run_queue import QueuedRun
 from benchmarks.layouts.timing import Timing
 from ds_ring.config import RunConfig
 
@@ -22,52 +22,55 @@ _RISE_WITH_TIME = ("tpot_ms", "token_latency_us")
 _MEANS = ("sm_clock_mhz", "power_w", "temperature_c", "energy_j", "link_awake")
 
 
-def way_there(runs: Sequence[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
-    """``runs`` as the way there takes them: without what is measured on the way back."""
+def first_half(runs: Sequence[tuple[Path, RunConfig]]) -> list[tuple[Path, RunConfig]]:
+    """``runs`` in order, without the passes that measure the cost of communication."""
     return [(file, RunConfig.load(run, speed_only=True)) for file, run in runs]
 
 
-def jobs(runs: Sequence[tuple[Path, RunConfig]], rows: Sequence[Row]) -> list[Job]:
-    """What is run on the way back, for all ``rows`` of the way there."""
+def second_half(runs: Sequence[tuple[Path, RunConfig]], rows: Sequence[Row]) -> list[QueuedRun]:
+    """``runs`` in reverse order, each at the fastest size of micro-batches by the first half's ``rows``."""
     found = []
     for file, run in reversed(runs):
         lengths: dict[int, set[int]] = {}
         for row in best([row for row in rows if row["layout"] == run.label]):
             lengths.setdefault(row["micro_batch"], set()).add(row["length"])
-        for size, those in sorted(lengths.items(), reverse=True):
-            workload: dict[str, Any] = {"max_length": max(those), "sweep": tuple(sorted(those))}
+        for size, own in sorted(lengths.items(), reverse=True):
+            workload: dict[str, Any] = {"max_length": max(own), "sweep": tuple(sorted(own))}
             again = RunConfig.load(run, micro_batch_size=size, micro_batch_sizes=(), **workload)
-            found.append(Job(file, again, suffix=f".back{size}"))
+            found.append(QueuedRun(file, again, suffix=f".back{size}"))
     return found
 
 
 def averaged(rows: Sequence[Row], again: Sequence[Row]) -> list[Row]:
-    """``rows``, with ``again`` in those that it repeats: ``ways_ms`` lists the medians of both."""
-    back = {_case(row): row for row in again}
-    stand = {_case(row) for row in best(list(rows))}
-    return [_mean(row, back[case]) if (case := _case(row)) in stand and case in back else row for row in rows]
+    """The first half's ``rows``, each with the mean of its time and that in ``again``, the second half's.
+
+    Only the fastest size of micro-batches is averaged. ``ways_ms`` of such a row lists both medians.
+    """
+    second = {_case(row): row for row in again}
+    fastest = {_case(row) for row in best(list(rows))}
+    return [_mean(row, second[case]) if (case := _case(row)) in fastest and case in second else row for row in rows]
 
 
 def _case(row: Row) -> tuple[str, int, int, str]:
     return row["layout"], row["micro_batch"], row["length"], row["mode"]
 
 
-def _mean(there: Row, back: Row) -> Row:
-    step = (there["step_ms"] + back["step_ms"]) / 2
-    longer = step / there["step_ms"]
-    # What was measured on the way back alone; what shows is kept as the part of the step that it was there.
-    apart = {name: x for name, x in back.items() if name == "comm_alone_ms" or name.startswith("muted_")}
-    if (exposed := back["comm_exposed_ms"]) is not None:
-        apart["comm_exposed_ms"] = exposed * step / back["step_ms"]
-    samples = f"{there['step_samples_ms']} {back['step_samples_ms']}"
+def _mean(first: Row, second: Row) -> Row:
+    step = (first["step_ms"] + second["step_ms"]) / 2
+    longer = step / first["step_ms"]
+    # Measured in the second half only. Exposed communication is kept as a share of the step.
+    apart = {name: x for name, x in second.items() if name == "comm_alone_ms" or name.startswith("muted_")}
+    if (exposed := second["comm_exposed_ms"]) is not None:
+        apart["comm_exposed_ms"] = exposed * step / second["step_ms"]
+    samples = f"{first['step_samples_ms']} {second['step_samples_ms']}"
     return {
-        **there,
+        **first,
         "step_ms": step,
-        "ways_ms": f"{there['step_ms']:.2f} {back['step_ms']:.2f}",
+        "ways_ms": f"{first['step_ms']:.2f} {second['step_ms']:.2f}",
         "step_samples_ms": samples,
         "step_spread": Timing(list(map(float, samples.split()))).spread,
-        **{name: there[name] / longer for name in _FALL_WITH_TIME},
-        **{name: there[name] * longer for name in _RISE_WITH_TIME},
+        **{name: first[name] / longer for name in _FALL_WITH_TIME},
+        **{name: first[name] * longer for name in _RISE_WITH_TIME},
         **apart,
-        **{name: (there[name] + back[name]) / 2 for name in _MEANS if name in there and name in back},
+        **{name: (first[name] + second[name]) / 2 for name in _MEANS if name in first and name in second},
     }

@@ -1,4 +1,4 @@
-"""What GPUs say of themselves while they work: clock, power, temperature, energy, and whether their links are awake."""
+"""Telemetry of a working GPU by NVML: clock, power, temperature, energy, and whether its links are awake."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import torch
 
 _SM_CLOCK, _OF_THE_GPU = 1, 0
 _LINK_STATE, _LINK_THRESHOLD, _POWER_NOW, _LINK_THRESHOLD_UNITS, _50_US = 167, 168, 186, 224, 1
-"""Of nvml.h; older bindings do not name all of them."""
+"""Constants of nvml.h. Older Python bindings lack names for some."""
 
 
 @contextmanager
 def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[str, float]]:
-    """Samples the GPU while the block runs, which begins when the GPU has done what it was given before. The dict is
-    filled at the end: ``sm_clock_mhz``, ``power_w`` and ``temperature_c``, medians, ``energy_j``, all of the block's,
-    and ``link_awake``, the share of samples in which its first NVLink was; it stays empty on a CPU, and lacks what the
-    driver does not tell."""
+    """Sample the GPU every ``period_s`` seconds while the block runs. Waits for earlier work on the GPU first.
+
+    The dict is filled when the block ends. ``sm_clock_mhz``, ``power_w`` and ``temperature_c`` are medians,
+    ``energy_j`` is the energy of the block, and ``link_awake`` the share of samples in which the first NVLink was
+    awake. On a CPU the dict stays empty. Figures that the driver does not know are left out.
+    """
     found: dict[str, float] = {}
     handle = _handle(device) if device.type == "cuda" else None
     if handle is None:
@@ -53,7 +55,7 @@ def watched_gpu(device: torch.device, period_s: float = 0.1) -> Iterator[dict[st
 
 
 def link_sleeps_after_ms(device: torch.device) -> float | None:
-    """How long an NVLink is idle before it goes to sleep; None where the driver does not tell."""
+    """Idle time after which an NVLink goes to sleep; None where the driver does not know it."""
     handle = _handle(device)
     threshold = _field(handle, _LINK_THRESHOLD)
     unit = 0.05 if _field(handle, _LINK_THRESHOLD_UNITS) == _50_US else 0.1
@@ -61,7 +63,7 @@ def link_sleeps_after_ms(device: torch.device) -> float | None:
 
 
 def _handle(device: torch.device) -> Any:
-    """None where there is no driver to ask, or it does not know the device."""
+    """NVML's handle; None where there is no driver, or it does not know the device."""
     import pynvml
 
     try:
@@ -72,7 +74,7 @@ def _handle(device: torch.device) -> Any:
 
 
 def _asked(name: str, *arguments: Any) -> Any:
-    """What NVML answers; None where it does not."""
+    """NVML's answer; None where it gives an error."""
     import pynvml
 
     try:
@@ -82,19 +84,19 @@ def _asked(name: str, *arguments: Any) -> Any:
 
 
 def _field(handle: Any, number: int) -> int | None:
-    """A whole number that the driver has under ``number``, of the first link where each has one."""
+    """The integer field ``number`` of the driver, of the first link where every link has one."""
     fields = _asked("nvmlDeviceGetFieldValues", handle, [(number, 0)])
     return int(fields[0].value.uiVal) if fields and fields[0].nvmlReturn == 0 else None
 
 
 def _energy_j(handle: Any) -> float | None:
-    """Used since the driver was loaded."""
+    """Energy used since the driver was loaded."""
     millijoules = _asked("nvmlDeviceGetTotalEnergyConsumption", handle)
     return None if millijoules is None else millijoules / 1e3
 
 
 def _power_w(handle: Any) -> float | None:
-    """The power now, where the driver tells it: the plain query is an average over the last second."""
+    """The power now, where the driver knows it. The usual query gives an average over the last second."""
     milliwatts = _field(handle, _POWER_NOW) or _asked("nvmlDeviceGetPowerUsage", handle)
     return None if milliwatts is None else milliwatts / 1e3
 

@@ -1,4 +1,4 @@
-"""Layouts timed with several sizes of micro-batch: the fastest stands for each, and what did not fit ends no sweep."""
+"""Layouts timed with several sizes of micro-batch, of which the fastest is shown."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Case = tuple[int, int, str]
 
 
 def cases(run: RunConfig) -> list[Case]:
-    """What a benchmark of ``run`` times, in its order."""
+    """The cases that a benchmark of ``run`` times, in its order."""
     work = run.workload
     return [(size, length, mode) for size in work.micro_batches for length in work.lengths for mode in work.modes]
 
@@ -22,14 +22,16 @@ def case_of(row: Row) -> Case:
 
 
 def missing(run: RunConfig, rows: list[Row]) -> list[Case]:
-    """What of ``cases`` has no row."""
+    """The ``cases`` that have no row."""
     ran = set(map(case_of, rows))
     return [case for case in cases(run) if case not in ran]
 
 
-def behind(run: RunConfig, unfit: Case) -> RunConfig | None:
-    """What is left to try of ``run`` behind a case that ran out of memory: larger micro-batches of shorter sequences;
-    None: nothing."""
+def remaining_after(run: RunConfig, unfit: Case) -> RunConfig | None:
+    """What is left to try after ``unfit`` ran out of memory: larger micro-batches of shorter sequences. None: nothing.
+
+    Smaller micro-batches have been timed by then, and longer sequences need more memory.
+    """
     size, length, _ = unfit
     sizes = tuple(n for n in run.workload.micro_batches if n > size)
     lengths = tuple(n for n in run.workload.lengths if n < length)
@@ -39,14 +41,16 @@ def behind(run: RunConfig, unfit: Case) -> RunConfig | None:
 
 
 def best(rows: list[Row]) -> list[Row]:
-    """The fastest of the rows that differ in their micro-batches alone, or the one that was timed on the way back as
-    well (``counterbalance.py``); ``micro_batches`` lists all sizes timed."""
+    """The fastest of each group of rows that differ in their micro-batches only. ``micro_batches`` lists all sizes.
+
+    A row that was timed twice (``counterbalance.py``) is taken before the others of its group.
+    """
     alike: dict[tuple[str, int, str], list[Row]] = {}
     for row in rows:
         alike.setdefault((row["layout"], row["length"], row["mode"]), []).append(row)
     found = []
     for group in alike.values():
-        standing = [row for row in group if "ways_ms" in row] or group
-        fastest = max(standing, key=lambda row: float(row["tps"]))
+        candidates = [row for row in group if "ways_ms" in row] or group
+        fastest = max(candidates, key=lambda row: float(row["tps"]))
         found.append({**fastest, "micro_batches": sorted(row["micro_batch"] for row in group)})
     return found

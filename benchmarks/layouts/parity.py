@@ -1,10 +1,10 @@
-"""Does a sharded engine compute what the unsharded model does? Hidden states of every token, at full length.
+"""Whether a sharded engine computes what the unsharded model does: hidden states of every token, at full length.
 
-The reference is transformers' own model with its own attention on one device, written to a file once
-(``python -m benchmarks.layouts.parity``) and read by every layout's run.
+The reference is transformers' own model with its own attention on one device. It is written to a file once
+(``python -m benchmarks.layouts.parity``) and read by the launch of every layout.
 """
 
-# Shapes: B rows, L tokens, n tokens of all rows at hand, d hidden size or vocabulary.
+# Shapes: B sequences, L tokens, n tokens of several sequences, d hidden size or vocabulary.
 from __future__ import annotations
 
 import argparse
@@ -28,21 +28,21 @@ from ds_ring.errors import ConfigError
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import read_config
-from ds_ring.utils.corpus import rows_of, token_stream
+from ds_ring.utils.corpus import text_windows, token_stream
 
 SDPA = "sdpa_heads_apart"
-"""transformers' SDPA, given each head's rows one behind the other."""
+"""transformers' SDPA on contiguous tensors."""
 
 ALL_LOGITS_LIMIT = 1 << 24
-"""Logits of all tokens are compared while a row has no more than this many; else those of the last token."""
+"""Logits of all tokens are compared where a sequence has at most this many; otherwise those of the last token."""
 
 TOKENS_AT_A_TIME = 4096
-"""Of a long sequence; each is compared in fp64, on the host."""
+"""Tokens of a long sequence that are compared at once, in fp64 on the host."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Relative errors |x - reference| / |reference| (Euclidean norms): of the whole, and of the worst token."""
+    """Relative errors |x - reference| / |reference| (Euclidean norms): of all tokens, and of the worst one."""
 
     rel_error: float
     max_rel_error: float
@@ -55,23 +55,23 @@ def load_reference(checkpoint: str, dtype: torch.dtype, device: torch.device) ->
     options = {
         "dtype": dtype, "device_map": {"": device}, "trust_remote_code": False, "local_files_only": True,
     }  # fmt: skip
-    # Older transformers drop soft-capping under SDPA without a word.
+    # Older transformers drop soft-capping under SDPA silently.
     capped = getattr(read_config(checkpoint).get_text_config(), "attn_logit_softcapping", None) is not None
     try:
         implementation = "eager" if capped else SDPA
         model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation=implementation, **options)
-    except ValueError:  # a class that has no SDPA, as with attention sinks
+    except ValueError:  # a class without SDPA, for example one with attention sinks
         model = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", **options)
     return model.eval()
 
 
 def write_reference(model: PreTrainedModel, input_ids_BL: Tensor, path: str | Path) -> None:
-    """The unsharded model's final hidden states [B, L, d] and logits, and the tokens they belong to."""
+    """Write the unsharded model's final hidden states [B, L, d] and logits, and their tokens, to ``path``."""
     every = input_ids_BL.shape[1] * model.config.get_text_config().vocab_size <= ALL_LOGITS_LIMIT
     hidden, logits = [], []
     with torch.inference_mode(), Decoder.of(model).captured_hidden() as found:
-        for row in input_ids_BL:
-            out = model(input_ids=row[None].to(model.device), use_cache=False, logits_to_keep=0 if every else 1)
+        for ids_L in input_ids_BL:
+            out = model(input_ids=ids_L[None].to(model.device), use_cache=False, logits_to_keep=0 if every else 1)
             hidden.append(found.pop().cpu())
             logits.append(out.logits.cpu())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -79,49 +79,49 @@ def write_reference(model: PreTrainedModel, input_ids_BL: Tensor, path: str | Pa
 
 
 def _heads_apart(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
-    """PyTorch's memory-efficient kernel counts elements in 32 bits (pytorch#187227). In values that lie in a fused
-    projection of 24,576 columns it reads past them from token 87,382 on, and gives wrong results without a word."""
+    """PyTorch's memory-efficient kernel counts elements in 32 bits (pytorch#187227). With values inside a fused
+    projection of 24,576 columns, it reads outside them from token 87,382 on, and silently gives wrong results."""
     return sdpa_attention_forward(module, *(t.contiguous() for t in (query, key, value)), *args, **options)
 
 
 def compare(engine: Engine, path: str | Path) -> Difference:
-    """Run the reference's rows through ``engine``; the same result on every rank.
+    """Run the reference's sequences through ``engine``. Collective; every rank gets the same result.
 
-    Every rank checks what it holds, hidden states of its tokens and logits where it has them; the worst token counts.
+    Every rank compares what it holds: hidden states of its tokens, and logits where it has them.
     """
     tally = _Tally()
     with safe_open(path, framework="pt") as file:
         batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
         every = file.get_slice("logits").get_shape()[1] == batch.length
         for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
-            rows, hidden = shard.batch.sequences, shard.hidden_BTd is not None
+            own, hidden = shard.batch.sequences, shard.hidden_BTd is not None
             if shard.hidden_BTd is not None:
                 real = shard.positions_T < batch.length
-                want = file.get_slice("hidden")[rows.start : rows.stop][:, shard.positions_T[real]]
+                want = file.get_slice("hidden")[own.start : own.stop][:, shard.positions_T[real]]
                 tally.add(shard.hidden_BTd[:, real], want)
             if shard.logits_BkV is not None and len(shard.kept_k):
                 at = shard.kept_k if every else [0]
-                want = file.get_slice("logits")[rows.start : rows.stop][:, at]
+                want = file.get_slice("logits")[own.start : own.stop][:, at]
                 tally.add(shard.logits_BkV, want, worst_only=hidden)
-    return tally.over(engine)
+    return tally.of_all_ranks(engine)
 
 
 def compare_last(engine: Engine, path: str | Path) -> Difference:
-    """As ``compare`` for what ``prefill_only`` gives: the logits of each row's last token."""
+    """As ``compare``, for ``prefill_only``: the logits of each sequence's last token."""
     tally = _Tally()
     with safe_open(path, framework="pt") as file:
         batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
-        logits, row = file.get_slice("logits"), engine.runner.sequences_of_replica(len(batch.sequences)).start
+        logits, first = file.get_slice("logits"), engine.runner.sequences_of_replica(len(batch.sequences)).start
         last = logits.get_shape()[1] - 1
         for part_BV in engine.prefill_only(batch):
             if part_BV is not None:
-                tally.add(part_BV, logits[row : row + len(part_BV)][:, last])
-                row += len(part_BV)
-    return tally.over(engine)
+                tally.add(part_BV, logits[first : first + len(part_BV)][:, last])
+                first += len(part_BV)
+    return tally.of_all_ranks(engine)
 
 
 class _Tally:
-    """Errors of what one rank has compared, and over all ranks."""
+    """Sums of squared errors, and the worst token, of one rank and then of all ranks."""
 
     def __init__(self) -> None:
         self._squares, self._worst = torch.zeros(2, dtype=torch.float64), 0.0
@@ -138,7 +138,7 @@ class _Tally:
         if not torch.isfinite(difference).all():
             self._worst = float("inf")
 
-    def over(self, engine: Engine) -> Difference:
+    def of_all_ranks(self, engine: Engine) -> Difference:
         everyone = engine.gather((self._squares.tolist(), self._worst))
         totals = torch.tensor([pair for pair, _ in everyone]).sum(0)
         return Difference(float((totals[0] / totals[1]).sqrt()), max(w for _, w in everyone))
@@ -151,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
     stream = token_stream(args.model, args.text)
     for length, output in zip(args.length, args.output, strict=True):
         options.say(f"reference: the unsharded model, L = {length}")
-        write_reference(model, rows_of(stream, args.rows, length).contiguous(), output)
+        write_reference(model, text_windows(stream, args.rows, length).contiguous(), output)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""One step under PyTorch's profiler: a Chrome trace of every rank, and where its time went.
+"""One step under PyTorch's profiler: a Chrome trace of every rank, and the share of each kind of work.
 
-Times are read from the trace itself. On a GPU they are those of kernels and copies; the *compute stream* is the busiest
-one. On a CPU they are operators' own times, without those of operators inside them, and stand for a GPU's.
+Times are read from the trace. On a GPU they are those of kernels and copies, and the *compute stream* is the busiest
+stream. On a CPU they are operators' own times, without those of operators inside them.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ds_ring.utils.hardware import synchronize
+from ds_ring.utils.device import synchronize
 
 Category = Literal["gemm", "attention", "elementwise", "copy", "communication"]
 Interval = tuple[float, float]
 
 _GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
-# The first that has a word in the name is it; all else is elementwise (norms, activations, rotary embeddings, ..).
+# The first category with a word in the name. All others are elementwise: norms, activations, rotary embeddings, …
 _WORDS: tuple[tuple[Category, tuple[str, ...]], ...] = (
     ("communication", ("nccl", "gloo", "c10d")),
     ("attention", ("attention", "attend", "flash", "fmha", "sdpa")),
@@ -33,7 +33,7 @@ _WORDS: tuple[tuple[Category, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Span:
-    """Something ran on ``lane`` (a stream, or the CPU) from ``start`` to ``stop``, in microseconds."""
+    """Work on ``lane`` (a stream, or the CPU) from ``start`` to ``stop``, in microseconds."""
 
     start: float
     stop: float
@@ -42,7 +42,7 @@ class Span:
 
 
 def trace_step(step: Callable[[], None], device: torch.device, file: Path, rank: int, layers: int) -> dict[str, float]:
-    """Run ``step`` once, leave its Chrome trace in ``file`` (ranks after the first: beside it), and sum it up."""
+    """Run ``step`` once. Writes its Chrome trace to ``file``, other ranks' beside it, and returns its ``summary``."""
     file = file if rank == 0 else file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
     file.parent.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
@@ -56,10 +56,11 @@ def trace_step(step: Callable[[], None], device: torch.device, file: Path, rank:
 def summary(found: list[Span], layers: int) -> dict[str, float]:
     """Milliseconds of one step.
 
-    ``gemm_ms``, ``attention_ms``, ``elementwise_ms``, ``copy_ms``, ``communication_ms``: on the compute stream, by what
-    ran. ``idle_ms``: it ran nothing. ``window_ms``: from the first to the last event of any stream, their sum.
-    ``transfer_ms``: something was on its way between ranks (a communication kernel anywhere, a copy on another stream);
-    ``transfer_exposed_ms``: while the compute stream computed nothing; the same for each of ``layers``.
+    ``gemm_ms``, ``attention_ms``, ``elementwise_ms``, ``copy_ms``, ``communication_ms``: work on the compute stream.
+    ``idle_ms``: time without work there. ``window_ms``: from the first to the last event of any stream; the sum of the
+    above. ``transfer_ms``: time of transfers between ranks (communication kernels on any stream, copies on other
+    streams). ``transfer_exposed_ms``: the part in which the compute stream did not compute.
+    ``transfer_exposed_ms_per_layer``: that ÷ ``layers``.
     """
     if not found:
         return {}
@@ -90,7 +91,7 @@ def summary(found: list[Span], layers: int) -> dict[str, float]:
 
 
 def spans(events: Iterable[dict[str, Any]]) -> list[Span]:
-    """What ran, from the events of a Chrome trace."""
+    """The work in the events of a Chrome trace."""
     complete = [e for e in events if e.get("ph") == "X"]
     on_gpu = [e for e in complete if e.get("cat") in _GPU_CATEGORIES]
     if on_gpu:
@@ -110,7 +111,7 @@ def categorise(name: str) -> Category:
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same points in time as disjoint intervals, ascending."""
+    """The union of intervals, as disjoint intervals in ascending order."""
     merged: list[Interval] = []
     for start, stop in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -125,8 +126,9 @@ def length(disjoint: Iterable[Interval]) -> float:
 
 
 def _own_times(events: list[dict[str, Any]]) -> list[Span]:
-    """The innermost operator at every moment of one thread. All threads that compute are one lane, "cpu": of a rank's
-    threads one runs at a time."""
+    """The innermost operator at every moment of one thread.
+
+    All computing threads of a rank are one lane, "cpu", because only one of them runs at a time."""
     found: list[Span] = []
     open_events: list[tuple[float, Category]] = []
     now = 0.0

@@ -1,9 +1,9 @@
-"""What a comparison launches: layouts in turn, or several in one run; and what came of them.
+"""The launches of a comparison: layouts in turn, or several in one launch, and what they found.
 
-On GPUs, neighbours of as many ranks share a launcher run, whose start takes as long as measuring one of them. One that
-fails behind others is tried once more in a run that begins with it, so that what it is blamed for is its own. On CPUs
-each has a run of its own: the peak of memory is there that of a process and all it has run. So have other
-implementations, which change what they find in a process.
+On GPUs, neighbouring layouts with equally many ranks share a launch, because starting one takes as long as measuring
+one of them. A layout that fails after others in the same launch is tried again as the first of a new launch, so that no
+other layout can be the cause. On CPUs each layout has a launch of its own: the peak of memory is there that of the
+process, with everything it has run. So have baselines, which change the process they run in.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.layouts.micro_batches import behind, cases, missing
+from benchmarks.layouts.micro_batches import cases, missing, remaining_after
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory
 from ds_ring.process import launcher
@@ -24,17 +24,16 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What ``run_all`` found. A layout that fails takes neither the others' results with it nor what it had itself.
+class QueueResults:
+    """What launches found. A layout that fails loses neither the others' rows nor those it had itself.
 
     Attributes:
-        rows: of all layouts, micro-batches, lengths and modes that ran.
-        unfit: ``{"layout", "implementation", "micro_batch", "length", "mode"}`` of what did not, because a rank was out
-            of memory, there or with less.
-        failures: ``{"layout", "implementation", "reason"}`` of layouts that ended otherwise; one line each.
+        rows: of all layouts, sizes of micro-batches, lengths and modes that ran.
+        unfit: ``{"layout", "implementation", "micro_batch", "length", "mode"}`` of cases that did not run, because a
+            rank was out of memory there or in a smaller case.
+        failures: ``{"layout", "implementation", "reason"}`` of layouts that failed otherwise; one line each.
         unchecked: lengths at which the unsharded model itself was out of memory, so that there is no reference.
-        not_run: where this was interrupted, layouts that did not come to their end, and those that were not timed on
-            the way back.
+        not_run: after an interruption, layouts that were not finished, in the first half or in the second.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -44,19 +43,25 @@ class Findings:
     not_run: list[str] = field(default_factory=list)
 
     @property
-    def without_row(self) -> list[dict[str, Any]]:
-        """As ``failures``, with what does not fit in micro-batches of any size."""
+    def all_failures(self) -> list[dict[str, Any]]:
+        """``failures``, and the lengths of each layout that fit with no size of micro-batch, in the same form."""
         ran = {(row["layout"], row["length"], row["mode"]) for row in self.rows}
-        missing = [what for what in self.unfit if (what["layout"], what["length"], what["mode"]) not in ran]
-        short = {
-            (what["layout"], what["implementation"], f"out of memory at L = {what['length']}"): None for what in missing
+        absent = [what for what in self.unfit if (what["layout"], what["length"], what["mode"]) not in ran]
+        reasons = {
+            (what["layout"], what["implementation"], f"out of memory at L = {what['length']}"): None for what in absent
         }
-        return self.failures + [dict(zip(("layout", "implementation", "reason"), what, strict=True)) for what in short]
+        names = ("layout", "implementation", "reason")
+        return self.failures + [dict(zip(names, values, strict=True)) for values in reasons]
 
 
 @dataclass(frozen=True)
-class Job:
-    """A layout, or what is left of it at its so-manieth launch; ``suffix`` tells several of one layout apart."""
+class QueuedRun:
+    """A layout to measure, or the cases that are left of it.
+
+    Attributes:
+        launch: how many launches the layout has had, with this one.
+        suffix: tells several queued runs of one layout apart.
+    """
 
     file: Path
     run: RunConfig
@@ -70,7 +75,7 @@ class Job:
     def output(self, logs: Path) -> Path:
         return logs / f"{self.name}.json"
 
-    def shares_a_launch(self, other: Job) -> bool:
+    def shares_a_launch(self, other: QueuedRun) -> bool:
         ours = self.run.parallel.implementation == other.run.parallel.implementation == "ds_ring"
         alike = self.run.topology.world_size == other.run.topology.world_size
         same = self.run.workload.lengths == other.run.workload.lengths
@@ -78,60 +83,67 @@ class Job:
 
 
 def run_first(
-    waiting: list[Job], references: list[str], logs: Path, found: Findings, advance: Callable[[], None], report: Report
-) -> list[Job]:
-    """Launch the first, and what can run with it; what waits afterwards."""
+    waiting: list[QueuedRun],
+    references: list[str],
+    logs: Path,
+    found: QueueResults,
+    advance: Callable[[], None],
+    report: Report,
+) -> list[QueuedRun]:
+    """Launch the first of ``waiting`` and those that share its launch. Returns what is waiting afterwards."""
     first = waiting[0]
     together = [first, *takewhile(first.shares_a_launch, waiting[1:])]
-    behind_them = waiting[len(together) :]
+    later = waiting[len(together) :]
     error = _launch(together, references[: len(first.run.workload.lengths)], logs, report)
-    for number, job in enumerate(together):
-        rows, behind_it = rows_of(job, logs), together[number + 1 :] + behind_them
-        ran = not missing(job.run, rows)
-        if error is not None and not ran and job is not first:
-            report(f"{job.name}: once more, first of a run; {error}")
-            return [job, *behind_it]
+    for number, queued in enumerate(together):
+        rows, after = rows_written(queued, logs), together[number + 1 :] + later
+        complete = not missing(queued.run, rows)
+        if error is not None and not complete and queued is not first:
+            report(f"{queued.name}: once more, first of a run; {error}")
+            return [queued, *after]
         found.rows.extend(rows)
-        if error is not None and (not ran or job is together[-1]):
-            left = _blame(job, rows, error, found, report)
+        if error is not None and (not complete or queued is together[-1]):
+            left = _note_failure(queued, rows, error, found, report)
             if left is None:
                 advance()
-            return behind_it if left is None else [left, *behind_it]
+            return after if left is None else [left, *after]
         advance()
-    return behind_them
+    return later
 
 
-def _blame(job: Job, rows: list[dict[str, Any]], error: DsRingError, found: Findings, report: Report) -> Job | None:
-    """Note what ended ``job`` behind its ``rows``; what of it is left to launch."""
-    whose = {"layout": job.run.label, "implementation": job.run.parallel.implementation}
+def _note_failure(
+    queued: QueuedRun, rows: list[dict[str, Any]], error: DsRingError, found: QueueResults, report: Report
+) -> QueuedRun | None:
+    """Put into ``found`` why ``queued`` ended after ``rows``. Returns the part of it that is still to be launched."""
+    whose = {"layout": queued.run.label, "implementation": queued.run.parallel.implementation}
     if not isinstance(error, OutOfMemory):
-        report(f"{job.name} failed: {error}")
+        report(f"{queued.name} failed: {error}")
         found.failures.append({**whose, "reason": error.reason if isinstance(error, LaunchError) else str(error)})
         return None
-    report(f"{job.name}: {error}")
-    without_row = missing(job.run, rows)
-    left = behind(job.run, without_row[0]) if without_row else None
+    report(f"{queued.name}: {error}")
+    absent = missing(queued.run, rows)
+    left = remaining_after(queued.run, absent[0]) if absent else None
     again = set(cases(left)) if left is not None else set()
     found.unfit.extend(
         {**whose, "micro_batch": size, "length": length, "mode": mode}
-        for size, length, mode in without_row
+        for size, length, mode in absent
         if (size, length, mode) not in again
     )
-    return None if left is None else replace(job, run=left, launch=job.launch + 1)
+    return None if left is None else replace(queued, run=left, launch=queued.launch + 1)
 
 
-def _launch(jobs: list[Job], references: list[str], logs: Path, report: Report) -> DsRingError | None:
-    """What ended the run that measures ``jobs`` before its time; each job's rows are in a file of its name."""
-    first = jobs[0]
+def _launch(together: list[QueuedRun], references: list[str], logs: Path, report: Report) -> DsRingError | None:
+    """Launch ``together``. Returns the error that ended it early, if any. Rows are in a file for each queued run."""
+    first = together[0]
     ranks = first.run.topology.world_size
-    report(f"{', '.join(job.name for job in jobs)}: start {ranks} ranks")
+    report(f"{', '.join(queued.name for queued in together)}: start {ranks} ranks")
     arguments: list[str] = []
-    for job in jobs:
-        config, output = logs / f"{job.name}.config.json", job.output(logs)
-        write_json(config, job.run.document())
+    for queued in together:
+        config, output = logs / f"{queued.name}.config.json", queued.output(logs)
+        write_json(config, queued.run.document())
         output.unlink(missing_ok=True)
         files = [str(config), str(output)]
-        arguments += ["--config", files[0], "--output", files[1]] if job is first else ["--then", *files]
+        arguments += ["--config", files[0], "--output", files[1]] if queued is first else ["--then", *files]
     arguments += ["--references", *references] if references else []
     log = logs / f"{first.name}.log"
     try:
@@ -142,12 +154,12 @@ def _launch(jobs: list[Job], references: list[str], logs: Path, report: Report) 
         return refusal
     except DsRingError as failure:
         return failure
-    without = [job.name for job in jobs if not job.output(logs).exists()]
+    without = [queued.name for queued in together if not queued.output(logs).exists()]
     return DsRingError(f"the launcher ended without a result of {', '.join(without)}; see {log}") if without else None
 
 
-def rows_of(job: Job, logs: Path) -> list[dict[str, Any]]:
-    """What a run has left; it writes after every row."""
-    output = job.output(logs)
+def rows_written(queued: QueuedRun, logs: Path) -> list[dict[str, Any]]:
+    """The rows that a launch has written; it writes its file after every row."""
+    output = queued.output(logs)
     rows = read_json(output)["rows"] if output.exists() else []
-    return [{**row, "config_file": job.file.name} for row in rows]
+    return [{**row, "config_file": queued.file.name} for row in rows]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ds_ring.engine.deepspeed_backend import AllReduceMeter
 from ds_ring.engine.engine import Engine
-from ds_ring.utils.hardware import synchronize
+from ds_ring.utils.device import synchronize
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def time_passes(engine: Engine, step: Callable[[], None], repeats: int, sustain_
     begun = time.perf_counter()
     # When enough has passed is rank 0's word, or some would begin a pass that others do not.
     while len(own) < repeats or engine.gather(time.perf_counter() - begun)[0] < sustain_s:
-        with engine.watchdog.over("a timed pass"):
+        with engine.watchdog.watch("a timed pass"):
             synchronize(engine.device)
             engine.meet()
             started = time.perf_counter()

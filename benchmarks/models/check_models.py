@@ -1,4 +1,4 @@
-"""Which of transformers' causal LMs work: each in small with random weights, sharded against unsharded."""
+"""Check transformers' causal LMs: each in small, with random weights, sharded against unsharded."""
 
 from __future__ import annotations
 
@@ -10,43 +10,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from benchmarks.models.tiny_models import SEED, SIZES, architectures, tiny_config, tiny_model
 from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.engine.connect import connect
 from ds_ring.errors import InputError, UserError
-from ds_ring.process.watchdog import outside
+from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.base import Transport
 
-LENGTH, SEED = 75, 0
+LENGTH = 75
 TOLERANCE = 1e-4
-"""On the worst token's relative error, fp32; a token at a wrong place gives errors near 1."""
+"""On the worst token's relative error, fp32. A token at a wrong position gives errors near 1."""
 TIE = 1e-3
-"""Two best logits nearer than this are a toss-up between sums in another order."""
-LARGEST = 20_000_000
-SIZES: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
-    "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 512, "sliding_window": 24,
-    "ffn_dim": 96, "word_embed_proj_dim": 48, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 48,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8,
-    "num_layers": 2, "ffn_hidden_size": 96, "query_pre_attn_scalar": 8, "kv_lora_rank": 16, "q_lora_rank": 16,
-    "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8, "image_size": 28, "patch_size": 14,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-"""Set where a config has them."""
-NEVER_NONE = {"head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok"}
-"""Set even where the default is None, which some models only know how to fill from a checkpoint's config."""
-LATENT_ATTENTION = {
-    "num_key_value_heads": 6, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
-}  # fmt: skip
-"""Set where keys and values come from one compressed vector: other sizes and no groups."""
+"""If the two best logits are nearer than this, sums in another order may prefer either."""
 
 
 def check(config: RunConfig, names: list[str], new_tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """``{"layout", "rows": [{model_type, class, outcome, detail, max_rel_error, same_tokens}]}`` for every name.
+    """Check every model type of ``names``, or all if there are none. Collective.
+
+    Returns:
+        ``{"layout", …, "rows": [{model_type, class, outcome, detail, max_rel_error, same_tokens}]}``.
 
     Raises:
         InputError: an unknown name, or more tokens than the small models have positions for.
@@ -65,62 +51,6 @@ def check(config: RunConfig, names: list[str], new_tokens: int, say: Callable[[s
     return {"layout": config.topology.label(), "length": LENGTH, "new_tokens": new_tokens, "rows": rows}
 
 
-def architectures() -> list[str]:
-    return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
-
-
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """The architecture's default config with ``SIZES``, and one layer of each kind where it has several."""
-    return _tiny(CONFIG_MAPPING[model_type])
-
-
-def _tiny(kind: type[PretrainedConfig]) -> PretrainedConfig:
-    default = kind()
-    sizes = {
-        name: value
-        for name, value in SIZES.items()
-        if _sets(default, name) or (name in NEVER_NONE and hasattr(default, name))
-        if not isinstance(getattr(kind, name, None), property)
-    }
-    if _sets(default, "kv_lora_rank"):
-        sizes |= LATENT_ATTENTION
-    # Some derive the kinds of their layers from other fields.
-    if (layer_types := getattr(default, "layer_types", None)) and not isinstance(
-        getattr(kind, "layer_types", None), property
-    ):
-        kinds = list(dict.fromkeys(layer_types))
-        sizes["layer_types"] = (kinds * 2)[: max(2, len(kinds))]
-        sizes["num_hidden_layers"] = len(sizes["layer_types"])
-    for name in kind.sub_configs:
-        if isinstance(part := getattr(default, name, None), PretrainedConfig):
-            sizes[name] = _tiny(type(part)).to_dict()
-    config: PretrainedConfig = kind(**sizes)
-    return config
-
-
-def _sets(config: PretrainedConfig, name: str) -> bool:
-    try:
-        return getattr(config, name, None) is not None
-    except RuntimeError:  # it differs between layers
-        return True
-
-
-def tiny_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Weights so large that a token at a wrong place shows: at the usual 0.02 attention is nearly uniform."""
-    with torch.device("meta"):
-        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if count > LARGEST:
-        raise ValueError(f"{count:,} parameters: some of its sizes have names of their own, and stay large")
-    torch.manual_seed(SEED)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(SEED)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.2 * noise if parameter.dim() > 1 else parameter + 0.1 * noise)
-    return model
-
-
 def _row(model_type: str, config: RunConfig, new_tokens: int, everyone: Transport) -> dict[str, Any]:
     row: dict[str, Any] = {"model_type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
     with _shared_folder(everyone) as folder:
@@ -128,10 +58,10 @@ def _row(model_type: str, config: RunConfig, new_tokens: int, everyone: Transpor
             if everyone.rank == 0:
                 tiny_model(tiny_config(model_type)).save_pretrained(folder)
             problem = None
-        except Exception as error:  # whatever a config or a model raises about sizes that do not suit it
+        except Exception as error:  # configs and models raise errors of any kind for sizes that they cannot have
             problem = _first_line(error)
-        # Only rank 0 knows.
-        with outside.over("waiting for rank 0's model"):
+        # So far only rank 0 knows of a problem.
+        with process_watchdog.watch("waiting for rank 0's model"):
             problem = everyone.all_gather_objects(problem)[0]
         if problem is None:
             try:
@@ -170,8 +100,8 @@ def _options(new_tokens: int) -> dict[str, Any]:
 
 
 def _unsharded(folder: Path, new_tokens: int, use_cache: bool = True) -> tuple[Tensor, Tensor, list[float]]:
-    """(logits, greedy tokens, by how much each of these was the best), on the CPU."""
-    # Eager: older releases drop soft-capping under SDPA without a word.
+    """(logits, greedy tokens, the distance of each step's two best logits), on the CPU."""
+    # Eager, because older releases silently drop soft-capping under SDPA.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     ids = _prompt()
     with torch.no_grad():
@@ -195,12 +125,12 @@ def _sharded(folder: Path, config: RunConfig, new_tokens: int) -> tuple[Tensor, 
 
 @contextmanager
 def _shared_folder(everyone: Transport) -> Iterator[Path]:
-    """A folder that rank 0 makes, and removes when all are done with it; ranks must share a file system."""
+    """A folder that rank 0 makes, and removes when all ranks have left the block. Ranks must share a file system."""
     with tempfile.TemporaryDirectory() as own:
-        with outside.over("waiting for rank 0's folder"):
+        with process_watchdog.watch("waiting for rank 0's folder"):
             folder = everyone.all_gather_objects(own)[0]
         yield Path(folder)
-        with outside.over("waiting for all ranks to be done with a folder"):
+        with process_watchdog.watch("waiting for all ranks to be done with a folder"):
             everyone.barrier()
 
 

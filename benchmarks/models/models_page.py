@@ -1,4 +1,4 @@
-"""docs/models.md: what ``check_models`` found in one or several layouts, a line a model."""
+"""docs/models.md: the results of ``check_models`` in one or several layouts, with a line for each model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ds_ring.errors import InputError
 
 Document = dict[str, Any]
 Found = dict[str, dict[str, Any]]
-"""One model's rows by layout."""
+"""The rows of one model, by layout."""
 
 SECTIONS = {
     "works": "The same logits and tokens as the unsharded model, in every layout.",
@@ -23,7 +23,7 @@ SECTIONS = {
 
 
 def text(documents: Sequence[Document]) -> str:
-    """Raises InputError: documents that do not compare."""
+    """The page. Raises InputError: documents of unlike lengths, new tokens or versions."""
     first = documents[0]
     for document in documents:
         for what in ("length", "new_tokens", "versions"):
@@ -38,7 +38,7 @@ def text(documents: Sequence[Document]) -> str:
         "# transformers' causal LMs, sharded",
         "",
         f"Each in small with random weights, fp32, on {layouts}: logits of {first['length']} tokens and "
-        f"{first['new_tokens']} greedy tokens behind them, against the unsharded model.",
+        f"{first['new_tokens']} greedy tokens after them, against the unsharded model.",
     ]
     for section, meaning in SECTIONS.items():
         cells = [[*name, _last(section, found)] for name, found in models.items() if _section(found) == section]
@@ -78,7 +78,7 @@ def _last(section: str, found: Found) -> str:
 
 
 def _details(found: Found) -> str:
-    """What layouts have to say, those together that say the same."""
+    """The details of each layout. Layouts with the same details are listed together."""
     by_detail: dict[str, list[str]] = {}
     for layout, row in found.items():
         if row["detail"]:

@@ -1,4 +1,4 @@
-"""``benchmarks/page.json``: which results file feeds which section of the page, and what was wanted of it."""
+"""``benchmarks/page.json``: the sections of the performance page, their results files, and targets for the figures."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ Kind = Literal[
     "scaling",
 ]  # fmt: skip
 Selector = dict[str, str | int | bool]
-"""Fields of a row and their values; a row is meant when it has them all."""
+"""Fields of a row and their values. It selects the rows that have all of them."""
 
 
-class _Part(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Source(_Part):
+class Source(_Strict):
     """A file of benchmarks/results/, and the command that makes it."""
 
     file: str
-    command: str | None = Field(description="None: there is no such command yet")
+    command: str | None = Field(description="None: no command makes it, or none any more")
     notes: dict[str, str] = Field(
-        default_factory=dict, description="what to know of a record, by the commit it was made at; gone with the record"
+        default_factory=dict, description="remarks on a record, by the commit that made it; a new record loses them"
     )
 
 
-class Bar(_Part):
-    """What was wanted of a figure: of the worst row that ``of`` selects, if several."""
+class Target(_Strict):
+    """A target for a figure. Where ``of`` selects several rows, the worst counts."""
 
     what: str
     figure: str
@@ -43,34 +43,34 @@ class Bar(_Part):
     at_most: float | None = None
 
     @model_validator(mode="after")
-    def _one_side(self) -> Bar:
+    def _one_side(self) -> Target:
         if (self.at_least is None) == (self.at_most is None):
             raise ValueError("give either at_least or at_most")
         return self
 
 
-class Section(_Part):
+class Section(_Strict):
     title: str
     kind: Kind
-    caption: str = Field("", description="one sentence, whatever is recorded")
+    caption: str = Field("", description="a paragraph that holds for any record")
     sources: tuple[Source, ...] = Field(min_length=1)
-    needs: int = Field(1, ge=1, description="how many of the sources make a section")
+    needs: int = Field(1, ge=1, description="how many of the sources must exist for the section to be shown")
     rows: dict[str, list[str | int]] = Field(default_factory=dict, description="rows to show, by a field's values; all")
-    bars: tuple[Bar, ...] = ()
+    targets: tuple[Target, ...] = ()
 
     def shows(self, row: dict[str, Any]) -> bool:
         return all(row.get(name) in values for name, values in self.rows.items())
 
 
-class Preparation(_Part):
-    """A file or folder that must be there before commands with one of the words ``wanted_by`` in them are run."""
+class Preparation(_Strict):
+    """A file or folder that a command needs if one of the words ``wanted_by`` is in it, and the command for it."""
 
     makes: str
     command: str
     wanted_by: tuple[str, ...]
 
 
-class Page(_Part):
+class Page(_Strict):
     introduction: str
     preparations: tuple[Preparation, ...] = ()
     sections: tuple[Section, ...]

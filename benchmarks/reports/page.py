@@ -1,5 +1,7 @@
-"""docs/performance.md from benchmarks/page.json and the results files it names. The same files give the same page, so a
-test can tell whether it is the one they make."""
+"""docs/performance.md, from benchmarks/page.json and the results files that it names.
+
+The same files always give the same page, so a test can tell whether the page is up to date.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from benchmarks.reports import pictures
 from benchmarks.reports.manifest import Page, Section, Source
 from benchmarks.reports.record_tables import TABLES, Document, Rows, rows_of
 from benchmarks.reports.tables import markdown_table
-from benchmarks.reports.targets import HEADS, Outcome, judge, sought
+from benchmarks.reports.targets import HEADS, Result, evaluate, wanted
 from ds_ring.errors import ConfigError
 from ds_ring.utils.results import read_json, write_atomically
 
@@ -23,8 +25,8 @@ COMMAND = "python launch/performance.py"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A section and what is recorded for it: documents by file name, in the order of its sources."""
+class RecordedSection:
+    """A section and its recorded documents by file name, in the order of its sources."""
 
     section: Section
     documents: dict[str, Document]
@@ -38,12 +40,12 @@ class Found:
         return len(self.documents) >= self.section.needs
 
     @property
-    def outcomes(self) -> list[Outcome]:
-        return [judge(bar, self.rows) for bar in self.section.bars]
+    def results(self) -> list[Result]:
+        return [evaluate(target, self.rows) for target in self.section.targets]
 
     @property
     def notes(self) -> list[str]:
-        """Of the records that they were written for."""
+        """The notes that were written for these very records."""
         recorded = [(source, self.documents.get(source.file, {}).get("git")) for source in self.section.sources]
         return [f"`{source.file}`: {source.notes[commit]}" for source, commit in recorded if commit in source.notes]
 
@@ -52,36 +54,36 @@ class Found:
         return [source for source in self.section.sources if source.file not in self.documents]
 
 
-def read(root: Path) -> tuple[Page, list[Found]]:
+def read(root: Path) -> tuple[Page, list[RecordedSection]]:
     """The manifest, and the results that exist.
 
     Raises:
         ConfigError: an unusable manifest, or a results file that is not JSON.
     """
     page = Page.load(root / MANIFEST)
-    return page, [Found(section, _recorded(root / RESULTS, section)) for section in page.sections]
+    return page, [RecordedSection(section, _recorded(root / RESULTS, section)) for section in page.sections]
 
 
 def write(root: Path) -> dict[str, Any]:
-    """Write the page and its pictures; returns what is on it and what is not."""
+    """Write the page and its pictures. Returns what is on it and what is not."""
     page, found = read(root)
     for picture in (root / PICTURES).glob("*.png"):
-        picture.unlink()  # what is no longer on the page
+        picture.unlink()  # some may not be on the page any more
     for one in found:
         if one.is_measured:
             pictures.draw(one.section, one.documents, one.rows, root / PICTURES)
     write_atomically(root / PAGE, text(page, found, root))
-    outcomes = [outcome for one in found if one.is_measured for outcome in one.outcomes]
+    target_results = [result for one in found if one.is_measured for result in one.results]
     return {
         "page": str(PAGE),
         "sections": [one.section.title for one in found if one.is_measured],
-        "met": [outcome.bar.what for outcome in outcomes if outcome.met],
-        "missed": [outcome.bar.what for outcome in outcomes if outcome.met is False],
+        "met": [result.target.what for result in target_results if result.met],
+        "missed": [result.target.what for result in target_results if result.met is False],
         "not_measured": [source.file for one in found for source in one.missing],
     }
 
 
-def text(page: Page, found: list[Found], root: Path) -> str:
+def text(page: Page, found: list[RecordedSection], root: Path) -> str:
     made_by = f"Made by `{COMMAND}` from the results files named below and `{MANIFEST}`; not to be edited by hand."
     lines = ["# Performance", "", page.introduction, "", made_by, ""]
     for one in found:
@@ -97,33 +99,34 @@ def text(page: Page, found: list[Found], root: Path) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _section(one: Found) -> list[str]:
+def _section(one: RecordedSection) -> list[str]:
     section = one.section
     lines = [f"## {section.title}", ""]
     for paragraph in [section.caption, *one.notes]:
         lines += [paragraph, ""] if paragraph else []
     lines += [*TABLES[section.kind](list(one.documents.values()), one.rows), ""]
-    if section.bars:
-        lines += [*markdown_table(HEADS, [outcome.cells() for outcome in one.outcomes]), ""]
+    if section.targets:
+        lines += [*markdown_table(HEADS, [result.cells() for result in one.results]), ""]
     for name in pictures.files(section, one.documents, one.rows):
         lines += [f"![{section.title}]({PICTURES.name}/{name})", ""]
     lines += ["From:", ""]
     return lines + [f"- {_origin(name, document)}" for name, document in one.documents.items()]
 
 
-def _not_measured(found: list[Found]) -> list[str]:
+def _not_measured(found: list[RecordedSection]) -> list[str]:
     lines = ["## Not measured yet", ""]
     for one in found:
-        wanted = "; ".join(f"{bar.what} {sought(bar)}" for bar in one.section.bars) if not one.is_measured else ""
+        targets = () if one.is_measured else one.section.targets
         for source in one.missing:
             command = f"`{source.command}`" if source.command else "no command makes it yet"
             lines.append(f"- {one.section.title} (`{RESULTS}/{source.file}`): {command}")
-        lines += [f"  Wanted: {wanted}."] if wanted and one.missing else []
+        if targets and one.missing:
+            lines.append(f"  Wanted: {'; '.join(f'{target.what} {wanted(target)}' for target in targets)}.")
     return lines if len(lines) > 2 else []
 
 
 def _origin(name: str, document: Document) -> str:
-    """The file, the command in it, what it ran on and at which clock and power, the commit and the day."""
+    """The file, its command, the devices, their clock and power, the commit, the day and the versions."""
     rows = rows_of(document)
     devices = dict.fromkeys(str(d) for d in [document.get("device"), *(r.get("device") for r in rows)] if d)
     counts = sorted({r["gpus"] for r in rows if "gpus" in r})

@@ -1,4 +1,4 @@
-"""Pictures of the page's sections; kinds that a table says better have none."""
+"""Pictures of the page's sections. Some kinds of sections have a table only."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from benchmarks.reports.manifest import Kind, Section
 from benchmarks.reports.record_tables import TRACE_PARTS, Document, Rows, best_per_gpu, forward_name
 
 Inches = tuple[float, float]
-"""How large a picture must be for what was drawn."""
+"""Width and height of a picture."""
 
 
 def files(section: Section, documents: dict[str, Document], rows: Rows) -> list[str]:
-    """Names of the section's pictures; the same for the same records."""
+    """Names of the section's pictures. The same records give the same names."""
     if section.kind in ("comparison", "latency"):
         return [f"{Path(name).stem}.png" for name in documents]
     first = Path(next(iter(documents))).stem
     if section.kind == "scaling":
-        return [f"{first}_scaling.png"]  # its record has a picture of its own name where it is compared
+        return [f"{first}_scaling.png"]  # the name without the suffix is taken by the comparison's own picture
     drawable = {
         "forward": any(r.get("trace_window_ms") for r in rows),
         "attention": any(r.get("share") and not r.get("gbps") for r in rows),
@@ -66,14 +66,14 @@ def _forward(axis: Axes, section: Section, rows: Rows) -> Inches:
 
 
 def _attention(axis: Axes, section: Section, rows: Rows) -> Inches:
-    """A bar of its share of the product for every implementation, and a line where one was wanted."""
+    """A bar for every implementation's share of the product's rate, and a line at its target."""
     shown = [r for r in rows if r.get("share")][::-1]
     for y, row in enumerate(shown):
         colour = plots.KIND_COLOURS["sequence parallel" if row["impl"].startswith("ds_ring") else "baseline"]
         axis.barh(y, row["share"], color=colour)
-        for bar in section.bars:
-            if bar.figure == "share" and bar.at_least and all(row.get(k) == v for k, v in bar.of.items()):
-                axis.plot([bar.at_least] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
+        for target in section.targets:
+            if target.figure == "share" and target.at_least and all(row.get(k) == v for k, v in target.of.items()):
+                axis.plot([target.at_least] * 2, [y - 0.4, y + 0.4], color="black", linewidth=2)
     axis.set_yticks(range(len(shown)), [f"{r['case']}, {r['impl']}" for r in shown], fontsize=7)
     axis.set_ylim(-0.7, len(shown) - 0.3)
     axis.set_xlabel("share of a matrix product's rate; line: wanted")
@@ -81,7 +81,7 @@ def _attention(axis: Axes, section: Section, rows: Rows) -> Inches:
 
 
 def _scaling(axis: Axes, section: Section, rows: Rows) -> Inches:
-    joined = "-" if len({row["device"] for row in rows}) == 1 else ""  # other cards are no more of the same
+    joined = "-" if len({row["device"] for row in rows}) == 1 else ""  # points of unlike cards make no line
     for family, by_count in best_per_gpu(rows).items():
         axis.plot(list(by_count), list(by_count.values()), marker="o", linestyle=joined, label=family)
     axis.set_xticks(sorted({r["gpus"] for r in rows}))

@@ -1,4 +1,4 @@
-"""Pictures of a comparison."""
+"""Pictures of comparisons: throughput, and the time of one sequence."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import StrMethodFormatter
 
-from benchmarks.reports.tables import caption, name_of
+from benchmarks.reports.comparison_table import caption
+from benchmarks.reports.tables import name_of
 
-KIND_COLOURS = {"baseline": "#8c8c8c", "data parallel": "#4c72b0", "sequence parallel": "#dd8452", "peer": "#55a868"}
+KIND_COLOURS = {
+    "tensor/pipeline parallel": "#8c8c8c", "data parallel": "#4c72b0", "sequence parallel": "#dd8452",
+    "baseline": "#55a868",
+}  # fmt: skip
 
 
 def kind(row: dict[str, Any]) -> str:
+    """One of ``KIND_COLOURS``. A baseline is another project's implementation."""
     if row.get("implementation", "ds_ring") != "ds_ring":
-        return "peer"
-    if row["tp_size"] * row["pp_size"] > 1:
         return "baseline"
+    if row["tp_size"] * row["pp_size"] > 1:
+        return "tensor/pipeline parallel"
     return "sequence parallel" if row["ring_degree"] * row["ulysses_degree"] > 1 else "data parallel"
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
-    """A bar per layout and, where several lengths were run, TPS against length beside it."""
+    """A bar for each layout and, where several lengths were run, TPS against length beside them."""
     rows, sweep = document["rows"], document.get("sweep", [])
     lengths = sorted({r["length"] for r in sweep})
     panels = 2 if len(lengths) > 1 else 1
@@ -45,7 +50,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
         lines = axes[0][1]
         for layout in dict.fromkeys(map(name_of, sweep)):
             mine = sorted((r for r in sweep if name_of(r) == layout), key=lambda r: r["length"])
-            style = "--" if kind(mine[0]) == "baseline" else "-"
+            style = "--" if kind(mine[0]) == "tensor/pipeline parallel" else "-"
             lines.plot([r["length"] for r in mine], [r["tps"] for r in mine], style, marker="o", label=layout)
         lines.set_xscale("log", base=2)
         lines.set_xticks(lengths, [f"{n:,}" for n in lengths])
@@ -64,12 +69,12 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
 
 def draw_latency(document: dict[str, Any], path: Path) -> None:
-    """Seconds of one sequence against its length, a line a layout; both axes logarithmic."""
+    """Seconds of one sequence against its length, a line for each layout. Both axes are logarithmic."""
     rows = document["rows"]
     figure, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     for layout in dict.fromkeys(map(name_of, rows)):
         mine = sorted((r for r in rows if name_of(r) == layout), key=lambda r: r["length"])
-        style = "--" if kind(mine[0]) == "baseline" else "-"
+        style = "--" if kind(mine[0]) == "tensor/pipeline parallel" else "-"
         axis.plot([r["length"] for r in mine], [r["step_ms"] / 1e3 for r in mine], style, marker="o", label=layout)
     lengths = sorted({r["length"] for r in rows})
     axis.set_xscale("log", base=2)

@@ -1,4 +1,4 @@
-"""Making the records that the page has not got yet, as far as this machine's GPUs and the time allow."""
+"""Makes the records that the page lacks, as far as this machine's GPUs and the time allow."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pathlib import Path
 from benchmarks.reports.manifest import Page, Source
 from benchmarks.reports.page import MANIFEST, RESULTS
 from ds_ring.errors import ConfigError, DsRingError, LaunchError
-from ds_ring.process.launcher import VISIBLE_GPUS, run, where
+from ds_ring.process.launcher import VISIBLE_GPUS, gpu_options, run
 
 
 def gpus_of(command: str) -> int:
-    """How many a command runs on, by an option or its configurations' folder."""
+    """The number of GPUs that a command uses, by its options or the folder of its configurations."""
     found = re.search(r"--(?:num_)?gpus (\d+)|ds_configs/gpu(\d+)/", command)
     return int(found.group(1) or found.group(2)) if found else 1
 
 
-def chosen(page: Page, names: Sequence[str], recorded: set[str]) -> list[Source]:
-    """The sources of the files ``names``; of all that are not recorded, where there are none.
+def sources_to_make(page: Page, names: Sequence[str], recorded: set[str]) -> list[Source]:
+    """The sources of the files ``names``. Without names: of all files that are not recorded.
 
     Raises:
         ConfigError: a name that the page does not know, or a file that no command makes.
@@ -44,10 +44,10 @@ def chosen(page: Page, names: Sequence[str], recorded: set[str]) -> list[Source]
 def record(
     root: Path, names: Sequence[str], limit_s: float, gpus: int, say: Callable[[str], None]
 ) -> dict[str, dict[str, str]]:
-    """Run the commands that make ``names``, or all that is missing, one after the other, and keep what they give.
+    """Run the commands of the records ``names``, or of all missing records, one by one, and keep their results.
 
-    A command that this machine has too few GPUs for, or no time left, is left out. What one that was cut had written
-    by then is kept where there is no record yet.
+    Commands for which there are too few GPUs, or no time is left, are left out. When a command runs out of time, what
+    it has written is kept where there is no record yet.
 
     Returns:
         ``{"recorded": {file: command}, "left_out": {file: why}}``.
@@ -55,7 +55,7 @@ def record(
     page, started = Page.load(root / MANIFEST), time.monotonic()
     recorded: dict[str, str] = {}
     left_out: dict[str, str] = {}
-    for source in chosen(page, names, {file.name for file in (root / RESULTS).glob("*.json")}):
+    for source in sources_to_make(page, names, {file.name for file in (root / RESULTS).glob("*.json")}):
         assert source.command is not None
         left, needed = limit_s - (time.monotonic() - started), gpus_of(source.command)
         if needed > gpus:
@@ -73,7 +73,7 @@ def record(
 
 
 def _make(root: Path, page: Page, source: Source, left_s: float, say: Callable[[str], None]) -> str | None:
-    """Why nothing was recorded; None: it was."""
+    """Run a source's command. Returns why nothing, or not all, was recorded; None: it was."""
     made, recorded = root / "results" / source.file, root / RESULTS / source.file
     made.unlink(missing_ok=True)
     before, log, ends = made.with_suffix(".before.log"), made.with_suffix(".log"), time.monotonic() + left_s
@@ -109,12 +109,13 @@ def _preparations(root: Path, page: Page, command: str) -> list[str]:
 
 
 def _words(root: Path, command: str) -> list[str]:
-    """As a shell would take them: file names for patterns that some match, this interpreter for ``python``; and the
-    deepspeed launcher on the GPUs that are visible."""
+    """The words of a command, with patterns replaced by the file names that match, and ``python`` by this interpreter.
+
+    The deepspeed launcher gets the visible GPUs."""
     words: list[str] = []
     for word in shlex.split(command):
         words += sorted(glob(word, root_dir=root)) or [word]
     if words[0] == "deepspeed" and "--num_gpus" in words:
         at = words.index("--num_gpus")
-        words[at : at + 2] = where(int(words[at + 1]))
+        words[at : at + 2] = gpu_options(int(words[at + 1]))
     return [sys.executable, *words[1:]] if words[0] == "python" else words

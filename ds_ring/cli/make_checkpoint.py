@@ -1,43 +1,31 @@
-"""Writing a seeded checkpoint of a transformers config, with a byte-level tokenizer: something real to load and score
-where no model hub can be reached."""
+"""Write a seeded safetensors checkpoint, with a byte-level tokenizer, of a transformers config.
+
+python launch/make_checkpoint.py --config ds_configs/models/paper.json --directory checkpoints/paper
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import argparse
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-from ds_ring.errors import ConfigError
-from ds_ring.hf.attention import torch_dtype
-from ds_ring.hf.dims import read_config
-
-END_OF_TEXT = "<|endoftext|>"
-VOCABULARY = 256 + 1  # bytes, and the end of text, which also pads
+from ds_ring.cli import options
 
 
-def make_checkpoint(config_file: str | Path, directory: str | Path, *, seed: int, dtype: str, device: str) -> int:
-    """Initialise the model as transformers does and save it as safetensors; returns its number of parameters.
+def work(args: argparse.Namespace) -> dict[str, object]:
+    import torch
 
-    The same seed gives the same weights on the same kind of device.
-    """
-    config = read_config(config_file)
-    vocab_size = config.get_text_config().vocab_size
-    if vocab_size < VOCABULARY:
-        raise ConfigError(f"vocab_size={vocab_size} is too small for bytes; it must be at least {VOCABULARY}")
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
-    model.save_pretrained(directory, max_shard_size="2GB")
-    byte_tokenizer().save_pretrained(directory)
-    return sum(p.numel() for p in model.parameters())
+    from ds_ring.cli.seeded_checkpoint import make_checkpoint
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parameters = make_checkpoint(args.config, args.directory, seed=args.seed, dtype=args.dtype, device=device)
+    return {"directory": args.directory, "parameters": parameters, "dtype": args.dtype, "seed": args.seed}
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: no training, no unknown text, and length in tokens is length in bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a transformers config.json")
+    parser.add_argument("--directory", required=True, help="where the checkpoint goes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp16")
+    parser.add_argument("--device", help="where weights are drawn [cuda where there is one]")
+    parser.add_argument("--output", metavar="FILE.json", help="where to write the result line as well")
+    options.main(work, parser)

@@ -1,7 +1,7 @@
-"""What the launch scripts share: options derived from the configuration's fields, exit codes, the last line of output.
+"""What commands share: options derived from the configuration's fields, exit codes, and the last line of output.
 
-Exit codes: 0 done, 2 the user's error (said in one line), 3 out of memory, 1 ours (with a traceback). Results go to
-standard output as one JSON document on the last line, everything else to standard error.
+Exit codes: 0 done; 2 an error of the user, in one line; 3 out of memory; 1 an error of ours, with a traceback. The
+result is one JSON document on the last line of standard output. Everything else goes to standard error.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ log = logging.getLogger("ds_ring")
 
 _OWN = {name: field for name, field in RingConfig.model_fields.items() if name not in ("parallel", "workload")}
 FIELDS = {**ParallelConfig.model_fields, **WorkloadConfig.model_fields, **_OWN}
-"""Every field of our section, each an option of the launch scripts."""
+"""Every field of our section of the configuration. Each is an option."""
 
 
 def run_parser(description: str | None) -> argparse.ArgumentParser:
-    """``--config FILE`` and an option for every field that may override the file."""
+    """A parser with ``--config FILE``, ``--output FILE`` and an option for every field that may override the file."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="JSON file of ds_configs/")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
@@ -60,7 +60,7 @@ def run_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """The configuration's fields that were given as options."""
+    """The fields of the configuration that were given as options, by name."""
     names = {"tp_size", "dtype", *FIELDS}
     return {name: value for name, value in vars(args).items() if name in names and value is not None}
 
@@ -71,13 +71,13 @@ def run_config(args: argparse.Namespace) -> RunConfig:
 
 
 def require(offenders: list[str], message: str) -> None:
-    """Fail, as our error, if there are any offenders."""
+    """Raise DsRingError if there are any offenders. ``message`` has a ``{}`` for their list."""
     if offenders:
         raise DsRingError(message.format(", ".join(offenders)))
 
 
 def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: argparse.ArgumentParser) -> None:
-    """Parse, run, print; rank 0 speaks for all."""
+    """Parse the options, call ``work``, print and write its result on rank 0, and end the process."""
     args = parser.parse_args()
     end_with_launcher()
     _show_log()
@@ -88,17 +88,17 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
             _check_output(getattr(args, "output", None))
         document = work(args)
         if is_first_rank() and document is not None:
-            print(json.dumps(document), flush=True)  # first: a disk may be full by now
+            print(json.dumps(document), flush=True)  # before the file: the disk may be full
             if args.output:
                 write_json(args.output, document)
     except UserError as error:
         if not is_first_rank():
-            time.sleep(2)  # all ranks refuse alike: let rank 0 say it once
+            time.sleep(2)  # all ranks refuse alike: rank 0 speaks first, and the launcher ends the others
         print(f"error: {error}", file=sys.stderr, flush=True)
         code = 2
     except DsRingError as error:
         if isinstance(error, TransportError):
-            time.sleep(2)  # where it repeats what a peer failed of, that rank is to say it
+            time.sleep(2)  # where it repeats another rank's error, that rank speaks first
         _say_failed(str(error))
         code = 1
     except Exception as error:
@@ -125,7 +125,7 @@ def is_first_rank() -> bool:
 
 
 def say(text: str) -> None:
-    """One line of progress, from rank 0."""
+    """Say one line of progress, on rank 0 only."""
     log.info("%s", text)
 
 
@@ -136,7 +136,7 @@ class _OneLine(logging.Formatter):
 
 
 def _show_log() -> None:
-    """What the package says goes to standard error: progress from rank 0, warnings from every rank."""
+    """Send the package's log to standard error: progress from rank 0, warnings from every rank."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_OneLine())
     log.addHandler(handler)
@@ -145,7 +145,7 @@ def _show_log() -> None:
 
 
 def _check_output(output: str | list[str] | None) -> None:
-    """Raise InputError where what is to be written cannot be, before any work is done for it."""
+    """Raise InputError where an output file cannot be written. Called before any work is done."""
     for name in [output] if isinstance(output, str) else output or []:
         _check_file(Path(name))
 
@@ -162,17 +162,17 @@ def _check_file(file: Path) -> None:
 
 
 def leave(code: int) -> None:
-    """End a launched process, all ranks together where ``code`` is 0.
+    """End this process; where ``code`` is 0, all ranks together.
 
-    Interpreter shutdown would tear down process groups whose threads still run, and abort.
+    The interpreter's own shutdown is skipped: it would destroy process groups whose threads still run, and abort.
     """
     if code == 0 and "ds_ring.engine.connect" in sys.modules:
         from deepspeed import comm
 
-        from ds_ring.process.watchdog import outside
+        from ds_ring.process.watchdog import process_watchdog
 
         if comm.is_initialized():
-            with outside.over("leaving"):
+            with process_watchdog.watch("leaving"):
                 comm.barrier()
                 comm.destroy_process_group()
     os._exit(code)

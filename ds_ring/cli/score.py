@@ -1,83 +1,28 @@
-"""Log-likelihood and perplexity of whole documents: what prefill throughput is for."""
+"""Score documents: token log-likelihood and perplexity of each, in any layout.
+
+deepspeed --num_gpus 3 launch/score.py --model checkpoints/small --ring-degree 3 --max-length 100000 --text a.txt b.txt
+"""
 
 from __future__ import annotations
 
-import math
+import argparse
 from typing import Any
 
-import torch
-from rich.progress import Progress
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-
-from ds_ring.config import RunConfig
-from ds_ring.engine.engine import Engine
-from ds_ring.errors import InputError
-from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.utils.corpus import load_tokenizer, read_text
-from ds_ring.utils.progress import make_console
-
-Document = tuple[str, list[int]]
-"""(file, its tokens)"""
+from ds_ring.cli import options
 
 
-def read_documents(config: RunConfig) -> list[Document]:
-    """Every file of the workload with its tokens, in order.
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    config = options.run_config(args)
+    from ds_ring import api
+    from ds_ring.cli import documents
+    from ds_ring.utils import results
 
-    Raises:
-        InputError: no file, fewer than two tokens (nothing to predict), or more than ``max_length``.
-        ConfigError, CheckpointError: no model, or none with a tokenizer.
-    """
-    files = config.workload.text
-    if not files:
-        raise InputError("no documents: give --text FILE…")
-    Checkpoint.open(config.checkpoint)
-    tokenizer = load_tokenizer(config.checkpoint)
-    documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in read_text(files)]
-    for file, tokens in zip(files, documents, strict=True):
-        limit = config.workload.max_length
-        if len(tokens) < 2:
-            raise InputError(f"{file} has {len(tokens)} token(s); at least 2 are needed to predict one from another")
-        if len(tokens) > limit:
-            raise InputError(f"{file} has {len(tokens)} tokens, more than max_length={limit}; raise --max-length")
-    return list(zip(files, documents, strict=True))
+    texts = documents.read(config)
+    config = api.with_planned_degrees(config)
+    engine = api.from_pretrained(config=config)
+    scores = documents.score(engine, texts, show_progress=options.is_first_rank())
+    return {**results.provenance(), "config": config.document(), **scores}
 
 
-def score(engine: Engine, documents: list[Document], show_progress: bool) -> dict[str, Any]:
-    """``{"documents": [{file, tokens, nll, perplexity, log_likelihood}]}``, in the order of ``documents``.
-
-    ``nll`` is the mean negative log-likelihood in nats of a document's tokens after its first, ``perplexity`` its
-    exponential, ``log_likelihood`` the sum.
-    """
-    replicas = engine.mesh.topology.dp
-    at_a_time = replicas * engine.run_config.workload.micro_batch_size
-    # Neighbours of like length waste the least padding.
-    order = sorted(range(len(documents)), key=lambda i: len(documents[i][1]))
-    found: dict[int, dict[str, Any]] = {}
-    with Progress(console=make_console(), disable=not show_progress) as progress:
-        bar = progress.add_task("scoring", total=sum(len(tokens) for _, tokens in documents))
-        for start in range(0, len(order), at_a_time):
-            group = order[start : start + at_a_time]
-            rows = [documents[i][1] for i in group]
-            # Replicas without a document of their own repeat one; what they find is left out.
-            ids, mask = padded(rows + rows[:1] * (replicas - len(rows)))
-            for i, scores in zip(group, engine.token_log_likelihoods(ids, mask), strict=False):
-                found[i] = entry(documents[i][0], scores)
-            progress.advance(bar, sum(map(len, rows)))
-    return {"layout": engine.run_config.label, "documents": [found[i] for i in range(len(documents))]}
-
-
-def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(token ids, mask), both [B, L], of rows padded at their ends."""
-    tensors = [torch.tensor(row) for row in rows]
-    masks = [torch.ones_like(tensor) for tensor in tensors]
-    return pad_sequence(tensors, batch_first=True), pad_sequence(masks, batch_first=True)
-
-
-def entry(file: str, scores: Tensor) -> dict[str, Any]:
-    """A document's result from the log-likelihoods of its tokens after the first."""
-    total = float(scores.double().sum())
-    nll = -total / len(scores)
-    perplexity = math.exp(nll) if nll < 700 else math.inf
-    found = {"file": file, "tokens": len(scores) + 1, "nll": nll, "perplexity": perplexity}
-    return {**found, "log_likelihood": total}
+def main() -> None:
+    options.main(work, options.run_parser(__doc__))

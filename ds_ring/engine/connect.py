@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 from ds_ring.process.parent_watch import end_with_launcher
-from ds_ring.process.watchdog import outside
+from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.process_group import ProcessGroupTransport
 from ds_ring.transport.select import Location, select_transports, sharing_a_gpu
@@ -42,10 +42,10 @@ def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
     end_with_launcher()
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bar()  # one bar for all ranks: rank 0's
-    outside.timeout_s = run.ring.timeout_s
-    with outside.over("connecting"):
+    process_watchdog.timeout_s = run.ring.timeout_s
+    with process_watchdog.watch("connecting"):
         mesh = _connect(run, model or {})
-    outside.activity = mesh.traffic
+    process_watchdog.activity = mesh.traffic
     return mesh
 
 

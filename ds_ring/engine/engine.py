@@ -26,7 +26,7 @@ from ds_ring.engine.oom import explain_oom
 from ds_ring.errors import InputError
 from ds_ring.process.watchdog import Watchdog, watched
 from ds_ring.transport.mesh import Mesh
-from ds_ring.utils.hardware import synchronize
+from ds_ring.utils.device import synchronize
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ class Engine:
 
     def settle(self) -> None:
         """Wait until everything queued on this rank's device has run."""
-        with self.watchdog.over("waiting for the device"):
+        with self.watchdog.watch("waiting for the device"):
             synchronize(self.device)
 
     @watched

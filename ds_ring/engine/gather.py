@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.transport.base import Transport
-from ds_ring.utils.hardware import to_device
+from ds_ring.utils.device import to_device
 
 
 def assemble(local_BT: Tensor, held: list[Tensor], kept_k: Tensor, transport: Transport) -> Tensor:

@@ -31,7 +31,7 @@ from ds_ring.parallel.topology import Axis
 from ds_ring.process.watchdog import Watchdog
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.select import sharing_a_gpu
-from ds_ring.utils.hardware import peak_memory_gib
+from ds_ring.utils.device import peak_memory_gib
 
 NO_POSITIONS = torch.empty(0, dtype=torch.long)
 ONE_TOKEN = SequenceLayout(1)

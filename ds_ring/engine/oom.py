@@ -14,7 +14,7 @@ from ds_ring.engine.model_runner import ModelRunner
 from ds_ring.errors import is_out_of_memory
 from ds_ring.hf.flops import matrix_elements
 from ds_ring.planning.memory_estimate import cache_bytes, peak_bytes
-from ds_ring.utils.hardware import memory_gib, peak_memory_gib
+from ds_ring.utils.device import memory_gib, peak_memory_gib
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 GIB = 2**30

@@ -9,7 +9,7 @@ from torch.nn.functional import log_softmax, pad
 
 from ds_ring.engine.batch import Batch
 from ds_ring.hf.decoder import Decoder, head_logits
-from ds_ring.utils.hardware import to_device
+from ds_ring.utils.device import to_device
 
 CHUNK = 1024
 """Tokens of a sequence whose logits exist at the same time."""

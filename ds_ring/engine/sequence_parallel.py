@@ -28,7 +28,7 @@ from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
 from ds_ring.transport.mesh import Mesh
-from ds_ring.utils.hardware import to_device
+from ds_ring.utils.device import to_device
 
 SHARING_AXES: tuple[Axis, ...] = ("ring", "ulysses")
 

@@ -28,7 +28,7 @@ from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import stage_layers
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
-from ds_ring.utils.hardware import to_device
+from ds_ring.utils.device import to_device
 
 
 class TensorPipelineRunner(CachedRunner):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def card_of(device: torch.device) -> Card:
     """The planning card of ``device``: by its name; an unknown GPU is taken for an A100, with its own memory."""
     if device.type != "cuda":
         return CARDS["CPU"]
+    import torch  # here: `plan --help` needs the names of cards only
+
     name = torch.cuda.get_device_name(device)
     known = next((card for key, card in CARDS.items() if key in name), CARDS["A100"])
     return replace(known, memory_gib=torch.cuda.get_device_properties(device).total_memory / 2**30)

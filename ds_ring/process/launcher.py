@@ -1,4 +1,4 @@
-"""Starting scripts with the ``deepspeed`` launcher, and not leaving anything behind."""
+"""Scripts under the ``deepspeed`` launcher, and other commands. When one ends, everything that it started ends too."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from ds_ring.errors import ConfigError, LaunchError, OutOfMemory
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRESS = "[ds_ring] "
+"""Prefix of a script's lines of progress."""
 FAILED = "failed on rank "
-"""How a script begins the line that says what went wrong."""
+"""Prefix of the line in which a script says what went wrong."""
 OUT_OF_MEMORY = "out of memory on "
-"""How a script begins the line that says so. The line counts, not the exit code: when a rank is out of memory its peers
-fail in ways of their own, and which of them the launcher hears of first is chance."""
+"""Prefix of the line in which a script says that memory ran out. The line counts, not the exit code: when one rank runs
+out of memory, the others fail with errors of their own, and any of these may reach the launcher first."""
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 GRACE_S = 10.0
-"""What a process that is late has left to end by itself."""
+"""Time between asking a late process to end and killing it."""
 
 
 def gpu_count() -> int:
-    """GPUs this process may use; 0 where ``DS_ACCELERATOR=cpu`` asks for CPUs."""
+    """The number of GPUs that this process may use; 0 where ``DS_ACCELERATOR=cpu`` asks for CPUs."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
     import torch
@@ -45,26 +46,29 @@ def launch(
     report: Callable[[str], None],
     limit_s: float = threading.TIMEOUT_MAX,
 ) -> None:
-    """Run ``deepspeed script options`` to its end, a rank on each of the first ``ranks`` GPUs that are visible; its
-    output goes to ``log``.
+    """Run ``deepspeed script options`` to its end, one rank on each of the first ``ranks`` visible GPUs.
 
-    Lines that the script says with ``cli.say`` are passed to ``report``. After ``limit_s`` seconds it is ended.
+    Args:
+        log: the file for the script's output.
+        report: called with each line that the script says with ``cli.options.say``.
+        limit_s: seconds after which the script is ended.
 
     Raises:
-        ConfigError: the script refused (exit code 2), with what it said; or as ``where``. OutOfMemory: a rank's memory
-            ran out. LaunchError: it failed, or took longer than ``limit_s``.
+        ConfigError: the script refused (exit code 2), with its message; or as ``gpu_options``. OutOfMemory: a rank's
+            memory ran out. LaunchError: the script failed, or took longer than ``limit_s``.
     """
-    command = [deepspeed_command(), "--no_local_rank", "--master_port", str(free_port()), *where(ranks)]
+    command = [deepspeed_command(), "--no_local_rank", "--master_port", str(free_port()), *gpu_options(ranks)]
     command += [str(ROOT / script), *options]
     run(command, ranks, log=log, report=report, limit_s=limit_s, unset=(VISIBLE_GPUS,))
 
 
-def where(ranks: int) -> list[str]:
-    """The launcher's options for ``ranks`` ranks of this host. It ignores ``CUDA_VISIBLE_DEVICES`` beside
-    ``--num_gpus``, and would take GPUs that were left to others.
+def gpu_options(ranks: int) -> list[str]:
+    """The launcher's options for ``ranks`` ranks on the visible GPUs of this host.
+
+    With ``--num_gpus`` alone the launcher ignores ``CUDA_VISIBLE_DEVICES`` and takes the host's first GPUs.
 
     Raises:
-        ConfigError: it names GPUs by something else than numbers, or fewer than there are ranks.
+        ConfigError: ``CUDA_VISIBLE_DEVICES`` names GPUs otherwise than by number, or fewer GPUs than there are ranks.
     """
     visible = os.environ.get(VISIBLE_GPUS, "")
     if not visible or gpu_count() == 0:
@@ -78,7 +82,7 @@ def where(ranks: int) -> list[str]:
 
 
 def run_module(module: str, options: Sequence[str], *, log: Path, report: Callable[[str], None]) -> None:
-    """Run ``python -m module options`` as one process; otherwise as ``launch``."""
+    """As ``launch``, for ``python -m module options`` in one process."""
     run([sys.executable, "-m", module, *options], 1, log=log, report=report)
 
 
@@ -92,19 +96,23 @@ def run(
     folder: Path | None = None,
     unset: Sequence[str] = (),
 ) -> None:
-    """Run any command that starts ``ranks`` ranks, in ``folder`` and without the variables ``unset``; otherwise as
-    ``launch``."""
+    """As ``launch``, for any command that starts ``ranks`` ranks.
+
+    Args:
+        folder: working directory of the command.
+        unset: environment variables that the command does not get.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     refusals: list[str] = []
-    shortages: list[str] = []
+    out_of_memory: list[str] = []
     failures: list[str] = []
     with log.open("w") as file:
-        # A session of its own, so that everything it started can be ended with it.
+        # In a session of its own, so that all processes that it starts can be killed together.
         process = subprocess.Popen(
             command, env=_environment(ranks, unset), cwd=folder, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        with _ended(process, limit_s) as late:
+        with _ending(process, limit_s) as late:
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
@@ -113,14 +121,14 @@ def run(
                 elif line.startswith("error: "):
                     refusals.append(line.removeprefix("error: ").strip())
                 elif line.startswith(OUT_OF_MEMORY):
-                    shortages.append(line.strip())
+                    out_of_memory.append(line.strip())
                 elif line.startswith(FAILED):
                     failures.append(line.removeprefix(FAILED).partition(": ")[2].strip())
             code = process.wait()
     if code == 2 or (code and refusals):
         raise ConfigError(refusals[0] if refusals else f"refused; see {log}")
-    if code and shortages:
-        raise OutOfMemory(shortages[0])
+    if code and out_of_memory:
+        raise OutOfMemory(out_of_memory[0])
     program = Path(command[0]).name
     if late.is_set():
         raise LaunchError(f"{program} did not end in {limit_s:.0f} s; see {log}", f"took longer than {limit_s:.0f} s")
@@ -131,28 +139,30 @@ def run(
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen[str], limit_s: float) -> Iterator[threading.Event]:
-    """Ends the process and all that it started, behind the block or when that takes longer than ``limit_s``; the event
-    tells the latter. A process that is late is asked first, and may write down what it has."""
+def _ending(process: subprocess.Popen[str], limit_s: float) -> Iterator[threading.Event]:
+    """Kills the process and everything that it started, at the end of the block or after ``limit_s`` seconds.
+
+    In the second case the event is set, and the process first gets SIGTERM and ``GRACE_S`` seconds, in which it may
+    write its results."""
     late = threading.Event()
 
-    def end() -> None:
+    def kill() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
     def end_late() -> None:
         late.set()
         process.terminate()
-        last_word.start()
+        grace.start()
 
-    timer, last_word = threading.Timer(limit_s, end_late), threading.Timer(GRACE_S, end)
+    timer, grace = threading.Timer(limit_s, end_late), threading.Timer(GRACE_S, kill)
     timer.start()
     try:
         yield late
     finally:
         timer.cancel()
-        last_word.cancel()
-        end()
+        grace.cancel()
+        kill()
 
 
 def _environment(ranks: int, unset: Sequence[str]) -> dict[str, str]:
@@ -174,7 +184,7 @@ def deepspeed_command() -> str:
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on."""
+    """A port of this host on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -1,7 +1,7 @@
-"""Ranks that outlive their launcher hold GPUs and hosts for nothing: they end themselves when it is gone.
+"""Ranks end themselves when their launcher is gone. Otherwise they would hold GPUs and hosts for nothing.
 
-``deepspeed`` starts ``launch.py``, which starts the ranks. Killing the first orphans the other two, killing the second
-orphans the ranks, and neither kill reaches them.
+``deepspeed`` starts ``launch.py``, which starts the ranks. If the first is killed, the other two are orphans; if the
+second is killed, the ranks are. Neither kill reaches them.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ PERIOD_S = 1.0
 
 @cache
 def end_with_launcher() -> None:
-    """From now on, in a launched rank, end the process when either process above it ends. Linux only; else nothing.
+    """From now on, in a launched rank, end the process when its parent or grandparent ends. Linux only.
 
-    Above another launcher than DeepSpeed's may be a shell, whose end is none of a rank's business. Only the first call
-    counts: later on even a process that nobody launched has a rank.
+    The grandparent is watched under DeepSpeed's launcher only: under another it may be a shell, whose end means
+    nothing. Only the first call of a process counts: later even a process that nobody launched has a rank.
     """
     parent = os.getppid()
     grandparent = parent_of(parent)
     if "LOCAL_RANK" not in os.environ or grandparent is None:
         return
-    two = "deepspeed.launcher.launch" in words_of(parent)
+    watch_both = "deepspeed.launcher.launch" in command_of(parent)
 
     def watch() -> None:
-        while os.getppid() == parent and (not two or parent_of(parent) == grandparent):
+        while os.getppid() == parent and (not watch_both or parent_of(parent) == grandparent):
             time.sleep(PERIOD_S)
         print(f"rank {os.environ.get('RANK')}: the launcher is gone, ending", file=sys.stderr, flush=True)
         if os.getppid() == parent:
@@ -45,7 +45,7 @@ def end_with_launcher() -> None:
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent of a process; None where it is gone or this system does not say."""
+    """The parent of process ``pid``; None where the process is gone, and on other systems than Linux."""
     found = _state_and_parent(pid)
     return found[1] if found else None
 
@@ -60,7 +60,7 @@ class Sibling:
 
 
 def siblings() -> list[Sibling]:
-    """The other ranks of this host, as far as this system tells."""
+    """The other ranks of this launch on this host. Empty on other systems than Linux."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         pid = int(folder.name)
@@ -75,8 +75,8 @@ def siblings() -> list[Sibling]:
     return found
 
 
-def words_of(pid: int) -> list[str]:
-    """A process's command; empty where it is gone or this system does not say."""
+def command_of(pid: int) -> list[str]:
+    """The words of a process's command line; empty where the process is gone, and on other systems than Linux."""
     try:
         return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
     except OSError:
@@ -88,6 +88,6 @@ def _state_and_parent(pid: int) -> tuple[str, int] | None:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # pid (name) state parent …; the name may hold anything, parentheses and blanks included.
+    # pid (name) state parent …; the name may contain anything, parentheses and blanks included.
     state, parent, *_ = status.rpartition(")")[2].split()
     return state, int(parent)

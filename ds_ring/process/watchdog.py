@@ -1,7 +1,7 @@
-"""Ranks that wait for a peer that will not come say so and end, rather than wait for ever.
+"""A rank that waits for another one in vain says so and ends, instead of waiting for ever.
 
-A rank that is stopped, or hangs in a driver, takes its peers with it: some wait in a process group, whose own time-out
-may be half an hour away, some in a stream that a copy engine's flag would release, which has none.
+When a rank is stopped, or hangs in a driver, the ranks that wait for it hang too. Some wait in a process group, whose
+own time-out may be half an hour. Others wait for a flag on a CUDA stream, which has no time-out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Activity(Protocol):
-    """What a rank has begun to send: how many operations, the last one's name, and when (``time.monotonic``)."""
+    """The communication that a rank has begun.
+
+    Attributes:
+        count: number of operations.
+        last: name of the latest one.
+        moved_at: when it began, by ``time.monotonic``.
+    """
 
     count: int
     last: str
@@ -34,7 +40,7 @@ class Activity(Protocol):
 
 @dataclass
 class NoActivity:
-    """Of a rank that is not connected yet."""
+    """The activity of a rank that is not connected yet."""
 
     count: int = 0
     last: str = ""
@@ -42,9 +48,9 @@ class NoActivity:
 
 
 class Watchdog:
-    """Ends the process when a call lasts ``timeout_s`` seconds in which this rank starts no communication.
+    """Ends the process when a watched call lasts ``timeout_s`` seconds in which this rank begins no communication.
 
-    Only a launched rank has peers in other processes; elsewhere nothing is watched.
+    Watches launched ranks only: no other process waits for ranks of other processes.
 
     Attributes:
         timeout_s: 0: never.
@@ -57,11 +63,11 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def over(self, call: str) -> Iterator[None]:
-        """Watch the block, which may hold others."""
+    def watch(self, call: str) -> Iterator[None]:
+        """Watch the block. ``call`` names it in the message. Blocks may be nested."""
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         if launched and self.timeout_s and self._thread is None:
-            self._thread = threading.Thread(target=self._watch, daemon=True, name="stall_watch")
+            self._thread = threading.Thread(target=self._run, daemon=True, name="watchdog")
             self._thread.start()
         self._since = time.monotonic()
         self._calls.append(call)
@@ -72,7 +78,7 @@ class Watchdog:
             self._since = time.monotonic()
 
     def stalled_s(self) -> float:
-        """For how long nothing has moved; 0 outside calls."""
+        """Seconds since communication last began in the watched call; 0 where no call is watched."""
         return time.monotonic() - max(self._since, self.activity.moved_at) if self._calls else 0.0
 
     def describe(self) -> str:
@@ -82,30 +88,30 @@ class Watchdog:
         )
         return f"no communication began for {self.stalled_s():.0f} s in {call} ({last})"
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         while not self.timeout_s or self.stalled_s() <= self.timeout_s:
             time.sleep(min(PERIOD_S, self.timeout_s or PERIOD_S))
         stopped = [sibling for sibling in siblings() if sibling.stopped]
         who = ", ".join(f"rank {sibling.rank}" for sibling in stopped)
-        why = f"{who} of this host is stopped" if who else "a peer hangs: look for one whose last number is lower"
+        why = f"{who} of this host is stopped" if who else "another rank hangs: look for one whose last number is lower"
         print(f"failed on rank {os.environ.get('RANK', '0')}: {self.describe()}; {why}", file=sys.stderr, flush=True)
-        for sibling in stopped:  # a stopped process heeds no other signal, and its launcher waits for it
+        for sibling in stopped:  # a stopped process reacts to no other signal, and its launcher waits for it
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(sibling.pid, signal.SIGKILL)
         os._exit(1)
 
 
-outside = Watchdog(NoActivity(), 0)
-"""Over what a rank does outside its engines: connecting, waiting for others to load, leaving. ``api.connect`` says
-for how long."""
+process_watchdog = Watchdog(NoActivity(), 0)
+"""Watches what a rank does outside its engines: connecting, waiting for others to load, leaving. ``connect`` sets
+its time-out and its activity."""
 
 
 def watched(method: Method) -> Method:
-    """The method of an object whose ``watchdog`` is to watch its calls."""
+    """Decorator: calls of the method are watched by its object's ``watchdog``."""
 
     @wraps(method)
     def call(owner: Any, *args: Any, **options: Any) -> Any:
-        with owner.watchdog.over(method.__name__):
+        with owner.watchdog.watch(method.__name__):
             return method(owner, *args, **options)
 
     return cast(Method, call)

@@ -1,4 +1,4 @@
-"""Real text as tokens: files of the user's, or the Python language reference that every interpreter ships with."""
+"""Text as tokens: the user's files, or the Python language reference, which comes with every interpreter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ds_ring.errors import CheckpointError, InputError
 
 
 def load_tokenizer(checkpoint: str | Path) -> Any:
+    """The checkpoint's tokenizer. Raises CheckpointError where there is none that transformers can read."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -40,19 +41,20 @@ def read_text(paths: Sequence[str]) -> list[str]:
 
 
 def default_text() -> str:
+    """The Python language reference."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def token_stream(checkpoint: str | Path, paths: Sequence[str]) -> Tensor:
-    """All tokens of the files (or of the default text), one after the other: [N], int64."""
+    """All tokens of the files, or of the default text, in order: [N], int64."""
     text = "\n".join(read_text(paths)) if paths else default_text()
     ids = load_tokenizer(checkpoint)(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def rows_of(stream: Tensor, batch: int, length: int) -> Tensor:
-    """[batch, length] windows of the stream, evenly spread over it and wrapping round at its end."""
+def text_windows(stream: Tensor, batch: int, length: int) -> Tensor:
+    """``batch`` windows of a token stream, [batch, length], evenly spaced over it. They wrap round at its end."""
     starts = torch.arange(batch) * max(1, len(stream) // batch)
     return stream[(starts[:, None] + torch.arange(length)) % len(stream)]

@@ -1,4 +1,4 @@
-"""Progress of a long command on the terminal; standard output stays free for results."""
+"""Progress of a long command, on standard error: standard output is for results only."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ WIDTH_WITHOUT_TERMINAL = 150
 
 
 def make_console() -> Console:
+    """A console on standard error, wide enough for tables where that is no terminal."""
     console = Console(stderr=True)
     return console if console.is_terminal else Console(stderr=True, width=WIDTH_WITHOUT_TERMINAL)
 
 
 @contextmanager
 def steps(console: Console, total: int) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
-    """A bar over ``total`` steps. Yields (advance by one step, say what is being done)."""
+    """A progress bar of ``total`` steps. Yields two callables: advance by one step, and say what is being done."""
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)

@@ -1,4 +1,4 @@
-"""Result files: one JSON document of the form ``{…, "rows": [flat objects]}``, written whole or not at all."""
+"""Result files: one JSON document of the form ``{…, "rows": [flat objects]}``, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "triton", "yunch
 
 
 def provenance() -> dict[str, Any]:
-    """What a reader needs to repeat a result."""
+    """What a reader needs to repeat a result: date, command, commit and versions."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -27,12 +27,12 @@ def provenance() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that decide what a run computes."""
+    """Versions of Python and of the packages that affect results."""
     return {"python": sys.version.split()[0], **{p: v for p in PACKAGES if (v := _version(p))}}
 
 
 def write_atomically(path: str | Path, text: str) -> None:
-    """Replace ``path`` in one step: a full disk or an interruption leaves the previous file as it was."""
+    """Replace ``path`` in one step. After a full disk or an interruption the previous file is unchanged."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -48,8 +48,9 @@ def write_json(path: str | Path, document: dict[str, Any]) -> None:
 
 
 def collect(document: dict[str, Any], rows: Iterable[dict[str, Any]], output: str | Path | None) -> dict[str, Any]:
-    """``document`` with ``rows``, written to ``output`` after every row: a longer one may not fit, or the run be cut
-    short, and what there is stays."""
+    """``document`` with ``rows``, written to ``output`` after every row.
+
+    So earlier rows are kept where a later one runs out of memory, or the command is interrupted."""
     document = {**document, "rows": (found := list[dict[str, Any]]())}
     for row in rows:
         found.append(row)
@@ -64,7 +65,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit that ran; ``DS_RING_REVISION`` names it where files were copied without or ahead of their history."""
+    """The commit of this code. ``DS_RING_REVISION`` overrides it, for copies without a git history."""
     if named := os.environ.get("DS_RING_REVISION"):
         return named
     root = Path(__file__).parents[2]

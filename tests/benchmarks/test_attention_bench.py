@@ -1,6 +1,5 @@
-"""The attention benchmark on a CPU, tiny: its arithmetic, its timing on a clock of our own, and every row it makes."""
+"""The attention benchmark on a CPU with tiny cases: FLOPs, timing on a mocked clock, and the rows it makes."""
 
-import io
 import itertools
 import statistics
 import types
@@ -8,12 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from rich.console import Console
 
 from benchmarks.kernels import attention_cases, attention_flex, attention_implementations, attention_timing
 from benchmarks.kernels.attention_cases import KINDS, Case, default_cases, make_inputs, select, zigzag_rank
 from benchmarks.kernels.attention_run import run
-from benchmarks.reports.tables import attention_table
+from benchmarks.reports.kernel_tables import attention_cells, fastest_baseline
 from ds_ring.attention.block import attend
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.errors import DsRingError
@@ -43,7 +41,7 @@ def uncompiled(monkeypatch):
 
 @pytest.mark.parametrize("case", [*TINY, Case(8, True, 2, 3, 1, 3, 8), Case(8, True, 1, 1, 1, 1, 4)], ids=str)
 def test_flops_count_every_visible_pair_once(case):
-    positions = [position for run in case.runs for position in range(run.start, run.stop)]
+    positions = [position for own in case.ranges for position in range(own.start, own.stop)]
     assert len(positions) == case.seq_q
     pairs = itertools.product(positions, range(case.seq_k))
     visible = sum(1 for i, j in pairs if not case.causal or j <= i)
@@ -52,7 +50,7 @@ def test_flops_count_every_visible_pair_once(case):
 
 def test_a_zigzag_rank_is_one_of_the_layout_and_sees_its_keys_only():
     for case in (c for c in [*TINY, *default_cases()] if c.ranks > 1):
-        assert case.seq_k == case.runs[-1].stop
+        assert case.seq_k == case.ranges[-1].stop
         shares = [zigzag_share(case, rank) for rank in range(case.ranks)]
         assert set(shares) == {case.flops}, "ranks do not work equally"
 
@@ -295,30 +293,17 @@ def test_flash_attn_packages_are_called_as_they_ask(monkeypatch):
     assert all(row["rel_error"] < 1e-5 and row["lse_error"] < 1e-5 for row in rows)
 
 
-def test_the_table_groups_by_case_and_marks_the_best_peer_and_what_failed():
-    def row(case, impl, **rest):
+def test_the_fastest_baseline_is_one_that_is_right_and_not_ours():
+    def row(impl, **rest):
         figures = {"ms": 1.0, "tflops": 2.0, "share": 0.5, "rel_error": 1e-4, "lse_error": None, "detail": ""}
-        return {"case": case, "impl": impl, **(rest if "error" in rest else figures | rest)}
+        return {"case": "a case", "impl": impl, **(rest if "error" in rest else figures | rest)}
 
-    rows = [
-        row("case A", "slow", ms=3.0),
-        row("case A", "quick", ms=2.0, gbps=1234.0),
-        row("case A", "wrong", ms=1.0, rel_error=0.5),
-        row("case A", "ds_ring", carry_cost_ms=0.25, detail="plain"),
-        row("case B", "broken", error="RuntimeError: no such kernel"),
-        row("case B", "ds_ring triton"),
-    ]
-    table = attention_table(rows)
-    assert table.row_count == len(rows) + 2  # and each case's name
-    console = Console(width=200, file=io.StringIO())
-    console.print(table)
-    text = console.file.getvalue()
-    assert "quick *" in text
-    assert text.count(" * ") == 1
-    assert "no such kernel" in text
-    assert "carrying costs +0.250 ms; plain" in text
-    assert "1,234" in text
-    assert text.count("case A") == 1
+    slow, quick, wrong = row("slow", ms=3.0), row("quick", ms=2.0), row("wrong", ms=1.0, rel_error=0.5)
+    ours, broken = row("ds_ring", carry_cost_ms=0.25, detail="eager"), row("broken", error="RuntimeError: no kernel")
+    assert fastest_baseline([slow, quick, wrong, ours, broken]) is quick
+    assert fastest_baseline([wrong, ours, broken]) is None
+    assert attention_cells(broken)[-1] == "RuntimeError: no kernel"
+    assert "+0.250 ms" in attention_cells(ours)[-1]
 
 
 def test_labels_name_a_case_in_full():

@@ -1,4 +1,4 @@
-"""Counters of attention512: the profiler's words as rows, and what is refused."""
+"""Counters of attention512: the profiler's output as rows, and what is refused."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_figures_of_a_launch():
 @pytest.mark.parametrize(
     ("printed", "code", "count"), [(PRINTED, 1, 2), (PRINTED.rsplit("\n", 2)[0], 0, 1), ("", 0, 0)]
 )
-def test_a_profile_that_failed_is_told(monkeypatch, printed, code, count):
+def test_a_profile_that_failed_is_refused_with_its_reason(monkeypatch, printed, code, count):
     with pytest.raises(ConfigError, match=rf"{count} launches of 2 were profiled: .*no permission"):
         profiled(monkeypatch, printed, code)
 
@@ -82,9 +82,9 @@ def test_without_the_profiler_it_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(("options", "told"), [([], "no CUDA GPU"), (["--only", "d128"], "no case of head_dim 512")])
-def test_what_cannot_be_profiled_is_refused_in_a_line(options, told):
+@pytest.mark.parametrize(("options", "reason"), [([], "no CUDA GPU"), (["--only", "d128"], "no case of head_dim 512")])
+def test_what_cannot_be_profiled_is_refused_in_a_line(options, reason):
     command = [sys.executable, "launch/profile_attention.py", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {told}")
+    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {reason}")

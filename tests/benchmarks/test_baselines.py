@@ -1,4 +1,4 @@
-"""Other implementations of sequence parallelism beside ours: what they cannot do, and that they compute the model."""
+"""Baselines, other projects' sequence parallelism: what they cannot do, and that they compute the model."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from tests.helpers.tiny_models import build, llama_mqa
 ULYSSES = {"implementation": "deepspeed_ulysses", "ulysses_degree": 2}
 RING = {"implementation": "context_parallel", "ring_degree": 2}
 YUNCHANG = {"implementation": "yunchang", "ulysses_degree": 2, "ring_degree": 2}
-PEERS = ("peers2/deepspeed_ulysses2.json", "peers2/context_parallel2.json")
+FILES = ("baselines2/deepspeed_ulysses2.json", "baselines2/context_parallel2.json")
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ PEERS = ("peers2/deepspeed_ulysses2.json", "peers2/context_parallel2.json")
     ],
     ids=str,
 )
-def test_what_they_can_do_passes(options):
+def test_what_baselines_can_do_is_accepted(options):
     check(**options)
 
 
@@ -71,7 +71,7 @@ def test_what_they_can_do_passes(options):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_they_cannot_do_is_refused(options, text):
+def test_what_baselines_cannot_do_is_refused(options, text):
     with pytest.raises(ConfigError, match=text):
         rules.check(RunConfig.load(None, **options), SHAPE)
 
@@ -99,7 +99,7 @@ def test_what_needs_gpus_is_refused_on_cpus(monkeypatch):
         init_inference(build(llama_mqa()), **RING)
 
 
-def test_a_peer_that_is_not_installed_is_refused_and_said_how_to_get(monkeypatch):
+def test_a_baseline_that_is_not_installed_is_refused_and_said_how_to_get(monkeypatch):
     monkeypatch.setattr(rules, "find_spec", lambda name: None)
     monkeypatch.setattr(api, "local_device", lambda: torch.device("cuda"))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -127,7 +127,7 @@ def test_the_wide_llama_is_llama_3_8bs_in_width():
 @pytest.mark.launch
 def test_deepspeeds_ulysses_is_compared_in_the_same_table(tmp_path):
     """Odd lengths, a last micro-batch of another size, and sizes swept."""
-    file, output = tmp_path / "peer.json", tmp_path / "compare.json"
+    file, output = tmp_path / "baseline.json", tmp_path / "compare.json"
     workload = {"batch_size": 3, "max_length": 101, "micro_batch_size": 1, "micro_batch_sizes": [1, 2], "repeats": 1}
     section = {"model": str(wide_head_llama(tmp_path / "llama")), "parallel": ULYSSES, "workload": workload}
     file.write_text(json.dumps({"dtype": "fp32", "ds_ring": section}))
@@ -149,12 +149,12 @@ def test_deepspeeds_ulysses_is_compared_in_the_same_table(tmp_path):
     exchanged = 3 * layers * local * (2 * heads + 2 * kv_heads) * head_dim * 4 // 2
     positions = 3 * layers * local * 8
     assert rows[0]["bytes_sent_per_rank"] == exchanged + positions
-    assert "| deepspeed_ulysses2 |" in output.with_suffix(".md").read_text()
+    assert "deepspeed_ulysses2" in output.with_suffix(".md").read_text()
 
 
 @pytest.mark.launch
 def test_context_parallel_computes_the_model(tmp_path):
-    """PyTorch's ring with its kernel for CPUs put where it has only those for GPUs."""
+    """PyTorch's ring, with its kernel for CPUs in place of those for GPUs, the only ones that it takes."""
     script = tmp_path / "ring.py"
     script.write_text(f"""
 import json, sys, torch
@@ -166,7 +166,7 @@ from ds_ring import api
 from ds_ring.engine.connect import connect
 from ds_ring.cli.options import leave
 from ds_ring.config import RunConfig
-from benchmarks.baselines import context_parallel as peer
+from benchmarks.baselines import context_parallel
 from ds_ring.hf.dims import model_dims
 
 kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -174,10 +174,10 @@ kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 def ring(op, args, options):
     q, k, v = (t.to_local() for t in args[:3])
     group, scale = args[0].device_mesh.get_group(), options["scale"]
-    found = peer._ring._templated_ring_attention(group, 2, kernel, q, k, v, is_causal=args[4], scale=scale)
+    found = context_parallel._ring._templated_ring_attention(group, 2, kernel, q, k, v, is_causal=args[4], scale=scale)
     return tuple(DTensor.from_local(t, args[0].device_mesh, args[0].placements, run_check=False) for t in found)
 
-peer._ring.custom_ops[kernel] = ring
+context_parallel._ring.custom_ops[kernel] = ring
 model = build(llama_gqa())
 ids = tokens(3, 101)
 want, mesh, found = logits(model, ids), None, []
@@ -211,5 +211,5 @@ leave(0)
 @pytest.mark.launch
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs; run make test-gpu where there are")
 @pytest.mark.parametrize("head_dim", [64, 512])
-def test_peers_agree_on_two_gpus(head_dim, tmp_path):
-    agree_on_two_gpus(PEERS, head_dim, tmp_path)
+def test_baselines_agree_on_two_gpus(head_dim, tmp_path):
+    agree_on_two_gpus(FILES, head_dim, tmp_path)

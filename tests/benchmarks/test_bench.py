@@ -1,4 +1,4 @@
-"""What a benchmark runs: the passes that are not timed, and what of a large batch reaches the device."""
+"""A benchmark's passes, timed and untimed, its figures, and how much of a large batch is on the device."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ from ds_ring.engine.model_runner import ModelRunner
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.planning.validation import check_run
 from ds_ring.process.launcher import ROOT
-from ds_ring.utils.corpus import rows_of
+from ds_ring.utils.corpus import text_windows
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import build, gpt_neox
 
@@ -57,7 +57,7 @@ def test_every_gpu_layout_runs_the_papers_whole_pass(file):
 )
 def test_no_more_than_a_micro_batch_reaches_the_device(layout, monkeypatch):
     model = build(gpt_neox(heads=2, layers=2))
-    ids = rows_of(bench.torch.arange(64), BATCH, LENGTH)
+    ids = text_windows(bench.torch.arange(64), BATCH, LENGTH)
     sizes = []
     for module in (sequence_parallel, tensor_pipeline):
         plain = module.to_device
@@ -103,7 +103,7 @@ def test_the_peak_of_memory_is_that_of_the_timed_passes(monkeypatch):
     def work(engine):
         mute = engine.runner.mute
         engine.runner.mute = lambda on: muted.add(engine) or mute(on)
-        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
+        batch, _ = bench.pack(text_windows(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
         return bench._measure_length(engine, batch, "full", lambda text: None)
 
     found = serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2)
@@ -111,7 +111,7 @@ def test_the_peak_of_memory_is_that_of_the_timed_passes(monkeypatch):
     assert [each.peak_memory_gib for each in found] == [2.0, 2.0]
 
 
-def test_every_ranks_clock_is_told(monkeypatch):
+def test_every_ranks_clock_is_in_the_row(monkeypatch):
     clocks, drawn = threading.local(), itertools.count(1400)
 
     @contextlib.contextmanager
@@ -122,7 +122,7 @@ def test_every_ranks_clock_is_told(monkeypatch):
     monkeypatch.setattr(bench, "watched_gpu", watched)
 
     def work(engine):
-        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
+        batch, _ = bench.pack(text_windows(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
         return bench._measure_length(engine, batch, "full", lambda text: None).gpu
 
     model = build(gpt_neox(heads=2, layers=2))
@@ -139,7 +139,7 @@ def test_speed_alone_takes_no_passes_without_communication():
 
     def work(engine):
         engine.runner.mute = None  # not to be called
-        batch, _ = bench.pack(rows_of(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
+        batch, _ = bench.pack(text_windows(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
         return bench._measure_length(engine, batch, "full", reports.append)
 
     for found in serve(model, work, batch_size=4, max_length=LENGTH, ring_degree=2, speed_only=True):

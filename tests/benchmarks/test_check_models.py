@@ -1,4 +1,4 @@
-"""The table of architectures: one that works, one that is refused, one that transformers makes no small model of."""
+"""The check of architectures: one that works, one that is refused, one without a small model; and its page."""
 
 import os
 import subprocess
@@ -7,11 +7,12 @@ import sys
 import pytest
 
 from benchmarks.models import models_page
-from benchmarks.models.check_models import SIZES, architectures, tiny_config
+from benchmarks.models.tiny_models import SIZES, architectures, tiny_config
 from ds_ring.errors import InputError
 from ds_ring.process.launcher import free_port
 from tests.helpers.launching import ROOT, last_line, run
 from tests.helpers.marks import NEEDS_A_GPU
+from tests.helpers.pages import tables
 
 SCRIPT = [sys.executable, "launch/check_models.py"]
 
@@ -29,10 +30,11 @@ def test_outcomes_and_their_table(tmp_path):
     assert rows["bloom"]["outcome"] == "refused"
     assert "does not go through transformers' attention interface" in rows["bloom"]["detail"]
     assert rows["xlnet"]["outcome"] == "not tried"
-    text = table.read_text()
-    assert "## works: 1" in text
-    assert "| gemma2 | Gemma2ForCausalLM |" in text
-    assert "| bloom | BloomForCausalLM | BloomForCausalLM does not go" in text
+    works, refused, not_tried = tables(table.read_text())
+    assert [(row["type"], row["class"]) for row in works] == [("gemma2", "Gemma2ForCausalLM")]
+    assert refused[0]["type"] == "bloom"
+    assert refused[0]["why"].startswith("BloomForCausalLM does not go")
+    assert not_tried[0]["type"] == "xlnet"
 
 
 def document(layout, **outcomes):
@@ -57,12 +59,13 @@ def test_a_table_of_several_layouts():
     shared = document(
         "tp2_pp2", a=("works", "a tie"), b=("refused", "it is fused"), c=("refused", "no"), d=("differs", "token 3")
     )
-    lines = models_page.text([ring, shared]).splitlines()
-    assert "## works: 1" in lines
-    assert "| a | A | 1.0e-06 tp2_pp2: a tie |" in lines
-    assert "| b | B | ring2. tp2_pp2: it is fused |" in lines
-    assert "| c | C | no \\| way |" in lines
-    assert "| d | D | 5.0e-01 tp2_pp2: token 3 |" in lines
+    text = models_page.text([ring, shared])
+    works, works_in_some, refused, differs = tables(text)
+    assert works == [{"type": "a", "class": "A", "max error": "1.0e-06 tp2_pp2: a tie"}]
+    assert works_in_some == [{"type": "b", "class": "B", "why": "ring2. tp2_pp2: it is fused"}]
+    assert refused == [{"type": "c", "class": "C", "why": "no \\| way"}]
+    assert differs == [{"type": "d", "class": "D", "max error": "5.0e-01 tp2_pp2: token 3"}]
+    assert "## works: 1" in text.splitlines()
     with pytest.raises(InputError, match="tp2_pp2 and ring2 differ in new_tokens"):
         models_page.text([ring, shared | {"new_tokens": 1}])
 

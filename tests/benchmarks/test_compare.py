@@ -1,4 +1,4 @@
-"""Planning a comparison, judging its rows, and writing them down."""
+"""Comparisons: which layouts can be compared, the ratios of their rows, and the documents they make."""
 
 import json
 import os
@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.layouts import compare, rank_rows
-from benchmarks.reports import plots, tables
+from benchmarks.layouts import checkpoint, compare, rank_rows
+from benchmarks.reports import comparison_table, plots
+from benchmarks.reports.tables import name_of
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 from ds_ring.utils import results
 from tests.helpers.compared_rows import row
+from tests.helpers.pages import tables
 
 
 def test_modes_are_compared_among_themselves(rows):
@@ -21,13 +23,11 @@ def test_modes_are_compared_among_themselves(rows):
         row("tp4", 1000.0, mode="prefill_only", tp_size=4),
         row("ring4", 1250.0, mode="prefill_only", ring_degree=4),
     ]
-    judged = rank_rows.judge(rows + short)
-    assert judged[: len(rows)] == rank_rows.judge(rows)
-    assert judged[-1]["vs_baseline"] == pytest.approx(1.25)
-    assert judged[-1]["vs_dp"] is None
-    assert "one full forward (prefill)" in tables.caption(judged)
-    assert "one prefill of what the next token needs" in tables.caption(short)
-    assert [tables.name_of(r) for r in judged[-3:]] == ["ring4", "tp4 (prefill only)", "ring4 (prefill only)"]
+    found = rank_rows.add_ratios(rows + short)
+    assert found[: len(rows)] == rank_rows.add_ratios(rows)
+    assert found[-1]["vs_baseline"] == pytest.approx(1.25)
+    assert found[-1]["vs_dp"] is None
+    assert [name_of(r) for r in found[-3:]] == ["ring4", "tp4 (prefill only)", "ring4 (prefill only)"]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def rows():
 
 
 def test_gains_refer_to_the_fastest_baseline_and_to_dp_at_the_same_length(rows):
-    ring, short = (r for r in rank_rows.judge(rows) if r["layout"] == "ring4")
+    ring, short = (r for r in rank_rows.add_ratios(rows) if r["layout"] == "ring4")
     assert ring["vs_baseline"] == pytest.approx(1.2)
     assert ring["vs_dp"] == pytest.approx(0.96)
     assert short["vs_baseline"] == pytest.approx(1.5)
@@ -51,7 +51,7 @@ def test_gains_refer_to_the_fastest_baseline_and_to_dp_at_the_same_length(rows):
 
 
 def test_a_baseline_can_be_named(rows):
-    ring = next(r for r in rank_rows.judge(rows, baseline="tp4") if r["layout"] == "ring4")
+    ring = next(r for r in rank_rows.add_ratios(rows, baseline="tp4") if r["layout"] == "ring4")
     assert ring["vs_baseline"] == pytest.approx(960 / 700)
 
 
@@ -70,8 +70,10 @@ def test_a_baseline_that_is_no_layout_is_refused_before_any_work(tmp_path):
 
 
 def test_mfu_of_all_rows_refers_to_one_peak():
-    judged = rank_rows.judge([row("dp4", 1000.0, peak=1e6, dp_size=4), row("ring4", 1000.0, peak=2e6, ring_degree=4)])
-    assert judged[0]["mfu"] == pytest.approx(judged[1]["mfu"])
+    found = rank_rows.add_ratios(
+        [row("dp4", 1000.0, peak=1e6, dp_size=4), row("ring4", 1000.0, peak=2e6, ring_degree=4)]
+    )
+    assert found[0]["mfu"] == pytest.approx(found[1]["mfu"])
 
 
 @pytest.mark.parametrize(
@@ -82,17 +84,17 @@ def test_a_row_agrees_only_within_its_dtypes_tolerance(dtype, error, agrees):
     one = row("ring4", 1.0, dtype=dtype, error=error or 0.0, ring_degree=4)
     if error is None:
         one |= {"max_rel_error": None, "rel_error": None}
-    assert rank_rows.judge([one])[0]["agrees"] is agrees
+    assert rank_rows.add_ratios([one])[0]["agrees"] is agrees
 
 
 def test_document_separates_the_table_from_the_sweep(rows):
-    plan = compare.Comparison([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
-    document = rank_rows.document(plan, rank_rows.judge(rows))
+    comparison = compare.Comparison([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
+    document = rank_rows.document(comparison, rank_rows.add_ratios(rows))
     assert [r["layout"] for r in document["rows"]] == ["dp4", "tp2_pp2", "tp4", "ring4"]
     assert len(document["sweep"]) == len(rows)
-    assert plan.lengths == [500, 1000]
+    assert comparison.lengths == [500, 1000]
     rows[-1]["max_rel_error"] = 1.0
-    assert rank_rows.disagreeing(rank_rows.judge(rows)) == ["ring4 at L = 500"]
+    assert rank_rows.disagreeing(rank_rows.add_ratios(rows)) == ["ring4 at L = 500"]
 
 
 def test_every_set_of_layouts_in_the_repository_compares(monkeypatch):
@@ -101,9 +103,9 @@ def test_every_set_of_layouts_in_the_repository_compares(monkeypatch):
         files = compare.default_layouts()
         assert files
         assert all(f"/{folder}/" in f for f in files)
-        plan = compare.Comparison.make(files, {})
-        labels = [run.label for _, run in plan.runs]
-        assert labels == [file.stem for file, _ in plan.runs]
+        comparison = compare.Comparison.make(files, {})
+        labels = [run.label for _, run in comparison.runs]
+        assert labels == [file.stem for file, _ in comparison.runs]
 
 
 def test_layouts_with_different_workloads_are_refused(tmp_path):
@@ -128,7 +130,7 @@ def test_micro_batches_may_differ(tmp_path):
         1,
         2,
     ]
-    heads, cells = tables.table([row("dp2", 900), row("ring2", 1000) | {"micro_batch": 2}])
+    heads, cells = comparison_table.table([row("dp2", 900), row("ring2", 1000) | {"micro_batch": 2}])
     assert heads[1] == "micro-batch"
     assert [c[1] for c in cells] == ["1", "2"]
 
@@ -141,18 +143,20 @@ def test_ways_of_one_ring_have_names_of_their_own():
 
 
 def test_the_report_shows_every_layout_and_the_command(rows):
-    plan = compare.Comparison([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
-    document = results.provenance() | rank_rows.document(plan, rank_rows.judge(rows))
-    text = tables.markdown(document)
-    assert "| ring4 | 960 | 4.167 | +20.0 % | -4.0 % |" in text
-    assert "| tp2_pp2 | 100 | 800 |" in text
+    comparison = compare.Comparison([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
+    document = results.provenance() | rank_rows.document(comparison, rank_rows.add_ratios(rows))
+    text = comparison_table.markdown(document)
+    layouts, by_length = tables(text)
+    ring = next(row for row in layouts if row["layout"] == "ring4")
+    assert [ring["TPS (tok/s)"], ring["vs TP/PP"], ring["vs DP"]] == ["960", "+20.0 %", "-4.0 %"]
+    assert by_length[1] == {"layout": "tp2_pp2", "500": "100", "1000": "800"}
     assert document["command"] in text
-    assert tables.terminal_table(document["rows"]).row_count == 4
+    assert comparison_table.terminal_table(document["rows"]).row_count == 4
 
 
 def test_the_plot_is_a_picture(rows, tmp_path):
-    plan = compare.Comparison([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
-    plots.draw(rank_rows.document(plan, rank_rows.judge(rows)), tmp_path / "plot.png")
+    comparison = compare.Comparison([("a.json", RunConfig.load({}, max_length=1000, sweep=(500,)))])
+    plots.draw(rank_rows.document(comparison, rank_rows.add_ratios(rows)), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -170,23 +174,23 @@ def test_an_interrupted_write_leaves_the_previous_result(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_a_peer_that_is_wrong_is_shown_and_no_failure_of_ours():
+def test_a_baseline_that_is_wrong_is_shown_and_no_failure_of_ours():
     wrong = row("deepspeed_ulysses4", 1.0, error=1.0, ulysses_degree=4) | {"implementation": "deepspeed_ulysses"}
-    judged = rank_rows.judge([wrong])
-    assert judged[0]["agrees"] is False
-    assert rank_rows.disagreeing(judged) == []
-    assert plots.kind(wrong) == "peer"
+    found = rank_rows.add_ratios([wrong])
+    assert found[0]["agrees"] is False
+    assert rank_rows.disagreeing(found) == []
+    assert plots.kind(wrong) == "baseline"
 
 
 def test_context_parallel_is_refused_where_there_are_no_gpus(monkeypatch):
     folder = compare.launcher.ROOT / "ds_configs"
-    files = [str(folder / "gpu2" / "ring2.json"), *sorted(map(str, (folder / "peers2").glob("*.json")))]
+    files = [str(folder / "gpu2" / "ring2.json"), *sorted(map(str, (folder / "baselines2").glob("*.json")))]
     monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 0)
     with pytest.raises(ConfigError, match="implementation=context_parallel: PyTorch has it for GPUs alone"):
         compare.Comparison.make(files, {})
     monkeypatch.setattr(compare.launcher, "gpu_count", lambda: 2)
-    plan = compare.Comparison.make(files, {})
-    assert [run.label for _, run in plan.runs] == [
+    comparison = compare.Comparison.make(files, {})
+    assert [run.label for _, run in comparison.runs] == [
         "ring2", "context_parallel2", "deepspeed_ulysses2", "yunchang_ring2", "yunchang_ulysses2",
     ]  # fmt: skip
 
@@ -199,10 +203,10 @@ def test_an_interrupted_checkpoint_is_not_left_half_made(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compare, "make_checkpoint", interrupted)
+        patch.setattr(checkpoint, "make_checkpoint", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            compare.ensure_checkpoint(run, lambda text: None)
+            checkpoint.ensure(run, lambda text: None)
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    compare.ensure_checkpoint(run, lambda text: None)
+    checkpoint.ensure(run, lambda text: None)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["small"]
     assert (tmp_path / "checkpoints" / "small" / "config.json").is_file()

@@ -1,4 +1,4 @@
-"""What GPUs say of themselves: read where the driver tells it, left out where it does not."""
+"""Telemetry of GPUs: figures that the driver gives, and those that it does not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def watched() -> dict[str, float]:
     return found
 
 
-def test_all_that_the_driver_tells(driver):
+def test_all_figures_of_a_driver(driver):
     energies = iter((1000, 4500))
     driver(
         {186: 650_000, 167: 1}, ClockInfo=lambda *_: 1300, Temperature=lambda *_: 61,
@@ -61,7 +61,7 @@ def test_all_that_the_driver_tells(driver):
     }  # fmt: skip
 
 
-def test_power_is_the_average_where_the_driver_does_not_tell_that_of_the_moment(driver):
+def test_power_is_the_average_where_the_driver_does_not_give_that_of_the_moment(driver):
     driver({}, PowerUsage=lambda _: 500_000)
     assert watched() == {"power_w": 500.0}
 

@@ -1,4 +1,4 @@
-"""Where a step's time goes, read from a Chrome trace."""
+"""The shares of a step's time, from a Chrome trace."""
 
 import json
 

@@ -14,8 +14,8 @@ pytestmark = [
 
 
 def test_it_computes_the_model(tmp_path):
-    """Four ranks, with PyTorch's kernel for CPUs put where it has those for GPUs alone, as particular as they are."""
-    script = tmp_path / "peer.py"
+    """Four ranks, with PyTorch's kernel for CPUs in place of those for GPUs, and with their restrictions."""
+    script = tmp_path / "baseline.py"
     script.write_text("""
 import json, sys, torch
 from tests.helpers.tiny_models import build, gpt_neox, llama_gqa, logits, tokens
@@ -99,4 +99,4 @@ leave(0)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs; run make test-gpu where there are")
 @pytest.mark.parametrize("head_dim", [64, 512])
 def test_it_agrees_on_two_gpus(head_dim, tmp_path):
-    agree_on_two_gpus(("peers2/yunchang_ring2.json", "peers2/yunchang_ulysses2.json"), head_dim, tmp_path)
+    agree_on_two_gpus(("baselines2/yunchang_ring2.json", "baselines2/yunchang_ulysses2.json"), head_dim, tmp_path)

@@ -1,4 +1,4 @@
-"""What stands in the way of a run, found before anything is started."""
+"""Doctor's checks: problems are found before anything is started."""
 
 import json
 import os
@@ -8,10 +8,9 @@ import sys
 
 import pytest
 
-from ds_ring.cli import doctor
-from ds_ring.cli.doctor import Host
+from ds_ring.cli import doctor_checks as doctor
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError
+from ds_ring.process.hostfile import Host
 from tests.helpers.launching import ROOT
 from tests.helpers.tiny_models import build, llama_gqa
 
@@ -54,34 +53,11 @@ def test_a_port_that_is_taken():
     assert doctor.master_port(port).outcome == "ok"
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "names no host"),
-        ("# none\n\n", "names no host"),
-        ("a slots=2\nb 4\n", 'line 2: "b 4" is not NAME slots=N'),
-        ("a slots=two", "is not NAME slots=N"),
-        ("a slots=2\na slots=4", "names a host twice"),
-    ],
-)
-def test_a_hostfile_that_the_launcher_would_not_understand(text, words, tmp_path):
-    file = tmp_path / "hosts"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=words):
-        doctor.read_hostfile(str(file))
-
-
-def test_hosts(tmp_path, monkeypatch):
-    file = tmp_path / "hosts"
-    file.write_text("localhost slots=8  # here\nno-such-host.invalid slots=8\n")
-    hosts = doctor.read_hostfile(str(file))
-    assert hosts == [Host("localhost", 8), Host("no-such-host.invalid", 8)]
+def test_hosts_are_reachable_by_name_and_need_pdsh(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
-    by_name = found(doctor.reachable(hosts))
+    by_name = found(doctor.reachable([Host("localhost", 8), Host("no-such-host.invalid", 8)]))
     assert [one.outcome for one in by_name.values()] == ["problem", "ok", "problem"]
     assert "pdsh" in by_name
-    with pytest.raises(ConfigError, match=r"cannot read .*; the launcher would use this machine alone"):
-        doctor.read_hostfile(str(tmp_path / "none"))
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -1,22 +1,13 @@
-"""What launch/generate.py does around the engine: prompts, options, completions, times."""
+"""The generate command around the engine: prompts, options, completions, times."""
 
 import pytest
 import torch
 
-from ds_ring.cli import generate
-from ds_ring.cli.generate import (
-    Sampling,
-    check,
-    growth,
-    left_padded,
-    passes_to_look_at,
-    read_prompts,
-    run,
-    sized,
-    summary,
-)
-from ds_ring.cli.make_checkpoint import byte_tokenizer
-from ds_ring.cli.score import read_documents
+from ds_ring.cli import decode_floor, documents, generation_clock, prompts
+from ds_ring.cli.held_memory import growth, recorded_passes
+from ds_ring.cli.sampling import Sampling, check
+from ds_ring.cli.seeded_checkpoint import byte_tokenizer
+from ds_ring.cli.timed_generation import generate, summary
 from ds_ring.config import RunConfig
 from ds_ring.errors import CheckpointError, InputError
 from tests.helpers.launching import save
@@ -36,32 +27,33 @@ def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path, monk
     file = tmp_path / "a.txt"
     file.write_text("from a file\n")
     config = RunConfig.load({"dtype": "fp32"}, model=str(checkpoint))
-    tokenizer, rows = read_prompts(config, ["first", "second one"], [str(file)])
-    assert [tokenizer.decode(row) for row in rows] == ["first", "second one", "from a file\n"]
+    tokenizer, found = prompts.read(config, ["first", "second one"], [str(file)])
+    assert [tokenizer.decode(tokens) for tokens in found] == ["first", "second one", "from a file\n"]
     with pytest.raises(InputError, match="no prompt: give --prompt TEXT… or --prompt-file FILE…"):
-        read_prompts(config, [], [])
+        prompts.read(config, [], [])
     with pytest.raises(InputError, match="prompt 2 of 2 is empty"):
-        read_prompts(config, ["x", ""], [])
+        prompts.read(config, ["x", ""], [])
     nowhere = RunConfig.load(config, model=str(tmp_path / "none"))
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
-        read_prompts(nowhere, ["x"], [])
+        prompts.read(nowhere, ["x"], [])
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
-        read_documents(RunConfig.load(nowhere, text=(str(file),)))
-    monkeypatch.setattr(generate, "load_tokenizer", lambda checkpoint: begins_with_a_token)
+        documents.read(RunConfig.load(nowhere, text=(str(file),)))
+    monkeypatch.setattr(prompts, "load_tokenizer", lambda checkpoint: begins_with_a_token)
     with pytest.raises(InputError, match="prompt 2 of 3 is empty"):
-        read_prompts(config, ["x", "", "y"], [])
+        prompts.read(config, ["x", "", "y"], [])
     with pytest.raises(InputError, match="cannot read"):
-        read_prompts(config, [], [str(tmp_path / "none.txt")])
+        prompts.read(config, [], [str(tmp_path / "none.txt")])
 
 
-def test_a_planner_is_told_of_the_prompts_but_for_what_is_given():
-    prompts = [[1] * 90, [1] * 7, [1] * 30]
+def test_a_layout_is_planned_for_the_prompts_unless_sizes_are_given():
+    three = [[1] * 90, [1] * 7, [1] * 30]
     auto = RunConfig.load({"ds_ring": {"parallel": "auto", "workload": {"prefill_chunk": 16}}})
-    work = sized(auto, prompts, 10).workload
+    work = prompts.sized(auto, three, 10).workload
     assert (work.batch_size, work.max_length, work.prefill_chunk) == (3, 100, 16)
-    work = sized(RunConfig.load({"ds_ring": {"parallel": "auto"}}, max_length=2000), prompts, 10).workload
+    given = RunConfig.load({"ds_ring": {"parallel": "auto"}}, max_length=2000)
+    work = prompts.sized(given, three, 10).workload
     assert (work.batch_size, work.max_length) == (3, 2000)
-    assert sized(RunConfig.load({}), prompts, 10).workload.batch_size == 1
+    assert prompts.sized(RunConfig.load({}), three, 10).workload.batch_size == 1
 
 
 @pytest.mark.parametrize(
@@ -89,9 +81,9 @@ def test_a_seed_does_no_harm_without_a_temperature():
 def test_memory_is_recorded_after_few_of_many_passes():
     with pytest.raises(InputError, match="passes=0 must be at least 1"):
         check(1, Sampling(), passes=0)
-    assert passes_to_look_at(1) == {1}
-    assert passes_to_look_at(1000) == {1, 10, 100, 1000}
-    assert passes_to_look_at(2500) == {1, 10, 100, 1000, 2500}
+    assert recorded_passes(1) == {1}
+    assert recorded_passes(1000) == {1, 10, 100, 1000}
+    assert recorded_passes(2500) == {1, 10, 100, 1000, 2500}
 
 
 def test_growth_leaves_out_what_first_passes_cost():
@@ -100,8 +92,8 @@ def test_growth_leaves_out_what_first_passes_cost():
     assert growth({"1": 2.0, "10": 4.0, "100": 4.0, "250": 5.0}) == 1.25
 
 
-def test_rows_are_padded_at_their_beginnings():
-    ids, mask = left_padded([[5, 6, 7], [8]], 9)
+def test_prompts_are_padded_at_their_beginnings():
+    ids, mask = prompts.left_padded([[5, 6, 7], [8]], 9)
     assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
@@ -112,17 +104,17 @@ def test_rows_are_padded_at_their_beginnings():
     ids=str,
 )
 def test_a_completion_ends_with_the_token_that_ends_it(layout):
-    model, prompts = build(llama_gqa(vocab_size=257)), [[1, 2, 3]]
+    model, prompt = build(llama_gqa(vocab_size=257)), [1, 2, 3]
     with torch.no_grad():
         options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        text = model.generate(torch.tensor(prompts), **options)[0, 3:].tolist()
+        text = model.generate(torch.tensor([prompt]), **options)[0, 3:].tolist()
     end = next(t for i, t in enumerate(text) if i > 1 and t not in text[:i])
     model.generation_config.update(eos_token_id=end, num_beams=2)
     said = []
 
     def work(engine):
-        return run(
-            engine, byte_tokenizer(), prompts, max_new_tokens=8, sampling=Sampling(), say=said.append, stream=False
+        return generate(
+            engine, byte_tokenizer(), [prompt], max_new_tokens=8, sampling=Sampling(), say=said.append, stream=False
         )
 
     for rank, found in enumerate(serve(model, work, batch_size=2, **layout)):
@@ -134,7 +126,7 @@ def test_a_completion_ends_with_the_token_that_ends_it(layout):
             total_s = (found["ttft_ms"] + (steps - 1) * found["decode_tpot_ms"]) / 1e3
             assert found["tokens_per_second"] == pytest.approx(steps / total_s)
             assert found["ttft_ms"] > 0
-        slots = -(-(len(prompts[0]) + 8) // layout.get("ring_degree", 1))
+        slots = -(-(len(prompt) + 8) // layout.get("ring_degree", 1))
         layers, heads = -(-3 // layout.get("pp_size", 1)), 3 // layout.get("tp_size", 1)
         at_least = slots * layers * 2 * heads * 8 * 4  # keys and values, their size, fp32
         assert at_least <= found["cache_gib_per_rank"] * 2**30 < 1.2 * at_least
@@ -142,13 +134,13 @@ def test_a_completion_ends_with_the_token_that_ends_it(layout):
 
 
 @pytest.mark.parametrize("layout", [{}, {"ring_degree": 2}, {"pp_size": 2}], ids=str)
-def test_prompts_in_chunks_tell_how_far_they_are(layout, monkeypatch):
-    monkeypatch.setattr(generate, "SAY_EVERY_S", 0.0)
-    model, prompts, said = build(llama_gqa(vocab_size=257)), [[1] * 50, [2] * 20], []
+def test_prompts_in_chunks_report_their_progress(layout, monkeypatch):
+    monkeypatch.setattr(generation_clock, "SAY_EVERY_S", 0.0)
+    model, two, said = build(llama_gqa(vocab_size=257)), [[1] * 50, [2] * 20], []
 
     def work(engine):
-        return run(
-            engine, byte_tokenizer(), prompts, max_new_tokens=1, sampling=Sampling(), say=said.append, stream=False
+        return generate(
+            engine, byte_tokenizer(), two, max_new_tokens=1, sampling=Sampling(), say=said.append, stream=False
         )
 
     found = serve(model, work, batch_size=2, micro_batch_size=2, prefill_chunk=16, **layout)
@@ -159,7 +151,7 @@ def test_prompts_in_chunks_tell_how_far_they_are(layout, monkeypatch):
         "first token after 1,234 ms, 9.9 tok/s, cache 1.500 GiB a rank"
     )
     assert "2.35 ms a token" in summary(found[0] | {"decode_tpot_ms": 2.345678})
-    monkeypatch.setattr(generate, "SAY_EVERY_S", 60.0)
+    monkeypatch.setattr(generation_clock, "SAY_EVERY_S", 60.0)
     said.clear()
     serve(model, work, batch_size=2, prefill_chunk=16, **layout)
     assert not [text for text in said if "tokens," in text]
@@ -167,11 +159,12 @@ def test_prompts_in_chunks_tell_how_far_they_are(layout, monkeypatch):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["own_head", "tied_head"])
 def test_the_floor_of_a_step_is_what_all_stages_read_one_after_the_other(tied, monkeypatch):
-    monkeypatch.setattr(generate, "copy_rate", lambda device: 1e9)
+    monkeypatch.setattr(decode_floor, "copy_rate", lambda device: 1e9)
     model = build(llama_gqa(vocab_size=257, tie_word_embeddings=tied))
 
     def work(engine):
-        return generate.step_floor_s(engine, 1000 * len(engine.runner.layers)), generate.share_of_weights(engine)
+        floor_s = decode_floor.step_floor_s(engine, 1000 * len(engine.runner.layers))
+        return floor_s, decode_floor.share_of_weights(engine)
 
     ((alone_s, weights),) = serve(model, work)
     embedding = 257 * 72 * 4

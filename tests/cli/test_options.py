@@ -1,4 +1,4 @@
-"""What every script does with its result, and with a place that it cannot be written to."""
+"""What every command does with its result, and with its errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_ring.errors import is_out_of_memory
 from ds_ring.process.launcher import ROOT
 
 PLAN = [
@@ -45,3 +46,17 @@ def test_a_result_that_does_not_fit_the_disk_is_printed_all_the_same(tmp_path):
     assert "File too large" in done.stderr
     assert output.read_text() == before
     assert [file.name for file in output.parent.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected

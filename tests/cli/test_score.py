@@ -1,8 +1,8 @@
-"""Scoring documents over replicas: every one in its place, however many there are and whatever their names."""
+"""Scores of documents over replicas: in their order, however many there are and whatever their names."""
 
 import pytest
 
-from ds_ring.cli.score import score
+from ds_ring.cli.documents import score
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import build, gpt_neox, tokens
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteriaList, TextStreamer
 
-from ds_ring.cli.make_checkpoint import byte_tokenizer
+from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import InputError
 from tests.helpers.generated import (

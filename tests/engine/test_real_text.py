@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ds_ring.cli.make_checkpoint import VOCABULARY, byte_tokenizer
+from ds_ring.cli.seeded_checkpoint import VOCABULARY, byte_tokenizer
 from tests.helpers.mocked_world import serve
 
 PASSAGE = (

@@ -9,7 +9,7 @@ from ds_ring.attention.spec import AttentionSpec
 from ds_ring.errors import is_out_of_memory
 from ds_ring.kernels import attention512
 from ds_ring.kernels.jit import unavailable
-from ds_ring.utils.hardware import limit_memory, memory_gib
+from ds_ring.utils.device import limit_memory, memory_gib
 from tests.helpers.marks import ON_A_GPU
 
 pytestmark = ON_A_GPU

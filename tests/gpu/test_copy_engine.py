@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
-from ds_ring.cli.make_checkpoint import byte_tokenizer
+from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Topology
 from ds_ring.process.launcher import free_port

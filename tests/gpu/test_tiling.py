@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
-from ds_ring.cli.make_checkpoint import byte_tokenizer
+from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.config import RunConfig
 from ds_ring.hf.dims import model_dims
 from ds_ring.kernels import elementwise

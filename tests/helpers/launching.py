@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from ds_ring.cli.make_checkpoint import byte_tokenizer
+from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.process.launcher import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,10 +51,10 @@ def save(directory: Path, config) -> Path:
     return directory
 
 
-def agree_on_two_gpus(peers: Sequence[str], head_dim: int, tmp_path: Path) -> None:
+def agree_on_two_gpus(baselines: Sequence[str], head_dim: int, tmp_path: Path) -> None:
     # Scores of moderate size, as in a trained model: in fp16 larger ones differ by their rounding.
     model = wide_head_llama(tmp_path / "llama", head_dim=head_dim, initializer_range=0.05)
-    files = [ROOT / "ds_configs" / file for file in ("gpu2/ring2.json", *peers)]
+    files = [ROOT / "ds_configs" / file for file in ("gpu2/ring2.json", *baselines)]
     work = ["--model", model, "--max-length", 1001, "--sweep", 500, "--batch-size", 3]
     command = [sys.executable, "launch/compare.py", "--layouts", *files, *work, "--output", tmp_path / "compare.json"]
     subprocess.run([str(word) for word in command], cwd=ROOT, env=dict(os.environ), check=True, timeout=600)

@@ -31,3 +31,11 @@ def run_of(row: dict[str, Any]) -> RunConfig:
         interleave="on" if row["in_flight"] > 1 else "off", in_flight=max(2, row["in_flight"]),
         **{name: row[name] for name in DEGREES},
     )  # fmt: skip
+
+
+def forward_row(**more: Any) -> dict[str, Any]:
+    """A row as ``bench.py`` records it."""
+    return {
+        "layout": "single", "gpus": 1, "mode": "full", "fusion": "auto", "batch": 8, "length": 10000, "tps": 1000.0,
+        "mfu": 0.5, "step_ms": 80.0, "step_spread": 0.01, "peak_memory_gib": 7.25, "device": "a GPU",
+    } | more  # fmt: skip

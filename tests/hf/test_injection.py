@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from benchmarks.models.check_models import tiny_config, tiny_model
+from benchmarks.models.tiny_models import tiny_config, tiny_model
 from ds_ring.api import build_engine
 from ds_ring.attention import sinks
 from ds_ring.attention.spec import AttentionSpec

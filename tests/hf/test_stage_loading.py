@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import MergeModulelist
 
 import ds_ring
-from benchmarks.models.check_models import tiny_config, tiny_model
+from benchmarks.models.tiny_models import tiny_config, tiny_model
 from ds_ring import api
 from ds_ring.errors import CheckpointError
 from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint

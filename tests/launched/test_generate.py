@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from ds_ring.cli.generate import left_padded
+from ds_ring.cli.prompts import left_padded
 from tests.helpers.launching import deepspeed, last_line, run, save
 
 pytestmark = pytest.mark.launch

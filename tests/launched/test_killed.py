@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ds_ring.cli.make_checkpoint import make_checkpoint
+from ds_ring.cli.seeded_checkpoint import make_checkpoint
 from ds_ring.engine.connect import _group_timeout
 from ds_ring.process.launcher import free_port
 from ds_ring.process.parent_watch import parent_of

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
-from ds_ring.cli.make_checkpoint import make_checkpoint
-from ds_ring.cli.score import read_documents
+from ds_ring.cli.documents import read as read_documents
+from ds_ring.cli.seeded_checkpoint import make_checkpoint
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
 from tests.helpers.launching import ROOT, deepspeed, last_line, run, save

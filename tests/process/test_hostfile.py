@@ -1,4 +1,4 @@
-"""A hostfile that does not exist: DeepSpeed's launcher goes on without it, and a run does not."""
+"""Hostfiles: their lines, and one that does not exist, without which DeepSpeed's launcher goes on and we do not."""
 
 from __future__ import annotations
 
@@ -14,6 +14,34 @@ from ds_ring.process.launcher import free_port
 from tests.helpers.launching import run
 
 RUNNER = [sys.executable, "/somewhere/bin/deepspeed"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no host"),
+        ("# none\n\n", "names no host"),
+        ("a slots=2\nb 4\n", 'line 2: "b 4" is not NAME slots=N'),
+        ("a slots=two", "is not NAME slots=N"),
+        ("a slots=2\na slots=4", "names a host twice"),
+    ],
+)
+def test_a_hostfile_that_the_launcher_would_not_understand(text, words, tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        hostfile.read_hostfile(str(file))
+
+
+def test_a_hostfile_is_read(tmp_path):
+    file = tmp_path / "hosts"
+    file.write_text("localhost slots=8  # here\nno-such-host.invalid slots=8\n")
+    assert hostfile.read_hostfile(str(file)) == [
+        hostfile.Host("localhost", 8),
+        hostfile.Host("no-such-host.invalid", 8),
+    ]
+    with pytest.raises(ConfigError, match=r"cannot read .*; the launcher would use this machine alone"):
+        hostfile.read_hostfile(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -34,11 +62,11 @@ def test_what_the_launcher_was_given(command, given):
     assert hostfile.hostfile_of(command) == given
 
 
-def test_a_hostfile_is_looked_for_where_the_launcher_did(tmp_path, monkeypatch):
+def test_a_hostfile_is_sought_in_the_launchers_folder(tmp_path, monkeypatch):
     launch = [sys.executable, "-u", "-m", "deepspeed.launcher.launch", "script.py"]
     commands = {os.getppid(): launch, os.getpid(): [*RUNNER, "--hostfile", "hosts", "script.py"]}
     monkeypatch.setattr(hostfile, "parent_of", lambda pid: os.getpid())  # whose folder can be chosen
-    monkeypatch.setattr(hostfile, "words_of", commands.__getitem__)
+    monkeypatch.setattr(hostfile, "command_of", commands.__getitem__)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=rf"^--hostfile hosts is no file in {tmp_path}: the launcher went on with "):
         hostfile.check_hostfile()

@@ -1,12 +1,13 @@
-"""Which GPUs the deepspeed launcher is told to take."""
+"""Launches: the GPUs that they take, how they end, and what is said of it."""
 
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 
-from ds_ring.errors import ConfigError
+from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory
 from ds_ring.process import launcher
 
 
@@ -35,14 +36,14 @@ def host(monkeypatch):
 )
 def test_ranks_get_the_gpus_that_are_visible(host, gpus, visible, options):
     host(gpus, visible)
-    assert launcher.where(2) == options
+    assert launcher.gpu_options(2) == options
 
 
 @pytest.mark.parametrize(("visible", "words"), [("GPU-1f,GPU-2e", "by number only"), ("3", "leaves 1 GPUs to 2 ranks")])
 def test_gpus_that_ranks_cannot_get_are_refused(host, visible, words):
     host(2, visible)
     with pytest.raises(ConfigError, match=words):
-        launcher.where(2)
+        launcher.gpu_options(2)
 
 
 def test_the_launcher_sees_all_gpus_it_is_to_choose_from(host, monkeypatch, tmp_path):
@@ -57,3 +58,80 @@ def test_the_launcher_sees_all_gpus_it_is_to_choose_from(host, monkeypatch, tmp_
     said = (tmp_path / "log").read_text()
     assert "'--include', 'localhost:2,3'" in said
     assert said.endswith("] None\n")
+
+
+SCRIPT = """
+import argparse, os, sys, time
+from ds_ring.engine.connect import connect
+from ds_ring.cli import options
+from ds_ring.config import RunConfig
+
+def work(args):
+    mesh = connect(RunConfig.load({"dtype": "fp32"}, ring_degree=2))
+%s
+
+parser = argparse.ArgumentParser()
+options.main(work, parser)
+"""
+
+
+ALONE = """
+    if mesh.rank == 1:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    mesh["world"].barrier()
+"""
+KNOWN_TO_ALL = """
+    try:
+        with mesh["world"].together():
+            if mesh.rank == 1:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    finally:
+        time.sleep(1.2 * mesh.rank)
+"""
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("failing", [ALONE, KNOWN_TO_ALL], ids=["alone", "known to all"])
+def test_one_rank_out_of_memory_ends_them_all(failing, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "script.py").write_text(SCRIPT % failing)
+    with pytest.raises(
+        OutOfMemory, match=r"^out of memory on rank 1: CUDA out of memory\. Tried to allocate 2\.00 GiB$"
+    ):
+        launcher.launch(str(tmp_path / "script.py"), 2, [], log=tmp_path / "log", report=print, limit_s=60)
+
+
+def test_a_run_that_takes_too_long_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(DsRingError, match=r"did not end in 1 s"):
+        launcher.run(["sleep", "60"], 1, log=tmp_path / "log", report=print, limit_s=1.0)
+
+
+def test_a_line_that_looks_like_a_refusal_is_none_where_the_run_succeeds(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    script = "import sys; print('error: a cache could not be read'); sys.exit(int(sys.argv[1]))"
+    command = [sys.executable, "-c", script]
+    launcher.run([*command, "0"], 1, log=tmp_path / "log", report=print)
+    assert (tmp_path / "log").read_text() == "error: a cache could not be read\n"
+    for code in ("1", "2"):
+        with pytest.raises(ConfigError, match=r"^a cache could not be read$"):
+            launcher.run([*command, code], 1, log=tmp_path / "log", report=print)
+
+
+@pytest.mark.parametrize(("heeds", "last_words"), [(True, "interrupted"), (False, "")])
+def test_a_late_process_may_write_what_it_has(heeds, last_words, tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_S", 1.0)
+    script = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.default_int_handler if {heeds} else signal.SIG_IGN)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path({str(tmp_path / "said")!r}).write_text("interrupted")
+"""
+    begun = time.monotonic()
+    with pytest.raises(LaunchError, match="did not end in 2 s"):
+        launcher.run([sys.executable, "-c", script], 1, log=tmp_path / "log", report=print, limit_s=2.0)
+    assert time.monotonic() - begun < 10
+    said = tmp_path / "said"
+    assert (said.read_text() if said.exists() else "") == last_words

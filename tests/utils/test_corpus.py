@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_ring.cli.make_checkpoint import byte_tokenizer, make_checkpoint
+from ds_ring.cli.seeded_checkpoint import byte_tokenizer, make_checkpoint
 from ds_ring.errors import CheckpointError, ConfigError, InputError
-from ds_ring.utils.corpus import load_tokenizer, read_text, rows_of, token_stream
+from ds_ring.utils.corpus import load_tokenizer, read_text, text_windows, token_stream
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def test_without_files_the_text_is_the_language_reference(small):
     assert "Assert statements" in load_tokenizer(small).decode(stream[:300])
 
 
-def test_rows_are_spread_over_the_text_and_wrap_round():
-    rows = rows_of(torch.arange(10), batch=3, length=6)
-    assert rows.tolist() == [[0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7, 8], [6, 7, 8, 9, 0, 1]]
+def test_windows_are_spread_over_the_text_and_wrap_round():
+    windows = text_windows(torch.arange(10), batch=3, length=6)
+    assert windows.tolist() == [[0, 1, 2, 3, 4, 5], [3, 4, 5, 6, 7, 8], [6, 7, 8, 9, 0, 1]]
 
 
 def test_files_that_are_no_text_are_refused_by_name(tmp_path):

@@ -1,4 +1,4 @@
-"""What the ranks run on: names, peaks and memory."""
+"""Devices: names, peak rates, memory, and copies to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 DATASHEET_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense fp16/bf16 tensor-core peaks of the SXM parts, by the vendor's datasheets."""
+"""Dense fp16/bf16 tensor-core FLOP/s of the SXM cards, from the vendor's datasheets."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -29,7 +29,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """(FLOP/s of one rank, where the figure is from): the datasheet's, or a matrix product timed here and now."""
+    """(FLOP/s of one rank, source of the figure): the datasheet, or else a matrix product that is timed now."""
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         for name, flops in DATASHEET_FLOPS.items():
             if name in torch.cuda.get_device_name(device):
@@ -41,7 +41,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes/s, those read and those written, of the fastest of five copies of a large tensor."""
+    """Bytes/s, read plus written, of the fastest of five copies of a large tensor."""
     tensor = torch.zeros(1 << 30 if device.type == "cuda" else 1 << 24, dtype=torch.uint8, device=device)
     out = torch.empty_like(tensor)
     return 2 * tensor.nbytes / _fastest_s(device, lambda: out.copy_(tensor))
@@ -60,14 +60,22 @@ def _fastest_s(device: torch.device, call: Callable[[], object]) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most this rank has held: of GPU memory, or of resident host memory."""
+    """The most that this rank has held: GPU memory in tensors, or resident host memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def held_memory_gib(device: torch.device) -> float:
+    """What this rank holds now: GPU memory in tensors, or resident host memory (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**30
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
+
+
 def memory_gib(device: torch.device, limit_gib: float | None = None) -> float | None:
-    """What this rank may hold of GPU memory; None on a CPU, where others share it."""
+    """The GPU memory that this rank may use, at most ``limit_gib``; None on a CPU, whose memory others share."""
     if device.type != "cuda":
         return None
     whole = torch.cuda.get_device_properties(device).total_memory / 2**30
@@ -75,8 +83,11 @@ def memory_gib(device: torch.device, limit_gib: float | None = None) -> float | 
 
 
 def limit_memory(device: torch.device, gib: float) -> None:
-    """From now on PyTorch's allocator refuses what exceeds ``gib`` of GPU memory; on a CPU, where a process holds much
-    that is no tensor, what exceeds what the process holds now by more than that. Linux only."""
+    """From now on allocations fail when this rank would use more than ``gib`` of GPU memory.
+
+    On a CPU they fail when the process would use ``gib`` more than it uses now, because a process holds much that is no
+    tensor. Linux only.
+    """
     if device.type == "cuda":
         whole = torch.cuda.get_device_properties(device).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, gib / whole), device.index)
@@ -87,25 +98,17 @@ def limit_memory(device: torch.device, gib: float) -> None:
 
 
 def release_memory() -> None:
-    """Give back what engines held that are gone: their tensors refer to each other in circles."""
+    """Free the memory of engines that are no longer used. Their tensors are in reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def held_memory_gib(device: torch.device) -> float:
-    """What this rank holds now: of GPU memory in tensors, or of resident host memory (Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**30
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**30
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``, ready for what is queued there next.
+    """``tensor`` on ``device``, ready for work that is queued there after this call.
 
-    A copy from pageable memory would make the host wait until all that is queued before it is done, at every
-    micro-batch, and leave the GPU idle while the next is being prepared.
+    A copy from pageable memory would make the host wait for all work queued before it. At every micro-batch the GPU
+    would then be idle while the host prepares the next one.
     """
     if device.type == "cuda" and tensor.device.type == "cpu" and tensor.numel():
         return tensor.pin_memory().to(device, non_blocking=True)

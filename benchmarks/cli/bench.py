@@ -1,0 +1,56 @@
+"""Measure one layout on one workload.
+
+    deepspeed --num_gpus 4 launch/bench.py --config ds_configs/gpu4/ring4.json
+
+Prints throughput (TPS), TPOT, MFU, memory, bytes sent and exposed communication: definitions in
+ds_ring/planning/metrics.py and benchmarks/layouts/bench.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ds_ring.cli import options
+from ds_ring.config import RunConfig
+from ds_ring.errors import ConfigError
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    first = measure(options.run_config(args), args.references, args.output, args.trace)
+    from ds_ring.utils.device import release_memory
+
+    for config, output in args.then:
+        release_memory()
+        measure(RunConfig.load(config), args.references, output, None)
+    return first
+
+
+def measure(config: RunConfig, references: list[str], output: str | None, trace: str | None) -> dict[str, Any]:
+    from benchmarks.baselines import load
+    from benchmarks.layouts import bench
+    from ds_ring import api
+    from ds_ring.utils import results
+
+    config = api.with_planned_degrees(config)
+    bench.check(config)
+    options.say(f"{config.label}: load {config.ring.model}")
+    engine = load.from_pretrained(config)
+    lengths = config.workload.lengths
+    if len(references) > len(lengths):
+        raise ConfigError(f"{len(references)} references for {len(lengths)} lengths; give at most one a length")
+    by_length = dict(zip(lengths, references, strict=False))
+    rows = bench.measure(engine, by_length, options.say, Path(trace) if trace else None)
+    document = {**results.provenance(), "config": config.document()}
+    return results.collect(document, rows, output if options.is_first_rank() else None)
+
+
+def main() -> None:
+    parser = options.run_parser(__doc__)
+    references = "files of benchmarks.layouts.parity for the shortest lengths, ascending"
+    parser.add_argument("--references", nargs="+", default=[], metavar="FILE", help=references)
+    others = "after the first, measure this file's layout in the same processes; it must have as many ranks"
+    parser.add_argument("--then", nargs=2, action="append", default=[], metavar=("CONFIG", "OUTPUT"), help=others)
+    parser.add_argument("--trace", metavar="FILE.json", help="leave a Chrome trace of one pass of every rank here")
+    options.main(work, parser)

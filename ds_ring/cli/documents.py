@@ -1,0 +1,85 @@
+"""Log-likelihood and perplexity of whole documents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ds_ring.config import RunConfig
+from ds_ring.engine.engine import Engine
+from ds_ring.errors import InputError
+from ds_ring.hf.checkpoint import Checkpoint
+from ds_ring.utils.corpus import load_tokenizer, read_text
+from ds_ring.utils.progress import make_console
+
+Document = tuple[str, list[int]]
+"""(file, its token ids)"""
+
+
+def read(config: RunConfig) -> list[Document]:
+    """Every file of the workload with its tokens, in order.
+
+    Raises:
+        InputError: no file, fewer than two tokens (nothing to predict), or more than ``max_length``.
+        ConfigError, CheckpointError: no model, or none with a tokenizer.
+    """
+    files = config.workload.text
+    if not files:
+        raise InputError("no documents: give --text FILE…")
+    Checkpoint.open(config.checkpoint)
+    tokenizer = load_tokenizer(config.checkpoint)
+    documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in read_text(files)]
+    for file, tokens in zip(files, documents, strict=True):
+        limit = config.workload.max_length
+        if len(tokens) < 2:
+            raise InputError(f"{file} has {len(tokens)} token(s); at least 2 are needed to predict one from another")
+        if len(tokens) > limit:
+            raise InputError(f"{file} has {len(tokens)} tokens, more than max_length={limit}; raise --max-length")
+    return list(zip(files, documents, strict=True))
+
+
+def score(engine: Engine, documents: list[Document], show_progress: bool) -> dict[str, Any]:
+    """Scores of every document. Collective.
+
+    Returns:
+        ``{"layout", "documents": [{file, tokens, nll, perplexity, log_likelihood}]}``, in the order of ``documents``.
+        ``nll`` is the mean negative log-likelihood in nats of a document's tokens after its first, ``perplexity`` its
+        exponential, ``log_likelihood`` the sum.
+    """
+    replicas = engine.mesh.topology.dp
+    at_a_time = replicas * engine.run_config.workload.micro_batch_size
+    # Sorted by length, so that documents of one batch need little padding.
+    order = sorted(range(len(documents)), key=lambda i: len(documents[i][1]))
+    found: dict[int, dict[str, Any]] = {}
+    with Progress(console=make_console(), disable=not show_progress) as progress:
+        bar = progress.add_task("scoring", total=sum(len(tokens) for _, tokens in documents))
+        for start in range(0, len(order), at_a_time):
+            group = order[start : start + at_a_time]
+            sequences = [documents[i][1] for i in group]
+            # A replica without a document of its own repeats the first; its scores are dropped.
+            ids, mask = right_padded(sequences + sequences[:1] * (replicas - len(sequences)))
+            for i, scores in zip(group, engine.token_log_likelihoods(ids, mask), strict=False):
+                found[i] = entry(documents[i][0], scores)
+            progress.advance(bar, sum(map(len, sequences)))
+    return {"layout": engine.run_config.label, "documents": [found[i] for i in range(len(documents))]}
+
+
+def right_padded(sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(token ids [B, C], mask [B, C]) of ``sequences``, padded at their ends."""
+    tensors = [torch.tensor(tokens) for tokens in sequences]
+    masks = [torch.ones_like(tensor) for tensor in tensors]
+    return pad_sequence(tensors, batch_first=True), pad_sequence(masks, batch_first=True)
+
+
+def entry(file: str, scores: Tensor) -> dict[str, Any]:
+    """A document's result from the log-likelihoods of its tokens after the first."""
+    total = float(scores.double().sum())
+    nll = -total / len(scores)
+    perplexity = math.exp(nll) if nll < 700 else math.inf
+    found = {"file": file, "tokens": len(scores) + 1, "nll": nll, "perplexity": perplexity}
+    return {**found, "log_likelihood": total}

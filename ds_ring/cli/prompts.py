@@ -1,0 +1,58 @@
+"""Prompts from the command line and from files, as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_ring.config import RunConfig
+from ds_ring.errors import InputError
+from ds_ring.hf.checkpoint import Checkpoint
+from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.planning.validation import check_positions
+from ds_ring.utils.corpus import load_tokenizer, read_text
+
+
+def read(config: RunConfig, texts: Sequence[str], files: Sequence[str]) -> tuple[Any, list[list[int]]]:
+    """(tokenizer, token ids of each of ``texts`` and then of each of ``files``).
+
+    Raises:
+        InputError: no prompt, an empty one, or a file that cannot be read. CheckpointError: no checkpoint, or no
+            tokenizer in it.
+    """
+    texts = [*texts, *read_text(files)]
+    if not texts:
+        raise InputError("no prompt: give --prompt TEXT… or --prompt-file FILE…")
+    Checkpoint.open(config.checkpoint)
+    tokenizer = load_tokenizer(config.checkpoint)
+    prompts: list[list[int]] = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        if not text.strip() or not prompt:  # a tokenizer may put a token of its own even before an empty text
+            raise InputError(f"prompt {number + 1} of {len(prompts)} is empty")
+    return tokenizer, prompts
+
+
+def check_lengths(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Raise InputError where the model has too few positions. Reads no weights."""
+    check_positions(max(map(len, prompts)), max_new_tokens, model_dims(read_config(config.checkpoint)))
+
+
+def sized(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> RunConfig:
+    """``config`` for the planner: with the number and length of ``prompts`` as the workload, unless these are given.
+
+    Unchanged where the layout is not planned."""
+    if not config.parallel.auto:
+        return config
+    own = {"batch_size": len(prompts), "max_length": max(map(len, prompts)) + max_new_tokens}
+    given = config.workload.model_fields_set
+    return RunConfig.load(config, **{name: value for name, value in own.items() if name not in given})
+
+
+def left_padded(sequences: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(token ids [B, C], mask [B, C]) of ``sequences``, padded at their beginnings."""
+    columns = max(map(len, sequences))
+    ids = torch.tensor([[pad_id] * (columns - len(tokens)) + list(tokens) for tokens in sequences])
+    return ids, torch.tensor([[0] * (columns - len(tokens)) + [1] * len(tokens) for tokens in sequences])

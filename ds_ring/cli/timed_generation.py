@@ -1,0 +1,109 @@
+"""Generation for a batch of prompts, with its times and the text of each completion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ds_ring.cli.decode_floor import step_floor_s
+from ds_ring.cli.generation_clock import GenerationClock, StderrText
+from ds_ring.cli.prompts import left_padded
+from ds_ring.cli.sampling import Sampling
+from ds_ring.engine.engine import Engine
+from ds_ring.engine.model_runner import CachedRunner
+from ds_ring.hf.cache import ShardedCache
+from ds_ring.utils.device import device_name
+
+
+def generate(
+    engine: Engine,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    say: Callable[[str], None],
+    stream: bool,
+) -> dict[str, Any]:
+    """Generate for all prompts at once. Collective.
+
+    Args:
+        prompts: token ids of each prompt.
+        say: called on every rank with lines of progress.
+        stream: print the text to standard error as it is generated, where there is one prompt.
+
+    Returns:
+        ``{"ttft_ms", "decode_tpot_ms", "decode_over_floor", "tokens_per_second", …, "completions": [{prompt_tokens,
+        token_ids, text}]}``, completions in the order of ``prompts``. ``ttft_ms`` is the time to the first token,
+        ``decode_tpot_ms`` (whole time - ttft) / (steps - 1), None for a single step, ``decode_over_floor`` the same ÷
+        ``step_floor_s``, and ``tokens_per_second`` new tokens of all prompts ÷ whole time.
+    """
+    topology = engine.mesh.topology
+    assert isinstance(engine.runner, CachedRunner)
+    ends = _ids(engine.model.generation_config.eos_token_id) or _ids(tokenizer.eos_token_id)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    # A replica without a prompt of its own repeats the first; its results are dropped.
+    ids, mask = left_padded(prompts + prompts[:1] * (topology.dp - len(prompts)), pad_id)
+    text = StderrText(tokenizer) if stream and len(ids) == 1 else None
+    prompt_tokens = sum(map(len, prompts))
+    clock = GenerationClock(text, prompt_tokens, say)
+    say(f"{topology.label()}: prefill of {prompt_tokens:,} tokens in {len(prompts)} rows")
+    torch.manual_seed(sampling.seed)
+    engine.settle()
+    engine.meet()
+    clock.start()
+    found: Any = engine.generate(
+        ids, mask, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=sorted(ends) or None,
+        streamer=clock, progress=clock.prefilled, return_dict_in_generate=True, **sampling.options(),
+    )  # fmt: skip
+    engine.settle()
+    total_s = time.perf_counter() - clock.started
+    new = found.sequences[: len(prompts), ids.shape[1] :].tolist()
+    completions = [_completion(tokenizer, prompt, tokens, ends) for prompt, tokens in zip(prompts, new, strict=True)]
+    new_tokens, steps = sum(len(c["token_ids"]) for c in completions), len(new[0])
+    assert isinstance(found.past_key_values, ShardedCache)
+    cache_bytes = found.past_key_values.memory_bytes()
+    del found
+    most_cache_bytes, floor_s = max(engine.gather(cache_bytes)), step_floor_s(engine, cache_bytes)
+    decode_s = (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None
+    return {
+        "layout": topology.label(),
+        "decode": "sliced" if engine.runner.decodes_sliced else "whole",
+        "gpus": topology.world_size,
+        "device": device_name(engine.device),
+        "dtype": engine.run_config.dtype,
+        "ttft_ms": 1e3 * clock.ttft_s,
+        "decode_tpot_ms": None if decode_s is None else 1e3 * decode_s,
+        "decode_floor_ms": 1e3 * floor_s,
+        "decode_over_floor": None if decode_s is None else decode_s / floor_s,
+        "tokens_per_second": new_tokens / total_s,
+        "prefill_tokens_per_second": prompt_tokens / clock.ttft_s,
+        "cache_gib_per_rank": most_cache_bytes / 2**30,
+        "completions": completions,
+    }
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What ``generate`` returned, in one line."""
+    step_ms = found["decode_tpot_ms"]
+    steps = "" if step_ms is None else f"{step_ms:.2f} ms a token, "
+    return (
+        f"first token after {found['ttft_ms']:,.0f} ms, {steps}{found['tokens_per_second']:,.1f} tok/s, "
+        f"cache {found['cache_gib_per_rank']:.3f} GiB a rank"
+    )
+
+
+def _completion(tokenizer: Any, prompt: list[int], new: list[int], ends: set[int]) -> dict[str, Any]:
+    """The new tokens of one prompt, up to and with the first of ``ends``."""
+    length = next((i + 1 for i, token in enumerate(new) if token in ends), len(new))
+    text = tokenizer.decode(new[:length], skip_special_tokens=True)
+    return {"prompt_tokens": len(prompt), "token_ids": new[:length], "text": text}
+
+
+def _ids(value: int | list[int] | None) -> set[int]:
+    if value is None:
+        return set()
+    return set(value) if isinstance(value, list) else {value}

@@ -1,0 +1,32 @@
+"""The scripts in launch/: nothing but the call of a command, which imports torch only when it has work to do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from ds_ring.process.launcher import ROOT
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
+
+
+def test_every_script_calls_the_command_of_its_name():
+    for script in SCRIPTS:
+        text = script.read_text()
+        assert re.search(rf"^from (ds_ring|benchmarks)\.cli\.{script.stem} import main$", text, re.MULTILINE), script
+        assert len(text.splitlines()) <= 12, script
+
+
+def test_options_are_read_without_torch():
+    """A wrong option is refused at once: importing torch, transformers and deepspeed takes seconds."""
+    modules = [re.search(r"^from (\S+) import main$", s.read_text(), re.MULTILINE).group(1) for s in SCRIPTS]
+    program = f"""
+import importlib, sys
+for module in {modules!r}:
+    importlib.import_module(module)
+heavy = {{"torch", "transformers", "deepspeed", "matplotlib"}} & sys.modules.keys()
+sys.exit(", ".join(sorted(heavy)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr.strip() == ""
