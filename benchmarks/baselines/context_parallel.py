@@ -16,12 +16,13 @@ from torch.distributed.tensor.experimental import _attention, context_parallel
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.baselines.runner import BaselineRunner, replaced
+from benchmarks.baselines.runner import BaselineRunner
+from benchmarks.communication.journal import blanks
+from benchmarks.replaced import replaced
 from ds_ring.config import RunConfig
 from ds_ring.errors import DsRingError
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
-from ds_ring.transport.base import blank
 from ds_ring.transport.mesh import Mesh
 
 _ring = sys.modules[_attention._templated_ring_attention.__module__]
@@ -81,32 +82,32 @@ class ContextParallelRunner(BaselineRunner):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
     def _rotater(self, group: ProcessGroup, seq_dim: int, method: Any = None) -> _Rotater:
-        return _Rotater(_create_rotater(group, seq_dim, method), self._account, self._muted)
+        return _Rotater(_create_rotater(group, seq_dim, method), self._count, self.muted)
 
-    def _account(self, buffer: Tensor, is_first: bool) -> None:
+    def _count(self, buffer: Tensor, is_first: bool) -> None:
         gathers = ROTATION[self.run_config.parallel.ring_variant] == "allgather"
         if gathers and not is_first:
             return
-        sent, group = blank([(0, buffer)]), self._device_mesh.get_group()
+        alike, group = blanks(buffer), self._device_mesh.get_group()
 
         def again() -> None:
             rotater = _create_rotater(group, 2)
-            rotater.exchange_buffers(sent()[0][1])
+            rotater.exchange_buffers(*alike())
             rotater.next_buffer()
 
         peers = self.mesh["sp"].size - 1 if gathers else 1
-        self.mesh.traffic.add("all_gather" if gathers else "exchange", buffer.nbytes * peers, again)
+        self._account("all_gather" if gathers else "exchange", buffer.nbytes * peers, again)
 
 
 class _Rotater:
     """PyTorch's own, accounted for; muted, it hands back what it was given."""
 
-    def __init__(self, own: Any, account: Callable[[Tensor, bool], None], muted: bool) -> None:
-        self._own, self._account, self._muted = own, account, muted
+    def __init__(self, own: Any, count: Callable[[Tensor, bool], None], muted: bool) -> None:
+        self._own, self._count, self._muted = own, count, muted
         self._given: Any = None
 
     def exchange_buffers(self, buffer: Tensor) -> None:
-        self._account(buffer, self._given is None)
+        self._count(buffer, self._given is None)
         self._given = buffer
         if not self._muted:
             self._own.exchange_buffers(buffer)

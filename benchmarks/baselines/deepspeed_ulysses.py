@@ -18,9 +18,10 @@ from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.baselines.runner import BaselineRunner, replaced
+from benchmarks.baselines.runner import BaselineRunner
+from benchmarks.communication.journal import blanks
+from benchmarks.replaced import replaced
 from ds_ring.parallel.layout import SequenceLayout
-from ds_ring.transport.base import blank, void
 
 
 class DeepSpeedUlyssesRunner(BaselineRunner):
@@ -61,15 +62,18 @@ class DeepSpeedUlyssesRunner(BaselineRunner):
         return self._attention(module, query, key, value, mask, **options)
 
     def _all_gather(self, outputs: list[Tensor], tensor: Tensor, group: Any = None, **options: Any) -> Any:
-        alike = blank([(0, tensor)])
+        alike, count = blanks(tensor), len(outputs)
 
         def again() -> None:
-            _all_gather([torch.empty_like(t) for _, t in alike() for _ in outputs], alike()[0][1], group=group)
+            (sent,) = alike()
+            _all_gather([torch.empty_like(sent) for _ in range(count)], sent, group=group)
 
-        self.mesh.traffic.add("all_gather", tensor.nbytes * (len(outputs) - 1), again)
-        if self._muted:
-            return void([output.copy_(tensor) for output in outputs])
-        return _all_gather(outputs, tensor, group=group, **options)
+        self._account("all_gather", tensor.nbytes * (count - 1), again)
+        if not self.muted:
+            return _all_gather(outputs, tensor, group=group, **options)
+        for output in outputs:
+            output.copy_(tensor)
+        return None
 
 
 _all_to_all_single, _all_gather = deepspeed.comm.all_to_all_single, deepspeed.comm.all_gather

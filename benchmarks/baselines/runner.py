@@ -1,15 +1,15 @@
 """Other implementations of sequence parallelism on the same model and batch, for comparison.
 
 They run transformers' own layers with its SDPA; only how ranks share a sequence is theirs. What they send passes
-through us, so that bytes are counted and communication can be left out as in our engines.
+through us, so that it is counted, and can be left out or recorded (``communication/engines.py``) as in our layouts.
 """
 
 # Shapes: B rows, L tokens of the batch, P padded to the layout, T tokens on this rank, k kept ones.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.baselines import rules
 from benchmarks.baselines.attention import attach
+from benchmarks.communication.journal import Journal, blanks
 from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
 from ds_ring.engine.model_runner import ModelRunner, Shard
@@ -27,7 +28,6 @@ from ds_ring.engine.sequence_parallel import positions_of
 from ds_ring.errors import UnsupportedModelError
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
-from ds_ring.transport.base import blank
 from ds_ring.utils.device import to_device
 
 Shared = AbstractContextManager[tuple[Tensor, Tensor]]
@@ -39,10 +39,16 @@ needs as many as there are queries."""
 
 
 class BaselineRunner(ModelRunner):
-    """Whole forwards by another implementation; ``model`` must be whole."""
+    """Whole forwards by another implementation; ``model`` must be whole.
+
+    Attributes:
+        muted: whether what this rank sends is only counted, and tensors of its own stand for those of other ranks.
+        journal: gets what this rank does to send and receive.
+    """
 
     result_axis = "sp"
-    _muted = False
+    muted = False
+    journal: Journal | None = None
     _calls = 0
 
     @abstractmethod
@@ -78,9 +84,6 @@ class BaselineRunner(ModelRunner):
     def held_positions(self, length: int, rank: int) -> Tensor:
         return positions_of(self.layout(length), *divmod(rank, self.run_config.parallel.ulysses_degree))
 
-    def mute(self, muted: bool) -> None:
-        self._muted = muted
-
     @property
     def _takes_flash(self) -> bool:
         """Whether PyTorch's flash kernel serves this model; otherwise its memory-efficient one does."""
@@ -95,16 +98,17 @@ class BaselineRunner(ModelRunner):
         self, own: Callable[..., Any], output: Tensor, tensor: Tensor, group: Any = None, **options: Any
     ) -> Any:
         """``own``, the peer's exchange of equal parts, counted; muted, its result is what was given."""
-        sent, size = blank([(0, output), (0, tensor)]), torch.distributed.get_world_size(group)
-
-        def again() -> None:
-            (_, received), (_, alike) = sent()
-            own(received, alike, group=group)
-
-        self.mesh.traffic.add("all_to_all", tensor.nbytes * (size - 1) // size, again)
-        if self._muted:
+        alike, size = blanks(output, tensor), torch.distributed.get_world_size(group)
+        self._account("all_to_all", tensor.nbytes * (size - 1) // size, lambda: own(*alike(), group=group))
+        if self.muted:
             return output.copy_(tensor)  # arithmetic on garbage takes another time than on numbers
         return own(output, tensor, group=group, **options)
+
+    def _account(self, operation: str, sent: int, again: Callable[[], object]) -> None:
+        """For whoever sends, before it does; ``again`` moves as much once more."""
+        self.mesh.traffic.add(operation, sent)
+        if self.journal is not None:
+            self.journal.append(again)
 
     def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         return [self._run_micro_batch(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
@@ -133,16 +137,3 @@ class BaselineRunner(ModelRunner):
                 f"{len(self.layers)} layers, so {self.run_config.parallel.implementation} cannot serve it"
             )
         return Shard(batch, positions_T, hidden[0] if want_hidden else None, positions_T[at_k], out.logits)
-
-
-@contextmanager
-def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """``attributes`` of ``owner`` inside the block."""
-    before = {name: getattr(owner, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(owner, name, value)

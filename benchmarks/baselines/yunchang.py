@@ -20,12 +20,13 @@ from yunchang import LongContextAttention
 from yunchang.globals import HAS_FLASH_ATTN, PROCESS_GROUP
 from yunchang.kernels import AttnType
 
-from benchmarks.baselines.runner import BaselineRunner, replaced
+from benchmarks.baselines.runner import BaselineRunner
+from benchmarks.communication.journal import blanks
+from benchmarks.replaced import replaced
 from ds_ring.config import RunConfig
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Axis
-from ds_ring.transport.base import blank
 from ds_ring.transport.mesh import Mesh
 from ds_ring.utils.device import to_device
 
@@ -78,17 +79,17 @@ class YunchangRunner(BaselineRunner):
 
     def _exchange(self, operations: list[P2POp]) -> list[Any]:
         """Its ring's messages, each behind the one that it sends."""
-        hows, alike = [op.op for op in operations], blank([(op.peer, op.tensor) for op in operations])
+        hows, alike = [(op.op, op.peer) for op in operations], blanks(*(op.tensor for op in operations))
         group = operations[0].group
 
         def again() -> None:
-            messages = [P2POp(how, tensor, peer, group) for how, (peer, tensor) in zip(hows, alike(), strict=True)]
+            messages = [P2POp(how, tensor, peer, group) for (how, peer), tensor in zip(hows, alike(), strict=True)]
             for request in _batch_isend_irecv(messages):
                 request.wait()
 
         sent, received = ([op.tensor for op in operations if op.op is how] for how in (_isend, _irecv))
-        self.mesh.traffic.add("exchange", sum(t.nbytes for t in sent), again)
-        if not self._muted:
+        self._account("exchange", sum(t.nbytes for t in sent), again)
+        if not self.muted:
             return _batch_isend_irecv(operations)
         for own, other in zip(sent, received, strict=True):
             other.copy_(own)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.communication.engines import muted
 from benchmarks.layouts import parity
 from benchmarks.layouts.gpu_telemetry import watched_gpu
 from benchmarks.layouts.profile_trace import trace_step
@@ -35,7 +36,6 @@ from ds_ring.hf.flops import layer_parameters
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
 from ds_ring.planning.metrics import Work
 from ds_ring.planning.validation import check_workload
-from ds_ring.transport.base import void
 from ds_ring.utils.corpus import text_windows, token_stream
 from ds_ring.utils.device import device_name, peak_flops
 
@@ -105,14 +105,12 @@ def warmup_rows(config: RunConfig) -> int:
 def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
     """Figures of ``profile_trace.summary``, means over ranks, and some of each rank, because faster ranks wait."""
     first_rows = batch.split(range(warmup_rows(engine.run_config)))
+
+    def step() -> None:
+        engine.prefill(first_rows, "last")
+
     engine.meet()
-    own = trace_step(
-        lambda: void(engine.prefill(first_rows, "last")),
-        engine.device,
-        file,
-        engine.mesh.rank,
-        len(engine.runner.layers),
-    )
+    own = trace_step(step, engine.device, file, engine.mesh.rank, len(engine.runner.layers))
     everyone = engine.gather(own)
     apart = {
         f"trace_{name}_by_rank": _each(o[name] for o in everyone) for name in ("gemm_ms", "idle_ms") if name in own
@@ -173,11 +171,10 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     if work.speed_only:
         return _Findings(bytes_sent * scale, peak_memory_gib, timing, None, None, figures)
     report(f"{label}: without communication")
-    engine.runner.mute(True)
-    step(first_rows)
-    with watched_gpu(engine.device) as muted_gpu:
-        muted = time_passes(engine, step, work.repeats)
-    engine.runner.mute(False)
+    with muted(engine):
+        step(first_rows)
+        with watched_gpu(engine.device) as muted_gpu:
+            without_comm = time_passes(engine, step, work.repeats)
     report(f"{label}: communication alone")
 
     def replay() -> None:
@@ -186,9 +183,9 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
 
     replay()
     alone = time_passes(engine, replay, work.repeats)
-    figures |= {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, muted).items()}
+    figures |= {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, without_comm).items()}
     alone = Timing([scale * s for s in alone.samples_s])
-    return _Findings(bytes_sent * scale, peak_memory_gib, timing, muted, alone, figures)
+    return _Findings(bytes_sent * scale, peak_memory_gib, timing, without_comm, alone, figures)
 
 
 def _each(values: Iterable[float]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
-from ds_ring.engine.deepspeed_backend import AllReduceMeter
+from benchmarks.communication.engines import recorded
+from benchmarks.communication.journal import Journal
 from ds_ring.engine.engine import Engine
 from ds_ring.utils.device import synchronize
 
@@ -47,14 +47,11 @@ def time_passes(engine: Engine, step: Callable[[], None], repeats: int, sustain_
     return Timing([max(samples) for samples in zip(*everyone, strict=True)])
 
 
-def count_bytes(engine: Engine, step: Callable[[], None]) -> tuple[float, list[Callable[[], None]]]:
+def count_bytes(engine: Engine, step: Callable[[], None]) -> tuple[float, Journal]:
     """(mean bytes a rank sends in one pass, what this rank does to send and receive them)."""
     traffic = engine.mesh.traffic
     traffic.bytes_by_op.clear()
-    journal: list[Callable[[], None]] = []
-    traffic.journal = journal
-    with AllReduceMeter(engine.mesh["tp"]) if engine.mesh.topology.tp > 1 else nullcontext():
+    with recorded(engine) as journal:
         step()
-    traffic.journal = None
     everyone = engine.gather(traffic.bytes_sent)
     return statistics.mean(everyone), journal

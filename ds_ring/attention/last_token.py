@@ -61,5 +61,6 @@ def last_token_attention(
 
 
 def everyones(tensor: Tensor, transport: Transport) -> Tensor:
-    """[N, ...]: each rank's small ``tensor``. Unlike ``all_gather`` it is counted, and left out when muted."""
+    """[N, ...]: each rank's small ``tensor``. By an all-to-all, as what moves inside layers; ``all_gather`` is for
+    results. Measurements leave out the former and keep the latter."""
     return transport.all_to_all(tensor[None].expand(transport.size, *tensor.shape).contiguous())

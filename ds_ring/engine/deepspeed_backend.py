@@ -1,29 +1,25 @@
-"""DeepSpeed as the engines use it: ``init_inference``, and the collectives it issues inside layers."""
+"""DeepSpeed as the engines use it: ``init_inference``, and what it must not be asked for."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed.module_inject.fusedqkv_utils import get_fused_qkv_type
 from deepspeed.module_inject.layers import (
-    TensorParallel_Layer,
     Yuan_LinearAllreduce,
     Yuan_LinearLayer,
     fused_LinearLayer,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
-from ds_ring.transport.base import Transport, blank
+from ds_ring.transport.base import Transport
 
 YUAN_LAYERS = (Yuan_LinearLayer, Yuan_LinearAllreduce)
 THREE_BLOCKS = "glmtype"
@@ -87,45 +83,3 @@ def cannot_cut(model: nn.Module, reason: str) -> str:
         f"{type(model).__name__} cannot be sharded by DeepSpeed's AutoTP ({reason}); "
         f"take pp_size, ring_degree or ulysses_degree instead of tp_size"
     )
-
-
-@contextmanager
-def muted_tensor_parallel(model: nn.Module) -> Iterator[None]:
-    """AutoTP's layers without their all-reduces."""
-    layers = [m for m in model.modules() if isinstance(m, TensorParallel_Layer)]
-    groups = [m.mp_group for m in layers]
-    for layer in layers:
-        layer.mp_group = None
-    try:
-        yield
-    finally:
-        for layer, group in zip(layers, groups, strict=True):
-            layer.mp_group = group
-
-
-class AllReduceMeter(TorchDispatchMode):
-    """Enters the all-reduces that DeepSpeed issues by itself into the account.
-
-    A ring all-reduce over n ranks makes each send 2 (n-1)/n of the tensor; that is what is counted.
-    """
-
-    def __init__(self, tensor_parallel: Transport) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._transport = tensor_parallel
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.c10d.allreduce_.default:
-            tensors, size = args[0], self._transport.size
-            sent = sum(t.nbytes for t in tensors) * 2 * (size - 1) // size
-            alike = blank([(0, t) for t in tensors])
-
-            def again() -> None:
-                # The operation's own arguments are not to be kept: what they point to is gone after the call.
-                for _, tensor in alike():
-                    deepspeed.comm.all_reduce(tensor, group=getattr(self._transport, "group", None))
-
-            self._transport.traffic.add("all_reduce", sent, again)
-        return func(*args, **kwargs)

@@ -98,10 +98,6 @@ class ModelRunner(ABC):
     def held_positions(self, length: int, rank: int) -> Tensor:
         """Positions, in order, of the tokens whose results ``rank`` of ``result_axis`` holds."""
 
-    @abstractmethod
-    def mute(self, muted: bool) -> None:
-        """Leave out all communication inside layers; results are then meaningless, their time is not."""
-
     @property
     def lanes(self) -> int:
         """How many micro-batches may be in flight."""

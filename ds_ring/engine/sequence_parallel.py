@@ -34,7 +34,11 @@ SHARING_AXES: tuple[Axis, ...] = ("ring", "ulysses")
 
 
 class SequenceParallelRunner(CachedRunner):
-    """``model`` must be whole; it is served through ``deepspeed.init_inference`` with our attention injected."""
+    """``model`` must be whole; it is served through ``deepspeed.init_inference`` with our attention injected.
+
+    Attributes:
+        slices: this rank's shares of the weights, for steps of a generation; None: it computes with whole weights.
+    """
 
     result_axis = "sp"
 
@@ -43,7 +47,7 @@ class SequenceParallelRunner(CachedRunner):
     ) -> None:
         super().__init__(model, run_config, mesh, dims, device)
         self._deepspeed = serve(model, run_config)
-        self._slices = decode_slices(self.model, run_config, dims, mesh["sp"], device)
+        self.slices = decode_slices(self.model, run_config, dims, mesh["sp"], device)
         self._before_layers: list[RemovableHandle] = []
         self._fuse(in_place=True)
 
@@ -60,7 +64,7 @@ class SequenceParallelRunner(CachedRunner):
 
     @property
     def decodes_sliced(self) -> bool:
-        return self._slices is not None
+        return self.slices is not None
 
     def slots(self, length: int) -> int:
         return self.layout(length).local_length
@@ -95,10 +99,6 @@ class SequenceParallelRunner(CachedRunner):
 
     def run_for_last_tokens(self, micro_batches: list[Batch]) -> list[Tensor | None]:
         return [self._run_for_last_tokens(m) for m in micro_batches]
-
-    def mute(self, muted: bool) -> None:
-        for axis in (*SHARING_AXES, "sp"):
-            self.mesh[axis].muted = muted
 
     @torch.inference_mode()
     def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
@@ -144,7 +144,7 @@ class SequenceParallelRunner(CachedRunner):
     def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
         with (
             self._context.forward(ONE_TOKEN, len(self.decoder.layers), type(self.model).__name__, step),
-            nullcontext() if self._slices is None else in_slices(self.decoder, self._slices),
+            nullcontext() if self.slices is None else in_slices(self.decoder, self.slices),
         ):
             out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
         # Every rank computed them, but libraries may differ in the last bit, and tokens must not.

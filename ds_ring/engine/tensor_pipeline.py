@@ -5,7 +5,6 @@ states on while several micro-batches are in flight."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
 from ds_ring.engine.batch_overlap import run_interleaved
-from ds_ring.engine.deepspeed_backend import muted_tensor_parallel, serve
+from ds_ring.engine.deepspeed_backend import serve
 from ds_ring.engine.model_runner import NO_POSITIONS, ONE_TOKEN, CachedRunner, Shard
 from ds_ring.engine.pipeline_comm import pipeline_comm
 from ds_ring.hf.attention import torch_dtype
@@ -43,7 +42,6 @@ class TensorPipelineRunner(CachedRunner):
         self.stage, self.stages = mesh.coordinate("pp"), mesh.topology.pp
         self._deepspeed = serve(model, run_config, tensor_parallel=mesh["tp"])
         self._fuse(in_place=False)  # hidden states may be on their way to the next stage
-        self._muted = ExitStack()
 
     @property
     def is_last(self) -> bool:
@@ -61,12 +59,6 @@ class TensorPipelineRunner(CachedRunner):
 
     def tokens_held(self, length: int, tokens: int) -> tuple[int]:
         return (tokens,)
-
-    def mute(self, muted: bool) -> None:
-        self.mesh["pp"].muted = muted
-        self._muted.close()
-        if muted:
-            self._muted.enter_context(muted_tensor_parallel(self.model))
 
     @property
     def lanes(self) -> int:

@@ -100,7 +100,7 @@ class Linear:
     def _summed(self, partial: Tensor) -> Tensor:
         if self.split != "in":
             return partial
-        # Group and hand-over are read at each call: muting takes the one away, the other is there while lanes run.
+        # Both are read at each call: without a group nothing is summed, and the hand-over is there while lanes run.
         group, hand_over = self.module.mp_group, getattr(self.module, HAND_OVER, None)
         if group is None or hand_over is None:
             summed: Tensor = RowParallel.apply(group, partial, True)

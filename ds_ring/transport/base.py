@@ -1,8 +1,7 @@
 """What the attention algorithms ask of communication: four operations along one axis of the mesh.
 
-Implementations move bytes; this base class keeps account of them (``traffic``) and can leave them out (``muted``),
-which is how a benchmark learns what communication costs and how much of it shows.
-Ranks are always numbered inside the group, 0 .. size-1.
+This base class keeps account of what is sent (``traffic``); implementations, in the methods with an underscore, move
+bytes. Ranks are always numbered inside the group, 0 .. size-1.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from ds_ring.errors import DisagreementError, TransportError, UserError, reason_of
 from ds_ring.transport.shared import Pending, SentTensor, SharedTensor, ViewOf
 
-__all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport", "blank", "void"]
+__all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport"]
 
 T = TypeVar("T")
 Message = tuple[int, Tensor]
@@ -37,34 +36,22 @@ class Done:
 
 @dataclass
 class Traffic:
-    """What one rank sends, over all axes: bytes by operation and, while ``journal`` is a list, how to do it again."""
+    """What one rank sends, over all axes: bytes by operation, and how many operations have begun."""
 
     bytes_by_op: Counter[str] = field(default_factory=Counter)
-    journal: list[Callable[[], None]] | None = None
-    last: str = ""
     count: int = 0
-    """Of the operations so far; ``last`` is the last one's name, begun at ``moved_at`` (``time.monotonic``)."""
+    last: str = ""
+    """The name of the last operation, which began at ``moved_at`` (``time.monotonic``)."""
     moved_at: float = 0.0
 
     @property
     def bytes_sent(self) -> int:
         return sum(self.bytes_by_op.values())
 
-    def add(self, operation: str, sent: int, again: Callable[[], None]) -> None:
+    def add(self, operation: str, sent: int) -> None:
+        """An operation begins in which this rank sends so many bytes."""
         self.bytes_by_op[operation] += sent
         self.last, self.count, self.moved_at = operation, self.count + 1, time.monotonic()
-        if self.journal is not None:
-            self.journal.append(again)
-
-
-def blank(tensors: Sequence[Message]) -> Callable[[], list[Message]]:
-    """Makes messages of the same peers, shapes and dtypes, without keeping the tensors alive."""
-    likes = [(peer, t.shape, t.dtype, t.device) for peer, t in tensors]
-    return lambda: [(peer, torch.zeros(shape, dtype=dtype, device=device)) for peer, shape, dtype, device in likes]
-
-
-def void(_: object) -> None:
-    """For lambdas whose result nobody wants."""
 
 
 class Transport(ABC):
@@ -79,7 +66,6 @@ class Transport(ABC):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.traffic = Traffic()
-        self.muted = False
         self.beforehand: Callable[[], None] | None = None
         """Called when transfers could begin: time for other micro-batches to come as far, so that all go at once."""
         self.meanwhile: Callable[[], None] | None = None
@@ -124,44 +110,35 @@ class Transport(ABC):
         """
         for _, tensor in (*sends, *receives):
             assert tensor.is_contiguous(), "messages must be contiguous"
-        sent, received = blank(sends), blank(receives)
-        self.traffic.add("exchange", sum(t.nbytes for _, t in sends), lambda: self._exchange(sent(), received()).wait())
-        if self.muted:
-            for _, tensor in receives:
-                tensor.normal_()  # arithmetic on garbage or zeros takes another time than on numbers
-        if self.muted or not (sends or receives):
-            return Done()
-        return self._exchange(sends, receives)
+        self.traffic.add("exchange", sum(t.nbytes for _, t in sends))
+        return self._exchange(sends, receives) if sends or receives else Done()
 
     def all_to_all(self, send: Tensor) -> Tensor:
         """``send[i]`` goes to rank i; row j of the result came from rank j. Shape ``[size, ...]`` both ways."""
-        self._account_all_to_all(send)
-        return send if self.muted else self._all_to_all(send)
+        assert send.shape[0] == self.size
+        assert send.is_contiguous()
+        self.traffic.add("all_to_all", self._bytes_for_others(send))
+        return self._all_to_all(send)
 
     def all_to_all_side_by_side(self, send: Tensor) -> Tensor:
-        """As ``all_to_all``, of ``[size, B, T, ...]``; the result is ``[B, size T, ...]``, rank j's part at row j l."""
-        size, batch, rows, *rest = send.shape
-        return self.all_to_all(send).transpose(0, 1).reshape(batch, size * rows, *rest)
+        """As ``all_to_all``, of ``[size, B, T, ...]``; the result is ``[B, size T, ...]``, rank j's at token j T."""
+        assert send.shape[0] == self.size
+        assert send.is_contiguous()
+        self.traffic.add("all_to_all", self._bytes_for_others(send))
+        return self._all_to_all_side_by_side(send)
 
     def all_to_all_joined(self, send: Tensor) -> Tensor:
-        """As ``all_to_all``, of ``[B, size T, h, D]``, l rows for each rank; the result is ``[B, T, size h, D]``, rank
-        j's at head j h."""
-        parts = send.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
-        # Contiguous, as of a single head a rank a reshape would not be: models may take the result as a view.
-        return self.all_to_all(parts).permute(1, 2, 0, 3, 4).contiguous().flatten(2, 3)
+        """As ``all_to_all``, of ``[B, size T, h, D]``, T tokens for each rank; the result is ``[B, T, size h, D]``,
+        rank j's at head j h."""
+        self.traffic.add("all_to_all", self._bytes_for_others(send))
+        return self._all_to_all_joined(send)
 
     def all_to_all_columns(self, memory_BTW: Tensor, columns: Sequence[Sequence[slice]]) -> list[Tensor]:
         """Of a send buffer [B, T, W], the columns ``columns[i]`` go to rank i. For each of this rank's own, in order,
-        what all ranks have there: [B, size T, *], rank j's at row j l."""
-        raise NotImplementedError
-
-    def _account_all_to_all(self, send: Tensor) -> None:
-        assert send.shape[0] == self.size
-        assert send.is_contiguous()
-        sent = blank([(0, send)])
-        self.traffic.add(
-            "all_to_all", send.nbytes * (self.size - 1) // self.size, lambda: void(self._all_to_all(sent()[0][1]))
-        )
+        what all ranks have there: [B, size T, *], rank j's at token j T. Only where ``trades_columns``."""
+        widths = [sum(c.stop - c.start for c in those) for those in columns]
+        self.traffic.add("all_to_all", memory_BTW[..., 0].nbytes * (sum(widths) - widths[self.rank]))
+        return self._all_to_all_columns(memory_BTW, columns)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's ``tensor``, the same on all; ``tensor`` itself may be overwritten with it.
@@ -169,16 +146,13 @@ class Transport(ABC):
         A ring all-reduce over n ranks makes each send 2 (n-1)/n of the tensor; that is what is counted.
         """
         assert tensor.is_contiguous()
-        alike = blank([(0, tensor)])
-        sent = tensor.nbytes * 2 * (self.size - 1) // self.size
-        self.traffic.add("all_reduce", sent, lambda: void(self._all_reduce(alike()[0][1])))
-        return tensor if self.muted else self._all_reduce(tensor)
+        self.traffic.add("all_reduce", tensor.nbytes * 2 * (self.size - 1) // self.size)
+        return self._all_reduce(tensor)
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Every rank's ``tensor``, stacked: ``[size, ...]``."""
         tensor = tensor.contiguous()
-        sent = blank([(0, tensor)])
-        self.traffic.add("all_gather", tensor.nbytes * (self.size - 1), lambda: void(self._all_gather(sent()[0][1])))
+        self.traffic.add("all_gather", tensor.nbytes * (self.size - 1))
         return self._all_gather(tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
@@ -186,13 +160,12 @@ class Transport(ABC):
         tensor = tensor.contiguous()
         if self.size == 1:
             return tensor
-        sent = blank([(0, tensor)])
-        self.traffic.add(
-            "broadcast",
-            tensor.nbytes * (self.size - 1) if self.rank == source else 0,
-            lambda: void(self._broadcast(sent()[0][1], source)),
-        )
+        self.traffic.add("broadcast", tensor.nbytes * (self.size - 1) if self.rank == source else 0)
         return self._broadcast(tensor, source)
+
+    def _bytes_for_others(self, send: Tensor) -> int:
+        """Of a tensor that is equal parts for all ranks."""
+        return send.nbytes * (self.size - 1) // self.size
 
     def agree(self, **facts: object) -> None:
         """Raise the same DisagreementError on every rank unless all hold the same facts; it names one and a rank."""
@@ -245,6 +218,18 @@ class Transport(ABC):
 
     @abstractmethod
     def _all_to_all(self, send: Tensor) -> Tensor: ...
+
+    def _all_to_all_side_by_side(self, send: Tensor) -> Tensor:
+        size, batch, tokens, *rest = send.shape
+        return self._all_to_all(send).transpose(0, 1).reshape(batch, size * tokens, *rest)
+
+    def _all_to_all_joined(self, send: Tensor) -> Tensor:
+        parts = send.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
+        # Contiguous, as of a single head a rank a reshape would not be: models may take the result as a view.
+        return self._all_to_all(parts).permute(1, 2, 0, 3, 4).contiguous().flatten(2, 3)
+
+    def _all_to_all_columns(self, memory_BTW: Tensor, columns: Sequence[Sequence[slice]]) -> list[Tensor]:
+        raise NotImplementedError
 
     @abstractmethod
     def _all_reduce(self, tensor: Tensor) -> Tensor: ...

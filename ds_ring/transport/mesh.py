@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -29,7 +29,8 @@ class Mesh:
 
     topology: Topology
     rank: int
-    transports: Mapping[Axis, Transport]
+    transports: dict[Axis, Transport]
+    """Looked up whenever something moves, so that another may take the place of one for a while."""
 
     def __getitem__(self, axis: Axis) -> Transport:
         return self.transports[axis]

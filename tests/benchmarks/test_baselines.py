@@ -161,6 +161,7 @@ import json, sys, torch
 from tests.helpers.tiny_models import build, llama_gqa, logits, tokens
 from torch.distributed.tensor import DTensor
 from benchmarks.baselines.load import baseline_of
+from benchmarks.communication.engines import muted
 from benchmarks.layouts import bench
 from ds_ring import api
 from ds_ring.engine.connect import connect
@@ -191,9 +192,9 @@ for options in ({{}}, {{"ring_impl": "contiguous", "ring_variant": "pass_kv"}}):
     sent, journal = bench.count_bytes(engine, lambda: engine.prefill(batch, "last"))
     for again in journal:
         again()
-    engine.runner.mute(True)
-    muted = float((engine(ids).logits - want).norm())
-    found.append({{"error": error, "sent": sent, "muted": muted, "local": len(engine.runner.held_positions(101, 0))}})
+    with muted(engine):
+        alone = float((engine(ids).logits - want).norm())
+    found.append({{"error": error, "sent": sent, "muted": alone, "local": len(engine.runner.held_positions(101, 0))}})
 if mesh.rank == 0:
     print(json.dumps(found), flush=True)
 leave(0)

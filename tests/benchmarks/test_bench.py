@@ -97,12 +97,13 @@ def test_passes_go_on_for_as_long_as_is_asked_on_all_ranks_alike():
 def test_the_peak_of_memory_is_that_of_the_timed_passes(monkeypatch):
     model, muted = build(gpt_neox(heads=2, layers=2)), set()
     # Fullest is the last rank, and both hold more once they have been muted.
-    held = property(lambda engine: 1.0 + engine.mesh.rank + 10.0 * (engine in muted))
+    held = property(lambda runner: 1.0 + runner.mesh.rank + 10.0 * (runner in muted))
     monkeypatch.setattr(ModelRunner, "peak_memory_gib", held)
 
+    mute = bench.muted
+    monkeypatch.setattr(bench, "muted", lambda engine: muted.add(engine.runner) or mute(engine))
+
     def work(engine):
-        mute = engine.runner.mute
-        engine.runner.mute = lambda on: muted.add(engine) or mute(on)
         batch, _ = bench.pack(text_windows(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
         return bench._measure_length(engine, batch, "full", lambda text: None)
 
@@ -134,11 +135,11 @@ def test_every_ranks_clock_is_in_the_row(monkeypatch):
         assert ("muted_sm_clock_mhz" in first) is not speed_only
 
 
-def test_speed_alone_takes_no_passes_without_communication():
+def test_speed_alone_takes_no_passes_without_communication(monkeypatch):
     model, reports = build(gpt_neox(heads=2, layers=2)), []
+    monkeypatch.setattr(bench, "muted", None)  # not to be called
 
     def work(engine):
-        engine.runner.mute = None  # not to be called
         batch, _ = bench.pack(text_windows(bench.torch.arange(64), 4, LENGTH), None, None, engine.runner.dims)
         return bench._measure_length(engine, batch, "full", reports.append)
 

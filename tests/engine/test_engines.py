@@ -284,23 +284,6 @@ def test_two_models_with_other_head_counts_do_not_meet(layout):
         assert torch.equal(first, again)
 
 
-@pytest.mark.parametrize("layout", [{"ring_degree": 4}, {"ulysses_degree": 4}, {"pp_size": 2, "tp_size": 2}], ids=str)
-def test_a_muted_engine_talks_to_nobody(layout):
-    ids = tokens(1, 63)
-
-    def work(engine: Engine) -> Tensor:
-        batch, _ = engine.prepare(ids, None, None)
-        if engine.mesh.rank in (0, 3):
-            # Were anything sent, these ranks would wait for the others.
-            engine.runner.mute(True)
-            engine.prefill(batch, "last")
-            engine.runner.mute(False)
-        return engine(ids).logits
-
-    results = serve(small_model(), work, **layout)
-    assert max(relative_error(got, logits(small_model(), ids)) for got in results) < TOLERANCE
-
-
 def test_the_mocked_wire_shows_a_buffer_reused_or_read_too_early():
     def work(rank: int) -> list[float]:
         mesh = Mesh.from_process_groups(run_config(pp_size=2).topology)

@@ -131,20 +131,20 @@ def run_attention(
     cut_by: SequenceLayout | None = None,
     put_together_by: SequenceLayout | None = None,
     view: Callable[[Tensor], Tensor] = lambda x_BTHD: x_BTHD,
-    muted: bool = False,
+    wrap: Callable[[Transport], Transport] = lambda transport: transport,
     make_mesh: MakeMesh = mesh_of,
     repeats: int = 1,
 ) -> Result:
     """Sequence-parallel attention of ``problem`` in a world of ``layout``.
 
     ``cut_by`` and ``put_together_by`` are layouts that wrongly replace ``layout`` on the way in or out; ``view`` gives
-    every rank's tensors other strides; ``muted`` leaves out all communication; ``repeats`` runs it so many times over,
-    after a first time on other numbers.
+    every rank's tensors other strides; ``wrap`` makes what moves bytes of the mesh's transports; ``repeats`` runs it
+    so many times over, after a first time on other numbers.
     """
     tensors = problem.tensors()
 
     def work(mesh: Mesh) -> tuple[Tensor, Traffic]:
-        mesh["ring"].muted = mesh["ulysses"].muted = muted
+        ring, ulysses = wrap(mesh["ring"]), wrap(mesh["ulysses"])
         place = mesh.coordinate("ring"), mesh.coordinate("ulysses")
         q, k, v = (view(cut(x, cut_by or layout, *place)) for x in tensors)
         for again in range(repeats):
@@ -152,7 +152,7 @@ def run_attention(
             sign = 1.0 if again == repeats - 1 else -1.0 - again
             out = sequence_parallel_attention(
                 sign * q, sign * k, sign * v, layout=layout, spec=problem.spec,
-                ring=mesh["ring"], ulysses=mesh["ulysses"],
+                ring=ring, ulysses=ulysses,
                 sinks_H=problem.sinks_H, variant=variant, gather_limit_bytes=gather_limit_bytes,
             )  # fmt: skip
         return out, mesh.traffic

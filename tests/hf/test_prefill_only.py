@@ -134,22 +134,6 @@ def test_no_key_or_value_of_the_last_layer_moves():
         assert full > last
 
 
-@pytest.mark.parametrize("layout", [{"ring_degree": 4}, {"ulysses_degree": 4}], ids=str)
-def test_muted_it_talks_to_nobody(layout):
-    ids = tokens(1, 63)
-
-    def work(engine: Engine) -> Tensor:
-        batch, _ = engine.prepare(ids, None, None)
-        if engine.mesh.rank in (0, 3):
-            engine.runner.mute(True)
-            engine.prefill_only(batch)
-            engine.runner.mute(False)
-        return engine.next_token_logits(ids)
-
-    for got in serve(small_model(), work, **layout):
-        assert relative_error(got, logits(small_model(), ids)[:, -1]) < TOLERANCE
-
-
 def test_keys_and_values_of_all_tokens_reach_the_cache():
     """The cache is written once, by the run on all tokens."""
     model, ids = build(llama_gqa()), tokens(2, 17)

@@ -8,7 +8,6 @@ from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.testing.host_staged import HostStagedTransport
 from tests.helpers.mocked_world import ProcessGroupWorld, one_process
 from tests.helpers.peer_threads import Later, copy_engine_mesh, pulling, random_delay
-from tests.helpers.shared_exchanges import later_ranks, rounds
 from tests.helpers.worlds import Problem, run_attention
 
 EXACT, WRONG = 1e-6, 1e-2
@@ -33,11 +32,9 @@ class TestTransport:
             assert found.tolist() == want
             assert sent == 5 * (size - 1) * 2 * 4
 
-    @pytest.mark.parametrize("muted", [False, True])
     @pytest.mark.parametrize("shape", [(3, 2, 5, 4), (3, 1, 5, 4), (3, 2, 1)])
-    def test_tokens_of_an_all_to_all_are_side_by_side_in_the_order_of_ranks(self, shape, muted):
+    def test_tokens_of_an_all_to_all_are_side_by_side_in_the_order_of_ranks(self, shape):
         def work(transport):
-            transport.muted = muted
             send = torch.randn(shape, generator=torch.Generator().manual_seed(transport.rank))
             parts = transport.all_to_all(send)
             sent = transport.traffic.bytes_sent
@@ -47,12 +44,10 @@ class TestTransport:
 
         pulling(3, work, random_delay(5))
 
-    @pytest.mark.parametrize("muted", [False, True])
     @pytest.mark.parametrize("in_place", [False, True])
     @pytest.mark.parametrize("batch", [1, 2])
-    def test_heads_of_an_all_to_all_are_joined_in_the_order_of_ranks(self, batch, in_place, muted):
+    def test_heads_of_an_all_to_all_are_joined_in_the_order_of_ranks(self, batch, in_place):
         def work(transport):
-            transport.muted = muted
             everyone = [torch.randn(batch, 3 * 5, 2, 4, generator=torch.Generator().manual_seed(r)) for r in range(3)]
             send = everyone[transport.rank]
             joined = transport.all_to_all_joined(
@@ -63,8 +58,7 @@ class TestTransport:
             assert joined.shape == (batch, 5, 6, 4)
             assert joined.is_contiguous()
             for peer, part in enumerate(joined.split(2, 2)):
-                if peer == transport.rank or not muted:
-                    assert torch.equal(part, everyone[peer][:, mine])
+                assert torch.equal(part, everyone[peer][:, mine])
 
         pulling(3, work, random_delay(5))
 
@@ -80,47 +74,6 @@ class TestTransport:
             return received.tolist(), gathered.tolist(), transport.all_gather_objects(transport.rank)
 
         assert pulling(2, work) == [([2.0] * 3, [[0], [1]], [0, 1]), ([1.0] * 3, [[0], [1]], [0, 1])]
-
-    def test_a_muted_transport_counts_and_touches_nothing(self):
-        def work(transport):
-            transport.muted = True
-            if transport.rank == 1:
-                return None
-            with transport.share((2, 3), torch.empty(0)) as shared:
-                shared.own.fill_(1.0)
-                shared.publish([(1, (slice(0, 1),))])
-                pending, part = shared.pull((1, (slice(0, 2),)))
-                pending.wait()
-            send = transport.send_buffer((2, 4), part)
-            assert transport.all_to_all(send) is send
-            assert torch.isfinite(part).all()
-            return dict(transport.traffic.bytes_by_op), transport.buffers.count
-
-        assert pulling(2, work)[0] == ({"exchange": 12, "all_to_all": 16}, 0)
-
-    def test_a_journal_moves_the_same_again_without_counting_it(self):
-        def work(transport):
-            journal = transport.traffic.journal = []
-            rounds(transport, 3, later_ranks)
-            transport.all_to_all(torch.ones(3, 4))
-            transport.traffic.journal = None
-            before, moved = transport.traffic.bytes_sent, []
-            pull = transport.buffers.pull
-
-            def watched(buffer, peer, pieces):
-                kept = list(pieces)
-                moved.append((peer, sum(target.nbytes for target, _ in kept)))
-                return pull(buffer, peer, iter(kept))
-
-            transport.buffers.pull = watched
-            for again in journal:
-                again()
-            return moved, transport.traffic.bytes_sent - before
-
-        for rank, (moved, counted) in enumerate(pulling(3, work)):
-            seen = [(peer, 32) for peer in ((rank - 1) % 3, (rank - 2) % 3) if peer < rank]
-            assert moved == 3 * seen + [((rank - 1) % 3, 16), ((rank - 2) % 3, 16)]
-            assert counted == 0
 
 
 def test_messages_by_way_of_host_memory():
