@@ -185,7 +185,7 @@ class TestOnGpus:
 
     @pytest.mark.parametrize("head_dim", [20, 64, 320, 512])
     @pytest.mark.parametrize("spec", [WINDOWED, CAPPED])
-    def test_windows_and_softcap_take_the_portable_kernel(self, unfit, head_dim, spec):
+    def test_windows_and_softcap_take_our_triton_kernel(self, unfit, head_dim, spec):
         assert self.select_backend(head_dim, BlockSpec(spec, True, 0)) is TRITON
 
     @pytest.mark.parametrize("head_dim", [20, 64, 320, 512])

@@ -193,7 +193,7 @@ def attention_alone() -> Iterator[Callable[..., Tensor]]:
     """The registered function on one rank with four heads, called as transformers calls it."""
     module, q = nn.Linear(1, 1), torch.zeros(1, 4, 5, 8)
     mesh = Mesh.build(Topology(), 0, lambda axis, ranks: None)
-    context = AttentionContext(mesh, ParallelConfig(), num_heads=4, block_rows=0)
+    context = AttentionContext(mesh, ParallelConfig(), num_heads=4, tile_tokens=0)
     module._ds_ring_context = context
     register()
     with context.forward(SequenceLayout(5), 0, "Model"):
