@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.nn.functional import gelu
 from transformers.pytorch_utils import Conv1D
 
-HAND_OVER = "hand_over"
+YIELD_LANE = "yield_lane"
 """Attribute of AutoTP's layers: what to call during the all-reduce of the ranks' results."""
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -102,13 +102,13 @@ class Linear:
     def _summed(self, partial: Tensor) -> Tensor:
         if self.parallel != "row_parallel":
             return partial
-        # Both are read at each call: muting takes the group away, and the hand-over is set while several lanes run.
-        group, hand_over = self.module.mp_group, getattr(self.module, HAND_OVER, None)
-        if group is None or hand_over is None:
+        # Both are read at each call: without a group nothing is summed, and lanes yield only while there are several.
+        group, yield_lane = self.module.mp_group, getattr(self.module, YIELD_LANE, None)
+        if group is None or yield_lane is None:
             summed: Tensor = RowParallel.apply(group, partial, True)
             return summed
         pending = all_reduce(partial, group=group, async_op=True)
-        hand_over()
+        yield_lane()
         pending.wait()
         return partial
 
