@@ -73,7 +73,7 @@ def test_a_gate_of_no_columns():
 @pytest.mark.parametrize("rotary", [16, 12, 6])
 @pytest.mark.parametrize("positions", [1, 2])
 def test_rotary_of_parts_of_a_fused_projection(rotary, positions):
-    """GPT-NeoX lays q, k and v of a head side by side."""
+    """GPT-NeoX has q, k and v of a head side by side."""
     batch, tokens, heads, width = 2, 7, 3, 16
     qkv = random(batch, tokens, heads, 3 * width).transpose(1, 2)
     q, k, _ = qkv.chunk(3, dim=-1)
@@ -104,7 +104,7 @@ def test_rotary_in_place_is_rotary_and_touches_nothing_else(rotary, positions):
 
 
 @pytest.mark.parametrize("rotates", [True, False])
-def test_heads_put_where_they_belong_touch_nothing_else(rotates):
+def test_heads_put_into_a_part_of_a_tensor_touch_nothing_else(rotates):
     """As into a part of a shared tensor, or between the heads that go to other ranks."""
     x, memory = random(2, 5, 7, 16)[:, 1:4], torch.full((2, 9, 6, 16), torch.nan)
     angle = random(1, 7, 4, seed=1)
