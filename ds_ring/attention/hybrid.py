@@ -1,4 +1,4 @@
-"""Ulysses around ring: the two-dimensional sequence-parallel attention, with either axis of degree 1 allowed."""
+"""Sequence-parallel attention in two dimensions: Ulysses around a ring. Either of them may be of degree 1."""
 
 # Shapes: B batch, T tokens on this rank, H query heads, K key/value heads, D head_dim.
 from functools import partial
@@ -29,13 +29,19 @@ def sequence_parallel_attention(
 ) -> Tensor:
     """Causal attention of this rank's tokens (``layout.positions``) against the whole sequence.
 
-    The all-to-all makes whole ring slices with a share of the heads; the ring then runs on those, once for each share
-    in parallel. ``sinks_H``, the attention sinks, are those of all heads on every rank. Returns out [B, T, H, D] in q's
-    dtype.
+    The all-to-all makes whole ring slices with a part of the heads. The ring then runs on those; the rings of different
+    heads run in parallel.
+
+    Args:
+        sinks_H: attention sinks of all heads, the same on every rank.
+        variant, gather_limit_bytes: as for ``ring_attention``.
+
+    Returns:
+        out [B, T, H, D] in q's dtype.
     """
-    inner = partial(
+    slice_attention = partial(
         ring_attention,
         layout=layout, spec=spec, transport=ring, sinks_H=own_sinks(sinks_H, ulysses),
         variant=variant, gather_limit_bytes=gather_limit_bytes,
     )  # fmt: skip
-    return ulysses_attention(q_BTHD, k_BTKD, v_BTKD, transport=ulysses, inner=inner)
+    return ulysses_attention(q_BTHD, k_BTKD, v_BTKD, transport=ulysses, slice_attention=slice_attention)

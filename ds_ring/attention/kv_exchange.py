@@ -1,9 +1,9 @@
-"""One layer's keys and values on their way round the ring: where they are written, and the peers' as they come.
+"""The exchange of one layer's keys and values in a ring: this rank's, written once, and those that arrive.
 
-At hop s a rank receives from the rank s places before it and sends to the rank s places after it, straight from the
-owner rather than handed on from neighbour to neighbour. On a switch every pair is as near as any other, and only what
-the receiver's queries can see has to move: under causal attention half of a zigzag slice to later ranks, nothing of a
-contiguous one to earlier ranks.
+At hop s a rank receives from rank ``own - s`` and sends to rank ``own + s``, modulo the size of the ring. Keys and
+values come straight from the rank that owns them; no rank passes on another's. On a switch every pair of GPUs is as
+near as any other, and only what the receiver's queries can see has to be sent: under causal attention half of a zigzag
+slice to later ranks, and nothing of a contiguous slice to earlier ranks.
 """
 
 # Shapes: B batch, L tokens of this rank's slice, S keys that are seen, K key/value heads, D head_dim.
@@ -26,28 +26,29 @@ Variant = Literal["pass_kv", "gather_kv", "local_first"]
 
 
 class KVExchange:
-    """A context manager; the order of use is
+    """A context manager. The order of use is
 
-        with Round(shape, like, ...) as exchange:
-            ...                                  write exchange.own_2BLKD, or the memory that it is a part of
-            exchange.start()                   from here on it must stay as it is; transfers begin
-            for source, block in exchange.blocks(): ...        pass_kv, or
-            segments = exchange.all_segments(...)              one of the two that gather
+        with KVExchange(shape, like, ...) as exchange:
+            ...                                             write exchange.own_2BLKD, or the memory that it is a part of
+            exchange.start()                                from here on it must not change; transfers begin
+            for source, block in exchange.blocks(): ...     with pass_kv
+            segments = exchange.all_segments(...)           or with one of the variants that gather
 
-    Where the transport can put parts where they are wanted, what is gathered lies in the sequence's order, with room
-    for this rank's own: few segments, whatever the number of ranks. A kernel works in blocks of keys, and every segment
-    ends in a part of one. The own stay where they were made unless a kernel takes one segment only: copies within a GPU
-    are kernels, and cost more than a part of a block.
+    Where the transport can write a received part at any address (``puts``), gathered keys are in the sequence's order,
+    with room for this rank's own: few segments, whatever the number of ranks. Few segments are better because a kernel
+    works in blocks of keys, and the last block of a segment is not full. This rank's own keys are copied into the
+    sequence's order only for a kernel that takes one segment: a copy within a GPU is a kernel, and costs more than a
+    block that is not full.
 
-    Ranks of a ring hold rounds of equal shapes in the same order.
+    The ranks of a ring open exchanges of equal shapes in the same order.
 
     Attributes:
         own_2BLKD: this rank's keys and values.
-        memory: what they are a part of, or they themselves.
-        variant: how the peers' are attended to; it follows from the layout and the transport.
-        limit_bytes: what is held of all K/V, and of a running result, at most.
-        may_gather: ``pass_kv`` was not asked for but taken to save memory, and with one peer holds no less than
-            gathering would: all that is seen, at once.
+        memory: the tensor that ``own_2BLKD`` is a view of, or ``own_2BLKD`` itself.
+        variant: how the other ranks' keys are attended to; it follows from the layout and the transport.
+        limit_bytes: limit on the memory for the K/V of all ranks, and on that of a running result.
+        may_gather: whether ``pass_kv`` may gather all the same. The configuration did not ask for it, it was chosen to
+            save memory; and in a ring of two it holds no less than gathering would, all visible K/V at once.
     """
 
     def __init__(
@@ -59,13 +60,19 @@ class KVExchange:
         transport: Transport,
         variant: RingVariant = "auto",
         gather_limit_bytes: int = 2 << 30,
-        within: ViewOf | None = None,
+        view: ViewOf | None = None,
     ) -> None:
-        """``within``: where keys and values, [2, *shape_BLKD], lie in ``memory``."""
+        """
+        Args:
+            shape_BLKD: of this rank's keys.
+            like: a tensor of their dtype and device.
+            variant, gather_limit_bytes: as for ``ring_attention``.
+            view: which view of ``memory`` is ``own_2BLKD``; None: all of it.
+        """
         assert transport.size == layout.ring_degree
         assert shape_BLKD[1] == layout.slice_length
         self.layout, self.transport = layout, transport
-        self._shared = transport.share((2, *shape_BLKD), like, within)
+        self._shared = transport.share((2, *shape_BLKD), like, view)
         self.own_2BLKD, self.memory = self._shared.own, self._shared.memory
         self.variant = _variant(variant, self.own_2BLKD.nbytes, transport, gather_limit_bytes)
         self.limit_bytes = gather_limit_bytes
@@ -80,7 +87,7 @@ class KVExchange:
         self.own_2BLKD[1].copy_(v_BLKD)
 
     def start(self) -> None:
-        """Publish, and begin to take what this variant holds at a time: one block ahead, or all."""
+        """Publish this rank's keys, and begin to receive what the variant holds at a time: one block ahead, or all."""
         self.transport.meet_lanes()
         rank, size = self.transport.rank, self.transport.size
         targets = [(rank + hop) % size for hop in range(1, size)]
@@ -92,9 +99,11 @@ class KVExchange:
             self._pull_next()
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(whose, [2, B, S, K, D]) of every peer, nearest before us first, each once it is there; S may be 0.
+        """(rank, its visible K/V [2, B, S, K, D]) of every other rank, from rank - 1 downwards, each when it has
+        arrived; S may be 0.
 
-        While one is computed the next is on its way. A block should be let go before the next is asked for.
+        The next block is in transfer while the caller computes with one. The caller should drop a block before it asks
+        for the next.
         """
         while self._arriving:
             source, pending, block_2BSKD = self._arriving.popleft()
@@ -103,7 +112,7 @@ class KVExchange:
             yield source, block_2BSKD
 
     def foreign_segments(self) -> list[Segment]:
-        """All that this rank sees of its peers, once it is there."""
+        """The K/V of other ranks that this rank's queries see, when all of it has arrived."""
         if self._whole_2BSKD is None:
             return [segment for source, block in self.blocks() for segment in self._segments(source, *block)]
         for pending in self._pendings:
@@ -113,7 +122,11 @@ class KVExchange:
         return [Segment(start, *self._whole_2BSKD[:, :, start:stop]) for start, stop in between]
 
     def all_segments(self, joined: bool = False) -> list[Segment]:
-        """And its own; ``joined``: in one where the transport puts parts in order, its own copied among them."""
+        """``foreign_segments`` and this rank's own.
+
+        Args:
+            joined: in one segment, into which this rank's own K/V are copied, where the transport can write in order.
+        """
         own, foreign = self._segments(self.transport.rank, *self.own_2BLKD), self.foreign_segments()
         if not joined or self._whole_2BSKD is None:
             return own + foreign
@@ -127,21 +140,20 @@ class KVExchange:
         return self.layout.slice_ranges(self.transport.rank)
 
     def _segments(self, source: int, k_BSKD: Tensor, v_BSKD: Tensor) -> list[Segment]:
-        """The runs of a slice, as far as they are there: what is visible is a prefix, in whole runs. Neighbours are one
-        segment."""
+        """The token ranges of a slice, of which a prefix of whole ranges is visible. Ranges that follow each other are
+        one segment."""
         found: list[tuple[int, slice]] = []
         stop = taken = 0
         for token_range in self.layout.slice_ranges(source):
             if taken < k_BSKD.shape[1]:
-                start, rows = (
-                    found.pop() if token_range.start == stop and found else (token_range.start, slice(taken, taken))
-                )
+                follows = found and token_range.start == stop
+                start, tokens = found.pop() if follows else (token_range.start, slice(taken, taken))
                 taken, stop = taken + token_range.length, token_range.stop
-                found.append((start, slice(rows.start, taken)))
-        return [Segment(start, k_BSKD[:, rows], v_BSKD[:, rows]) for start, rows in found]
+                found.append((start, slice(tokens.start, taken)))
+        return [Segment(start, k_BSKD[:, tokens], v_BSKD[:, tokens]) for start, tokens in found]
 
     def _pull_in_order(self) -> Tensor:
-        """[2, B, S, K, D] of all positions that this rank sees; its own are left blank."""
+        """[2, B, S, K, D] of all positions that this rank sees; its own are left unwritten."""
         rank, size, end = self.transport.rank, self.transport.size, self._own_ranges[-1].stop
         _, batch, _, *rest = self.own_2BLKD.shape
         whole_2BSKD = self._shared.room((2, batch, end, *rest))
@@ -164,9 +176,10 @@ class KVExchange:
             self._arriving.append((source, pending, block_2BSKD if incoming else self.own_2BLKD[:, :, :0]))
 
     def _visible(self, q_rank: int, k_rank: int, peer: int) -> PeerPart | None:
-        """Each peer's part is the prefix of rows that its queries see."""
-        rows = self.layout.visible_rows(q_rank, k_rank)
-        return (peer, (slice(None), slice(None), slice(0, rows))) if rows else None
+        """The part of ``own_2BLKD`` that is sent from ``k_rank`` to ``q_rank``: the tokens that its queries see, a
+        prefix. ``peer`` is the other rank of the two."""
+        tokens = self.layout.visible_rows(q_rank, k_rank)
+        return (peer, (slice(None), slice(None), slice(0, tokens))) if tokens else None
 
     def __enter__(self) -> Self:
         self._shared.__enter__()
@@ -179,9 +192,10 @@ class KVExchange:
 def _variant(wanted: RingVariant, own_bytes: int, transport: Transport, gather_limit_bytes: int) -> Variant:
     if wanted != "auto" and wanted != "pass_q":
         return wanted
-    # A property of the layout, so that all ranks decide alike.
+    # Computed from the layout alone, so that all ranks decide alike.
     if own_bytes * transport.size > gather_limit_bytes:
         return "pass_kv"
-    # With another micro-batch to run meanwhile, or no gain from running on, the cheaper single call is better.
+    # Attending to the own block first costs a second call. That does not pay where another micro-batch runs during the
+    # transfer, or where transfers slow the kernels beside them.
     hides = transport.overlaps and transport.meanwhile is None
     return "local_first" if hides else "gather_kv"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ds_ring.kernels.triton_probe import triton_serves
+from ds_ring.kernels.triton_probe import triton_usable
 
 Partial = tuple[Tensor, Tensor]
 """out [B, L, H, D], any float dtype, and lse [B, H, L], fp32, natural logarithm; rows whose lse is -inf are finite."""
@@ -48,7 +48,7 @@ def merge_into(out_BLHD: Tensor, lse_BHL: Tensor, first: Partial, second: Partia
 
 
 def _kernel_runs_on(tensor: Tensor) -> bool:
-    return tensor.is_cuda and triton_serves("merging", self_test, tensor.device, tensor.dtype)
+    return tensor.is_cuda and triton_usable("merging", self_test, tensor.device, tensor.dtype)
 
 
 def merge_plainly(out_BLHD: Tensor, lse_BHL: Tensor, first: Partial, second: Partial) -> None:

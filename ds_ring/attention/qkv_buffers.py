@@ -1,21 +1,27 @@
-"""Where one layer's queries, keys and values belong: written there by whoever makes them, nothing copies them again."""
+"""The buffers that one layer's q, k and v are written to, where other ranks read them: no copy follows.
 
-# Shapes: B batch, T tokens on this rank, H query heads, K key/value heads, D head_dim.
+Whoever makes q, k and v (``fusion/kv_first.py``) opens the buffers of a layer, writes into them and attends from them.
+``Destination`` names whose buffers they are; ``ProjectionViews`` say what other ranks read where one fused projection
+writes all of q, k and v at once.
+"""
+
+# Shapes: B batch, T tokens on this rank, H query heads, K key/value heads, D head_dim, W columns of a projection.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ds_ring.attention.kv_exchange import KVExchange
-from ds_ring.attention.qkv_layout import QKVLayout, Shares
+from ds_ring.attention.qkv_layout import ColumnsByRank, QKVLayout
 from ds_ring.attention.ring import attend_exchange, ring_attention
 from ds_ring.attention.spec import AttentionSpec
-from ds_ring.attention.ulysses import HeadSlice, ProjectionTrade, Trade, shares_of
+from ds_ring.attention.ulysses import HeadAllToAll, HeadBuffer, ProjectionAllToAll, columns_by_rank
 from ds_ring.config import RingVariant
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.base import Transport
@@ -23,30 +29,70 @@ from ds_ring.transport.shared import ViewOf
 
 ALL = slice(None)
 
+Destination = Literal["ring_buffer", "ulysses_buffer", "own_memory"]
+"""Where a layer's q, k and v are written.
+
+- ring_buffer: k and v where the ranks of the ring read them, which may be this rank alone; q in memory of its own.
+- ulysses_buffer: all three in the send buffer of the all-to-all.
+- own_memory: three tensors, which the attention copies to other ranks.
+"""
+
+
+@dataclass(frozen=True)
+class ProjectionViews:
+    """What other ranks read out of the result of one fused projection, in place.
+
+    Attributes:
+        num_kv_heads, head_dim: of the projection's k and v on this rank.
+        read: k and v as one view, by a ring; the columns of each rank's heads, by a Ulysses group.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    read: ViewOf | ColumnsByRank
+
+
+def projection_views(qkv_layout: QKVLayout, num_heads: int, ulysses: Transport) -> ProjectionViews | None:
+    """None where other ranks cannot read q, k and v in the projection's result, so that each is written by itself."""
+    num_kv_heads, head_dim = qkv_layout.k_BTKD.shape[2:]
+    if ulysses.size > 1:
+        columns = columns_by_rank(qkv_layout, num_heads, num_kv_heads, ulysses)
+        return None if columns is None else ProjectionViews(num_kv_heads, head_dim, columns)
+    view = qkv_layout.kv_view()
+    return None if view is None else ProjectionViews(num_kv_heads, head_dim, view)
+
 
 class QKVBuffers(ABC):
-    """The order of use: write ``k`` and ``v``, ``start``, write ``q`` (earlier does no harm), ``attend``."""
+    """The buffers of one layer. The order of use: write ``k`` and ``v``, ``start``, write ``q``, ``attend``.
 
-    k: list[HeadSlice]
-    v: list[HeadSlice]
+    ``q`` may be written earlier. Where the buffers were opened for a fused projection, its result is written to
+    ``memory`` in place of all three.
+
+    Attributes:
+        k, v: which heads are to be written to which buffer.
+        kv_BTKD: k and v of all heads, where they are together; None with Ulysses.
+        memory: [B, T, W], contiguous: what a fused projection is to be written to.
+    """
+
+    k: list[HeadBuffer]
+    v: list[HeadBuffer]
     kv_BTKD: tuple[Tensor, Tensor] | None = None
-    """Keys and values whole, where they lie together."""
     memory: Tensor | None = None
-    """What is to be written as a whole, where ``place`` was told how k and v lie in it."""
-    takes_q = False
-    """Whether queries may stay in the memory they were made in."""
 
     @property
     @abstractmethod
-    def q(self) -> list[HeadSlice]: ...
+    def q(self) -> list[HeadBuffer]: ...
 
+    @abstractmethod
     def take_q(self, q_BTHD: Tensor) -> None:
-        """In place of writing to ``q``; only where that is so."""
-        raise NotImplementedError
+        """In place of writing to ``q``: it stays in the memory that its projection wrote, rotated there.
+
+        A ring takes any q, Ulysses only one that is a part of ``memory``.
+        """
 
     @abstractmethod
     def start(self) -> None:
-        """Keys and values are written: whatever can travel already does from here on."""
+        """k and v are written: whatever can be sent already is sent from here on."""
 
     @abstractmethod
     def attend(self, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
@@ -54,69 +100,58 @@ class QKVBuffers(ABC):
 
 
 class RingBuffers(QKVBuffers):
-    """Keys and values in the tensor that peers read, queries in memory of this rank's own."""
-
-    takes_q = True
+    """k and v in the tensor that the ranks of the ring read, q in memory of this rank's own."""
 
     def __init__(self, exchange: KVExchange, num_heads: int) -> None:
-        self._travelling, self._num_heads = exchange, num_heads
+        self._exchange, self._num_heads = exchange, num_heads
         k_BTKD, v_BTKD = exchange.own_2BLKD
         self.kv_BTKD, self.memory = (k_BTKD, v_BTKD), exchange.memory
         self.k, self.v = [(ALL, k_BTKD)], [(ALL, v_BTKD)]
         self._q_BTHD: Tensor | None = None
 
     @property
-    def q(self) -> list[HeadSlice]:
+    def q(self) -> list[HeadBuffer]:
         if self._q_BTHD is None:
-            _, batch, local, _, head_dim = self._travelling.own_2BLKD.shape
-            self._q_BTHD = self._travelling.own_2BLKD.new_empty((batch, local, self._num_heads, head_dim))
+            _, batch, local, _, head_dim = self._exchange.own_2BLKD.shape
+            self._q_BTHD = self._exchange.own_2BLKD.new_empty((batch, local, self._num_heads, head_dim))
         return [(ALL, self._q_BTHD)]
 
     def take_q(self, q_BTHD: Tensor) -> None:
         self._q_BTHD = q_BTHD
 
     def start(self) -> None:
-        self._travelling.start()
+        self._exchange.start()
 
     def attend(self, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
         assert self._q_BTHD is not None
-        return attend_exchange(self._q_BTHD, self._travelling, spec, sinks_H)
+        return attend_exchange(self._q_BTHD, self._exchange, spec, sinks_H)
 
 
 class UlyssesBuffers(QKVBuffers):
-    """All three where the all-to-all sends them from: heads for each rank apart, or a projection as it is. With a ring
-    behind it, K and V are copied once more on arrival."""
+    """All three in the send buffer of the all-to-all: each rank's heads apart, or one fused projection's result.
 
-    def __init__(self, trade: Trade | ProjectionTrade, ulysses: Transport, ring: Callable[..., Tensor]) -> None:
-        self._trade, self._ulysses, self._ring = trade, ulysses, ring
-        self.k, self.v, self.memory = trade.k, trade.v, trade.memory
-        self.takes_q = trade.memory is not None
+    Where a ring follows, it copies k and v of the whole slice once more.
+    """
+
+    def __init__(
+        self, all_to_all: HeadAllToAll | ProjectionAllToAll, ulysses: Transport, ring: Callable[..., Tensor]
+    ) -> None:
+        self._all_to_all, self._ulysses, self._ring = all_to_all, ulysses, ring
+        self.k, self.v, self.memory = all_to_all.k, all_to_all.v, all_to_all.memory
 
     @property
-    def q(self) -> list[HeadSlice]:
-        return self._trade.q
+    def q(self) -> list[HeadBuffer]:
+        return self._all_to_all.q
 
     def take_q(self, q_BTHD: Tensor) -> None:
-        """It lies there."""
-        assert self.takes_q
+        assert self.memory is not None, "q is not a part of the send buffer"
 
     def start(self) -> None:
-        """Queries go the same way: nothing can leave before they are there."""
+        """Nothing can be sent before q is there: it goes in the same all-to-all."""
 
     def attend(self, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
         del self.k, self.v, self.memory
-        return self._trade.attend(partial(self._ring, spec=spec, sinks_H=own_sinks(sinks_H, self._ulysses)))
-
-
-ProjectionViews = ViewOf | Shares
-"""What a ring's peers, or Ulysses', take out of a projection as it lies."""
-
-
-def projection_views(
-    qkv_layout: QKVLayout, num_heads: int, num_kv_heads: int, ulysses: Transport
-) -> ProjectionViews | None:
-    """None where no place may have what lies so as its ``memory``."""
-    return qkv_layout.keys_values if ulysses.size == 1 else shares_of(qkv_layout, num_heads, num_kv_heads, ulysses)
+        return self._all_to_all.attend(partial(self._ring, spec=spec, sinks_H=own_sinks(sinks_H, self._ulysses)))
 
 
 @contextmanager
@@ -130,33 +165,38 @@ def open_qkv_buffers(
     ulysses: Transport,
     variant: RingVariant = "auto",
     gather_limit_bytes: int = 2 << 30,
-    projected: ProjectionViews | None = None,
+    projection: ProjectionViews | None = None,
 ) -> Iterator[QKVBuffers]:
-    """The place of a layer whose queries on this rank are [B, T, H, D], tokens in the order of ``layout.positions``;
-    ``projected``: what is ``taken`` of the projection that will be its ``memory``.
+    """The buffers of a layer. All ranks that share the sequence open them together. After the block the memory may be
+    given to another layer.
 
-    All ranks that share the sequence open it together. Behind the block the memory is somebody else's.
+    Args:
+        q_shape: [B, T, H, D] of this rank, tokens in the order of ``layout.positions``.
+        like: a tensor of the buffers' dtype and device.
+        variant, gather_limit_bytes: as for ``ring_attention``.
+        projection: what other ranks read of the fused projection that will be written to ``memory``.
     """
     batch, local, num_heads, head_dim = q_shape
     assert local == layout.local_length
-    along: dict[str, Any] = {
+    ring_options: dict[str, Any] = {
         "layout": layout, "transport": ring, "variant": variant, "gather_limit_bytes": gather_limit_bytes,
     }  # fmt: skip
+    read = None if projection is None else projection.read
     if ulysses.size > 1:
-        trade: Trade | ProjectionTrade
-        if isinstance(projected, Shares):
-            trade = ProjectionTrade(projected, like, ulysses)
+        all_to_all: HeadAllToAll | ProjectionAllToAll
+        if isinstance(read, ColumnsByRank):
+            all_to_all = ProjectionAllToAll(read, like, ulysses)
         else:
-            trade = Trade(q_shape, num_kv_heads, like, ulysses)
-        yield UlyssesBuffers(trade, ulysses, partial(ring_attention, **along))
+            all_to_all = HeadAllToAll(q_shape, num_kv_heads, like, ulysses)
+        yield UlyssesBuffers(all_to_all, ulysses, partial(ring_attention, **ring_options))
         return
-    within = projected if isinstance(projected, ViewOf) else None
-    with KVExchange((batch, local, num_kv_heads, head_dim), like, within=within, **along) as exchange:
+    view = read if isinstance(read, ViewOf) else None
+    with KVExchange((batch, local, num_kv_heads, head_dim), like, view=view, **ring_options) as exchange:
         yield RingBuffers(exchange, num_heads)
 
 
 def own_sinks(sinks_H: Tensor | None, ulysses: Transport) -> Tensor | None:
-    """The sinks of the heads that a Ulysses rank attends with."""
+    """The sinks of the heads that this Ulysses rank attends with."""
     if sinks_H is None:
         return None
     share = sinks_H.shape[0] // ulysses.size

@@ -1,7 +1,7 @@
-"""Ring attention: every rank keeps its queries, keys and values travel, partial results merge by log-sum-exp.
+"""Ring attention: every rank keeps its queries; keys and values are sent; partial results merge by log-sum-exp.
 
-What travels when is ``kv_exchange.py``. (Ring attention: arXiv 2310.01889; zigzag: the context parallelism of Llama 3,
-arXiv 2407.21783.)
+Which keys are sent when is in ``kv_exchange.py``. Ring attention is arXiv 2310.01889; the zigzag cut is that of Llama
+3's context parallelism, arXiv 2407.21783.
 """
 
 # Shapes: B batch, L queries of this rank's slice, S keys, H query heads, K key/value heads, D head_dim.
@@ -39,11 +39,13 @@ def ring_attention(
         q_BLHD, k_BLKD, v_BLKD: this ring rank's slice, tokens in the order of ``layout.slice_ranges``.
         transport: the ring axis; its rank and size are the ring rank and ``layout.ring_degree``.
         sinks_H: attention sinks, one a head of ``q_BLHD``.
-        variant: ``pass_kv`` holds two foreign blocks at a time, ``gather_kv`` all visible K/V of the sequence, in
-            exchange for one attention call a run and no merge; ``local_first`` gathers as well, attending to the own
-            block meanwhile; ``auto`` gathers while that stays below the limit, in the way that suits the transport, as
-            does ``pass_q``, which is about cached keys.
-        out: where the result is wanted, [B, L, H, D] in q's dtype; memory of its own by default.
+        variant: ``pass_kv`` holds the blocks of two other ranks at a time. ``gather_kv`` holds all visible K/V of the
+            sequence, and needs one attention call a token range and no merge. ``local_first`` gathers as well, and
+            attends to this rank's own block during the transfer. ``auto`` takes one of the two that gather, the one
+            that suits the transport, where the K/V of all ranks stay below the limit, and else ``pass_kv``; so does
+            ``pass_q``, which is about cached keys.
+        gather_limit_bytes: of the K/V of all ranks.
+        out: memory for the result, [B, L, H, D] in q's dtype; None: new memory.
 
     Returns:
         out [B, L, H, D] in q's dtype.
@@ -61,20 +63,20 @@ def ring_attention(
 
 
 def attend_exchange(q_BLHD: Tensor, exchange: KVExchange, spec: AttentionSpec, sinks_H: Tensor | None = None) -> Tensor:
-    """As ``ring_attention``, of keys and values that are on their way already: ``exchange`` has been started."""
+    """As ``ring_attention``, of keys and values that are in transfer already: ``exchange`` has been started."""
     if exchange.transport.size == 1:
         return sinks.apply_(*attend(q_BLHD, *exchange.own_2BLKD, spec=spec), sinks_H)
     assert q_BLHD.shape[1] == exchange.layout.slice_length
     exchange.transport.yield_lane()
-    token_range = {"pass_kv": pass_kv, "gather_kv": gather_kv, "local_first": local_first}[exchange.variant]
-    return token_range(q_BLHD, exchange, spec, sinks_H)
+    attend_variant = {"pass_kv": pass_kv, "gather_kv": gather_kv, "local_first": local_first}[exchange.variant]
+    return attend_variant(q_BLHD, exchange, spec, sinks_H)
 
 
 def pass_kv(q_BLHD: Tensor, exchange: KVExchange, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
-    """Block by block into one running result, fp32: the next block travels while the present one is computed.
+    """Block by block into one running result, fp32: the next block is in transfer while one is computed.
 
-    Where one peer's block is all there is, and a kernel takes it beside the own one, a large fp32 result is saved, at
-    the price of waiting for that block.
+    In a ring of two whose fp32 result would exceed the limit, a kernel that takes several segments attends to both
+    blocks in one call. That saves the fp32 result, and has to wait for the other rank's block.
     """
     layout, rank = exchange.layout, exchange.transport.rank
     large = q_BLHD.numel() * torch.float32.itemsize > exchange.limit_bytes
@@ -83,19 +85,19 @@ def pass_kv(q_BLHD: Tensor, exchange: KVExchange, spec: AttentionSpec, sinks_H: 
     out_BLHD, lse_BHL = _own_block(q_BLHD, exchange.own_2BLKD, layout, spec, rank)
     for source, block_2BSKD in exchange.blocks():
         _accumulate(out_BLHD, lse_BHL, q_BLHD, block_2BSKD, _blocks(layout, spec, rank, source), spec)
-        del block_2BSKD  # a third one would be held while the next is asked for
+        del block_2BSKD  # else three blocks would be held while the next arrives
     return sinks.apply_(out_BLHD, lse_BHL, sinks_H).to(q_BLHD.dtype)
 
 
 def gather_kv(q_BLHD: Tensor, exchange: KVExchange, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
-    """All visible K/V first, then one call for all runs of queries: no merge."""
+    """All visible K/V first, then one call for each token range of the queries, or one for all: no merge."""
     token_ranges = exchange.layout.slice_ranges(exchange.transport.rank)
     joined = not takes_segments(q_BLHD, token_ranges[-1].stop, spec)
     return attend_ranges(q_BLHD, token_ranges, exchange.all_segments(joined), spec, sinks_H)
 
 
 def local_first(q_BLHD: Tensor, exchange: KVExchange, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
-    """The own block, which needs nobody, while all visible K/V arrive; then those, continuing its result."""
+    """This rank's own block while all visible K/V of other ranks arrive; then those, into the same running result."""
     layout, rank = exchange.layout, exchange.transport.rank
     out_BLHD, lse_BHL = _own_block(q_BLHD, exchange.own_2BLKD, layout, spec, rank)
     accumulate_ranges_(out_BLHD, lse_BHL, q_BLHD, layout.slice_ranges(rank), exchange.foreign_segments(), spec)

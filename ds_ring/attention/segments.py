@@ -1,4 +1,4 @@
-"""A rank's whole attention when all the keys it sees are there: runs of queries against segments of keys."""
+"""A rank's attention when all the keys it sees have arrived: token ranges of queries against segments of keys."""
 
 # Shapes: B batch, L queries, S keys of a segment, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
@@ -41,7 +41,7 @@ def attend_ranges(
     """Causal attention by global positions.
 
     Args:
-        q_BLHD: the queries of all runs, one after the other.
+        q_BLHD: the queries of all ``token_ranges``, one after the other.
         segments: together they hold every position from 0 to the last query's, each once, in any order.
         sinks_H: attention sinks, one a head.
 
@@ -59,13 +59,13 @@ def attend_ranges(
     out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
     done = 0
     for token_range in token_ranges:
-        rows = slice(done, done + token_range.length)
+        tokens = slice(done, done + token_range.length)
         _, lse = attend(
-            q_BLHD[:, rows], k_BSKD[:, : token_range.stop], v_BSKD[:, : token_range.stop],
-            spec=spec, q_offset=token_range.start, out=out_BLHD[:, rows],
+            q_BLHD[:, tokens], k_BSKD[:, : token_range.stop], v_BSKD[:, : token_range.stop],
+            spec=spec, q_offset=token_range.start, out=out_BLHD[:, tokens],
         )  # fmt: skip
-        sinks.apply_(out_BLHD[:, rows], lse, sinks_H)
-        done = rows.stop
+        sinks.apply_(out_BLHD[:, tokens], lse, sinks_H)
+        done = tokens.stop
     return out_BLHD
 
 
@@ -77,11 +77,13 @@ def accumulate_ranges_(
     segments: Sequence[Segment],
     spec: AttentionSpec,
 ) -> None:
-    """Fold segments of other keys into a running fp32 result: in one launch where a kernel can, else in calls of their
-    own. Here keys may be missing: a query sees those of ``segments`` that are not behind it.
+    """Fold segments of other keys into a running fp32 result, in place: in one launch where a kernel can, else in one
+    call or more for each segment.
+
+    Here keys may be missing: a query sees those keys of ``segments`` whose positions are not after its own.
 
     Args:
-        runs: ascending; none of them begins inside a segment.
+        token_ranges: ascending; none of them begins inside a segment.
     """
     if not segments:
         return
@@ -90,13 +92,14 @@ def accumulate_ranges_(
         return
     done = 0
     for number, token_range in enumerate(token_ranges):
-        # All runs from this one on see a segment before it, in one call where their positions do not matter.
-        rows = slice(done, done + token_range.length if spec.window else None)
+        # A segment before this token range is visible to it and to all later ones whole. Without a window, positions do
+        # not matter there, and one call does them all.
+        tokens = slice(done, done + token_range.length if spec.window else None)
         before = token_ranges[number - 1].start if number and not spec.window else -1
         for segment in segments:
             if before < segment.start < token_range.start and not _out_of_reach(token_range, segment, spec):
                 accumulate_(
-                    out_BLHD[:, rows], lse_BHL[:, :, rows], q_BLHD[:, rows], segment.k_BSKD, segment.v_BSKD,
+                    out_BLHD[:, tokens], lse_BHL[:, :, tokens], q_BLHD[:, tokens], segment.k_BSKD, segment.v_BSKD,
                     spec=spec, causal=spec.window is not None, q_offset=token_range.start, k_offset=segment.start,
                 )  # fmt: skip
         done += token_range.length
@@ -114,14 +117,13 @@ def _one_launch(
 
 
 def takes_segments(q_BLHD: Tensor, n_keys: int, spec: AttentionSpec) -> bool:
-    """Whether the back-end reads keys from where they lie, so that nothing need be put in order."""
+    """Whether the back-end takes several segments, so that keys need not be copied into the sequence's order."""
     return select_backend(q_BLHD, n_keys, BlockSpec(spec, True, 0)) is ATTENTION512
 
 
 def _attend_segments(
     q_BLHD: Tensor, token_ranges: Sequence[TokenRange], segments: Sequence[Segment], spec: AttentionSpec
 ) -> tuple[Tensor, Tensor]:
-    """The segments where they are: nothing is copied into order."""
     out, lse = attention512.attention512(*_arguments(q_BLHD, token_ranges, segments, spec))
     return out, lse
 

@@ -39,7 +39,7 @@ def dry_run(config: PretrainedConfig, run: RunConfig) -> None:
     model = _without_weights(config)
     decoder, heads = Decoder.of(model), model_dims(config).num_heads
     # Its part in a tensor-parallel group is what the second pass is about.
-    context = AttentionContext(Mesh(replace(run.topology, tp=1), 0, {}), run.parallel, heads, block_rows=0)
+    context = AttentionContext(Mesh(replace(run.topology, tp=1), 0, {}), run.parallel, heads, tile_tokens=0)
     inject(model, context)
     stopped = _forward(decoder, context, _nothing)
     if run.tp_size == 1:

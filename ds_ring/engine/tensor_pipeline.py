@@ -20,7 +20,7 @@ from ds_ring.engine.model_runner import NO_POSITIONS, ONE_TOKEN, CachedRunner, S
 from ds_ring.engine.pipeline_comm import pipeline_comm
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
-from ds_ring.hf.linear import HAND_OVER
+from ds_ring.hf.linear import YIELD_LANE
 from ds_ring.hf.stage import spliced
 from ds_ring.kv_cache.step import Step
 from ds_ring.model_dims import ModelDims
@@ -69,7 +69,7 @@ class TensorPipelineRunner(CachedRunner):
     def _on_yield(self, yield_lane: Callable[[], None] | None) -> None:
         for module in self.model.modules():
             if isinstance(module, TensorParallel_Layer):
-                setattr(module, HAND_OVER, yield_lane)
+                setattr(module, YIELD_LANE, yield_lane)
 
     def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         if self._in_flight(micro_batches):

@@ -1,1 +1,1 @@
-"""Fusion for stock transformers layers: their own forward, traced, with neighbouring operations put together."""
+"""Fusion for transformers' own layers: their forward is traced, and neighbouring operations become one."""

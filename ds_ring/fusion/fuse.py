@@ -1,4 +1,8 @@
-"""Fusion of one model: what is fused, when, and what is said of it."""
+"""Fusion of one model: replaces what can be replaced at once, and traces each layer when it is first called.
+
+The parts: ``rewrite.py`` (which operations of a layer become one), ``tiling.py`` (tiles of tokens), ``rotary.py`` and
+``kv_first.py`` (attention modules).
+"""
 
 from __future__ import annotations
 
@@ -24,65 +28,70 @@ log = logging.getLogger("ds_ring")
 
 
 class Fusion:
-    """The fused parts of one model.
+    """What was fused in one model.
 
-    Norms, rotary embeddings and AutoTP's biases are exchanged at once. A layer is traced when it is first called, since
-    only then it is known which arguments the model gives it; a layer that cannot be traced runs as it is.
+    Norms, rotary embeddings and AutoTP's biases are replaced at once. A layer is traced when it is first called, since
+    only then it is known which arguments the model gives it. A layer that cannot be traced runs as it is.
 
     Attributes:
-        done: what was fused, by name, over all layers.
+        done: how often each fused operation was put in, by name, over all layers.
         left: why layers were left as they are.
     """
 
-    def __init__(self, decoder: Decoder, block_rows: int = 0, in_place: bool = False) -> None:
+    def __init__(self, decoder: Decoder, tile_tokens: int = 0, in_place: bool = False) -> None:
         """
         Args:
-            block_rows: rows that a layer runs behind its attention at a time; 0: all at once.
-            in_place: where there are more, a layer's result may be written over its input.
+            tile_tokens: tokens that a layer runs at a time after its attention; 0: all at once.
+            in_place: where there are more tokens, a layer's result may be written over its input.
         """
         model = decoder.model
         parameter = next(model.parameters())
         self.done: Counter[str] = Counter()
         self.left: list[str] = []
-        self.done["bias in product"] = linear.put_bias_inside(model)
+        self.done["bias in linear"] = linear.put_bias_inside(model)
         self.done["rotary"] = fuse_rotary(model)
         self.done["norm"] = _fuse_norms(model)
-        in_product = parameter.is_cuda and parameter.dtype in linear.HALVES
-        self._gelu_inside = not in_product or linear.gelu_inside_agrees(parameter.device, parameter.dtype)
+        uses_kernel = parameter.is_cuda and parameter.dtype in linear.HALVES
+        self._gelu_inside = not uses_kernel or linear.gelu_inside_agrees(parameter.device, parameter.dtype)
         self._where = (
             "Triton kernels" if elementwise.kernels_run_on(parameter) else f"plain PyTorch on {parameter.device}"
         )
-        self._block_rows, self._in_place = block_rows, in_place
-        self._waiting = len(decoder.layers)
+        self._tile_tokens, self._in_place = tile_tokens, in_place
+        self._untraced = len(decoder.layers)
         for layer in decoder.layers:
             if "forward" in vars(layer):
-                self._tell(Counter(), f"{type(layer).__name__} has a forward of its own")
+                self._note(Counter(), f"{type(layer).__name__} has a forward of its own")
             else:
                 layer.forward = MethodType(_FusedForward(self), layer)
 
     def graph_of(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], first: bool
     ) -> nn.Module | None:
-        """The layer's rewritten forward for calls like this one, of what is not constant in it; None: as it is."""
+        """The layer's rewritten forward for calls like this one; None where the layer runs as it is. It takes the
+        arguments that are no constants.
+
+        Args:
+            first: it is the layer's first call, which ``done`` and ``left`` count.
+        """
         try:
             graph, modules = trace(layer, args, kwargs)
         except Untraceable as reason:
             if first:
-                self._tell(Counter(), str(reason))
+                self._note(Counter(), str(reason))
             return None
         rewriter = Rewriter(graph, modules, self._gelu_inside)
         rewriter.run()
-        if self._block_rows and rewriter.done and tile_tail(graph, modules, self._block_rows, self._in_place):
-            rewriter.done["row blocks"] += 1
+        if self._tile_tokens and rewriter.done and tile_tail(graph, modules, self._tile_tokens, self._in_place):
+            rewriter.done["token tiles"] += 1
         if first:
-            self._tell(rewriter.done, None if rewriter.done else f"{type(layer).__name__}: nothing to fuse")
+            self._note(rewriter.done, None if rewriter.done else f"{type(layer).__name__}: nothing to fuse")
         return fx.GraphModule(modules, graph) if rewriter.done else None
 
-    def _tell(self, done: Counter[str], reason: str | None) -> None:
+    def _note(self, done: Counter[str], reason: str | None) -> None:
         self.done += done
         self.left += [] if reason is None else [reason]
-        self._waiting -= 1
-        if self._waiting == 0:
+        self._untraced -= 1
+        if self._untraced == 0:
             log.info("%s", self)
 
     def __str__(self) -> str:
@@ -92,8 +101,11 @@ class Fusion:
 
 
 class _FusedForward:
-    """Called as the bound forward of one layer. Keeps a graph for each combination of arguments that are None or truth
-    values; lengths and all other numbers are no part of it, so there are no more graphs than ways to call a layer."""
+    """Called as the bound forward of one layer.
+
+    Keeps a graph for each combination of arguments that are None or truth values. Lengths and all other numbers are no
+    part of a graph, so there are no more graphs than ways to call a layer.
+    """
 
     def __init__(self, fusion: Fusion) -> None:
         self._fusion = fusion
@@ -116,7 +128,10 @@ def _constant(value: Any) -> Any:
 
 
 def _fuse_norms(model: nn.Module) -> int:
-    """As one pass over memory: an RMSNorm's own code takes several, PyTorch's LayerNorm as long on wide rows."""
+    """Give norms a forward in one pass over memory; how many there were.
+
+    An RMSNorm's own code takes several passes, and PyTorch's LayerNorm as long as those where rows are wide.
+    """
     count = 0
     for module in model.modules():
         if "forward" not in vars(module) and (norm := Norm.of(module)):
@@ -126,6 +141,8 @@ def _fuse_norms(model: nn.Module) -> int:
 
 
 class _FusedNorm:
+    """Called as the bound forward of one norm."""
+
     def __init__(self, norm: Norm) -> None:
         self._norm = norm
 

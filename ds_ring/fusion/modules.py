@@ -1,5 +1,6 @@
-"""What the rewriting puts into a layer's graph: modules without parameters of their own, around those of the model."""
+"""Fused operations that the rewriting puts into a layer's graph: modules without parameters, around the model's own."""
 
+# Shapes: W columns; activations are [..., W].
 from __future__ import annotations
 
 from typing import cast
@@ -9,27 +10,28 @@ from torch import Tensor, nn
 from ds_ring.fusion.recognize import Norm
 from ds_ring.hf.linear import Linear
 from ds_ring.kernels import elementwise
-from ds_ring.kernels.elementwise import Gate
+from ds_ring.kernels.elementwise import Activation
 
 
-class FusedModule(nn.Module):
-    def _holds(self, **held: object) -> None:
-        """Attributes past nn.Module's registration: the model's modules stay the model's."""
-        self.__dict__.update(held)
+class FusedOp(nn.Module):
+    """A module whose attributes are not registered with nn.Module: the model's modules stay the model's."""
+
+    def _hold(self, **attributes: object) -> None:
+        self.__dict__.update(attributes)
 
 
-class AddNorm(FusedModule):
-    """(a + b [+ the bias of a later projection], norm(a + b))."""
+class AddNorm(FusedOp):
+    """(a + b [+ the bias of a later linear layer], norm(a + b))."""
 
     norm: Norm
     fold: Linear | None
 
     def __init__(self, norm: Norm) -> None:
         super().__init__()
-        self._holds(norm=norm, fold=None)
+        self._hold(norm=norm, fold=None)
 
-    def fold_bias_of(self, product: Linear) -> None:
-        self._holds(fold=product)
+    def fold_bias_of(self, linear: Linear) -> None:
+        self._hold(fold=linear)
 
     def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         fold_W = None if self.fold is None else self.fold.bias_W
@@ -37,14 +39,14 @@ class AddNorm(FusedModule):
         return cast(tuple[Tensor, Tensor], elementwise.add_norm((a, b), *spec, fold_W))
 
 
-class Sum(FusedModule):
-    """Terms and the bias of a later projection, in memory of its own."""
+class Sum(FusedOp):
+    """The sum of terms and of the bias of a later linear layer, in new memory."""
 
     fold: Linear
 
     def __init__(self, fold: Linear) -> None:
         super().__init__()
-        self._holds(fold=fold)
+        self._hold(fold=fold)
 
     def forward(self, *terms: Tensor) -> Tensor:
         while len(terms) > 2:
@@ -53,40 +55,40 @@ class Sum(FusedModule):
         return cast(Tensor, total)
 
 
-class AddLinear(FusedModule):
-    """A projection added to a sum that holds its bias already."""
+class AddLinear(FusedOp):
+    """A linear layer added to a sum that holds its bias already."""
 
-    product: Linear
+    linear: Linear
 
-    def __init__(self, product: Linear) -> None:
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
-        self._holds(product=product)
+        self._hold(linear=linear)
 
     def forward(self, total: Tensor, x: Tensor) -> Tensor:
-        return self.product.add_to_(total, x)
+        return self.linear.add_to_(total, x)
 
 
-class LinearGelu(FusedModule):
-    """A projection and the tanh GELU of it."""
+class LinearGelu(FusedOp):
+    """A linear layer and the tanh GELU of its result."""
 
-    product: Linear
+    linear: Linear
 
-    def __init__(self, product: Linear) -> None:
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
-        self._holds(product=product)
+        self._hold(linear=linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product.with_gelu(x)
+        return self.linear.with_gelu(x)
 
 
-class Gated(FusedModule):
+class Gated(FusedOp):
     """``activation(gate) * up``."""
 
-    kind: Gate
+    activation: Activation
 
-    def __init__(self, kind: Gate) -> None:
+    def __init__(self, activation: Activation) -> None:
         super().__init__()
-        self._holds(kind=kind)
+        self._hold(activation=activation)
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return elementwise.gated(self.kind, gate, up)
+        return elementwise.gated(self.activation, gate, up)

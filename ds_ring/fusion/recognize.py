@@ -1,4 +1,4 @@
-"""What a small module computes, found by what it answers rather than by its class."""
+"""What a small module computes: found by its results on samples, not by its class."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from ds_ring.kernels.elementwise import Gate, NormSpec, activation, normalise
+from ds_ring.kernels.elementwise import Activation, NormSpec, activate, normalise
 
 
-def activation_of(module: nn.Module) -> Gate | None:
+def activation_of(module: nn.Module) -> Activation | None:
     """The activation that ``module`` is; None for anything else."""
     if next(module.children(), None) is not None or next(module.parameters(), None) is not None:
         return None
-    # Far enough out for those that clip, close enough to tell the exact GELU from its tanh approximation: 5e-4.
+    # Wide enough to show those that clip, dense enough to tell the exact GELU from its tanh approximation: 5e-4.
     x = torch.linspace(-64, 64, 4001)
     try:
         with torch.inference_mode():
@@ -24,12 +24,12 @@ def activation_of(module: nn.Module) -> Gate | None:
         return None
     if not isinstance(got, Tensor) or got.shape != x.shape:
         return None
-    return next((kind for kind in get_args(Gate) if torch.allclose(got, activation(kind, x), atol=1e-5)), None)
+    return next((name for name in get_args(Activation) if torch.allclose(got, activate(name, x), atol=1e-5)), None)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A LayerNorm or an RMSNorm; its parameters stay the module's own."""
+    """A LayerNorm or an RMSNorm. Its parameters are read from the module at each use."""
 
     module: nn.Module
     spec: NormSpec
@@ -56,9 +56,9 @@ class Norm:
         eps = next((e for name in ("eps", "variance_epsilon") if (e := getattr(module, name, None)) is not None), None)
         if weight.dim() != 1 or not isinstance(eps, float) or weight.is_meta:
             return None
-        return next((found for found in _candidates(module, eps) if found._answers_as_the_module()), None)
+        return next((found for found in _candidates(module, eps) if found._agrees_with_the_module()), None)
 
-    def _answers_as_the_module(self) -> bool:
+    def _agrees_with_the_module(self) -> bool:
         weight = self.weight_W
         assert weight is not None
         generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,8 @@
-"""One pass for the rotary embedding of queries and keys, in place of a model's own chain of copies."""
+"""Rotary position embedding of q and k in one pass, in place of a model's own chain of copies.
+
+Attention modules that call transformers' rotary function get a ``KVFirstForward``, around two versions of their own
+forward: one that rotates q and k into new memory, and one that rotates them in place.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,16 @@ from ds_ring.fusion.kv_first import KVFirstForward
 from ds_ring.kernels import elementwise
 
 NAME = "apply_rotary_pos_emb"
-"""What modelling files of transformers call the function."""
+"""What modelling files of transformers call the rotary function."""
 
 Rotate = Callable[..., tuple[Tensor, Tensor]]
 
 
 def fuse_rotary(model: nn.Module) -> int:
-    """Give attention modules that call ``NAME`` a forward that calls ours; how many there were.
+    """Give attention modules that call ``NAME`` a forward that calls our rotation; how many there were.
 
-    The forward is the class's own code with one global name bound anew, for these modules only: the modelling file and
-    other models of the class stay as they are.
+    The forward is the class's own code, in which one global name is bound to another function, for these modules only.
+    The modelling file and other models of the class stay as they are.
     """
     count = 0
     for module in model.modules():
@@ -32,13 +36,13 @@ def fuse_rotary(model: nn.Module) -> int:
         original = forward.__globals__.get(NAME)
         if NAME not in forward.__code__.co_names or original is None or not rotates_by_halves(original):
             continue
-        whole, in_place = (_bound_anew(forward, rotation(original)) for rotation in (_one_pass, _in_place))
-        module.forward = MethodType(KVFirstForward(whole, in_place, NAME), module)
+        own, own_in_place = (_with_rotary(forward, rotation(original)) for rotation in (_one_pass, _in_place))
+        module.forward = MethodType(KVFirstForward(own, own_in_place, NAME), module)
         count += 1
     return count
 
 
-def _bound_anew(forward: FunctionType, rotate: Rotate) -> FunctionType:
+def _with_rotary(forward: FunctionType, rotate: Rotate) -> FunctionType:
     names = {**forward.__globals__, NAME: rotate}
     bound = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     bound.__kwdefaults__ = forward.__kwdefaults__
@@ -48,7 +52,7 @@ def _bound_anew(forward: FunctionType, rotate: Rotate) -> FunctionType:
 
 
 def rotates_by_halves(original: Rotate) -> bool:
-    """Whether a model's function is the one that ``rowwise.rotate`` computes; others turn neighbouring columns."""
+    """Whether a model's function computes what ``elementwise.rotate`` does; others rotate neighbouring columns."""
     generator = torch.Generator().manual_seed(0)
     q, k, cos, sin = (
         torch.randn(shape, generator=generator) for shape in ((2, 4, 3, 8), (2, 2, 3, 8), (2, 3, 8), (2, 3, 8))

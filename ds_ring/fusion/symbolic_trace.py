@@ -1,8 +1,8 @@
 """A decoder layer's forward as a graph of operations on its submodules.
 
-The forward runs once on proxies, over shallow copies of the layer and of those submodules that are nothing but other
-modules put together (MLPs); every other submodule, attention above all, is one node. ``torch.fx``'s own tracer patches
-``nn.Module`` for the whole process while it runs; this patches nothing, so that models in other threads may run.
+The forward runs once on proxies, over shallow copies of the layer and of its composite submodules, those that only call
+other modules (MLPs). Every other submodule, attention above all, is one node. ``torch.fx``'s own tracer patches
+``nn.Module`` for the whole process while it runs. This one patches nothing, so that models in other threads may run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 
 class Untraceable(Exception):
-    """A forward that depends on values, or does what a graph cannot say."""
+    """A forward that depends on values, or does something that a graph cannot express."""
 
 
 def trace(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.Graph, dict[str, nn.Module]]:
     """The graph of ``layer``'s forward when it is called like this, and the submodules that its nodes name.
 
-    None and truth values among the arguments are part of the graph; all else becomes a placeholder, in order.
+    None and truth values among the arguments become constants of the graph; all else becomes a placeholder, in order.
 
     Raises:
-        Untraceable
+        Untraceable: the forward depends on values, or uses a parameter of its own.
     """
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
@@ -43,7 +43,7 @@ def trace(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 
 def is_constant(value: object) -> bool:
-    """Whether an argument is part of the graph rather than given to it."""
+    """Whether an argument becomes a constant of the graph rather than an input."""
     return value is None or isinstance(value, bool)
 
 
@@ -52,21 +52,26 @@ def _placeholder(tracer: GraphAppendingTracer, name: str, value: Any) -> Any:
 
 
 def skeleton_of(module: nn.Module, path: str, tracer: GraphAppendingTracer, modules: dict[str, nn.Module]) -> nn.Module:
-    """A copy of ``module`` whose children record their calls; composite ones do so through their own children."""
+    """A copy of ``module`` whose children record their calls; composite children record those of their own children.
+
+    Args:
+        path: of ``module``, ending in a dot, or empty.
+        modules: is filled with the submodules that the graph's nodes name.
+    """
     skeleton = copy.copy(module)
     children: dict[str, nn.Module | None] = {}
     for name, child in module.named_children():
-        at = f"{path}{name}"
+        child_path = f"{path}{name}"
         if _is_composite(child):
-            children[name] = skeleton_of(child, f"{at}.", tracer, modules)
+            children[name] = skeleton_of(child, f"{child_path}.", tracer, modules)
         else:
-            children[name] = _Recorder(child, at, tracer, modules)
+            children[name] = _Recorder(child, child_path, tracer, modules)
     skeleton._modules = {name: children.get(name) for name in module._modules}
     return skeleton
 
 
 def _is_composite(module: nn.Module) -> bool:
-    """Whether ``module`` has submodules and its forward, a function of one tensor, can be traced through them."""
+    """Whether ``module`` has submodules, and its forward, a function of one tensor, can be traced through them."""
     if next(module.children(), None) is None or "forward" in vars(module):
         return False
     if module._forward_hooks or module._forward_pre_hooks:
@@ -82,7 +87,7 @@ def _is_composite(module: nn.Module) -> bool:
 
 
 def holds_tensors(graph: fx.Graph) -> bool:
-    """Whether a parameter or buffer itself is an argument of some node: the code that is made of it cannot say that."""
+    """Whether a parameter or buffer itself is an argument of a node; the code made from a graph cannot express that."""
     found: list[Any] = []
     for node in graph.nodes:
         fx.node.map_aggregate((node.args, node.kwargs), lambda value: found.append(isinstance(value, Tensor)))
@@ -90,13 +95,13 @@ def holds_tensors(graph: fx.Graph) -> bool:
 
 
 class _Recorder(nn.Module):
-    """Stands for a submodule: calling it makes a node; whatever else is asked of it, the submodule answers."""
+    """Stands for a submodule: a call makes a node; all attributes are the submodule's."""
 
     def __init__(
         self, module: nn.Module, path: str, tracer: GraphAppendingTracer, modules: dict[str, nn.Module]
     ) -> None:
         super().__init__()
-        # Past nn.Module's registration: this is no submodule.
+        # Not by nn.Module's registration: it is no submodule of this one.
         self.__dict__.update(_stands_for=module, _path=path, _tracer=tracer, _named=modules)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Everything that touches transformers: loading, the parts of a decoder, injection of our attention."""
+"""All that depends on transformers: loading, a decoder's parts, and our attention in its layers."""

@@ -1,4 +1,7 @@
-"""``attn_implementation="ds_ring"``: our attention behind transformers' attention interface."""
+"""``attn_implementation="ds_ring"``: our attention as one of transformers' attention functions.
+
+``_attention`` is where q, k and v enter on the unfused path. On the fused path they do not come this way: see there.
+"""
 
 # Shapes, as transformers has them: B batch, H query heads, K key/value heads, T tokens on this rank, D head_dim.
 from __future__ import annotations
@@ -26,10 +29,14 @@ def inject(model: PreTrainedModel, context: AttentionContext) -> None:
 
 
 def attend_by(model: PreTrainedModel, name: str, attribute: str, value: object, bypasses: str) -> None:
-    """Make ``model`` use the attention registered as ``name``, which finds ``value`` on the module it is called with.
+    """Make ``model`` use the attention function registered as ``name``.
+
+    Args:
+        attribute, value: set on every module of the model. The attention function reads it from the module that calls.
+        bypasses: what to say of a model that does not call attention functions.
 
     Raises:
-        UnsupportedModelError: it does not take another attention, or ``bypasses`` it.
+        UnsupportedModelError: the model does not take another attention function, or does not call any.
     """
     try:
         model.set_attn_implementation(name)
@@ -44,11 +51,11 @@ def attend_by(model: PreTrainedModel, name: str, attribute: str, value: object, 
 
 
 def register() -> None:
-    """Make the name known to transformers; doing so again changes nothing.
+    """Register our attention function with transformers; to do so again changes nothing.
 
-    It gets no mask function: causality and windows follow from the layout, and engines pack padding away before the
-    model sees it. For a name that has one, transformers looks for packed sequences in the position_ids at every
-    forward, and the host waits for the device to find none.
+    The name gets no mask function. Causality and windows follow from the layout, and engines remove padding before the
+    model sees it. For a name with a mask function, transformers searches the position_ids for packed sequences in every
+    forward, and the host would wait for the device each time.
     """
     AttentionInterface.register(NAME, _attention)
 
@@ -61,27 +68,34 @@ def _attention(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
+    """The entry of the unfused path: transformers calls this with q, k and v that an attention module has made.
+
+    On the fused path q, k and v are made in another place, and this function is not called. Where other ranks read
+    them, or projections run in tiles, ``fusion/kv_first.py`` runs the module's projections itself, writes k and v to
+    the buffers of ``attention/qkv_buffers.py``, starts their transfer, then makes q, and ends in
+    ``AttentionContext.attend_buffers``. Which path a layer takes in a forward is decided in ``fusion/qkv_plan.py``.
+    """
     q, k, v = (t.transpose(1, 2) for t in (query_BHTD, key_BKTD, value_BKTD))
-    context, spec, sinks_H = asked(module, q.shape, v.shape, attention_mask, kwargs)
+    context, spec, sinks_H = check_call(module, q.shape, v.shape, attention_mask, kwargs)
     return context.attend(q, k, v, spec, sinks_H), None
 
 
-def asked(
+def check_call(
     module: nn.Module,
     q_shape: Sequence[int],
     v_shape: Sequence[int],
     attention_mask: Tensor | None,
     options: Mapping[str, Any],
 ) -> tuple[AttentionContext, AttentionSpec, Tensor | None]:
-    """What ``module`` asks of the attention interface, checked: (its context, the spec, this rank's sinks).
+    """(context, spec, this rank's sinks) of one call of the attention function by ``module``, checked.
 
     Args:
         q_shape, v_shape: [B, T, H, D], [B, T, K, D].
-        options: the interface's keyword arguments, as transformers names them.
+        options: the call's keyword arguments, as transformers names them.
 
     Raises:
-        DsRingError: not inside an engine.
-        UnsupportedModelError: what cannot be sharded, by name.
+        DsRingError: the model is not inside an engine.
+        UnsupportedModelError: the call needs what cannot be sharded; the error names it.
     """
     context = context_of(module)
     if context is None:
@@ -110,7 +124,7 @@ def asked(
             f"{context.num_heads // tp} of {context.num_heads}: DeepSpeed's AutoTP does not shard it rightly"
         )
     ulysses = context.mesh.topology.ulysses
-    if context.trades_heads and heads % ulysses:
+    if context.splits_heads and heads % ulysses:
         raise UnsupportedModelError(
             f"{type(module).__name__} attends with {heads} heads, whatever its config says, which "
             f"ulysses_degree={ulysses} does not divide; share sequences by ring_degree"
@@ -132,8 +146,8 @@ def asked(
 def float_buffers_kept(model: nn.Module) -> Iterator[None]:
     """Undo what a cast inside the block does to buffers.
 
-    DeepSpeed's ``init_inference`` halves every buffer of the model, the rotary frequencies among them; in fp16 those
-    put hidden states off by 17 % at 10,000 tokens.
+    DeepSpeed's ``init_inference`` casts every buffer of the model, the rotary frequencies among them. In fp16 those
+    change hidden states by 17 % at 10,000 tokens.
     """
     kept = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
     kept = {name: buffer.clone() for name, buffer in kept.items()}

@@ -1,4 +1,9 @@
-"""What the attention of one model needs besides its tensors: the mesh, the present forward, who attends how."""
+"""What the attention of one model needs besides its tensors: the mesh, the current forward, and how it attends.
+
+An attention module reaches our attention in one of two ways. Either transformers hands in q, k and v that it has made
+(``attend``; the entry is ``hf/attention.py``), or the fused path makes them in the buffers that other ranks read
+(``qkv_destination``, ``qkv_buffers``, ``attend_buffers``; the caller is ``fusion/kv_first.py``).
+"""
 
 # Shapes: B batch, T tokens on this rank, H query heads, K key/value heads, D head_dim.
 from __future__ import annotations
@@ -13,7 +18,13 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from ds_ring.attention.hybrid import sequence_parallel_attention
-from ds_ring.attention.qkv_buffers import ProjectionViews, QKVBuffers, open_qkv_buffers, projection_views
+from ds_ring.attention.qkv_buffers import (
+    Destination,
+    ProjectionViews,
+    QKVBuffers,
+    open_qkv_buffers,
+    projection_views,
+)
 from ds_ring.attention.qkv_layout import QKVLayout
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import ParallelConfig
@@ -26,17 +37,24 @@ ATTRIBUTE = "_ds_ring_context"
 BYPASSES = "does not go through transformers' attention interface, so its sequence cannot be sharded"
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionSpec, Tensor | None], Tensor]
-"""(q [B, T, H, D], k [B, T, K, D], v, what is asked, sinks [H]) -> out [B, T, H, D]."""
+"""(q [B, T, H, D], k [B, T, K, D], v, spec, sinks [H]) -> out [B, T, H, D]."""
 
 
 @dataclass
 class _Forward:
-    """The present forward of a lane: micro-batches in flight may have layouts of their own."""
+    """The current forward of a lane: each micro-batch in flight has one, and its own layout.
+
+    Attributes:
+        layout: how its sequences are cut; None between forwards.
+        step: of a generation.
+        calls: how often its attention has run, which is the number of the next layer.
+        override: attends in place of our attention.
+    """
 
     layout: SequenceLayout | None = None
     step: Step | None = None
     calls: int = 0
-    instead: Attend | None = None
+    override: Attend | None = None
 
 
 @dataclass
@@ -45,55 +63,64 @@ class AttentionContext:
 
     Attributes:
         num_heads: query heads of the whole model.
-        block_rows: rows that projections run at a time; 0: all at once.
+        tile_tokens: tokens that projections run at a time; 0: all at once.
     """
 
     mesh: Mesh
     parallel: ParallelConfig
     num_heads: int
-    block_rows: int
+    tile_tokens: int
     _forwards: WeakKeyDictionary[greenlet, _Forward] = field(default_factory=WeakKeyDictionary)
 
     @property
-    def present(self) -> _Forward:
+    def current(self) -> _Forward:
         return self._forwards.setdefault(getcurrent(), _Forward())
 
     @contextmanager
     def forward(
         self, layout: SequenceLayout, expected_calls: int, model_class: str, step: Step | None = None
     ) -> Iterator[None]:
-        """One forward over sequences cut by ``layout``, with ``step`` as one of a generation; afterwards the attention
-        must have run once a layer."""
-        self.present.layout, self.present.step, self.present.calls = layout, step, 0
+        """One forward over sequences cut by ``layout``; ``step``: of a generation.
+
+        Raises:
+            UnsupportedModelError: afterwards, where the attention has not run once a layer.
+        """
+        self.current.layout, self.current.step, self.current.calls = layout, step, 0
         try:
             yield
         finally:
-            self.present.layout = self.present.step = None
-        if self.present.calls != expected_calls:
+            self.current.layout = self.current.step = None
+        if self.current.calls != expected_calls:
             raise UnsupportedModelError(
-                f"{model_class} ran the injected attention {self.present.calls} times for {expected_calls} layers: it "
+                f"{model_class} ran the injected attention {self.current.calls} times for {expected_calls} layers: it "
                 f"{BYPASSES}"
             )
 
-    def has_qkv_buffers(self, batch: int, length: int) -> bool:
-        """Whether a layer of this forward, with so many sequences and tokens on this rank, writes its queries, keys and
-        values where they belong: where peers get them, or block by block."""
-        now = self.present
-        if now.layout is None or now.instead is not None or now.layout.local_length != length:
-            return False
-        if now.step is not None and (not now.step.is_first or self.mesh["ulysses"].size > 1):
-            return False  # the cache is attended to instead, or wants whole keys that lie nowhere
-        shared = self.mesh["ring"].size * self.mesh["ulysses"].size > 1
-        return shared or 0 < self.block_rows < batch * length
+    def qkv_destination(self, batch: int, length: int) -> Destination:
+        """Where the next layer's q, k and v are to be written, of so many sequences and tokens on this rank.
+
+        Buffers are for a whole prompt's forward, where other ranks read k and v, or where projections run in tiles of
+        tokens. In later steps of a generation the tokens attend to the cache. A first step with Ulysses has no k and v
+        of all heads together, which the cache stores.
+        """
+        now, ulysses = self.current, self.mesh["ulysses"].size
+        if now.layout is None or now.override is not None or now.layout.local_length != length:
+            return "own_memory"
+        if now.step is not None and (not now.step.is_first or ulysses > 1):
+            return "own_memory"
+        shared = self.mesh["ring"].size * ulysses > 1
+        if not shared and not 0 < self.tile_tokens < batch * length:
+            return "own_memory"
+        return "ulysses_buffer" if ulysses > 1 else "ring_buffer"
 
     def projection_views(self, qkv_layout: QKVLayout) -> ProjectionViews | None:
-        """What peers take of a projection as it lies; None where the place of this layer may not be it."""
-        return projection_views(qkv_layout, self._own_heads, qkv_layout.k_BTKD.shape[2], self.mesh["ulysses"])
+        """What other ranks read of a fused projection in place; None where they cannot."""
+        return projection_views(qkv_layout, self._own_heads, self.mesh["ulysses"])
 
     @property
-    def trades_heads(self) -> bool:
-        """Whether the attention of the present forward shares heads among Ulysses ranks, as a first pass does."""
-        step = self.present.step
+    def splits_heads(self) -> bool:
+        """Whether the attention of the current forward splits heads over Ulysses ranks: all but later steps do."""
+        step = self.current.step
         return self.mesh.topology.ulysses > 1 and (step is None or step.is_first)
 
     @property
@@ -108,51 +135,60 @@ class AttentionContext:
         num_kv_heads: int,
         head_dim: int,
         like: Tensor,
-        projected: ProjectionViews | None = None,
+        projection: ProjectionViews | None = None,
     ) -> Iterator[QKVBuffers]:
-        """The place of the layer that is about to attend; only where there ``has_qkv_buffers``."""
-        assert self.present.layout is not None
+        """The buffers of the layer that attends next, by ``open_qkv_buffers``; its ``qkv_destination`` is a buffer."""
+        assert self.current.layout is not None
         q_shape = batch, length, self._own_heads, head_dim
         with open_qkv_buffers(
             q_shape, num_kv_heads, like,
-            layout=self.present.layout, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], projected=projected,
+            layout=self.current.layout, ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], projection=projection,
             **self._ring_options,
-        ) as opened:  # fmt: skip
-            yield opened
+        ) as buffers:  # fmt: skip
+            yield buffers
 
-    def attend_buffers(self, opened: QKVBuffers, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
-        """As ``attend``, of what was written to a place."""
-        if self.present.step is not None:
-            assert opened.kv_BTKD is not None
-            self.present.step.store_layer(self.present.calls, *opened.kv_BTKD, spec.window)
-        out_BTHD = opened.attend(spec, sinks_H)
-        self.present.calls += 1
+    def attend_buffers(self, buffers: QKVBuffers, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:
+        """As ``attend``, of the q, k and v that were written to ``buffers``."""
+        if self.current.step is not None:
+            assert buffers.kv_BTKD is not None
+            self.current.step.store_layer(self.current.calls, *buffers.kv_BTKD, spec.window)
+        out_BTHD = buffers.attend(spec, sinks_H)
+        self.current.calls += 1
         return out_BTHD
 
     def attend(
         self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
     ) -> Tensor:
-        if self.present.layout is None:
+        """out [B, T, H, D] of the layer that attends next.
+
+        Args:
+            k_BTKD, v_BTKD: of this rank's tokens.
+            sinks_H: attention sinks of this rank's heads.
+
+        Raises:
+            DsRingError: outside ``forward``.
+        """
+        if self.current.layout is None:
             raise DsRingError("call the engine, not the model inside it: the model alone holds a part of the sequence")
-        attend = self.present.instead or self._attend
+        attend = self.current.override or self._attend
         out_BTHD = attend(q_BTHD, k_BTKD, v_BTKD, spec, sinks_H)
-        self.present.calls += 1
+        self.current.calls += 1
         return out_BTHD
 
     @contextmanager
     def attending_by(self, attend: Attend) -> Iterator[None]:
-        """Inside the block this lane's forward attends by ``attend``."""
-        self.present.instead = attend
+        """Inside the block this lane's forward calls ``attend`` in place of our attention."""
+        self.current.override = attend
         try:
             yield
         finally:
-            self.present.instead = None
+            self.current.override = None
 
     def _attend(
         self, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
     ) -> Tensor:
-        assert self.present.layout is not None
-        layer, step = self.present.calls, self.present.step
+        assert self.current.layout is not None
+        layer, step = self.current.calls, self.current.step
         if step is not None and not step.is_first:
             return step.attend(
                 layer, q_BTHD, k_BTKD, v_BTKD, spec=spec, transport=self.mesh["sp"], sinks_H=sinks_H,
@@ -162,7 +198,7 @@ class AttentionContext:
             step.store_layer(layer, k_BTKD, v_BTKD, spec.window)
         return sequence_parallel_attention(
             q_BTHD, k_BTKD, v_BTKD,
-            layout=self.present.layout, spec=spec, sinks_H=sinks_H,
+            layout=self.current.layout, spec=spec, sinks_H=sinks_H,
             ring=self.mesh["ring"], ulysses=self.mesh["ulysses"], **self._ring_options,
         )  # fmt: skip
 

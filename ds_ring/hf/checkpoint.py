@@ -1,4 +1,4 @@
-"""A checkpoint directory as safetensors on disk, checked before anything is loaded from it."""
+"""A checkpoint directory with safetensors, checked before anything is loaded from it."""
 
 from __future__ import annotations
 

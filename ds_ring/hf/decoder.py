@@ -1,4 +1,4 @@
-"""Where a transformers decoder keeps its parts, found by structure rather than by a table of model names."""
+"""The parts of a transformers decoder, found by its structure and not by a table of model names."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ class Decoder:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Decoder:
+        """
+        Raises:
+            UnsupportedModelError: no module has a list of as many layers as the config says.
+        """
         text_config: Any = model.config.get_text_config()
         count = text_config.num_hidden_layers
         found = [
@@ -48,7 +52,7 @@ class Decoder:
         for module, decoder in found:
             if module is named:
                 return decoder
-        # Not all classes name it, and an encoder of images may have as many layers.
+        # Not all classes have get_decoder(), and an encoder of images may have as many layers.
         for_text = [decoder for module, decoder in found if getattr(module, "config", None) is text_config]
         return (for_text or [decoder for _, decoder in found])[0]
 
@@ -65,7 +69,7 @@ class Decoder:
 
     @contextmanager
     def captured_hidden(self) -> Iterator[list[Tensor]]:
-        """Collects the decoder's ``last_hidden_state`` of every forward of this lane inside the block."""
+        """The list yielded receives the ``last_hidden_state`` of every forward of this lane inside the block."""
         found: list[Tensor] = []
         own = getcurrent()
 
@@ -81,9 +85,9 @@ class Decoder:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Inside the block the model is its head alone: ``inputs_embeds`` are taken for the decoder's output.
+        """Inside the block the model is its head alone: ``inputs_embeds`` are taken as the decoder's output.
 
-        This runs each architecture's own code from hidden states to logits, scaling and soft-capping included.
+        So each architecture's own code computes logits from hidden states, scaling and soft-capping included.
         """
         module = self.module
         setattr(self.parent, self.name, _Bypass())

@@ -1,4 +1,4 @@
-"""What layouts need to know of a transformers config."""
+"""The dimensions of a model, read from its transformers config."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_config(path: str | Path) -> PretrainedConfig:
     """The transformers config of a checkpoint directory or of a config file; runs no code of the checkpoint.
 
     Raises:
-        CheckpointError: whatever transformers finds wrong with it, with the file and what it says of the field.
+        CheckpointError: transformers cannot read the config; the error has the file and transformers' own message.
     """
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
@@ -27,10 +27,10 @@ def read_config(path: str | Path) -> PretrainedConfig:
 
 
 def model_dims(config: PretrainedConfig) -> ModelDims:
-    """What is the same in all layers, and the key/value heads and head sizes of each.
+    """What is the same in all layers, and the key/value heads and head size of each layer.
 
     Raises:
-        UnsupportedModelError: no attention heads, or layers that differ in something else.
+        UnsupportedModelError: the config has no attention heads, or its layers differ in something else.
     """
     text: Any = config.get_text_config()
     try:

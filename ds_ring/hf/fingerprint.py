@@ -1,4 +1,4 @@
-"""What tells one model from another, cheaply. Ranks that hold unlike ones would give wrong tokens without a word."""
+"""Fingerprints of a model, cheap to take. Ranks with different models would give wrong tokens without an error."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ds_ring.config import flatten
 from ds_ring.hf.checkpoint import Checkpoint
 
 BLOCKS, BLOCK_BYTES = 8, 1 << 20
-"""Of a file, what is read: the whole of a small one, and of hundreds of GB in shards less than one."""
+"""What is read of a file: all of a small one. Of hundreds of GB in shards that is under 1 GB."""
 VALUES = 8
-"""Of a parameter, what is looked at."""
+"""How many values of a parameter are read."""
 
 
 def of_config(config: PretrainedConfig) -> dict[str, Any]:
-    """Every field by its dotted path, but for the path that the config was read from."""
+    """Every field by its dotted path, without the path that the config was read from."""
     fields = flatten(config.to_dict(), "")
     return {f"the model's {name}": value for name, value in fields.items() if name != "_name_or_path"}
 
 
 def of_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """Size and sampled bytes of every file with weights: its header, its end and evenly between them."""
+    """Size and sampled bytes of every file with weights: its header, its end, and samples evenly between them."""
     return {f"the checkpoint's {file.name}": _sampled(file) for file in sorted(set(checkpoint.files.values()))}
 
 
 def of_parameters(model: PreTrainedModel) -> dict[str, str]:
     """Shape, dtype and a few values of every parameter and buffer."""
     tensors = chain(model.named_parameters(), model.named_buffers())
-    return {f"the model's tensor {name}": _looked_at(tensor.detach()) for name, tensor in tensors}
+    return {f"the model's tensor {name}": _digest(tensor.detach()) for name, tensor in tensors}
 
 
 def _sampled(file: Path) -> str:
@@ -47,6 +47,6 @@ def _sampled(file: Path) -> str:
     return f"{size} bytes with digest {digest.hexdigest()[:12]}"
 
 
-def _looked_at(tensor: Tensor) -> str:
+def _digest(tensor: Tensor) -> str:
     values = tensor.reshape(-1)[:: max(1, -(-tensor.numel() // VALUES))].double().tolist()
     return f"{tuple(tensor.shape)} {tensor.dtype} with digest {hashlib.sha256(repr(values).encode()).hexdigest()[:12]}"

@@ -1,4 +1,4 @@
-"""Counting the weights that every token is multiplied with."""
+"""The number of weights that every token is multiplied with."""
 
 from accelerate import init_empty_weights
 from torch import nn
@@ -8,9 +8,9 @@ from ds_ring.hf.decoder import Decoder
 
 
 def linear_parameters(config: PretrainedConfig) -> int:
-    """Elements of all matrices in the decoder layers (no embedding, no head).
+    """Elements of all matrices in the decoder layers, without the embedding and the head.
 
-    Mixture-of-experts layers would be counted whole, though a token meets only some experts.
+    Mixture-of-experts layers are counted whole, though a token uses only some of the experts.
     """
     return sum(layer_parameters(config))
 
@@ -23,5 +23,5 @@ def layer_parameters(config: PretrainedConfig) -> list[int]:
 
 
 def matrix_elements(layer: nn.Module) -> int:
-    """Elements of its matrices; of a sharded one, those of this rank."""
+    """Elements of a layer's matrices; of a sharded layer, those on this rank."""
     return sum(p.numel() for p in layer.parameters() if p.dim() >= 2)

@@ -1,6 +1,9 @@
-"""An engine as transformers' ``generate`` sees it: a causal LM with a forward, a config and a cache."""
+"""An engine behind transformers' ``generate``: a causal LM with a forward, a config and a cache.
 
-# Shapes: B rows of the caller's batch, C new columns, V vocabulary.
+``generate`` runs transformers' own loop; each of its forwards is one of the engine's.
+"""
+
+# Shapes: B sequences of the caller's batch, C new columns, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -19,20 +22,21 @@ Forward = Callable[[Tensor, Tensor | None, ShardedCache], Tensor]
 
 
 class GenerationAdapter(GenerationMixin):
-    """Everything in it but ``forward`` is the model's own.
-
-    Args:
-        fine: a bool on the device that ``run`` clears where no token can be chosen; generation then ends.
-    """
+    """Config, generation config and dtype are the model's; ``forward`` is the engine's."""
 
     main_input_name = "input_ids"
     base_model_prefix = ""
     _is_stateful = False
 
     def __init__(
-        self, model: PreTrainedModel, device: torch.device, run: Forward, everyone: Transport, fine: Tensor
+        self, model: PreTrainedModel, device: torch.device, forward: Forward, everyone: Transport, finite: Tensor
     ) -> None:
-        self._model, self._run, self._everyone, self._fine = model, run, everyone, fine
+        """
+        Args:
+            everyone: all ranks that generate together.
+            finite: a bool on the device. ``forward`` clears it where logits are not finite; generation then ends.
+        """
+        self._model, self._forward, self._everyone, self._finite = model, forward, everyone, finite
         self.config, self.generation_config = model.config, model.generation_config
         self.device, self.dtype = device, model.dtype
         self.prefill_chunk_size: int | None = None
@@ -49,7 +53,7 @@ class GenerationAdapter(GenerationMixin):
         tokenizer: object = None,  # of stop_strings; transformers hands it on to every forward
     ) -> CausalLMOutputWithPast:
         assert past_key_values is not None
-        logits_BV = self._run(input_ids, attention_mask, past_key_values)
+        logits_BV = self._forward(input_ids, attention_mask, past_key_values)
         return CausalLMOutputWithPast(logits=logits_BV[:, None], past_key_values=past_key_values)
 
     __call__ = forward
@@ -78,23 +82,23 @@ class GenerationAdapter(GenerationMixin):
         self, generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList | None, **kwargs: Any
     ) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
-        criteria.append(_NotFine(self._fine))
+        criteria.append(_NotFinite(self._finite))
         timed = generation_config.max_time is not None
         return _Agreed(criteria, self._everyone) if timed or stopping_criteria else criteria
 
 
-class _NotFine(StoppingCriteria):
-    """Ends all rows, without asking the device."""
+class _NotFinite(StoppingCriteria):
+    """Ends all sequences where logits were not finite, without a wait for the device."""
 
-    def __init__(self, fine: Tensor) -> None:
-        self._fine = fine
+    def __init__(self, finite: Tensor) -> None:
+        self._finite = finite
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return ~self._fine.expand(len(input_ids))
+        return ~self._finite.expand(len(input_ids))
 
 
 class _Agreed(StoppingCriteriaList):
-    """Criteria that may look at clocks, which no two ranks read alike: rank 0's word holds."""
+    """Criteria that may read a clock, which differs between ranks: all ranks take rank 0's result."""
 
     def __init__(self, criteria: StoppingCriteriaList, everyone: Transport) -> None:
         super().__init__(criteria)

@@ -1,11 +1,12 @@
-"""The last decoder layer for each row's last token only: all that a next token needs of it.
+"""The last decoder layer for each sequence's last token only: all that a next token needs of that layer.
 
-The layer runs twice. On all tokens, up to its attention, for their keys and values; then whole, on the last tokens,
-whose queries attend to those. Both times it is the layer's own code, so nothing here knows an architecture, and the
-result is exact. (The projection of all tokens' queries, where it is a module of its own, is left out as well.)
+The layer runs twice: on all tokens, up to its attention, for their keys and values; then as a whole, on the last
+tokens, whose queries attend to those. Both times it is the layer's own code. So nothing here depends on the
+architecture, and the result is exact. The projection of all tokens' queries, where it is a module of its own, is
+skipped as well.
 """
 
-# Shapes: B rows, T tokens on this rank.
+# Shapes: B sequences, T tokens on this rank, N ranks.
 from __future__ import annotations
 
 from bisect import bisect_left
@@ -30,10 +31,10 @@ from ds_ring.transport.base import Transport
 
 @dataclass(frozen=True)
 class LastTokens:
-    """Where the last token of each row is.
+    """Which rank holds the last token of each sequence.
 
     Attributes:
-        lengths: tokens of each row.
+        lengths: tokens of each sequence.
         held: for each rank of ``transport`` the positions, ascending, of the tokens it holds.
         transport: the ranks that hold a sequence together.
     """
@@ -43,7 +44,7 @@ class LastTokens:
     transport: Transport
 
     def seen(self, window: int | None) -> list[range]:
-        """For each row, which of this rank's tokens its last token sees."""
+        """For each sequence, which of this rank's tokens its last token sees."""
         own = self.held[self.transport.rank]
         starts = [0 if window is None else n - window for n in self.lengths]
         return [
@@ -51,45 +52,49 @@ class LastTokens:
         ]
 
     def pick(self, x_BT: Tensor) -> Tensor:
-        """[B, 1, *], on every rank, of values [B or 1, T, *] of this rank's tokens."""
-        places = [self._buffers(n - 1) for n in self.lengths]
-        own = [at if rank == self.transport.rank else 0 for rank, at in places]  # others' are not looked at
-        rows = x_BT.expand(len(places), *x_BT.shape[1:])
-        picked_B1 = torch.cat([rows[row : row + 1, at : at + 1] for row, at in enumerate(own)])
+        """The last tokens' values [B, 1, *], on every rank, of values [B or 1, T, *] of this rank's tokens."""
+        locations = [self._locate(n - 1) for n in self.lengths]
+        # What this rank picks for a token that another rank holds is not used.
+        own = [index if rank == self.transport.rank else 0 for rank, index in locations]
+        all_BT = x_BT.expand(len(locations), *x_BT.shape[1:])
+        picked_B1 = torch.cat([all_BT[b : b + 1, index : index + 1] for b, index in enumerate(own)])
         if self.transport.size == 1:
             return picked_B1
         everyones_NB1 = everyones(picked_B1, self.transport)
-        return torch.cat([everyones_NB1[rank, row : row + 1] for row, (rank, _) in enumerate(places)])
+        return torch.cat([everyones_NB1[rank, b : b + 1] for b, (rank, _) in enumerate(locations)])
 
-    def _buffers(self, position: int) -> tuple[int, int]:
-        """(rank, place among its tokens)."""
+    def _locate(self, position: int) -> tuple[int, int]:
+        """(rank, index among its tokens)."""
         for rank, positions in enumerate(self.held):
-            at = bisect_left(positions, position)
-            if at < len(positions) and positions[at] == position:
-                return rank, at
+            index = bisect_left(positions, position)
+            if index < len(positions) and positions[index] == position:
+                return rank, index
         raise AssertionError(f"no rank holds position {position}")
 
 
 class _Captured(BaseException):
-    """Ends the first run behind its attention's inputs; no error, so nothing on the way may take it for one."""
+    """Ends the layer's first call where its attention has its inputs. It is no error, so no handler may catch it."""
 
 
 @contextmanager
 def last_tokens_only(decoder: Decoder, context: AttentionContext, tokens: LastTokens) -> Iterator[None]:
-    """Inside the block the model's last layer computes its output for each row's last token, and gives it at all l
-    places of the row, as a view: models reshape what comes behind their layers by the shape of what went in."""
+    """Inside the block the model's last layer computes its output for each sequence's last token only.
+
+    It returns that output at all T positions of the sequence, as a view: models reshape what follows their layers by
+    the shape of the layers' input.
+    """
     layer = decoder.layers[-1]
     own: list[Callable[..., Any]] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _run(layer, context, tokens, own[0], args, kwargs)
+        return _call_twice(layer, context, tokens, own[0], args, kwargs)
 
     with _forward_replaced(layer, forward) as previous:
         own.append(previous)
         yield
 
 
-def _run(
+def _call_twice(
     layer: nn.Module, context: AttentionContext, tokens: LastTokens, forward: Any, args: Any, kwargs: dict[str, Any]
 ) -> Any:
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -107,7 +112,7 @@ def _run(
 
     def of_last_tokens(value: Any) -> Any:
         if isinstance(value, Cache):
-            return None  # the first run has put everything in
+            return None  # the first call has stored everything
         per_token = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length
         return tokens.pick(value) if per_token and value.shape[0] in (1, count) else value
 
@@ -127,13 +132,14 @@ def _run(
 
 @contextmanager
 def _queries_left_out(layer: nn.Module) -> Iterator[None]:
-    """Inside the block a query projection that is a module of its own gives memory as it is found."""
+    """Inside the block a query projection that is a module of its own returns memory that nobody has written."""
     modules = [module for name, module in layer.named_modules() if name.endswith(".q_proj")]
-    found = [p for module in modules if (p := Linear.of(module)) is not None and p.split != "in"]
+    found = [linear for module in modules if (linear := Linear.of(module)) is not None]
     with ExitStack() as stack:
-        for product in found:
-            width = product.weight_NW.shape[1]
-            stack.enter_context(_forward_replaced(product.module, _unwritten(width)))
+        for linear in found:
+            if linear.parallel != "row_parallel":
+                width = linear.weight_NW.shape[1]
+                stack.enter_context(_forward_replaced(linear.module, _unwritten(width)))
         yield
 
 
@@ -143,7 +149,7 @@ def _unwritten(width: int) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Inside the block ``module`` runs ``forward``; yields what it ran before."""
+    """Inside the block ``forward`` is the forward of ``module``; yields the one it had before."""
     previous = vars(module).get("forward")
     vars(module)["forward"] = forward
     try:

@@ -32,7 +32,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told below, by name
+        ignore_mismatched_sizes=True,  # refused below, by name
     )
     _refuse(path, info["missing_keys"], info["mismatched_keys"])
     assert isinstance(model, PreTrainedModel)
@@ -40,9 +40,10 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
 
 
 def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layers: range) -> PreTrainedModel:
-    """The model with only ``layers`` and, at its ends, the embedding and the head; reads no other tensor.
+    """The model with only ``layers``, and the embedding and the head where they belong to the stage; reads no other
+    tensor.
 
-    The model is built on the meta device and stripped to the stage before transformers' own loader, with its renamings
+    The model is built on the meta device and cut down to the stage. Then transformers' own loader, with its renamings
     and conversions of old checkpoints, fills what remains.
     """
     checkpoint = Checkpoint.open(path)
@@ -55,7 +56,7 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     )
     if tied:
         model.tie_weights()
-    _refuse_shortage(info.conversion_errors.values())
+    _raise_out_of_memory(info.conversion_errors.values())
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     _refuse(path, missing, info.mismatched_keys)
     if (checkpoint.directory / GENERATION_CONFIG_NAME).is_file():
@@ -77,26 +78,34 @@ def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     decoder = Decoder.of(model)
     last = layers.stop == len(decoder.layers)
-    # Not by a config, of which a model of several parts has several. What was tied was parted on its way to meta.
+    # Whether the head is tied is not read from a config: a model of several parts has several. Tied weights were
+    # separated on their way to the meta device.
     model.tie_weights()
     head = model.get_output_embeddings()
     tied = last and head is not None and head.weight is model.get_input_embeddings().weight
-    # A tied head is loaded as the embedding, which then has to be there.
+    # A tied head is loaded as the embedding, which then has to stay.
     strip(decoder, layers, keep_embedding=tied)
     return decoder, tied
 
 
-def _refuse_shortage(conversion_errors: Iterable[str]) -> None:
-    """Raise again what transformers only notes where memory runs out while it converts: what is missing for that is in
-    the checkpoint all the same. Behind a traceback a note says the error, and on its last line what was converted."""
+def _raise_out_of_memory(conversion_errors: Iterable[str]) -> None:
+    """Raise an out-of-memory error that transformers only noted while it converted tensors.
+
+    A tensor that was not converted for want of memory is not missing in the checkpoint. A note is a traceback, then the
+    error, and on its last line what was converted.
+    """
     for note in conversion_errors:
-        said = RuntimeError(*note.splitlines()[-2:-1])
-        if is_out_of_memory(said):
-            raise said
+        error = RuntimeError(*note.splitlines()[-2:-1])
+        if is_out_of_memory(error):
+            raise error
 
 
 def _refuse(path: str | Path, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
-    """Raise CheckpointError where there is anything to name; ``mismatched`` are (name, shape on disk, shape needed)."""
+    """Raise CheckpointError for tensors that are missing or of another shape.
+
+    Args:
+        mismatched: (name, shape on disk, shape needed).
+    """
     if mismatched := sorted(mismatched):
         name, found, needed = mismatched[0]
         raise CheckpointError(f"{path} has {name} of shape {tuple(found)}, but its config needs {tuple(needed)}")

@@ -1,4 +1,4 @@
-"""Cutting a transformers model down to one pipeline stage, and running that stage."""
+"""A transformers model as one pipeline stage: cut down to some of its layers, and fed with hidden states."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from ds_ring.hf.decoder import Decoder
 
 
 class _NoEmbedding(nn.Module):
-    """Stands for embeddings that belong to the first stage; adds nothing to what it is added to."""
+    """Stands for embeddings that belong to the first stage. Its result is zero: models may add it to something."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return torch.zeros(())
 
 
 def strip(decoder: Decoder, layers: range, keep_embedding: bool = False) -> None:
-    """Put parameterless stand-ins in place of what belongs to other stages: layers, the embeddings (but on the first),
-    the last norm and the head (but on the last). Layers keep their numbers."""
+    """Replace what belongs to other stages by modules without parameters; layers keep their numbers.
+
+    These are the other stages' layers; the embeddings, except on the first stage; the last norm and the head, except on
+    the last stage.
+    """
     module, count = decoder.module, len(decoder.layers)
     for i in range(count):
         if i not in layers:
@@ -41,7 +44,7 @@ def strip(decoder: Decoder, layers: range, keep_embedding: bool = False) -> None
 def keep_stage(decoder: Decoder, layers: range) -> None:
     """Cut the model down to the stage of ``layers``.
 
-    The config follows, since models index it by the number of a layer in their loop.
+    The config is cut as well, since models index it by the number of a layer in their loop.
     """
     strip(decoder, layers)
     text_config = decoder.model.config.get_text_config()
@@ -55,11 +58,12 @@ def keep_stage(decoder: Decoder, layers: range) -> None:
 def spliced(decoder: Decoder, hidden_in: Tensor | None) -> Iterator[list[Tensor]]:
     """Inside the block a forward starts its layers from ``hidden_in`` (None: from the model's own embedding).
 
-    The list yielded receives the hidden states behind the stage's last layer. Splicing at the layers, not at
-    ``inputs_embeds``, leaves out all that models do in between: scaling, position embeddings, norms.
+    The list yielded receives the hidden states after the stage's last layer. ``hidden_in`` is put in at the first
+    layer, not as ``inputs_embeds``, so that what models do before their layers is not done again: scaling, position
+    embeddings, norms.
     """
     found: list[Tensor] = []
-    own = getcurrent()  # another micro-batch may be under way in another lane
+    own = getcurrent()  # another lane may run another micro-batch
 
     def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if "hidden_states" in kwargs:

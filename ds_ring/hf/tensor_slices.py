@@ -1,7 +1,7 @@
-"""Tensor parallelism over whole weights: inside ``sliced`` every linear layer of a decoder reads its slice, a view.
+"""Tensor parallelism over whole weights: inside ``sliced`` every linear layer of a decoder reads a slice, a view.
 
-For steps of decoding, which read all weights for few tokens: ranks that hold the model whole, as sequence parallelism
-has them, each read a share of it.
+This is for steps of decoding, which read all weights for few tokens. With sequence parallelism every rank holds the
+whole model; with slices each rank reads only its part of it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ _MARK = "_ds_ring_in_slices"
 
 @dataclass(frozen=True)
 class Slice:
-    """A rank's share of a linear layer; a call is the layer's forward.
+    """A rank's part of a linear layer; a call is the layer's forward.
 
     Attributes:
-        weight: a view of the layer's [out, in]: rows (column-parallel) or columns (row-parallel).
-        bias: a view of the rows' bias; of a row-parallel layer the whole one, added once to the sum.
-        reduce: sums the ranks' results of a row-parallel layer; None for a column-parallel one, which leaves each rank
+        weight: a view of the layer's weight [out, in]: some of its outputs (column-parallel) or of its inputs
+            (row-parallel).
+        bias: a view of those outputs' bias; the whole bias of a row-parallel layer, which is added once to the sum.
+        reduce: sums the ranks' results of a row-parallel layer; None for a column-parallel layer, where each rank keeps
             its own outputs.
     """
 
@@ -52,17 +53,17 @@ def sliced(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transp
 
     All ranks of the group call the model together, on the same tokens, and get the same logits. The attention runs on
     the rank's H / tp_size query and K / tp_size key/value heads, those from ``tp_rank * K / tp_size`` on, and so does
-    its cache. Nothing of the weights is copied, and the layers are theirs again after the block.
+    its cache. No weights are copied, and after the block the layers run as before.
 
     Args:
         transport: among the ``tp_size`` ranks, in any order.
 
     Yields:
-        what each linear layer became, by its name in the decoder.
+        the slice of each linear layer, by the layer's name in the decoder.
 
     Raises:
         ConfigError: heads or widths that ``tp_size`` does not divide.
-        UnsupportedModelError: a parameter of whose cut the model's config says nothing, or what slices cannot do.
+        UnsupportedModelError: the model's config does not say how a parameter is cut, or slices cannot be cut so.
     """
     slices = slices_of(model, tp_rank, tp_size, transport)
     with in_slices(Decoder.of(model), slices):
@@ -71,12 +72,12 @@ def sliced(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transp
 
 @contextmanager
 def in_slices(decoder: Decoder, slices: dict[str, Slice]) -> Iterator[None]:
-    """``sliced`` with slices that were made before, for one step after another."""
+    """``sliced`` with slices that were made before: made once, they serve every step."""
     attributes = [vars(decoder.module.get_submodule(name)) for name in slices]
     assert not any("forward" in own for own in attributes), "the model is sliced already, or its layers are wrapped"
-    # On the instances, where they hide the class's method: hooks, names and parameters stay as they are.
-    for own, part in zip(attributes, slices.values(), strict=True):
-        own["forward"] = part
+    # Set on the instances, they hide the class's method: hooks, names and parameters stay as they are.
+    for own, forward in zip(attributes, slices.values(), strict=True):
+        own["forward"] = forward
     for layer in decoder.layers:
         vars(layer)[_MARK] = True
     try:
@@ -89,12 +90,16 @@ def in_slices(decoder: Decoder, slices: dict[str, Slice]) -> Iterator[None]:
 
 
 def is_sliced(layer: nn.Module) -> bool:
-    """Whether a decoder layer is inside such a block: what was made of its whole weights then does not count."""
+    """Whether a decoder layer is inside such a block, in which forwards made for its whole weights must not be used."""
     return _MARK in vars(layer)
 
 
 def slices_of(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transport) -> dict[str, Slice]:
-    """The slices by their layers' names in the decoder. Which is cut how is the config's ``base_model_tp_plan``."""
+    """The slices by their layers' names in the decoder. How a layer is cut is in the config's ``base_model_tp_plan``.
+
+    Raises:
+        ConfigError, UnsupportedModelError: as for ``sliced``.
+    """
     assert 0 <= tp_rank < tp_size == transport.size
     _check_heads(model, tp_size)
     name_of_model = type(model).__name__
@@ -151,7 +156,7 @@ def _check_heads(model: PreTrainedModel, tp_size: int) -> None:
 
 
 def _same_on_every_rank(model: PreTrainedModel, parameter: Tensor, style: str | None) -> bool:
-    """Whether it serves any share of the heads as it is: a norm over a token or over a head."""
+    """Whether a parameter serves any part of the heads as it is: the weight of a norm over a token or over a head."""
     dims = model_dims(model.config)
     replicated = style is None or style.startswith("replicated")
     return replicated and parameter.shape in ((dims.hidden_size,), (dims.head_dim,))

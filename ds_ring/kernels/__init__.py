@@ -1,1 +1,1 @@
-"""Attention kernels of our own, built on first use."""
+"""Kernels of our own, in CUDA and Triton, compiled on first use."""

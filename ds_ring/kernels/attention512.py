@@ -1,6 +1,6 @@
 """``torch.ops.ds_ring.attention512``: block attention at head_dim 512 on Hopper GPUs (``sm90/attention512.cu``)."""
 
-# Shapes: B batch, L query rows, S keys of a segment, H query heads, K key/value heads.
+# Shapes: B batch, L queries, S keys of a segment, H query heads, K key/value heads.
 import ctypes
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from ds_ring.kernels.jit import load_sm90
 HEAD_DIM = 512
 MAX_SEGMENTS, MAX_CHUNKS = 64, 16
 _ALIGNMENT = 8
-"""Strides in elements, and base addresses, must be multiples of 16 bytes: what the copy engine (TMA) takes."""
+"""In elements. Strides and base addresses must be multiples of 16 bytes, for the tensor memory accelerator (TMA)."""
 
 Call = tuple[Tensor, list[Tensor], list[Tensor], list[int], list[int], bool, float]
 """q, keys, values, k_offsets, chunks, causal and scale, as ``attention512`` takes them."""
@@ -50,22 +50,22 @@ def attention512(
     previous_lse: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of all rows of ``q`` against all segments of keys, in one launch.
+    """Attention of all queries against all segments of keys, in one launch.
 
     Args:
         q: [B, L, H, 512], fp16 or bf16, any strides with a contiguous last dimension.
-        keys, values: up to 64 segments [B, S, K, 512] each, lengths as they come; H is a multiple of K.
+        keys, values: up to 64 segments [B, S, K, 512] each, of any lengths; H is a multiple of K.
         k_offsets: the global position of each segment's first key.
-        chunks: (first row, rows, global position of the first row) of up to 16 chunks of queries, flattened; together
-            they cover all rows.
+        chunks: (first query, queries, global position of the first query) of up to 16 chunks of queries, flattened;
+            together they are all queries.
         causal: a key is visible from queries at its position or later; otherwise from all.
         scale: positive factor on the scores.
-        previous_out, previous_lse: the result over other keys that this one continues, [B, L, H, 512] in fp32 or q's
-            dtype and [B, H, L] fp32; nothing where the lse is -inf, whatever the output holds there.
+        previous_out, previous_lse: the result over other keys, which this call continues: [B, L, H, 512] in fp32 or q's
+            dtype, and [B, H, L] fp32. Where the lse is -inf there is no result, whatever the output holds.
         out_dtype: fp32, or q's dtype (None).
 
     Returns:
-        out [B, L, H, 512] in ``out_dtype``; lse [B, H, L], fp32, natural. Rows that see no key: 0 and -inf.
+        out [B, L, H, 512] in ``out_dtype``; lse [B, H, L], fp32, natural. Queries that see no key: 0 and -inf.
     """
     out, lse = _outputs(q, out_dtype)
     previous = None
@@ -103,7 +103,7 @@ def into_(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """``attention512`` into memory that is there; returns lse.
+    """``attention512`` into given memory; returns lse.
 
     Args:
         out: [B, L, H, 512], fp32 or q's dtype; strides are multiples of 16 bytes, the last dimension contiguous.

@@ -1,7 +1,7 @@
 """``torch.ops.ds_ring.decode_attention``: few queries against a cache of keys, in Triton (``decode_kernel.py``).
 
-Visibility goes by a position for every query and every key, so a cache may be filled in any order and have empty slots.
-Importing this module does not need Triton.
+Every query and every key has a position, and visibility follows from those. So a cache may be filled in any order and
+have empty slots. To import this module, Triton is not needed.
 """
 
 # Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim.
@@ -15,7 +15,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_WINDOW = 1 << 30
 """A window of this many hides nothing: positions are below it, and differences of the two fit 32 bits."""
 _MAX_TILE = 128
-"""Rows of the kernel's largest tile: offsets inside a tile are 32-bit numbers."""
+"""Keys of the kernel's largest tile: offsets inside a tile are 32-bit numbers."""
 
 unavailable = triton_attention.unavailable
 
@@ -34,15 +34,15 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention by positions, the keys split over enough programs to fill the GPU.
 
-    How the keys are split depends on shapes and the GPU alone: calls are the same launches whatever the tensors hold,
-    give the same bits again, and can be captured in a CUDA graph once a call of the same shapes and strides has
-    compiled the kernels. Runs of keys that no query sees are not read.
+    How the keys are split depends on shapes and the GPU alone. So a call makes the same launches whatever the tensors
+    hold, and gives the same bits when repeated. It can be captured in a CUDA graph once a call of the same shapes and
+    strides has compiled the kernels. Ranges of keys that no query sees are not read.
 
     Args:
         q_BLHD, k_BSKD, v_BSKD: fp16, bf16 or fp32, all alike; any strides (a last dimension that is not contiguous
             costs a copy); H is a multiple of K (GQA, MQA); D at most 512.
-        q_positions_BL, k_positions_BS: int32, below 2**30 for all that is visible to anyone. Key j of row b is visible
-            from query i when ``k_positions[b, j] <= q_positions[b, i]`` and, with a window,
+        q_positions_BL, k_positions_BS: int32, below 2**30 for every key that some query sees. Key j of sequence b is
+            visible from query i when ``k_positions[b, j] <= q_positions[b, i]`` and, with a window,
             ``k_positions[b, j] > q_positions[b, i] - window``.
         scale: factor on the scores, positive.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
@@ -50,11 +50,11 @@ def attention(
 
     Returns:
         out [B, L, H, D] in out_dtype, and lse [B, H, L], fp32, natural logarithm, of the scaled scores; both
-        contiguous. A row that sees no key: 0 and -inf. What a key that no query sees holds does not matter, NaN
-        included; a NaN among the values of a key may reach all queries near one that sees it.
+        contiguous. A query that sees no key: 0 and -inf. A key that no query sees may hold anything, NaN included; a
+        NaN among the values of a key may reach all queries near one that sees it.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or a scale that is not positive.
+        ValueError: shapes or dtypes do not fit together, or a scale is not positive.
     """
     return decode_attention(q_BLHD, k_BSKD, v_BSKD, q_positions_BL, k_positions_BS, scale, window, softcap, out_dtype)
 
@@ -131,7 +131,7 @@ def _outputs(q: Tensor, out_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
 
 
 def _addressable(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy where its last dimension is not contiguous or its rows are too far apart for one tile."""
+    """``tensor``, or a copy where its last dimension is not contiguous or its tokens are too far apart for one tile."""
     if tensor.stride(3) == 1 and tensor.stride(1) * _MAX_TILE < 2**31:
         return tensor
     return tensor.contiguous()

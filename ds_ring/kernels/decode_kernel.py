@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 # (Triton has no types, and what @triton.jit compiles is Triton's language rather than Python.)
-"""The Triton kernels behind ``decode.py``: their code, their tile sizes and their launch.
+"""The Triton kernels of ``decode.py``: their code, their tile sizes and their launch.
 
-The query heads that share a key/value head become the rows of one tile, times the queries, so that keys are read once
-and tensor cores multiply; the keys are split over programs (Flash-DecodeLoop), whose results a second kernel merges.
-Scores are kept in units of log 2, so that exp2 needs no further factor.
+A row of a tile is one query of one head. The query heads that share a key/value head are rows of the same tile, so that
+keys are read once and tensor cores multiply. The keys are split over programs (Flash-Decoding), whose results a second
+kernel merges. Scores are kept in units of log 2, so that exp2 needs no further factor.
 """
 
 # Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim.
@@ -21,9 +21,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 LOG2_E = math.log2(math.e)
 
 PROGRAMS_PER_SM = 8
-"""Programs to split the keys for: enough that the last ones to end leave little of the GPU idle."""
+"""Programs that the keys are split over: so many that little of the GPU idles while the last ones end."""
 SPLIT_UNIT = 128
-"""A split is a multiple of this many keys, and so of every tile's."""
+"""A split is a multiple of this many keys, and so of the keys of every tile size."""
 MIN_SPLIT = 2 * SPLIT_UNIT
 MAX_SPLITS = 128
 """The merge holds one row of all splits at a time."""
@@ -34,7 +34,7 @@ MERGED_COLUMNS = 64
 def _seek(
     positions, stride, start, stop, below, most, HIDDEN: tl.constexpr, WINDOW: tl.constexpr, SCAN: tl.constexpr
 ):  # fmt: skip
-    """The first key of start .. stop - 1 with below < position <= most, or with HIDDEN without; stop: there is none."""
+    """The first key of start .. stop - 1 with below < position <= most, with HIDDEN the first other one; else stop."""
     found = stop
     while (start < stop) & (found == stop):
         keys = start + tl.arange(0, SCAN)
@@ -56,7 +56,7 @@ def _fold(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Fold in BLOCK_N keys from start on. EDGE: some of them are hidden from some row, or lie beyond stop."""
+    """Fold in BLOCK_N keys from start on. EDGE: some of them are hidden from some row, or are not below stop."""
     PADDED: tl.constexpr = BLOCK_D != HEAD_DIM
     keys = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
@@ -71,19 +71,20 @@ def _fold(
         visible = there[None, :] & (positions[None, :] <= row_positions[:, None])
         if WINDOW:
             visible = visible & (positions[None, :] > row_positions[:, None] - window)
-        # What no row sees is not read: an empty slot may hold NaN, which a weight of 0 would not remove.
+        # A key that no row sees is not read: an empty slot may hold NaN, which a weight of 0 would not remove.
         inside = inside & (tl.max(visible.to(tl.int32), 0) > 0)[:, None]
     k_tile = tl.load(k_pointers, mask=inside, other=0.0) if EDGE or PADDED else tl.load(k_pointers)
     scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
     unit = factor
     if SOFTCAP:
-        # tanh x = 1 - 2 / (1 + e^2x), total: the exponential may overflow. Here 2x = scores * factor * ln 2.
+        # tanh x = 1 - 2 / (1 + e^2x), which is right even where the exponential overflows. Here
+        # 2x = scores * factor * ln 2.
         scores = ceiling - 2.0 * ceiling / (1.0 + tl.math.exp2(scores * factor))
         unit = 1.0
     if EDGE:
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
-    # A row that has seen nothing yet keeps its weights at 2^-inf = 0.
+    # The weights of a row that has seen no key yet are 2^-inf = 0.
     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     weights = tl.math.exp2(scores * unit - base[:, None])
     decay = tl.math.exp2(peak - base)
@@ -108,7 +109,7 @@ def attend_split(
 ):  # fmt: skip
     """One tile of BLOCK_M rows (row = query * group + head of the group) of one key/value head, and one split of keys.
 
-    n_groups is batch * kv_heads. Programs that run together read the same keys, then neighbouring heads of them.
+    n_groups is batch * kv_heads. Neighbouring programs read the same keys, and those after them the next head's.
     """
     LN_2: tl.constexpr = 0.6931471805599453
     LOWEST: tl.constexpr = -1073741824
@@ -142,8 +143,8 @@ def attend_split(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
-    # Runs of blocks that every row sees whole, in a loop without masks that loads ahead; behind each run one block
-    # with masks; then on to the next block of which some row sees something.
+    # Blocks that every row sees whole are in a loop without masks, which loads ahead. After it comes one block with
+    # masks, then the next block of which some row sees a key.
     first = split * length
     stop = tl.minimum(first + length, n_keys)
     seen = _seek(k_positions, k_position, first, stop, earliest - window, latest, False, WINDOW, SCAN)
@@ -211,16 +212,16 @@ _NARROW = {
     256: [(16, 64, 8, 3), (16, 32, 4, 4), (16, 32, 4, 2)],
     512: [(16, 32, 8, 3), (16, 32, 4, 3), (16, 32, 8, 4), (16, 64, 8, 2), (16, 32, 4, 2), (16, 32, 4, 1)],
 }
-"""Up to 16 rows. Warps share a tile of scores out by its keys only where these outnumber the rows: BLOCK_N >= 32."""
+"""For up to 16 rows. Warps divide a tile of scores by keys only where it has more keys than rows: BLOCK_N >= 32."""
 _WIDE = {
     64: [(128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)],
     128: [(128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2)],
     256: [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
     512: [(64, 32, 8, 2), (64, 32, 8, 1)],
 }
-"""Over 16 rows; those of 128 for more than 64."""
+"""For over 16 rows; the tiles of 128 rows for more than 64."""
 _FP32 = [(16, 16, 8, 1)]
-"""Without tensor cores every product is unrolled: larger tiles run out of registers."""
+"""Without tensor cores every matrix product is unrolled: larger tiles run out of registers."""
 INTERPRETER_TILE = (16, 16, 4, 1)
 INTERPRETER_SMS, INTERPRETER_SCAN, SCAN = 1, 32, 2048
 
@@ -240,7 +241,7 @@ def tiles(head_dim: int, rows: int, dtype: torch.dtype) -> list[Tile]:
 
 
 def split_length(n_keys: int, groups: int, sms: int) -> int:
-    """Keys a program takes, when ``groups`` programs go over all keys each: by shapes alone, never by contents."""
+    """Keys a program takes, where without a split ``groups`` programs would each go over all keys."""
     splits = min(MAX_SPLITS, max(1, triton.cdiv(PROGRAMS_PER_SM * sms, groups)))
     return triton.cdiv(max(MIN_SPLIT, triton.cdiv(n_keys, splits)), SPLIT_UNIT) * SPLIT_UNIT
 

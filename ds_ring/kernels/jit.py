@@ -1,4 +1,4 @@
-"""Building CUDA sources with PyTorch's extension builder, once for a source and an architecture."""
+"""CUDA sources compiled on first use by PyTorch's extension builder, once for each source and GPU architecture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger("ds_ring")
 
 @cache
 def unavailable(device: torch.device) -> str | None:
-    """Why kernels for sm_90a cannot be used on ``device``; None where they can."""
+    """Why kernels for sm_90a (Hopper) cannot be used on ``device``; None where they can."""
     if torch.cuda.get_device_capability(device) != (9, 0):
         return f"{torch.cuda.get_device_name(device)} is not a Hopper GPU"
     from torch.utils.cpp_extension import CUDA_HOME
@@ -27,7 +27,8 @@ def unavailable(device: torch.device) -> str | None:
 def load_sm90(name: str) -> ctypes.CDLL:
     """The library built from ``kernels/sm90/{name}.cu`` and its headers.
 
-    Kept in PyTorch's extension cache under the sources' hash; ranks that build at the same time wait for one another.
+    It is kept in PyTorch's extension cache under a hash of the sources. Ranks that build at the same time wait for one
+    another.
     """
     from torch.utils import cpp_extension
 

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # (Triton has no types, and what @triton.jit compiles is Triton's language rather than Python.)
-"""Two partial attention results into one, in one pass over memory: the Triton kernel behind ``attention/merge.py``."""
+"""The Triton kernel of ``attention/merge.py``: two partial attention results into one, in one pass over memory."""
 
 # Shapes: B batch, L queries, H heads, D head_dim.
 import torch
@@ -19,7 +19,7 @@ def _merge_kernel(
     second_batch, second_query, second_head, second_lse_batch, second_lse_head, second_lse_query,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A query, HEADS of its heads. Whoever writes an element has read it, so that ``out`` may be one of the two."""
+    """HEADS heads of one query. The program that writes an element has read it, so ``out`` may be one of the inputs."""
     batch, query, head = heads_of_a_token(n_queries, HEADS)
     column = tl.arange(0, COLUMNS)
     there = head < heads
@@ -29,7 +29,8 @@ def _merge_kernel(
     b_at = second_lse + batch * second_lse_batch + query * second_lse_query + head * second_lse_head
     a_lse = tl.load(a_at, mask=there, other=0.0)
     b_lse = tl.load(b_at, mask=there, other=0.0)
-    # Two equal infinities have no difference: sides that see nothing stay, of overflowed ones the second takes all.
+    # Equal infinities have no difference. Where both are -inf, no key was seen, and the first result stays; where both
+    # are +inf, scores overflowed, and the second result takes all the weight.
     alike = a_lse == b_lse
     gap = tl.where(alike, 0.0, b_lse - a_lse)
     weight = tl.where(alike & (tl.abs(b_lse) == float("inf")), (b_lse > 0).to(tl.float32), tl.sigmoid(gap))[:, None]
@@ -39,7 +40,7 @@ def _merge_kernel(
     b_row = second + batch * second_batch + query * second_query + head[:, None] * second_head
     a = tl.load(a_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     b = tl.load(b_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    # From the nearer side: at either end exactly what is there.
+    # Interpolated from the nearer end, so that weights of 0 and 1 give exactly one of the two.
     merged = tl.where(weight < 0.5, a + weight * (b - a), b - (1.0 - weight) * (b - a))
     out_row = out + batch * out_batch + query * out_query + head[:, None] * out_head
     tl.store(out_row + column[None, :], merged.to(out.dtype.element_ty), mask=inside)
@@ -50,7 +51,10 @@ def merge(
     out_BLHD: Tensor, lse_BHL: Tensor, first_BLHD: Tensor, first_lse_BHL: Tensor, second_BLHD: Tensor,
     second_lse_BHL: Tensor,
 ) -> None:  # fmt: skip
-    """Any float dtypes and strides, but for a contiguous last dimension; all lse fp32."""
+    """Write the merged (out, lse) of (first, first_lse) and (second, second_lse).
+
+    Any float dtypes, any strides with a contiguous last dimension; all lse are fp32.
+    """
     batch, queries, heads, width = out_BLHD.shape
     if not out_BLHD.numel():
         return

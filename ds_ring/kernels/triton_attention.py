@@ -1,7 +1,7 @@
-"""``torch.ops.ds_ring.portable_attention``: block attention in Triton (``triton_attention_kernel.py``).
+"""``torch.ops.ds_ring.triton_attention``: attention of one block, in Triton (``triton_attention_kernel.py``).
 
-Any head size up to 512, any lengths and offsets, sliding windows and softcap, on any GPU that Triton compiles for.
-Importing this module does not need Triton.
+It takes any head size up to 512, any lengths and offsets, sliding windows and softcap, on any GPU that Triton compiles
+for. To import this module, Triton is not needed.
 """
 
 # Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim.
@@ -15,7 +15,7 @@ from torch import Tensor
 MAX_HEAD_DIM = 512
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_TILE = 128
-"""Rows of the kernel's largest tile: offsets inside a tile are 32-bit numbers."""
+"""Queries or keys of the kernel's largest tile: offsets inside a tile are 32-bit numbers."""
 
 
 @cache
@@ -46,9 +46,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one block, continued from the result over earlier blocks where there is one.
 
-    The first call for a combination of head size, dtypes, features and length bucket tries several tile sizes and
-    keeps the fastest, also on disk for later processes. That, and compilation, cannot happen while a CUDA graph is
-    captured: make a call of the same shapes and strides before.
+    The first call for a combination of head size, dtypes, features and length bucket tries several tile sizes. The
+    fastest is kept, also on disk for later processes. Neither these trials nor compilation can happen while a CUDA
+    graph is captured: make a call of the same shapes and strides before.
 
     Args:
         q_BLHD, k_BSKD, v_BSKD: fp16, bf16 or fp32, all alike; any strides (a last dimension that is not contiguous
@@ -64,15 +64,15 @@ def attention(
 
     Returns:
         out [B, L, H, D] in out_dtype, and lse [B, H, L], fp32, natural logarithm, of the scaled scores; both
-        contiguous. A row that has seen no key: 0 and -inf. A row that sees a NaN: NaN; a NaN among the values may also
-        reach neighbouring rows that do not see it.
+        contiguous. A query that has seen no key: 0 and -inf. A query that sees a NaN: NaN; a NaN among the values may
+        also reach neighbouring queries that do not see it.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, or a scale that is not positive.
-        RuntimeError: during the capture of a CUDA graph, when the tile size is not chosen yet.
+        ValueError: shapes or dtypes do not fit together, or a scale is not positive.
+        RuntimeError: a CUDA graph is being captured, and the tile size is not chosen yet.
     """
     previous_out, previous_lse = (None, None) if previous is None else previous
-    return portable_attention(
+    return triton_attention(
         q_BLHD,
         k_BSKD,
         v_BSKD,
@@ -87,8 +87,8 @@ def attention(
     )
 
 
-@torch.library.custom_op("ds_ring::portable_attention", mutates_args=())
-def portable_attention(
+@torch.library.custom_op("ds_ring::triton_attention", mutates_args=())
+def triton_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -106,8 +106,8 @@ def portable_attention(
     out, lse = _outputs(q, previous_out, out_dtype)
     if out.numel() == 0:
         return out, lse
-    # What is visible, in numbers that fit 32 bits whatever the positions: keys j with i + behind < j <= i + ahead. A
-    # side that hides nothing is None.
+    # Visible are keys j with i + behind < j <= i + ahead: numbers that fit 32 bits whatever the positions are. A bound
+    # that hides nothing is None.
     n_queries, n_keys = q.shape[1], k.shape[1]
     ahead = shift if causal and shift < n_keys - 1 else None
     behind = shift - window if causal and window is not None and shift + n_queries > window else None
@@ -117,7 +117,7 @@ def portable_attention(
         or (behind is not None and (behind >= n_keys - 1 or behind >= shift))
     )
     if nothing_visible:
-        _restate(out, lse, previous_out, previous_lse)
+        _fill_unseen(out, lse, previous_out, previous_lse)
         return out, lse
     from ds_ring.kernels import triton_attention_kernel
 
@@ -134,7 +134,7 @@ def portable_attention(
     return out, lse
 
 
-@portable_attention.register_fake
+@triton_attention.register_fake
 def _(
     q: Tensor,
     k: object,
@@ -187,8 +187,8 @@ def _outputs(q: Tensor, previous_out: Tensor | None, out_dtype: torch.dtype | No
     return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def _restate(out: Tensor, lse: Tensor, previous_out: Tensor | None, previous_lse: Tensor | None) -> None:
-    """The previous result, or none, as the result of a block that no query sees."""
+def _fill_unseen(out: Tensor, lse: Tensor, previous_out: Tensor | None, previous_lse: Tensor | None) -> None:
+    """Write the result of a block that no query sees: the previous result, or 0 and -inf."""
     if previous_out is None or previous_lse is None:
         out.zero_()
         lse.fill_(-torch.inf)
@@ -198,7 +198,7 @@ def _restate(out: Tensor, lse: Tensor, previous_out: Tensor | None, previous_lse
 
 
 def _addressable(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy where its last dimension is not contiguous or its rows are too far apart for one tile."""
+    """``tensor``, or a copy where its last dimension is not contiguous or its tokens are too far apart for one tile."""
     if tensor.stride(3) == 1 and tensor.stride(1) * _MAX_TILE < 2**31:
         return tensor
     return tensor.contiguous()

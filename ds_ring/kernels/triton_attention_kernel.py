@@ -1,9 +1,10 @@
 # mypy: ignore-errors
 # (Triton has no types, and what @triton.jit compiles is Triton's language rather than Python.)
-"""The Triton kernel behind ``triton_attention.py``: its code, its tile sizes and its launch.
+"""The Triton kernel of ``triton_attention.py``, and its launch with the tile size that is fastest.
 
-Streaming softmax (FlashAttention-2, arXiv 2307.08691): a program owns a tile of queries of one head and walks over the
-keys that the tile sees. Scores are kept in units of log 2, so that exp2 needs no further factor.
+Streaming softmax (FlashAttention-2, arXiv 2307.08691): a program has a tile of queries of one head and goes over the
+keys that the tile sees. Scores are kept in units of log 2, so that exp2 needs no further factor. Tile sizes are in
+``triton_attention_tiles.py``.
 """
 
 # Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim.
@@ -15,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_ring.kernels.triton_attention_tiles import TILES, TUNING_LENGTH, bucket, config, configs, suitable_configs
+
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2_E = math.log2(math.e)
-TUNING_LENGTH = 8192
-"""Longer blocks take the tile size that is best at this length, and are cut to it for the trials."""
+INTERPRETER_CONFIG = config(16, 16, 4, 1)
 
 
 @triton.jit
@@ -27,7 +29,7 @@ def _load_tile(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, EDGE: tl.constexpr,
     USE_TMA: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x COLUMNS numbers of one head from (row, column) on, 0 beyond its edges. EDGE: it may reach over n_rows."""
+    """ROWS x COLUMNS elements of one head from (row, column) on, 0 outside the head. EDGE: n_rows may end inside."""
     if USE_TMA:
         tile = descriptor.load([row, column])
     else:
@@ -51,8 +53,10 @@ def _attend_keys(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr, USE_TMA: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Fold in the keys of blocks first, first + BLOCK_N, .. below stop; EDGE: they need masks, and leave out ``gap``
-    keys from ``hole`` on, which are those that need none."""
+    """Fold the keys of the blocks first, first + BLOCK_N, .. below stop into (acc, total, peak).
+
+    EDGE: these blocks need masks. The ``gap`` keys from ``hole`` on, which need no mask, are skipped.
+    """
     for block in tl.range(first, stop, BLOCK_N, num_stages=STAGES):
         start = block
         if EDGE:
@@ -62,8 +66,9 @@ def _attend_keys(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         unit = factor
         if SOFTCAP:
-            # tanh x = 1 - 2 / (1 + e^2x), total: the exponential may overflow. Here 2x = scores * factor * ln 2. A
-            # small x is the difference of large numbers: off by a few units of rounding of the cap.
+            # tanh x = 1 - 2 / (1 + e^2x), which is right even where the exponential overflows. Here
+            # 2x = scores * factor * ln 2. A small x is a difference of large numbers: its error is a few units of
+            # rounding of the cap.
             scores = ceiling - 2.0 * ceiling / (1.0 + tl.math.exp2(scores * factor))
             unit = 1.0
         if EDGE:
@@ -75,7 +80,7 @@ def _attend_keys(
                 visible = visible & (columns[None, :] > rows[:, None] + behind)
             scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
-        # A row that has seen nothing yet keeps its weights at 2^-inf = 0.
+        # The weights of a query that has seen no key yet are 2^-inf = 0.
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.math.exp2(scores * unit - base[:, None])
         decay = tl.math.exp2(peak - base)
@@ -106,7 +111,7 @@ def forward(
     """One tile of BLOCK_M queries of one head, and BLOCK_D / V_SPLIT columns of its output.
 
     Key j is visible from query i when i + behind < j (WINDOW) and j <= i + ahead (CAUSAL). The buckets and ALIGNED are
-    here for the choice of a tile size only.
+    arguments only because the tile size is chosen by them.
     """
     LN_2: tl.constexpr = 0.6931471805599453
     BLOCK_V: tl.constexpr = BLOCK_D // V_SPLIT
@@ -115,7 +120,7 @@ def forward(
     program = tl.program_id(0)
     head_index = program // (n_tiles * V_SPLIT)
     tile = program % (n_tiles * V_SPLIT) // V_SPLIT
-    split = program % V_SPLIT  # the halves of one tile are neighbours and share its keys in the L2 cache
+    split = program % V_SPLIT  # the programs of one tile are neighbours and share its keys in the L2 cache
     if CAUSAL:
         tile = n_tiles - 1 - tile  # the last queries see most keys: longest first
     batch = (head_index // heads).to(tl.int64)
@@ -154,7 +159,8 @@ def forward(
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
 
-    # [first, stop): blocks that some row of the tile sees; [open_first, open_stop): those that every row sees whole.
+    # [first, stop): blocks that some query of the tile sees; [open_first, open_stop): those that every query sees
+    # whole.
     last_row = tl.minimum(first_row + BLOCK_M, n_queries) - 1
     first = 0
     stop = n_keys
@@ -190,52 +196,6 @@ def forward(
         tl.store(lse + batch * lse_batch + head * lse_head + rows, result, mask=rows < n_queries)
 
 
-def _config(block_m: int, block_n: int, warps: int, stages: int, v_split: int = 1, use_tma: bool = False):
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "V_SPLIT": v_split, "USE_TMA": use_tma, "STAGES": stages}
-    return triton.Config(sizes, num_warps=warps, num_stages=stages)
-
-
-INTERPRETER_CONFIG = _config(16, 16, 4, 1)
-# By padded head size, (BLOCK_M, BLOCK_N, warps, stages, V_SPLIT). V_SPLIT 2 halves the accumulator of a program, so
-# that at head_dim 512 it can own twice the queries, and pays with computing the scores twice.
-_TILES = {
-    64: [(128, 128, 8, 3, 1), (128, 64, 4, 3, 1), (128, 128, 4, 2, 1), (128, 64, 4, 4, 1), (64, 64, 4, 3, 1)],
-    128: [(128, 128, 8, 2, 1), (128, 64, 8, 3, 1), (128, 64, 4, 3, 1), (64, 128, 4, 2, 1), (64, 64, 4, 2, 1)],
-    256: [(128, 64, 8, 2, 1), (128, 32, 8, 2, 1), (128, 32, 8, 3, 1), (64, 64, 4, 2, 1), (64, 32, 4, 2, 1)],
-    512: [(64, 32, 8, 2, 1), (64, 64, 8, 1, 1), (64, 32, 8, 1, 1), (128, 32, 8, 1, 2), (128, 64, 8, 1, 2),
-          (128, 16, 8, 2, 2), (64, 32, 4, 2, 2)],
-}  # fmt: skip
-_SMALL_TILES = [(16, 64, 4, 2, 1), (16, 32, 4, 1, 1)]
-"""For few queries and for GPUs with little shared memory."""
-_FP32_TILES = [(32, 16, 8, 1, 1), (16, 32, 8, 1, 1), (16, 16, 8, 1, 1)]
-"""Without tensor cores every product is unrolled: larger tiles run out of registers."""
-
-
-def configs(head_dim: int, dtype: torch.dtype = torch.float16) -> list[triton.Config]:
-    """The tile sizes to try at a padded head size."""
-    if dtype == torch.float32:
-        return [_config(*tile) for tile in _FP32_TILES]
-    tiles = _TILES[max(64, head_dim)]
-    return [*(_config(*tile, use_tma=True) for tile in tiles), *(_config(*tile) for tile in tiles + _SMALL_TILES)]
-
-
-def suitable_configs(_configs: object, arguments: dict, **meta: object) -> list[triton.Config]:
-    """The tile sizes worth a trial for one call. Triton asks exactly when it is about to try them."""
-    q = arguments["q"]
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "portable attention has no tile size for this head size, dtype and length yet, and cannot try any while a "
-            "CUDA graph is captured: call it once before"
-        )
-    tma = meta["ALIGNED"] and torch.version.cuda is not None and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    most_rows = max(64, arguments["queries_bucket"])
-    return [
-        config
-        for config in configs(meta["BLOCK_D"], q.dtype)
-        if (tma or not config.kwargs["USE_TMA"]) and config.kwargs["BLOCK_M"] <= most_rows
-    ]
-
-
 def _time(call, quantiles):
     from triton.testing import do_bench
 
@@ -243,7 +203,7 @@ def _time(call, quantiles):
 
 
 tuned_forward = triton.autotune(
-    configs=[config for head_dim in _TILES for config in configs(head_dim)],
+    configs=[found for head_dim in TILES for found in configs(head_dim)],
     key=[
         "HEAD_DIM", "CAUSAL", "WINDOW", "SOFTCAP", "PREVIOUS", "ALIGNED",
         "queries_bucket", "keys_bucket", "heads_bucket",
@@ -272,7 +232,7 @@ def launch(
     """Fill out [B, L, H, D] and lse [B, H, L]; all last dimensions are contiguous, and L, S > 0.
 
     Args:
-        previous: as in ``portable.attention``.
+        previous: as in ``triton_attention.attention``.
         ahead, behind: key j is visible from query i when i + behind < j <= i + ahead; None hides nothing.
     """
     if INTERPRETED and q.dtype == torch.bfloat16:
@@ -285,24 +245,24 @@ def launch(
 
 
 def _choose_for_long(q, k, v, out, lse, previous, scale, softcap, ahead, behind) -> None:
-    """Let a block over TUNING_LENGTH find its tile size on a part of it: trials of all of it can take minutes."""
+    """Find the tile size of a block over TUNING_LENGTH on a part of it: trials of the whole block can take minutes."""
     n_queries, n_keys = min(q.shape[1], TUNING_LENGTH), min(k.shape[1], TUNING_LENGTH)
     if (n_queries, n_keys) == (q.shape[1], k.shape[1]):
         return
     previous_dtype = None if previous is None else previous[0].dtype
     features = (ahead is None, behind is None, softcap is None, _aligned(q, k, v))
-    buckets = (_bucket(n_queries), _bucket(n_keys), _bucket(q.shape[0] * q.shape[2], 64))
+    buckets = (bucket(n_queries), bucket(n_keys), bucket(q.shape[0] * q.shape[2], 64))
     key = (q.device, q.dtype, out.dtype, previous_dtype, q.shape[3], features, buckets)
     if key in _tried:
         return
-    if ahead is not None:  # the causal mask from corner to corner, the window as wide as it is
+    if ahead is not None:  # the causal mask from corner to corner of the part, the window as wide as in the block
         behind = None if behind is None else max(0, n_keys - n_queries) + behind - ahead
         ahead = max(0, n_keys - n_queries)
     elif behind is not None:
         behind = max(1 - n_queries, min(behind, n_keys - 2))
     if previous is not None:
         previous = previous[0][:, :n_queries], previous[1][:, :, :n_queries]
-    # It writes what the real launch then overwrites.
+    # The real launch overwrites what this one writes.
     _launch(
         q[:, :n_queries], k[:, :n_keys], v[:, :n_keys], out[:, :n_queries], lse[:, :, :n_queries], previous,
         scale, softcap, ahead, behind,
@@ -322,7 +282,7 @@ def _launch(q, k, v, out, lse, previous, scale, softcap, ahead, behind) -> None:
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], *lse.stride()[:2],
         *((0, 0, 0, 0, 0) if previous is None else (*previous_out.stride()[:3], *previous_lse.stride()[:2])),
         heads, heads // kv_heads, n_queries, n_keys, ahead or 0, behind or 0, factor, ceiling,
-        _bucket(n_queries), _bucket(n_keys), _bucket(batch * heads, 64),
+        bucket(n_queries), bucket(n_keys), bucket(batch * heads, 64),
     )  # fmt: skip
     meta = {
         "HEAD_DIM": head_dim,
@@ -343,13 +303,8 @@ def _launch(q, k, v, out, lse, previous, scale, softcap, ahead, behind) -> None:
         tuned_forward[grid](*arguments, **meta)
 
 
-def _bucket(n: int, most: int = TUNING_LENGTH) -> int:
-    """Lengths up to the next power of two share a tile size."""
-    return min(max(16, triton.next_power_of_2(n)), most)
-
-
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether the copy engine (TMA, Hopper and later) takes them: bases and strides in multiples of 16 bytes."""
+    """Whether the tensor memory accelerator (TMA, from Hopper on) takes them: bases and strides in 16-byte steps."""
     return all(
         t.data_ptr() % 16 == 0 and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:3])
         for t in tensors
@@ -357,5 +312,5 @@ def _aligned(*tensors: Tensor) -> bool:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Device memory for the tensor descriptors that programs write; from PyTorch, and so also inside CUDA graphs."""
+    """Device memory for the tensor descriptors that programs write; PyTorch's own, so that CUDA graphs may hold it."""
     return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -1,4 +1,4 @@
-"""Whether Triton's kernels serve a device and dtype: they are tried once, and a warning says why where they do not."""
+"""Whether Triton kernels can be used on a device and for a dtype: a self-test runs once, and a failure is a warning."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import torch
 log = logging.getLogger("ds_ring")
 
 SelfTest = Callable[[torch.device, torch.dtype], str | None]
-"""What keeps a kernel from giving the plain formula's results on small examples; None: nothing."""
+"""In which case of a small example a kernel's results differ from those of the PyTorch formula; None: in no case."""
 
 
 @cache
-def triton_serves(what: str, self_test: SelfTest, device: torch.device, dtype: torch.dtype) -> bool:
+def triton_usable(what: str, self_test: SelfTest, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``self_test`` passes; ``what`` names the operation in the warning."""
     try:
         reason = "Triton is not installed" if find_spec("triton") is None else self_test(device, dtype)
     except torch.OutOfMemoryError:
-        raise  # says nothing about the kernels
+        raise  # this is no failure of the kernels
     except Exception as error:  # whatever a compiler or a driver raises
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:

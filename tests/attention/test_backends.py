@@ -56,13 +56,13 @@ def half_precision_lse(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal:
     return out, lse.half()
 
 
-def heads_in_turn(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+def heads_modulo(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """Query head h served by key/value head h modulo K, not h divided by the group."""
     groups = q.shape[2] // k.shape[2]
     return bottom_right(q, k.repeat(1, 1, groups, 1), v.repeat(1, 1, groups, 1), scale=scale, causal=causal)
 
 
-WRONG = [top_left, base_two, rows_before_heads, lse_of_unscaled_scores, half_precision_lse, heads_in_turn]
+WRONG = [top_left, base_two, rows_before_heads, lse_of_unscaled_scores, half_precision_lse, heads_modulo]
 
 
 class ForgetfulPlain(type(EAGER)):
@@ -81,7 +81,7 @@ def test_the_self_test_accepts_a_kernel_of_the_right_convention(head_dim, dtype)
 
 @pytest.mark.parametrize("windowed", [True, False])
 @pytest.mark.parametrize("capped", [True, False])
-def test_the_self_test_accepts_the_plain_path_for_all_that_models_ask(windowed, capped):
+def test_the_self_test_accepts_the_eager_path_for_all_that_models_ask(windowed, capped):
     assert self_test(EAGER, CPU, torch.bfloat16, 24, windowed, capped) is None
 
 
@@ -124,7 +124,7 @@ def no_kernel(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) ->
         (bottom_right, "too old", "too old"),
     ],
 )
-def test_what_cannot_serve_is_named_in_one_warning(caplog, kernel, reason, words):
+def test_what_cannot_run_is_named_in_one_warning(caplog, kernel, reason, words):
     backend = Counting(kernel, reason)
     with caplog.at_level(logging.WARNING, "ds_ring"):
         assert [usable(backend, CPU, torch.float32, 16, False, False) for _ in range(3)] == [False] * 3
@@ -134,7 +134,7 @@ def test_what_cannot_serve_is_named_in_one_warning(caplog, kernel, reason, words
     assert words in caplog.messages[0]
 
 
-def test_what_can_serve_is_tested_once_for_each_case(caplog):
+def test_what_can_run_is_tested_once_for_each_case(caplog):
     backend = Counting(bottom_right)
     for head_dim in (16, 16, 32):
         assert usable(backend, CPU, torch.float32, head_dim, False, False)
@@ -152,12 +152,12 @@ def test_a_self_test_without_memory_says_nothing_about_the_back_end():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spec", [PLAIN_SPEC, WINDOWED, CAPPED])
-def test_the_cpu_takes_the_plain_path(spec, dtype):
+def test_the_cpu_takes_the_eager_path(spec, dtype):
     assert select_backend(torch.zeros(1, 1, 1, 8, dtype=dtype), 1, BlockSpec(spec, True, 0)) is EAGER
 
 
 class TestOnGpus:
-    """With the GPU's word for what it is, and for what runs, replaced."""
+    """With replaced answers for which GPU it is, and for which back-ends can run."""
 
     @pytest.fixture(autouse=True)
     def capability(self, monkeypatch) -> dict[str, tuple[int, int]]:
@@ -185,7 +185,7 @@ class TestOnGpus:
 
     @pytest.mark.parametrize("head_dim", [20, 64, 320, 512])
     @pytest.mark.parametrize("spec", [WINDOWED, CAPPED])
-    def test_windows_and_softcap_take_the_portable_kernel(self, unfit, head_dim, spec):
+    def test_windows_and_softcap_take_our_triton_kernel(self, unfit, head_dim, spec):
         assert self.select_backend(head_dim, BlockSpec(spec, True, 0)) is TRITON
 
     @pytest.mark.parametrize("head_dim", [20, 64, 320, 512])
@@ -201,7 +201,7 @@ class TestOnGpus:
             (512, [ATTENTION512, TRITON, MEMORY_EFFICIENT, EAGER]),
         ],
     )
-    def test_what_cannot_serve_is_followed_by_the_next(self, unfit, head_dim, order):
+    def test_what_cannot_run_is_followed_by_the_next(self, unfit, head_dim, order):
         for backend in order:
             assert self.select_backend(head_dim) is backend
             unfit.add(backend)

@@ -89,7 +89,7 @@ def test_a_score_limit_bounds_the_scores_held_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("limit", [1, eager.SCORES_LIMIT])
-def test_rows_that_see_no_key_give_zero_and_minus_infinity(monkeypatch, limit):
+def test_queries_that_see_no_key_give_zero_and_minus_infinity(monkeypatch, limit):
     monkeypatch.setattr(eager, "SCORES_LIMIT", limit)
     case = Case(n_queries=6, n_keys=3, q_offset=10, k_offset=12)
     out, lse = case.attend(*case.tensors())
@@ -107,7 +107,7 @@ def test_a_block_that_no_query_sees_gives_zero_and_minus_infinity(window):
     assert (lse == -math.inf).all()
 
 
-def test_a_block_behind_the_window_gives_zero_and_minus_infinity():
+def test_a_block_before_the_window_gives_zero_and_minus_infinity():
     case = Case(q_offset=100, k_offset=0, window=5)
     out, lse = case.attend(*case.tensors())
     assert (out == 0).all()
@@ -187,7 +187,7 @@ def test_a_full_block_goes_to_the_kernel_as_it_is(monkeypatch):
     assert calls == [(7, 9, False), (7, 7, True), (7, 9, False)]
 
 
-@pytest.mark.parametrize("kernel", [None, bottom_right], ids=["plain", "kernel"])
+@pytest.mark.parametrize("kernel", [None, bottom_right], ids=["eager", "kernel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_output_may_be_asked_for_in_fp32(monkeypatch, kernel, dtype):
     if kernel:
@@ -215,8 +215,8 @@ def test_blocks_folded_into_a_running_result_are_attention_over_all_their_keys(c
     assert_is((out, lse), case.reference(q, k, v), 4e-6)
 
 
-@pytest.mark.parametrize("kernel", [None, bottom_right], ids=["plain", "kernel"])
-def test_folding_into_a_part_of_the_rows_leaves_the_others(monkeypatch, kernel):
+@pytest.mark.parametrize("kernel", [None, bottom_right], ids=["eager", "kernel"])
+def test_folding_into_some_of_the_queries_leaves_the_others(monkeypatch, kernel):
     if kernel:
         through(monkeypatch, kernel)
     case = Case(batch=2, n_queries=8)
@@ -224,9 +224,9 @@ def test_folding_into_a_part_of_the_rows_leaves_the_others(monkeypatch, kernel):
     out, lse = block.attend(q, k, v, spec=case.spec, causal=False)
     before = out.clone(), lse.clone()
     block.accumulate_(out[:, 3:6], lse[:, :, 3:6], q[:, 3:6], k, v, spec=case.spec, causal=False)
-    for rows in (slice(0, 3), slice(6, 8)):
-        assert torch.equal(out[:, rows], before[0][:, rows])
-        assert torch.equal(lse[:, :, rows], before[1][:, :, rows])
+    for queries in (slice(0, 3), slice(6, 8)):
+        assert torch.equal(out[:, queries], before[0][:, queries])
+        assert torch.equal(lse[:, :, queries], before[1][:, :, queries])
     # The same keys once more: the same average, twice the weight.
     torch.testing.assert_close(out, before[0])
     torch.testing.assert_close(lse[:, :, 3:6], before[1][:, :, 3:6] + math.log(2))

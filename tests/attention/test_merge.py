@@ -121,7 +121,7 @@ def test_merging_is_total_and_stays_between_the_values_it_merges(sides):
     assert lse.item() <= top + math.log(len(sides)) + abs(top) * 1e-6 + 1e-6 or math.isinf(top)
 
 
-def test_rows_are_merged_one_by_one():
+def test_queries_are_merged_one_by_one():
     out = torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
     lse = torch.tensor([0.0, -math.inf, 0.0]).view(1, 1, 3)
     block_out = torch.tensor([3.0, 5.0, 0.0]).view(1, 3, 1, 1)
@@ -131,7 +131,7 @@ def test_rows_are_merged_one_by_one():
     torch.testing.assert_close(lse.flatten(), torch.tensor([math.log(2.0), 1.0, 0.0]))
 
 
-def test_merging_into_a_part_of_the_rows_leaves_the_others():
+def test_merging_into_some_of_the_queries_leaves_the_others():
     generator = torch.Generator().manual_seed(3)
     out, lse = torch.randn(2, 6, 3, 4, generator=generator), torch.randn(2, 3, 6, generator=generator)
     block_out, block_lse = torch.randn(2, 3, 3, 4, generator=generator), torch.randn(2, 3, 3, generator=generator)

@@ -1,4 +1,4 @@
-"""Where q, k and v lie in a projection: every rank's columns of it, and the views of what it receives."""
+"""Where q, k and v are in a projection: the columns that every rank reads of it, and the views of what it receives."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def one_after_the_other(heads, kv_heads):
 
 
 def by_group(heads, kv_heads):
-    """Each key/value head behind its query heads, as Falcon's newer models have them."""
+    """Each key/value head after its query heads, as Falcon's newer models have them."""
     group = heads // kv_heads
     whole = torch.randn(B, L, kv_heads * (group + 2) * D)
     q, k, v = whole.view(B, L, kv_heads, (group + 2) * D).split([group * D, D, D], dim=3)
@@ -35,44 +35,44 @@ def qkv_layout(whole, qkv):
 
 
 @pytest.mark.parametrize(
-    ("made", "degree", "blocks"),
+    ("made", "degree", "ranges"),
     [(by_head(8), 4, 1), (by_head(6), 2, 1), (one_after_the_other(8, 8), 4, 3), (one_after_the_other(8, 2), 4, 3)],
     ids=["by head", "by head, 3 a rank", "one after the other", "grouped"],
 )
-def test_a_ranks_columns_are_its_heads(made, degree, blocks):
+def test_a_ranks_columns_are_its_heads(made, degree, ranges):
     whole, qkv = made
     heads, kv_heads = qkv[0].shape[2], qkv[1].shape[2]
     share = heads // degree
     wanted = [(range(u * share, (u + 1) * share), kv_heads_of(u, heads, kv_heads, degree)) for u in range(degree)]
-    shares = qkv_layout(whole, qkv).shares(wanted)
-    for (q_heads, of), found in zip(wanted, shares.by_rank, strict=True):
-        assert len(found.columns) == blocks
-        received = [whole[..., columns].contiguous() for columns in found.columns]
-        assert sum(block.shape[2] for block in received) == (len(q_heads) + 2 * len(of)) * D
-        for got, view, those in zip(found.views(received), qkv, (q_heads, of, of), strict=True):
-            assert torch.equal(got, view[:, :, list(those)])
+    columns = qkv_layout(whole, qkv).columns_by_rank(wanted)
+    for (q_heads, kv_heads), found in zip(wanted, columns.by_rank, strict=True):
+        assert len(found.ranges) == ranges
+        received = [whole[..., columns].contiguous() for columns in found.ranges]
+        assert sum(part.shape[2] for part in received) == (len(q_heads) + 2 * len(kv_heads)) * D
+        for got, view, heads in zip(found.views(received), qkv, (q_heads, kv_heads, kv_heads), strict=True):
+            assert torch.equal(got, view[:, :, list(heads)])
 
 
-def test_heads_that_are_no_whole_columns_are_not_shared():
+def test_heads_that_are_no_whole_ranges_of_columns_are_not_read():
     whole, qkv = one_after_the_other(9, 3)
     torn = [(range(0, 3), [0, 0, 1])] * 3
-    assert qkv_layout(whole, qkv).shares(torn) is None  # a head twice
-    assert QKVLayout(tuple(whole.shape), qkv[1], qkv[2], None).shares([(range(9), range(3))]) is None
-    turned = qkv[0].transpose(1, 2).contiguous().transpose(1, 2)
-    assert qkv_layout(whole, (turned, *qkv[1:])).shares([(range(9), range(3))]) is None
+    assert qkv_layout(whole, qkv).columns_by_rank(torn) is None  # a head twice
+    assert QKVLayout(tuple(whole.shape), qkv[1], qkv[2], None).columns_by_rank([(range(9), range(3))]) is None
+    copied = qkv[0].transpose(1, 2).contiguous().transpose(1, 2)
+    assert qkv_layout(whole, (copied, *qkv[1:])).columns_by_rank([(range(9), range(3))]) is None
 
 
-def test_keys_and_values_are_one_tensor_where_they_lie_alike():
+def test_keys_and_values_are_one_view_where_their_strides_agree():
     for whole, (q, k, v) in (by_head(4), one_after_the_other(4, 2)):
-        within = QKVLayout(tuple(whole.shape), k, v, q).keys_values
-        assert torch.equal(within.part(whole, (2, *k.shape)), torch.stack([k, v]))
+        view = QKVLayout(tuple(whole.shape), k, v, q).kv_view()
+        assert torch.equal(view.part(whole, (2, *k.shape)), torch.stack([k, v]))
     whole, (q, k, v) = by_head(4)
-    assert QKVLayout(tuple(whole.shape), v, k, q).keys_values is None  # values first
-    assert QKVLayout(tuple(whole.shape), k[:, :, :2], v, q).keys_values is None
+    assert QKVLayout(tuple(whole.shape), v, k, q).kv_view() is None  # values first
+    assert QKVLayout(tuple(whole.shape), k[:, :, :2], v, q).kv_view() is None
 
 
-def test_grouped_heads_lie_alike_too():
+def test_grouped_heads_are_one_view_too():
     whole, (q, k, v) = by_group(4, 2)
-    within = QKVLayout(tuple(whole.shape), k, v, None).keys_values
-    assert torch.equal(within.part(whole, (2, *k.shape)), torch.stack([k, v]))
-    assert qkv_layout(whole, (q, k, v)).shares([(range(2), [0]), (range(2, 4), [1])]) is None  # q was copied
+    view = QKVLayout(tuple(whole.shape), k, v, None).kv_view()
+    assert torch.equal(view.part(whole, (2, *k.shape)), torch.stack([k, v]))
+    assert qkv_layout(whole, (q, k, v)).columns_by_rank([(range(2), [0]), (range(2, 4), [1])]) is None  # q was copied

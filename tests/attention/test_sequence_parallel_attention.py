@@ -151,7 +151,7 @@ def test_half_precision_is_rounded_once_however_long_the_ring(variant, dtype):
     problem = Problem(256, heads=2, kv_heads=2, dtype=dtype)
     alone = error(problem, SequenceLayout(256))
     assert alone < torch.finfo(dtype).eps
-    # Every block's result is rounded to the dtype once; sixteen roundings in turn would give several times as much.
+    # The result is rounded to the dtype once; sixteen roundings of a running result would give several times as much.
     assert error(problem, SequenceLayout(256, 16), variant=variant) < 1.6 * alone
 
 
@@ -177,7 +177,9 @@ class TestAuto:
         assert taken == [variant] * 4
 
     @pytest.mark.parametrize(("spare", "gathers"), [(0, 0), (-1, 2)])
-    def test_a_ring_of_two_waits_for_its_peer_only_to_save_a_large_result(self, taken, spare, gathers, monkeypatch):
+    def test_a_ring_of_two_waits_for_its_other_rank_only_to_save_a_large_result(
+        self, taken, spare, gathers, monkeypatch
+    ):
         """K and V of both exceed the limit either way."""
         monkeypatch.setattr(ring, "takes_segments", lambda *_: True)
         problem = Problem(64, heads=4, kv_heads=4)
@@ -217,16 +219,16 @@ def test_every_rank_sends_the_bytes_of_the_closed_form(heads, kv_heads, split, r
     layout = SequenceLayout(97, R, U, ring_impl)
     result = run_attention(problem, layout, variant=variant)
 
-    row = batch * head_dim * itemsize  # one head of one token
+    head = batch * head_dim * itemsize  # one head of one token
     kv = ulysses_kv_heads(heads, kv_heads, U)
     # q and out of all heads, k and v of every rank's share of heads; 1/U of each stays at home.
-    all_to_all = row * (layout.padded_length // (R * U)) * (2 * heads + 2 * kv * U) * (U - 1) // U
+    all_to_all = head * (layout.padded_length // (R * U)) * (2 * heads + 2 * kv * U) * (U - 1) // U
     chunks = R * (2 if ring_impl == "zigzag" and R > 1 else 1)
     for rank, traffic in enumerate(result.traffic):
         r = rank // U
         # Zigzag: chunk r goes to all others, chunk 2R-1-r only to ranks before r. Contiguous: to ranks after r.
         sent_chunks = (R - 1 + r) if ring_impl == "zigzag" else (R - 1 - r)
-        exchange = sent_chunks * (layout.padded_length // chunks) * row * kv * 2
+        exchange = sent_chunks * (layout.padded_length // chunks) * head * kv * 2
         assert traffic.bytes_by_op["exchange"] == exchange
         assert traffic.bytes_by_op["all_to_all"] == all_to_all
         assert traffic.bytes_sent == exchange + all_to_all
@@ -234,7 +236,7 @@ def test_every_rank_sends_the_bytes_of_the_closed_form(heads, kv_heads, split, r
     assert bytes_sent(q_shape, kv_heads, U, itemsize) == all_to_all
 
 
-def test_a_zigzag_ring_moves_three_quarters_of_what_handing_every_block_round_would():
+def test_a_zigzag_ring_sends_three_quarters_of_what_passing_on_every_block_would():
     problem = Problem(64, heads=2, kv_heads=2)
     R = 4
     total = sum(t.bytes_sent for t in run_attention(problem, SequenceLayout(64, R)).traffic)

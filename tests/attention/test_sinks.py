@@ -18,7 +18,7 @@ SPEC = AttentionSpec(0.5)
 
 
 def with_one_more_column(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor) -> Tensor:
-    """The definition: the sink's score joins each row's softmax and its weight is dropped."""
+    """The definition: the sink's score joins each query's softmax and its weight is dropped."""
     q, k, v = q.double(), k.double(), v.double()
     scores_BHLS = torch.einsum("blhd,bshd->bhls", q, k) * SPEC.scale
     hidden_LS = torch.ones(q.shape[1], k.shape[1]).triu(1).bool()
@@ -55,7 +55,7 @@ def test_the_tests_of_whole_layouts_use_the_same_definition():
 
 
 @pytest.mark.parametrize("sink", [-math.inf, -1e4, 0.0, 1e4, math.inf])
-def test_a_row_that_sees_no_key_stays_zero_whatever_the_sink(sink):
+def test_a_query_that_sees_no_key_stays_zero_whatever_the_sink(sink):
     out, lse = torch.zeros(1, 2, 1, 3), torch.tensor([[[-math.inf, 1.0]]])
     out[:, 1] = 5.0
     sinks.apply_(out, lse, torch.tensor([sink]))

@@ -267,7 +267,7 @@ def test_the_copy_engine_serves_the_engine_as_it_is_configured_by_default(option
         assert relative_error(got, logits(model, ids)) < 1e-5
 
 
-def test_a_tensor_parallel_sum_hands_over_while_it_is_under_way(monkeypatch):
+def test_a_lane_yields_during_its_tensor_parallel_sum(monkeypatch):
     """(``tests/launched/test_layouts.py`` runs two micro-batches of a launched model so.)"""
     events: list[str] = []
 
@@ -277,6 +277,6 @@ def test_a_tensor_parallel_sum_hands_over_while_it_is_under_way(monkeypatch):
         return SimpleNamespace(wait=lambda: events.append("is waited for"))
 
     monkeypatch.setattr(linear, "all_reduce", all_reduce)
-    module = SimpleNamespace(mp_group="a group", hand_over=lambda: events.append("hands over"))
-    linear.Linear(module, "in")._summed(torch.ones(2))
-    assert events == ["begins", "hands over", "is waited for"]
+    module = SimpleNamespace(mp_group="a group", yield_lane=lambda: events.append("yields"))
+    linear.Linear(module, "row_parallel")._summed(torch.ones(2))
+    assert events == ["begins", "yields", "is waited for"]

@@ -1,4 +1,4 @@
-"""Fused layers: the model's own result, what was recognised, what was left alone."""
+"""Fused layers: the model's own results, what was recognised, and what was left as it is."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def test_fused_models_equal_themselves(name):
     assert {name: count for name, count in fusion.done.items() if count} == EXPECTED[name]
     assert not fusion.left
     # Other lengths and batches take the same graphs.
-    for rows, length in ((1, 1), (3, 17), (1, 40)):
-        other = tokens(rows, length, seed=length)
+    for batch, length in ((1, 1), (3, 17), (1, 40)):
+        other = tokens(batch, length, seed=length)
         assert relative_error(logits(model, other), logits(stock, other)) < TOLERANCE
     # With stock attention there is a mask or none, where a window slides.
     assert max(len(layer.forward.__func__._graphs) for layer in Decoder.of(model).layers) <= 2
@@ -107,7 +107,7 @@ def test_every_layout_fuses_alike(config, layout):
         assert relative_error(got, want) < TOLERANCE
         for name in ("LinearGelu", "Gated", "AddNorm", "Sum", "AddLinear", "rotary"):
             assert done.get(name, 0) * model.config.num_hidden_layers == alone.get(name, 0) * layers
-        assert bool(done.get("bias in product")) == (
+        assert bool(done.get("bias in linear")) == (
             "tp_size" in layout and config is not qwen3 and config is not gemma2
         )
 
@@ -135,7 +135,7 @@ def test_other_models_of_the_class_stay_as_they_are():
     assert torch.equal(logits(second, ids), before)
 
 
-def test_two_fused_models_stay_apart():
+def test_two_fused_models_do_not_share_anything():
     models = [build(config()) for config in (gpt_neox, llama_gqa)]
     ids = tokens(1, LENGTH)
     want = [logits(model, ids) for model in models]
@@ -169,7 +169,7 @@ def test_the_fused_operations_run(monkeypatch):
 
 
 @pytest.mark.parametrize("config", [gpt_neox, qwen3, gpt2])
-def test_steps_of_one_token_behind_a_cache(config):
+def test_steps_of_one_token_with_a_cache(config):
     model, ids = build(config()), tokens(2, 21)
     want = logits(model, ids)
     fuse(model)
@@ -193,7 +193,7 @@ def test_hooks_of_layers_and_modules_still_run():
     assert seen == ["attention", "layer"] * 2
 
 
-def test_a_product_that_is_watched_is_not_taken_in():
+def test_a_linear_layer_with_a_hook_is_not_fused():
     model, seen = build(gpt_neox(heads=4, layers=2)), []
     for layer in Decoder.of(model).layers:
         layer.mlp.dense_h_to_4h.register_forward_hook(lambda *_: seen.append("up"))
@@ -267,7 +267,7 @@ def test_parameters_outside_submodules_are_kept_out_of_the_graph(caplog):
         ("quick_gelu", None), ("gelu_10", None), ("relu6", None), ("tanh", None), ("linear", None), ("mish", None),
     ],
 )  # fmt: skip
-def test_activations_by_what_they_answer(name, kind):
+def test_activations_are_recognised_by_their_results(name, kind):
     assert activation_of(ACT2FN[name]) == kind
 
 
@@ -279,7 +279,7 @@ def test_the_exact_gelu_is_not_replaced_by_its_approximation():
     assert fusion.done["AddNorm"] == 2
 
 
-def test_norms_by_what_they_answer():
+def test_norms_are_recognised_by_their_results():
     def of(config: Any) -> Norm | None:
         layer = Decoder.of(build(config)).layers[0]
         return Norm.of(layer.input_layernorm)
@@ -292,12 +292,12 @@ def test_norms_by_what_they_answer():
     assert Norm.of(nn.Linear(8, 8)) is None
 
 
-def test_rotary_functions_by_what_they_answer():
+def test_rotary_functions_are_recognised_by_their_results():
     def neighbours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        def cos_sin(x: Tensor) -> Tensor:
+        def quarter(x: Tensor) -> Tensor:
             return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
 
-        return q * cos[:, None] + cos_sin(q) * sin[:, None], k * cos[:, None] + cos_sin(k) * sin[:, None]
+        return q * cos[:, None] + quarter(q) * sin[:, None], k * cos[:, None] + quarter(k) * sin[:, None]
 
     assert rotary.rotates_by_halves(modeling_gpt_neox.apply_rotary_pos_emb)
     assert not rotary.rotates_by_halves(neighbours)
@@ -334,7 +334,7 @@ def test_autotp_biases_are_added_once():
         assert relative_error(got, logits(model, ids)) < TOLERANCE
 
 
-def test_a_product_without_bias_has_a_gelu():
+def test_a_linear_layer_without_bias_has_a_gelu():
     up = nn.Linear(8, 16, bias=False)
     fused = Linear.of(up)
     assert fused is not None

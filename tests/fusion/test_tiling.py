@@ -1,4 +1,4 @@
-"""Layers in blocks of rows: the same results, and no more memory than the closed form says."""
+"""Layers in tiles of tokens: the same results, and no more memory than the closed form says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.fusion import tiling
 from ds_ring.fusion.fuse import Fusion
-from ds_ring.fusion.tiling import TiledTail, blocks
+from ds_ring.fusion.tiling import TiledTail, token_tiles
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import model_dims
 from ds_ring.kernels import attention512
@@ -31,9 +31,9 @@ LENGTH = 61
 
 
 @given(batch=st.integers(1, 9), length=st.integers(1, 90), limit=st.integers(0, 200))
-def test_blocks_cover_every_row_once_in_equal_sizes(batch, length, limit):
+def test_tiles_cover_every_token_once_in_equal_sizes(batch, length, limit):
     x = torch.arange(batch * length).view(batch, length)
-    parts = [x[at] for at in blocks(batch, length, limit)]
+    parts = [x[tile] for tile in token_tiles(batch, length, limit)]
     assert torch.equal(torch.cat([part.flatten() for part in parts]), x.flatten())
     assert all(part.is_contiguous() for part in parts)
     if limit:
@@ -57,7 +57,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize(("micro", "block_rows"), [(1, 7), (2, 30), (2, 70)])
-def test_every_layout_gives_the_same_in_blocks(layout, micro, block_rows):
+def test_every_layout_gives_the_same_in_tiles(layout, micro, block_rows):
     """Parts of a sequence, and whole sequences at a time."""
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(4, LENGTH)
     options = {"batch_size": 4, "micro_batch_size": micro, "block_rows": block_rows, **layout}
@@ -67,14 +67,14 @@ def test_every_layout_gives_the_same_in_blocks(layout, micro, block_rows):
 
 @pytest.mark.parametrize("ring_degree", [1, 2])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_gives_the_same_in_blocks(name, ring_degree):
+def test_every_architecture_gives_the_same_in_tiles(name, ring_degree):
     model, ids = build(ARCHITECTURES[name]()), tokens(2, LENGTH)
     for got in serve(model, lambda engine: engine(ids).logits, block_rows=8, batch_size=2, ring_degree=ring_degree):
         assert relative_error(got, logits(model, ids)) < TOLERANCE
 
 
 @pytest.mark.parametrize("layout", [{}, {"ring_degree": 2}, {"ulysses_degree": 2}], ids=str)
-def test_a_prompt_in_blocks_fills_the_cache(layout):
+def test_a_prompt_in_tiles_fills_the_cache(layout):
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(2, 21)
     want = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     options = {"max_length": 64, "batch_size": 2, "block_rows": 5, **layout}
@@ -82,16 +82,16 @@ def test_a_prompt_in_blocks_fills_the_cache(layout):
         assert torch.equal(got, want)
 
 
-def test_usual_shapes_run_as_without_blocks(monkeypatch):
-    """One block: the graph is given the very tensors, and its result is passed on."""
+def test_usual_shapes_run_as_without_tiles(monkeypatch):
+    """One tile: the graph gets the tensors themselves, and its result is returned as it is."""
     seen: list[bool] = []
-    in_blocks = tiling.in_blocks
+    in_tiles = tiling.in_tiles
 
-    def watched(graph: Callable[..., Tensor], inputs: Any, at: Any, over: Any = None) -> Tensor:
-        seen.append(at == [tiling.WHOLE])
-        return in_blocks(graph, inputs, at, over)
+    def watched(graph: Callable[..., Tensor], inputs: Any, tiles: Any, over: Any = None) -> Tensor:
+        seen.append(tiles == [tiling.WHOLE])
+        return in_tiles(graph, inputs, tiles, over)
 
-    monkeypatch.setattr(tiling, "in_blocks", watched)
+    monkeypatch.setattr(tiling, "in_tiles", watched)
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(2, LENGTH)
     want = serve(model, lambda engine: engine(ids).logits, block_rows=0)[0]
     assert seen == []
@@ -103,7 +103,7 @@ def test_usual_shapes_run_as_without_blocks(monkeypatch):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_layers_input_is_written_over_only_where_that_was_allowed(in_place):
     model = build(gpt_neox(heads=4, layers=2))
-    Fusion(Decoder.of(model), block_rows=8, in_place=in_place)
+    Fusion(Decoder.of(model), tile_tokens=8, in_place=in_place)
     layer = Decoder.of(model).layers[0]
     x, positions = torch.randn(1, 20, 32), torch.arange(20)[None]
     with torch.inference_mode():
@@ -117,17 +117,17 @@ def test_a_layers_input_is_written_over_only_where_that_was_allowed(in_place):
 
 
 def test_experts_stay_whole():
-    """Behind a mixture of experts, which nothing says to treat tokens one by one, only a sum is left."""
+    """A mixture of experts is not known to treat tokens one by one, and after it there is only a sum."""
     model = build(mixtral())
-    fusion = Fusion(Decoder.of(model), block_rows=8)
+    fusion = Fusion(Decoder.of(model), tile_tokens=8)
     logits(model, tokens(1, LENGTH))
     assert fusion.done["AddNorm"] == 3
-    assert fusion.done["row blocks"] == 0
+    assert fusion.done["token tiles"] == 0
 
 
 @pytest.fixture
 def attention_without_memory(monkeypatch):
-    """Results of the right form and nothing beside, as from a kernel: plain PyTorch would hold scores."""
+    """Results of the right shape and no other memory, as from a kernel: plain PyTorch would hold scores."""
 
     def result(q: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(q, dtype=dtype), q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
@@ -142,8 +142,8 @@ def attention_without_memory(monkeypatch):
 @pytest.mark.parametrize("config", [gpt_neox, llama_gqa])
 @pytest.mark.usefixtures("attention_without_memory")
 def test_memory_is_what_the_closed_form_says_and_no_intermediate_is_whole(config, layout, monkeypatch):
-    """Two layers, one of which holds the other's result. A ring of two gathers, in one slot, as with long sequences."""
-    length, block_rows = 2048, 64
+    """Two layers, one of which holds the other's result. A ring of two gathers, in one buffer, as in long sequences."""
+    length, tile_tokens = 2048, 64
     monkeypatch.setattr("ds_ring.planning.memory_estimate.LARGE", 0)
     monkeypatch.setattr("ds_ring.planning.memory_estimate.HEAD_DIM", 8)
     model, ids = build(config(num_hidden_layers=2)), tokens(1, length)
@@ -156,27 +156,27 @@ def test_memory_is_what_the_closed_form_says_and_no_intermediate_is_whole(config
         assert live.now < whole / 20, "something outlives its forward"
         return live.peak, live.largest
 
-    for rows_at_once in (block_rows, 0):
-        options = {"max_length": length, "block_rows": rows_at_once, **layout}
+    for block_rows in (tile_tokens, 0):
+        options = {"max_length": length, "block_rows": block_rows, **layout}
         ranks = serve(model, work, **options)
         whole_on_rank = whole // len(ranks)
         peak, largest = max(ranks)  # a ring's first rank sees all of the other's keys
-        if rows_at_once:
+        if block_rows:
             run = RunConfig.load({"dtype": "fp32"}, **options)
             assert largest < whole_on_rank
             assert peak == pytest.approx(peak_bytes(run, dims, 0, 1), rel=0.1)
-            blocked = peak
+            tiled = peak
         else:
             assert largest >= whole_on_rank
-            assert blocked < 0.75 * peak
+            assert tiled < 0.75 * peak
 
 
 @pytest.mark.parametrize(
     "layout", [{"tp_size": 2}, {"ulysses_degree": 2}, {"ulysses_degree": 2, "ring_degree": 2}], ids=str
 )
 @pytest.mark.usefixtures("attention_without_memory")
-def test_memory_in_blocks_is_what_the_closed_form_says_in_other_layouts_too(layout, monkeypatch):
-    """With one slot for what a ring shares, as with long sequences."""
+def test_memory_in_tiles_is_what_the_closed_form_says_in_other_layouts_too(layout, monkeypatch):
+    """With one buffer for what a ring shares, as with long sequences."""
     monkeypatch.setattr("ds_ring.planning.memory_estimate.LARGE", 0)
     model, ids = build(gpt_neox(num_hidden_layers=2)), tokens(1, length := 2048)
 
@@ -203,7 +203,7 @@ def test_a_ring_of_two_gathers_in_one_launch_where_k_and_v_exceed_the_limit(ring
     assert len(taken) == gathers
 
 
-def test_row_blocks_take_what_is_no_batch_of_sequences_whole():
+def test_a_tensor_that_is_no_batch_of_sequences_is_one_tile():
     part = TiledTail(torch.nn.Identity(), 4, None)
     x = torch.randn(9, 3)
     assert part(x) is x

@@ -66,8 +66,8 @@ CASES = [
     pytest.param(CUDNN, 128, HALF, LAYOUTS[2], id="cudnn-128-float16-heads_first"),
     pytest.param(CUDNN, 128, BFLOAT, LAYOUTS[0], id="cudnn-128-bfloat16-fused"),
     pytest.param(CUDNN, 256, BFLOAT, LAYOUTS[0], id="cudnn-256-bfloat16-fused"),
-    pytest.param(TRITON, 20, HALF, LAYOUTS[2], id="portable-20-float16-heads_first"),
-    pytest.param(TRITON, 320, HALF, LAYOUTS[0], id="portable-320-float16-fused"),
+    pytest.param(TRITON, 20, HALF, LAYOUTS[2], id="triton-20-float16-heads_first"),
+    pytest.param(TRITON, 320, HALF, LAYOUTS[0], id="triton-320-float16-fused"),
 ]
 BLOCKS = {
     "square": (257, 257, True, 0),
@@ -209,7 +209,7 @@ def test_windows_and_softcap(window, softcap, queries, keys, q_offset):
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "window"),
     [(128, HALF, None), (20, HALF, None), (512, HALF, None), (512, BFLOAT, None), (16, HALF, 200)],
-    ids=["cudnn_and_flash", "portable", "attention512", "attention512_bfloat16", "window"],
+    ids=["cudnn_and_flash", "triton", "attention512", "attention512_bfloat16", "window"],
 )
 @pytest.mark.parametrize("ring_impl", ["zigzag", "contiguous"])
 def test_a_ring_carries_its_running_result(head_dim, dtype, window, ring_impl):

@@ -70,7 +70,7 @@ def test_the_kernels_are_in_use(dtype):
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "gelu", "relu"])
 def test_gates(dtype, kind):
     gate, up = random(3, 111, 2 * 2500, dtype=dtype).chunk(2, dim=-1)
-    want = elementwise.activation(kind, gate.double()) * up.double()
+    want = elementwise.activate(kind, gate.double()) * up.double()
     assert error(elementwise.gated(kind, gate, up), want) < TOLERANCE[dtype]
 
 
@@ -98,8 +98,8 @@ def test_rotary_in_place_is_rotary_and_touches_nothing_else(dtype, rotary):
     want = elementwise.rotated(fused[..., 512:1024], cos, sin)
     elementwise.rotate_(fused[..., 512:1024], (cos, sin))
     torch.testing.assert_close(fused[..., 512 : 512 + rotary], want[..., :rotary])
-    turned = slice(512, 512 + rotary)
-    before[..., turned] = fused[..., turned]
+    rotated = slice(512, 512 + rotary)
+    before[..., rotated] = fused[..., rotated]
     assert torch.equal(fused, before)
 
 

@@ -34,7 +34,7 @@ def kernel(tuner):
     """At pinned tile sizes, and with NaN in the outputs wherever it leaves them unwritten."""
     reason = triton_attention.unavailable(CUDA)
     if reason is not None:
-        pytest.skip(f"the portable kernel cannot run: {reason}")
+        pytest.skip(f"our Triton kernel cannot run: {reason}")
     from ds_ring.kernels import triton_attention_kernel
 
     outputs = triton_attention._outputs
@@ -187,10 +187,10 @@ def test_state_carried_over_blocks_gives_attention_over_all_of_them(head_dim, wi
     [(64, torch.float16), (128, torch.float16), (256, torch.float16), (512, torch.float16), (64, torch.float32)],
 )
 def test_every_tile_size_is_correct(kernel, head_dim, dtype):
-    """Each once, by the copy engine and without in turn."""
+    """Each once, by TMA and without it in turn."""
     from triton.runtime.errors import OutOfResources
 
-    copy_engine = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (9, 0)
+    tma = torch.version.cuda is not None and torch.cuda.get_device_capability() >= (9, 0)
     tiles = {}
     for config in kernel.configs(head_dim, dtype):
         sizes = tuple((name, value) for name, value in config.all_kwargs().items() if name != "USE_TMA")
@@ -199,8 +199,8 @@ def test_every_tile_size_is_correct(kernel, head_dim, dtype):
     spec = AttentionSpec(head_dim**-0.5, window=250)
     out, lse = reference_attention(q, k[:, :300], v[:, :300], spec=spec, q_offset=300)
     state, fit = (out.float(), lse.float()), 0  # of the last rows: nothing
-    for number, (with_copy_engine, *without) in enumerate(tiles.values()):
-        config = without[0] if without and not (copy_engine and number % 2 == 0) else with_copy_engine
+    for number, (with_tma, *without) in enumerate(tiles.values()):
+        config = without[0] if without and not (tma and number % 2 == 0) else with_tma
         with pinned_tiles(lambda *_, config=config: config):
             try:
                 got = attend(q, k[:, 300:], v[:, 300:], spec, previous=state)
@@ -328,7 +328,7 @@ def test_torch_compile_sees_one_operator():
 
     for got, want in zip(torch.compile(layer, fullgraph=True)(q, k, v), layer(q, k, v), strict=True):
         torch.testing.assert_close(got, want)
-    torch.library.opcheck(triton_attention.portable_attention, (q, k, v, 0.1, True, 0, 100, 20.0, None, None, None))
+    torch.library.opcheck(triton_attention.triton_attention, (q, k, v, 0.1, True, 0, 100, 20.0, None, None, None))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,4 +1,4 @@
-"""The portable Triton kernel on a GPU at tile sizes that are told, without trials: each variant compiles once."""
+"""Our Triton attention kernel on a GPU at given tile sizes, without trials: each variant compiles once."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from ds_ring.kernels import triton_attention
 
 @cache
 def usual_tile(device: torch.device, dtype: torch.dtype, block_d: int, aligned: bool):
-    """Of 64 rows where there are such, and with the copy engine where it can: the last, which needs least memory."""
-    from ds_ring.kernels.triton_attention_kernel import suitable_configs
+    """Of 64 queries where there are such, by TMA where possible, and of those the last, which needs least memory."""
+    from ds_ring.kernels.triton_attention_tiles import suitable_configs
 
     arguments = {"q": torch.empty(0, device=device, dtype=dtype), "queries_bucket": 64}
     suitable = suitable_configs(None, arguments, BLOCK_D=block_d, ALIGNED=aligned)

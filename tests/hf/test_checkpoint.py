@@ -61,10 +61,10 @@ class TestIdentity:
         save_file({"embed": torch.zeros(1000, dtype=torch.uint8)}, single / SINGLE)
         content, checkpoint = (single / SINGLE).read_bytes(), Checkpoint.open(single)
         before, seen = fingerprint.of_files(checkpoint), []
-        for place in range(len(content)):
-            (single / SINGLE).write_bytes(content[:place] + b"\1" + content[place + 1 :])
+        for index in range(len(content)):
+            (single / SINGLE).write_bytes(content[:index] + b"\1" + content[index + 1 :])
             if fingerprint.of_files(checkpoint) != before:
-                seen.append(place)
+                seen.append(index)
         assert len(seen) == 8 * 10
         assert (seen[:10], seen[-1]) == ([*range(10)], len(content) - 1)
 

@@ -50,9 +50,9 @@ def count_own_tokens(engine: Engine) -> None:
 def leave_order_as_it_is(engine: Engine) -> None:
     """Zigzag chunks come back as if they had been contiguous."""
     assert isinstance(engine.runner, SequenceParallelRunner)
-    engine.runner.held_positions = lambda length, peer: torch.arange(engine.runner.layout(length).padded_length).chunk(
+    engine.runner.held_positions = lambda length, rank: torch.arange(engine.runner.layout(length).padded_length).chunk(
         3
-    )[peer]
+    )[rank]
 
 
 @pytest.mark.parametrize("mutate", [count_own_tokens, leave_order_as_it_is], ids=lambda f: f.__name__)
@@ -154,7 +154,7 @@ def test_sinks_that_are_not_one_a_head_are_refused(shape):
         attention(s_aux=torch.zeros(shape))
 
 
-def test_heads_that_the_config_does_not_tell_of_are_refused_where_ranks_would_share_them():
+def test_heads_that_the_config_does_not_have_are_refused_where_ranks_would_share_them():
     """JetMoe makes as many as it has key/value heads and experts a token."""
     model, ids = tiny_model(tiny_config("jetmoe")), tokens(1, 40)
     options = {"max_length": 64}
@@ -174,7 +174,7 @@ def test_dropout_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("options", "words"),
     [
         ({"attention_mask": torch.ones(1, 1, 5, 5)}, "a mask of its own"),
         ({"position_bias": torch.zeros(1, 4, 5, 5)}, "position_bias"),
@@ -183,9 +183,9 @@ def test_dropout_is_refused():
     ],
     ids=["mask", "position_bias", "alibi", "is_causal"],
 )
-def test_arguments_that_would_be_dropped_are_refused(asked, words):
+def test_arguments_that_would_be_dropped_are_refused(options, words):
     with attention_alone() as attention, pytest.raises(UnsupportedModelError, match=f"Linear asks for {words}"):
-        attention(**asked)
+        attention(**options)
 
 
 @contextmanager
@@ -193,12 +193,12 @@ def attention_alone() -> Iterator[Callable[..., Tensor]]:
     """The registered function on one rank with four heads, called as transformers calls it."""
     module, q = nn.Linear(1, 1), torch.zeros(1, 4, 5, 8)
     mesh = Mesh.build(Topology(), 0, lambda axis, ranks: None)
-    context = AttentionContext(mesh, ParallelConfig(), num_heads=4, block_rows=0)
+    context = AttentionContext(mesh, ParallelConfig(), num_heads=4, tile_tokens=0)
     module._ds_ring_context = context
     register()
     with context.forward(SequenceLayout(5), 0, "Model"):
-        yield lambda **asked: ALL_ATTENTION_FUNCTIONS[NAME](
-            module, q, q, q, **{"attention_mask": None, "scaling": 1.0} | asked
+        yield lambda **options: ALL_ATTENTION_FUNCTIONS[NAME](
+            module, q, q, q, **{"attention_mask": None, "scaling": 1.0} | options
         )
 
 
@@ -210,7 +210,7 @@ def test_a_model_left_in_training_mode_is_served_without_dropout():
 
 
 def wide_heads() -> PreTrainedModel:
-    """Heads wide enough to hold rotary frequencies that fp16 would put off by much at a thousand tokens."""
+    """Heads wide enough to hold rotary frequencies that fp16 would change by much at a thousand tokens."""
     return build(gpt_neox(heads=4, layers=2, hidden_size=128))
 
 

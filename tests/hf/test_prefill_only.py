@@ -1,4 +1,4 @@
-"""``prefill_only``: the last layer for each row's last token alone gives what the whole layer gives."""
+"""``prefill_only``: the last layer for each sequence's last token alone gives what the whole layer gives."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_architecture_gives_the_last_tokens_logits(name, layout):
 @pytest.mark.parametrize("fusion", ["auto", "none"])
 @pytest.mark.parametrize("lengths", [[101, 37, 1, 80, 64], [5, 5, 5], [2, 1]], ids=str)
 @by_layout
-def test_unequal_rows(layout, lengths, fusion):
+def test_unequal_lengths(layout, lengths, fusion):
     columns = max(lengths) + 2
     mask = torch.zeros(len(lengths), columns, dtype=torch.bool)
     for row, n in enumerate(lengths):
@@ -77,7 +77,7 @@ def test_unequal_rows(layout, lengths, fusion):
 @pytest.mark.parametrize("layout", [{"ring_degree": 4}, {"ulysses_degree": 2, "ring_degree": 2}], ids=str)
 @pytest.mark.parametrize("length", [9, 24, 25, 101])
 def test_windows_cut_what_the_last_token_sees(config, layout, length):
-    """Gemma 2's layers see a window in turn: with one layer the last is such a one."""
+    """Every other layer of Gemma 2 has a window: of one layer the last has one."""
     model, ids = build(config(num_hidden_layers=1)), tokens(2, length)
     for got in serve(model, lambda engine: engine.next_token_logits(ids), batch_size=2, micro_batch_size=2, **layout):
         assert relative_error(got, logits(model, ids)[:, -1]) < TOLERANCE
@@ -99,7 +99,7 @@ def test_it_leaves_the_engine_as_it_was(layout):
 
 
 @by_layout
-def test_the_last_layer_sees_its_mlp_run_for_one_token_a_row(layout):
+def test_the_last_layer_sees_its_mlp_run_for_one_token_a_sequence(layout):
     ids, seen = tokens(2, 63), []
 
     def work(engine: Engine) -> list[Tensor | None]:
@@ -113,7 +113,7 @@ def test_the_last_layer_sees_its_mlp_run_for_one_token_a_row(layout):
     assert any(part is not None for parts in results for part in parts)
 
 
-def test_no_key_or_value_of_the_last_layer_moves():
+def test_no_key_or_value_of_the_last_layer_is_sent():
     ids = tokens(1, 64)
     model = build(gpt_neox(heads=4, layers=1))
 
@@ -126,16 +126,16 @@ def test_no_key_or_value_of_the_last_layer_moves():
             sent.append(engine.mesh.traffic.bytes_sent)
         return sent[0], sent[1]
 
-    width, head_dim, peers = 32, 8, 3
+    width, head_dim, others = 32, 8, 3
     # Of one token: its hidden state, cosine, sine and position id (8 bytes); its output and lse.
-    small = peers * (4 * width + 2 * 4 * head_dim + 8 + 4 * width + 4 * 4)
+    small = others * (4 * width + 2 * 4 * head_dim + 8 + 4 * width + 4 * 4)
     for full, last in serve(model, work, ring_degree=4):
         assert last == small
         assert full > last
 
 
 def test_keys_and_values_of_all_tokens_reach_the_cache():
-    """The cache is written once, by the run on all tokens."""
+    """The cache is written once, by the call on all tokens."""
     model, ids = build(llama_gqa()), tokens(2, 17)
     want, got = DynamicCache(config=model.config), DynamicCache(config=model.config)
     with torch.inference_mode():

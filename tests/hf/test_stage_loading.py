@@ -34,7 +34,7 @@ LAST_NORMS = {"norm", "final_layer_norm", "ln_f"}
 
 
 class _SpiedSlice:
-    """A safetensors slice that tells when its bytes are read."""
+    """A safetensors slice that records when its bytes are read."""
 
     def __init__(self, inner: Any, tell: Callable[[], None]) -> None:
         self._inner, self._tell = inner, tell

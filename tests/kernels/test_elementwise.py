@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ds_ring.kernels import elementwise, elementwise_kernel
 from ds_ring.kernels.elementwise import NormSpec
-from ds_ring.kernels.triton_probe import triton_serves
+from ds_ring.kernels.triton_probe import triton_usable
 from tests.helpers.interpreted import INTERPRETED
 
 pytestmark = INTERPRETED
@@ -62,7 +62,7 @@ def test_gates(kind, width):
     both = 3 * random(2, 3, 2 * width)
     gate, up = both.chunk(2, dim=-1)  # parts of one projection, as they lie
     got = elementwise.gated(kind, gate, up)
-    want = elementwise.activation(kind, gate.double()) * up.double()
+    want = elementwise.activate(kind, gate.double()) * up.double()
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_a_gate_of_no_columns():
 @pytest.mark.parametrize("rotary", [16, 12, 6])
 @pytest.mark.parametrize("positions", [1, 2])
 def test_rotary_of_parts_of_a_fused_projection(rotary, positions):
-    """GPT-NeoX lays q, k and v of a head side by side."""
+    """GPT-NeoX has q, k and v of a head side by side."""
     batch, tokens, heads, width = 2, 7, 3, 16
     qkv = random(batch, tokens, heads, 3 * width).transpose(1, 2)
     q, k, _ = qkv.chunk(3, dim=-1)
@@ -83,8 +83,8 @@ def test_rotary_of_parts_of_a_fused_projection(rotary, positions):
     before = qkv.clone()
     for got, x in zip(elementwise.rotate(q, k, cos, sin), (q, k), strict=True):
         pairs = torch.complex(x[..., : rotary // 2].double(), x[..., rotary // 2 : rotary].double())
-        turned = pairs * torch.polar(torch.ones(()).double(), angle.double())[:, None]
-        want = torch.cat((turned.real, turned.imag, x[..., rotary:].double()), -1)
+        rotated = pairs * torch.polar(torch.ones(()).double(), angle.double())[:, None]
+        want = torch.cat((rotated.real, rotated.imag, x[..., rotary:].double()), -1)
         torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
         assert got.transpose(1, 2).is_contiguous()
     assert torch.equal(qkv, before)
@@ -103,14 +103,14 @@ def test_rotary_in_place_is_rotary_and_touches_nothing_else(rotary, positions):
     assert torch.equal(qkv, want)
 
 
-@pytest.mark.parametrize("turns", [True, False])
-def test_heads_put_where_they_belong_touch_nothing_else(turns):
+@pytest.mark.parametrize("rotates", [True, False])
+def test_heads_put_into_a_part_of_a_tensor_touch_nothing_else(rotates):
     """As into a part of a shared tensor, or between the heads that go to other ranks."""
     x, memory = random(2, 5, 7, 16)[:, 1:4], torch.full((2, 9, 6, 16), torch.nan)
     angle = random(1, 7, 4, seed=1)
     cos, sin = (torch.cat((f(angle), f(angle)), -1) for f in (torch.cos, torch.sin))
-    elementwise.put(x, memory[:, 1:8, 2:5], (cos, sin) if turns else None)
-    want = elementwise.rotated(x, cos, sin) if turns else x
+    elementwise.put(x, memory[:, 1:8, 2:5], (cos, sin) if rotates else None)
+    want = elementwise.rotated(x, cos, sin) if rotates else x
     torch.testing.assert_close(memory[:, 1:8, 2:5], want.transpose(1, 2), atol=0, rtol=0)
     assert int(memory.isnan().sum()) == memory.numel() - x.numel()
 
@@ -127,10 +127,10 @@ def test_kernels_that_cannot_run_are_named_once(monkeypatch, caplog):
         raise RuntimeError("no compiler")
 
     monkeypatch.setattr(elementwise_kernel, "put", broken)
-    triton_serves.cache_clear()
+    triton_usable.cache_clear()
     trial = "element-wise work", elementwise.self_test, torch.device("cpu"), torch.float32
-    assert not any(triton_serves(*trial) for _ in range(2))
-    triton_serves.cache_clear()
+    assert not any(triton_usable(*trial) for _ in range(2))
+    triton_usable.cache_clear()
     assert [r.getMessage() for r in caplog.records] == [
         "element-wise work in torch.float32 goes without Triton's kernels: RuntimeError: no compiler"
     ]
@@ -144,5 +144,5 @@ def test_a_trial_without_memory_decides_nothing():
             raise error
 
     with pytest.raises(torch.OutOfMemoryError, match="full"):
-        triton_serves("anything", trial, device, torch.float32)
-    assert triton_serves("anything", trial, device, torch.float32)
+        triton_usable("anything", trial, device, torch.float32)
+    assert triton_usable("anything", trial, device, torch.float32)

@@ -1,4 +1,4 @@
-"""The Triton kernel that merges, interpreted on CPUs, against the plain formula; on a GPU, as it is."""
+"""The Triton kernel that merges, interpreted on CPUs, against the PyTorch formula; on a GPU, compiled."""
 
 # Shapes: B batch, L queries, H heads, D head_dim.
 from __future__ import annotations
@@ -29,7 +29,7 @@ def device(request, monkeypatch):
 
 
 def partial(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, Tensor]:
-    """As kernels give them: rows of tokens, parts of larger memory; some rows see nothing, some lie far apart."""
+    """As kernels give them: tokens after each other, parts of larger memory; some queries see nothing."""
     generator = torch.Generator().manual_seed(seed)
     batch, length, heads, width = shape
     out = torch.randn(batch, length + 2, heads, width + 3, generator=generator)[:, 1:-1, :, 2 : width + 2]

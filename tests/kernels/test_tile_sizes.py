@@ -1,9 +1,9 @@
-"""Tile sizes of the portable Triton kernel: which ones are tried for what, and when."""
+"""Tile sizes of our Triton attention kernel: which are tried for a call, and when."""
 
 import pytest
 import torch
 
-from ds_ring.kernels import triton_attention_kernel
+from ds_ring.kernels import triton_attention_kernel, triton_attention_tiles
 from tests.helpers.interpreted import INTERPRETED
 
 pytestmark = INTERPRETED
@@ -14,7 +14,7 @@ def suitable(*, head_dim=128, dtype=torch.float16, aligned=True, rows=8192, capa
         patch.setattr(torch.version, "cuda", "13.0")
         patch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         arguments = {"q": torch.zeros(1, dtype=dtype), "queries_bucket": rows}
-        return triton_attention_kernel.suitable_configs(None, arguments, BLOCK_D=head_dim, ALIGNED=aligned)
+        return triton_attention_tiles.suitable_configs(None, arguments, BLOCK_D=head_dim, ALIGNED=aligned)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 256, 512])
@@ -25,7 +25,7 @@ def test_there_are_some_for_every_head_size(head_dim):
     assert all(config in triton_attention_kernel.tuned_forward.configs for config in found)
 
 
-def test_the_copy_engine_is_for_aligned_tensors_on_hopper_and_later():
+def test_tma_is_for_aligned_tensors_on_hopper_and_later():
     for found in (
         suitable(aligned=False),
         suitable(capability=(8, 0)),
@@ -40,9 +40,9 @@ def test_few_queries_take_small_tiles():
 
 
 def test_lengths_share_tile_sizes_by_powers_of_two():
-    buckets = [triton_attention_kernel._bucket(n) for n in (1, 16, 17, 1000, 1024, 8193, 1 << 20)]
+    buckets = [triton_attention_tiles.bucket(n) for n in (1, 16, 17, 1000, 1024, 8193, 1 << 20)]
     assert buckets == [16, 16, 32, 1024, 1024, 8192, 8192]
-    assert triton_attention_kernel._bucket(1 << 20, 64) == 64
+    assert triton_attention_tiles.bucket(1 << 20, 64) == 64
 
 
 def test_a_capture_without_a_tile_size_says_so(monkeypatch):
@@ -51,7 +51,7 @@ def test_a_capture_without_a_tile_size_says_so(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="call it once before"):
-        triton_attention_kernel.suitable_configs(None, {"q": OnGpu()}, BLOCK_D=64, ALIGNED=True)
+        triton_attention_tiles.suitable_configs(None, {"q": OnGpu()}, BLOCK_D=64, ALIGNED=True)
 
 
 @pytest.mark.parametrize(

@@ -1,88 +1,22 @@
-"""The Triton kernel, run by Triton's interpreter on CPU tensors: what it computes, not how fast or on which GPU."""
+"""The Triton kernel, run by Triton's interpreter on CPU tensors: its numbers, not its speed on any GPU."""
 
-# Shapes: B batch, L queries, S keys, H query heads, K key/value heads, D head_dim.
 import math
-import subprocess
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ds_ring.attention.backends import eager
 from ds_ring.attention.merge import merge_
-from ds_ring.attention.reference import reference_attention
-from ds_ring.kernels import triton_attention, triton_attention_kernel
+from ds_ring.kernels import triton_attention, triton_attention_kernel, triton_attention_tiles
 from tests.helpers.interpreted import INTERPRETED
-from tests.helpers.random_blocks import SeenBlock
+from tests.helpers.triton_cases import Case, assert_is, cases
 
 pytestmark = INTERPRETED
 NAN = float("nan")
-
-
-@dataclass(frozen=True)
-class Case(SeenBlock):
-    n_queries: int = 37
-    n_keys: int = 41
-
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        previous: tuple[Tensor, Tensor] | None = None,
-        out_dtype: torch.dtype | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return triton_attention.attention(
-            q, k, v, scale=self.spec.scale, causal=self.causal, q_offset=self.q_offset, k_offset=self.k_offset,
-            window=self.window, softcap=self.softcap, previous=previous, out_dtype=out_dtype,
-        )  # fmt: skip
-
-    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return reference_attention(
-            q, k, v, spec=self.spec, causal=self.causal, q_offset=self.q_offset, k_offset=self.k_offset
-        )
-
-
-cases = st.builds(
-    Case,
-    batch=st.integers(1, 2),
-    n_queries=st.integers(1, 40),
-    n_keys=st.integers(1, 70),
-    kv_heads=st.integers(1, 2),
-    group=st.integers(1, 2),
-    head_dim=st.integers(1, 40),
-    causal=st.booleans(),
-    q_offset=st.integers(0, 80),
-    k_offset=st.integers(0, 80),
-    window=st.none() | st.integers(1, 60),
-    softcap=st.none() | st.floats(0.5, 50.0),
-    seed=st.integers(0, 1000),
-)
-
-
-def assert_is(
-    got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tolerance: float = 3e-6, softcap: float | None = None
-) -> None:
-    """``got`` has the contract's shape and dtype, no NaN, and the values of ``want``.
-
-    A capped score is a difference of numbers as large as the cap: each is off by up to a few units of rounding of that.
-    """
-    rounding = 4 * torch.finfo(torch.float32).eps * (softcap or 0.0)
-    tolerance += rounding
-    (out, lse), (want_out, want_lse) = got, want
-    assert out.shape == want_out.shape
-    assert out.is_contiguous()
-    assert lse.is_contiguous()
-    assert lse.dtype == torch.float32
-    assert torch.isfinite(out).all()
-    assert torch.equal(lse == -math.inf, want_lse == -math.inf)
-    torch.testing.assert_close(out.double(), want_out.double(), atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(lse.double(), want_lse.double(), atol=1e-5 + rounding, rtol=2e-6)
 
 
 @pytest.fixture
@@ -101,7 +35,7 @@ def test_a_block_is_reference_attention(case):
 
 @settings(max_examples=25, deadline=None)
 @given(case=cases, far=st.sampled_from([-(1 << 40), -1000, 1000, 1 << 40]), window=st.sampled_from([None, 5, 1 << 41]))
-def test_it_agrees_with_the_plain_path_at_any_distance(case, far, window):
+def test_it_agrees_with_the_eager_path_at_any_distance(case, far, window):
     case = replace(case, q_offset=case.q_offset + far, window=window)
     q, k, v = case.tensors()
     shift = case.q_offset - case.k_offset
@@ -158,7 +92,7 @@ def test_head_sizes_and_groups_of_heads(head_dim, kv_heads, group):
 )
 def test_every_kind_of_tile(monkeypatch, config, previous, causal):
     block_m, block_n, v_split, use_tma = config
-    tile = triton_attention_kernel._config(block_m, block_n, 4, 2, v_split, use_tma)
+    tile = triton_attention_tiles.config(block_m, block_n, 4, 2, v_split, use_tma)
     monkeypatch.setattr(triton_attention_kernel, "INTERPRETER_CONFIG", tile)
     case = Case(n_keys=90, head_dim=40, causal=causal, q_offset=45, window=30 if causal else None)
     q, k, v = case.tensors()
@@ -195,7 +129,7 @@ def test_only_blocks_of_keys_that_a_tile_sees_are_read(softcap):
         Case(n_keys=0, causal=False),
     ],
 )
-def test_rows_that_see_no_key_keep_what_they_have(case, previous_dtype):
+def test_queries_that_see_no_key_keep_what_they_have(case, previous_dtype):
     q, k, v = case.tensors()
     if previous_dtype is None:
         out, lse = case.attend(q, k, v)
@@ -247,36 +181,6 @@ def test_a_previous_result_is_merged_and_not_changed(case, seen):
     assert_is(got, before, 1e-5)
 
 
-def test_dtypes_of_the_output():
-    case = Case(n_queries=5, n_keys=5)
-    half = case.tensors(torch.float16)
-    lse = torch.zeros(1, 2, 5)
-    assert case.attend(*half)[0].dtype == torch.float16
-    assert case.attend(*half, out_dtype=torch.float32)[0].dtype == torch.float32
-    assert case.attend(*half, previous=(torch.zeros(1, 5, 2, 16), lse))[0].dtype == torch.float32
-    assert case.attend(*half, previous=(half[0], lse))[0].dtype == torch.float16
-    assert case.attend(*case.tensors(), out_dtype=torch.bfloat16)[0].dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_tensors_of_any_strides(causal):
-    case = Case(batch=2, n_queries=21, n_keys=21, kv_heads=2, causal=causal)
-    q, k, v = case.tensors()
-    want = case.reference(q, k, v)
-    fused = torch.cat((q, k, v), dim=2).split([4, 2, 2], dim=2)
-    transposed = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
-    last_dim_strided = [t.transpose(1, 3).contiguous().transpose(1, 3) for t in (q, k, v)]
-    for strided in (fused, transposed, last_dim_strided):
-        assert not any(t.is_contiguous() for t in strided)
-        assert_is(case.attend(*strided), want)
-    before = torch.randn(q.shape), torch.randn(2, 4, 21)
-    want = case.attend(q, k, v, previous=before)
-    scattered = torch.randn(2, 21, 4, 32)[..., ::2].copy_(before[0]), torch.randn(2, 21, 4).transpose(1, 2)
-    scattered[1].copy_(before[1])
-    got = case.attend(q, k, v, previous=scattered)
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("causal", [True, False])
 def test_fp16_scores_beyond_its_largest_number_stay_finite(causal, softcap):
@@ -290,7 +194,7 @@ def test_fp16_scores_beyond_its_largest_number_stay_finite(causal, softcap):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_a_nan_reaches_the_rows_that_see_it(softcap):
+def test_a_nan_reaches_the_queries_that_see_it(softcap):
     case = Case(n_queries=40, n_keys=40, group=1, softcap=softcap)
     for poisoned in range(3):
         tensors = case.tensors()
@@ -311,64 +215,3 @@ def test_repeats_are_bit_equal():
     first = case.attend(q, k, v)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(case.attend(q, k, v), first, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"v": torch.zeros(1, 6, 2, 8)}, "do not fit together"),
-        ({"q": torch.zeros(1, 4, 3, 8)}, "do not fit together"),
-        ({"k": torch.zeros(1, 5, 0, 8), "v": torch.zeros(1, 5, 0, 8)}, "do not fit together"),
-        ({"q": torch.zeros(1, 4, 2, 8, dtype=torch.float16)}, "not all fp16, bf16 or fp32"),
-        ({"scale": 0.0}, "have to be positive"),
-        ({"softcap": 0.0}, "have to be positive"),
-        ({"previous": (torch.zeros(1, 4, 2, 8), torch.zeros(1, 4, 2))}, "previous"),
-        ({"previous": (torch.zeros(1, 4, 2, 8), torch.zeros(1, 2, 4).half())}, "previous out and lse are"),
-        ({name: torch.zeros(1, 4, 2, 513) for name in "qkv"}, "head_dim 513 is not in 1 .. 512"),
-    ],
-)
-def test_what_does_not_fit_is_refused(change, message):
-    given = {"q": torch.zeros(1, 4, 2, 8), "k": torch.zeros(1, 5, 2, 8), "v": torch.zeros(1, 5, 2, 8), "scale": 1.0}
-    given |= change
-    q, k, v = (given.pop(name) for name in "qkv")
-    with pytest.raises(ValueError, match=message):
-        triton_attention.attention(q, k, v, causal=True, q_offset=0, k_offset=0, **given)
-
-
-@pytest.mark.parametrize("previous", [False, True])
-def test_the_operator_keeps_its_promises_to_pytorch(previous):
-    case = Case(n_queries=9, n_keys=12)
-    q, k, v = case.tensors(torch.float16)
-    state = (torch.zeros(1, 9, 2, 16), torch.zeros(1, 2, 9)) if previous else (None, None)
-    torch.library.opcheck(triton_attention.portable_attention, (q, k, v, 0.25, True, 3, 4, 20.0, *state, None))
-
-
-def test_torch_compile_sees_one_operator():
-    case = Case(n_queries=9, n_keys=12, q_offset=3)
-    q, k, v = case.tensors()
-    before = torch.randn(q.shape), torch.randn(1, 2, 9)
-    compiled = torch.compile(lambda *args: case.attend(*args, previous=before), fullgraph=True, backend="aot_eager")
-    for got, want in zip(compiled(q, k, v), case.attend(q, k, v, previous=before), strict=True):
-        assert torch.equal(got, want)
-
-
-def test_the_module_does_without_triton_until_it_is_used():
-    """A machine without Triton imports everything, and is told why this kernel is not for it."""
-    program = """
-import sys, importlib.util, torch
-importlib.util.find_spec = lambda name, find=importlib.util.find_spec: None if name == "triton" else find(name)
-sys.modules["triton"] = None
-from ds_ring.attention import local
-from ds_ring.kernels import portable
-assert portable.unavailable(torch.device("cpu")) == "Triton is not installed"
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_where_it_can_run(monkeypatch):
-    triton_attention.unavailable.cache_clear()
-    assert triton_attention.unavailable(torch.device("cpu")) is None  # interpreted, here
-    triton_attention.unavailable.cache_clear()
-    monkeypatch.delenv("TRITON_INTERPRET")
-    assert "does not compile for cpu" in triton_attention.unavailable(torch.device("cpu"))
-    triton_attention.unavailable.cache_clear()

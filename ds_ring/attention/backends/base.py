@@ -52,7 +52,7 @@ class _Eager(Backend):
 class _Triton(Backend):
     """Our Triton kernel: windows, softcap, any head size; the running result goes through the kernel."""
 
-    name = "the portable Triton kernel"
+    name = "our Triton kernel"
 
     def unusable(self, device: torch.device) -> str | None:
         return triton_attention.unavailable(device)

@@ -2,11 +2,11 @@
 
 What serves whom, first to last; one that cannot run or fails its self-test is left out with a warning:
 
-- head_dim 512: attention512 (Hopper), portable, memory-efficient, plain;
-- multiples of 8 up to 256: cuDNN where ``cudnn_pays``, FlashAttention-2, portable, plain;
-- other head sizes: portable, memory-efficient (multiples of 8), plain;
-- sliding windows and soft-capping, any head size: portable, plain;
-- CPUs, and fp32 on GPUs (nothing else is as exact): plain.
+- head_dim 512: attention512 (Hopper), Triton, memory-efficient, eager;
+- multiples of 8 up to 256: cuDNN where ``cudnn_pays``, FlashAttention-2, Triton, eager;
+- other head sizes: Triton, memory-efficient (multiples of 8), eager;
+- sliding windows and soft-capping, any head size: Triton, eager;
+- CPUs, and fp32 on GPUs (nothing else is as exact): eager.
 """
 
 from __future__ import annotations
