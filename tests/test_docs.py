@@ -99,7 +99,7 @@ def missing(quoted: str, page: str) -> str | None:
 def is_defined(file: str, first: str, rest: str) -> bool:
     """Whether ``first.rest`` is a member of a class of this module, of the module itself, or a setting."""
     of_module = Path(file).stem == first and rest in defined_in(file)
-    of_section = file == "ds_ring/config.py" and f"{SECTIONS.get(first, '')}.{rest}" in defined_in(file)
+    of_section = first in SECTIONS and f"{SECTIONS[first]}.{rest}" in defined_in(file)
     of_package = first == "ds_ring" and file == "ds_ring/__init__.py" and f'"{rest}"' in (ROOT / file).read_text()
     return of_module or of_section or of_package or f"{first}.{rest}" in defined_in(file)
 
