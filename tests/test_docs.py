@@ -79,9 +79,9 @@ def words() -> frozenset[str]:
 
 def missing(quoted: str, page: str) -> str | None:
     """What of a quoted text does not exist; None: nothing, or it is no name."""
-    if " " in quoted:  # a command or a formula
+    if " " in quoted:  # a command or a formula; those of records are as they were given
         paths = [word.strip("\"'") for word in quoted.split() if word.startswith(tuple(f"{f}/" for f in FOLDERS))]
-        return next((path for path in paths if not matching(path)), None)
+        return None if page == "performance.md" else next((path for path in paths if not matching(path)), None)
     if match := IN_FILE.fullmatch(quoted):
         files = matching(match[1])
         return None if len(files) == 1 and match[2] in defined_in(files[0]) else quoted
