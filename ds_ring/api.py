@@ -117,7 +117,7 @@ def init_inference(
 
 def _checked_runner(run: RunConfig, dims: ModelDims, given: type[ModelRunner] | None) -> type[ModelRunner]:
     """The layout that ``run`` asks for, or the one that is ``given``, after all rules that it must satisfy here."""
-    whose = run.parallel.implementation
+    whose = run.benchmark.implementation
     if given is None and whose != "ds_ring":
         raise ConfigError(
             f"implementation={whose} is another project's: launch/bench.py and launch/compare.py run it beside ours; "

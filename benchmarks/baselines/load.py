@@ -24,15 +24,15 @@ def baseline_of(config: RunConfig) -> type[ModelRunner] | None:
         ConfigError: it is not installed.
     """
     check_installed(config)
-    if config.parallel.implementation == "deepspeed_ulysses":
+    if config.benchmark.implementation == "deepspeed_ulysses":
         from benchmarks.baselines.deepspeed_ulysses import DeepSpeedUlyssesRunner
 
         return DeepSpeedUlyssesRunner
-    if config.parallel.implementation == "context_parallel":
+    if config.benchmark.implementation == "context_parallel":
         from benchmarks.baselines.context_parallel import ContextParallelRunner
 
         return ContextParallelRunner
-    if config.parallel.implementation == "yunchang":
+    if config.benchmark.implementation == "yunchang":
         from benchmarks.baselines.yunchang import YunchangRunner
 
         return YunchangRunner

@@ -20,9 +20,9 @@ def check(config: RunConfig, dims: ModelDims) -> None:
     Raises:
         ConfigError, UnsupportedModelError
     """
-    if config.parallel.implementation == "ds_ring":
+    if config.benchmark.implementation == "ds_ring":
         return
-    p, whose = config.parallel, config.parallel.implementation
+    p, whose = config.parallel, config.benchmark.implementation
     if dims.unlike_layers:
         raise UnsupportedModelError(
             f"implementation={whose}: {dims.model_type} has layers with unlike heads, which only ours serve; take "
@@ -37,7 +37,7 @@ def check(config: RunConfig, dims: ModelDims) -> None:
         )
     variants = {"auto", "pass_kv"} if whose == "yunchang" else {"auto", "gather_kv", "pass_kv"}
     settings = {
-        "workload.mode": (config.workload.mode, {"full"}),
+        "benchmark.mode": (config.benchmark.mode, {"full"}),
         "parallel.decode": (p.decode, {"auto", "whole"}),
         "parallel.ring_variant": (p.ring_variant, variants),
         "transport": (config.ring.transport, {"auto", "process_group"}),
@@ -71,7 +71,7 @@ def check(config: RunConfig, dims: ModelDims) -> None:
 
 def check_device(config: RunConfig, device_type: str) -> None:
     """The rule of a layout by where it runs, ``"cuda"`` or ``"cpu"``."""
-    whose = config.parallel.implementation
+    whose = config.benchmark.implementation
     if whose in GPU_ONLY and device_type == "cpu":
         raise ConfigError(f"implementation={whose}: {GPU_ONLY[whose]} for GPUs alone; leave it out on CPUs")
 
@@ -79,5 +79,5 @@ def check_device(config: RunConfig, device_type: str) -> None:
 def check_installed(config: RunConfig) -> None:
     """The rule of a layout by what is installed. A comparison leaves it to each layout's own launch: that a baseline
     is missing is a line of its table and does not keep it from the others."""
-    if config.parallel.implementation == "yunchang" and find_spec("yunchang") is None:
+    if config.benchmark.implementation == "yunchang" and find_spec("yunchang") is None:
         raise ConfigError("implementation=yunchang: it is not installed; pip install yunchang")

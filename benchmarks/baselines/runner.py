@@ -71,7 +71,7 @@ class BaselineRunner(ModelRunner):
         rules.check_device(run_config, device_type)
 
     def _inject(self, model: PreTrainedModel) -> None:
-        attach(model, self.run_config.parallel.implementation, self._counted)
+        attach(model, self.run_config.benchmark.implementation, self._counted)
 
     def _counted(self, *args: Any, **options: Any) -> tuple[Tensor, None]:
         self._calls += 1
@@ -134,6 +134,6 @@ class BaselineRunner(ModelRunner):
         if self._calls != len(self.layers):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} attended {self._calls} times through transformers' interface for "
-                f"{len(self.layers)} layers, so {self.run_config.parallel.implementation} cannot serve it"
+                f"{len(self.layers)} layers, so {self.run_config.benchmark.implementation} cannot serve it"
             )
         return Shard(batch, positions_T, hidden[0] if want_hidden else None, positions_T[at_k], out.logits)

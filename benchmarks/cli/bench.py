@@ -37,7 +37,7 @@ def measure(config: RunConfig, references: list[str], output: str | None, trace:
     bench.check(config)
     options.say(f"{config.label}: load {config.ring.model}")
     engine = load.from_pretrained(config)
-    lengths = config.workload.lengths
+    lengths = config.lengths
     if len(references) > len(lengths):
         raise ConfigError(f"{len(references)} references for {len(lengths)} lengths; give at most one a length")
     by_length = dict(zip(lengths, references, strict=False))
@@ -54,3 +54,7 @@ def main() -> None:
     parser.add_argument("--then", nargs=2, action="append", default=[], metavar=("CONFIG", "OUTPUT"), help=others)
     parser.add_argument("--trace", metavar="FILE.json", help="leave a Chrome trace of one pass of every rank here")
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

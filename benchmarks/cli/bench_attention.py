@@ -51,3 +51,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help=seconds)
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -68,3 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="in so many turns [4]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

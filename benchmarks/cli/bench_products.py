@@ -50,3 +50,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="how long each is sustained [2]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -51,3 +51,7 @@ def main() -> None:
     parser.add_argument("--warm-s", type=float, default=20.0, help="how long products run alone before [20]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,3 +44,7 @@ def main() -> None:
     markdown = "where to write the table [models.md]"
     parser.add_argument("--markdown", default="models.md", metavar="FILE.md", help=markdown)
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

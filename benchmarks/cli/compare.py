@@ -90,3 +90,7 @@ def main() -> None:
     latencies = "time one sequence of each of these lengths instead; what does not fit is a cell of the table"
     parser.add_argument("--latency", nargs="+", type=int, metavar="L", help=latencies)
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -42,3 +42,7 @@ def main() -> None:
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help=memory)
     parser.add_argument("--attempt", action="store_true", help=argparse.SUPPRESS)  # what each launch runs
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

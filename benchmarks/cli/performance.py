@@ -35,3 +35,7 @@ def main() -> None:
     limit = "start no command after this many seconds, and end"
     parser.add_argument("--limit-s", type=float, default=threading.TIMEOUT_MAX, metavar="S", help=limit)
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

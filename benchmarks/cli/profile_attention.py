@@ -46,3 +46,7 @@ def main() -> None:
     parser.add_argument("--calls", action="store_true", help="only make the calls, for the profiler around them")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -63,19 +63,19 @@ def measure(
         trace: file for the Chrome trace of one more, untimed pass over the longest, in the smallest micro-batches.
     """
     config, dtype = engine.run_config, torch_dtype(engine.run_config.dtype)
-    stream = token_stream(config.checkpoint, config.workload.text)
+    stream = token_stream(config.checkpoint, config.benchmark.text)
     layers = layer_parameters(read_config(config.checkpoint))
     peak, peak_source = peak_flops(engine.device, dtype)
     peak = statistics.median(engine.gather(peak))
     differences: dict[tuple[int, Mode], parity.Difference | None] = {}
-    traced = config.workload.micro_batches[0], config.workload.lengths[-1], config.workload.modes[0]
-    for size, length in product(config.workload.micro_batches, config.workload.lengths):
+    traced = config.micro_batch_sizes[0], config.lengths[-1], config.benchmark.modes[0]
+    for size, length in product(config.micro_batch_sizes, config.lengths):
         engine.runner.run_config = RunConfig.load(config, micro_batch_size=size)
         ids = text_windows(stream, config.workload.batch_size, length)
         batch, _ = pack(ids, None, None, engine.runner.dims)
         with engine.watchdog.watch("agreeing on the batch"):
             engine.mesh["world"].agree(input_ids=batch.digest())
-        for mode in config.workload.modes:
+        for mode in config.benchmark.modes:
             last = layers[-1] if mode == "prefill_only" else None
             work = Work(engine.runner.dims, sum(layers), config.workload.batch_size, length, last)
             if (length, mode) not in differences:  # of single sequences: the same for any micro-batch
@@ -98,7 +98,7 @@ def warmup_rows(config: RunConfig) -> int:
     alike = replicas * work.micro_batch_size
     if work.batch_size % alike:
         return work.batch_size
-    wanted = work.warmup_batch_size or WARMUP_MICRO_BATCHES * alike
+    wanted = config.benchmark.warmup_batch_size or WARMUP_MICRO_BATCHES * alike
     return min(work.batch_size, -(-wanted // alike) * alike)
 
 
@@ -138,9 +138,9 @@ def _difference(
 
 
 def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) -> _Findings:
-    work = engine.run_config.workload
+    work, how = engine.run_config.workload, engine.run_config.benchmark
     label = f"{engine.run_config.label}, L = {batch.length}, {mode}"
-    if work.micro_batch_sizes:
+    if how.micro_batch_sizes:
         label += f", micro-batches of {work.micro_batch_size}"
     first_rows = batch.split(range(warmup_rows(engine.run_config)))
     scale = len(batch.sequences) / len(first_rows.sequences)
@@ -157,24 +157,24 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
         torch.cuda.reset_peak_memory_stats(engine.device)
 
     report(f"{label}: warm up")
-    for _ in range(work.warmup):
+    for _ in range(how.warmup):
         step(first_rows)
-    sustained = f" and more, for {work.sustain_s} s" if work.sustain_s else ""
-    report(f"{label}: {work.repeats} timed passes{sustained}")
+    sustained = f" and more, for {how.sustain_s} s" if how.sustain_s else ""
+    report(f"{label}: {how.repeats} timed passes{sustained}")
     with watched_gpu(engine.device) as gpu:
-        timing = time_passes(engine, step, work.repeats, work.sustain_s)
+        timing = time_passes(engine, step, how.repeats, how.sustain_s)
     # GPUs with equal power limits have unequal clocks, and all wait for the slowest.
     clocks = [clock for clock in engine.gather(gpu.get("sm_clock_mhz")) if clock is not None]
     figures = _of_a_pass(gpu, timing) | ({"sm_clock_mhz_by_rank": _each(clocks)} if clocks else {})
     # Before the passes without communication, which hold memory of their own beside what peers can read.
     peak_memory_gib = max(engine.gather(engine.runner.peak_memory_gib))
-    if work.speed_only:
+    if how.speed_only:
         return _Findings(bytes_sent * scale, peak_memory_gib, timing, None, None, figures)
     report(f"{label}: without communication")
     with muted(engine):
         step(first_rows)
         with watched_gpu(engine.device) as muted_gpu:
-            without_comm = time_passes(engine, step, work.repeats)
+            without_comm = time_passes(engine, step, how.repeats)
     report(f"{label}: communication alone")
 
     def replay() -> None:
@@ -182,7 +182,7 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
             again()
 
     replay()
-    alone = time_passes(engine, replay, work.repeats)
+    alone = time_passes(engine, replay, how.repeats)
     figures |= {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, without_comm).items()}
     alone = Timing([scale * s for s in alone.samples_s])
     return _Findings(bytes_sent * scale, peak_memory_gib, timing, without_comm, alone, figures)
@@ -207,7 +207,7 @@ def _row(
     itemsize = torch_dtype(config.dtype).itemsize
     return {
         "layout": config.label,
-        "implementation": config.parallel.implementation,
+        "implementation": config.benchmark.implementation,
         "mode": mode,
         "gpus": topology.world_size,
         **{
@@ -240,7 +240,7 @@ def _row(
         # What prefill_only sends in its last layer depends on the model's own arguments to it: no closed form, nor for
         # what others' code sends.
         "bytes_formula": bytes_sent_per_rank(config, engine.runner.dims, work.batch, work.length, itemsize)
-        if mode == "full" and config.parallel.implementation == "ds_ring"
+        if mode == "full" and config.benchmark.implementation == "ds_ring"
         else None,
         "comm_alone_ms": 1e3 * found.comm_alone.median_s if found.comm_alone else None,
         "comm_exposed_ms": 1e3 * (step - found.step_without_comm.median_s) if found.step_without_comm else None,

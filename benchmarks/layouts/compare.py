@@ -45,9 +45,12 @@ class Comparison:
         first, named = runs[0][1], dict[str, Path]()
         for file, run in runs:
             sized = run.ring.workload.model_copy(update={"micro_batch_size": first.workload.micro_batch_size})
+            measured = run.benchmark.model_copy(update={"implementation": first.benchmark.implementation})
             for name, own, others in (
-                ("model", run.ring.model, first.ring.model), ("workload", sized, first.ring.workload),
-            ):  # fmt: skip
+                ("model", run.ring.model, first.ring.model),
+                ("workload", sized, first.workload),
+                ("benchmark", measured, first.benchmark),
+            ):
                 if own != others or run.dtype != first.dtype:
                     raise ConfigError(f"{file} differs from {runs[0][0]} in {name} or dtype: they would not compare")
             if other := named.get(run.label):
@@ -75,7 +78,7 @@ class Comparison:
 
     @property
     def lengths(self) -> list[int]:
-        return self.first.workload.lengths
+        return self.first.lengths
 
     @property
     def steps(self) -> int:
@@ -163,7 +166,7 @@ def _write_references(comparison: Comparison, folder: Path, logs: Path, report: 
     outputs = [folder / f"reference_{length}.safetensors" for length in lengths]
     arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--rows", str(comparison.reference_sequences)]
     arguments += ["--length", *map(str, lengths), "--output", *map(str, outputs)]
-    arguments += ["--text", *run.workload.text] if run.workload.text else []
+    arguments += ["--text", *run.benchmark.text] if run.benchmark.text else []
     try:
         launcher.run_module("benchmarks.layouts.parity", arguments, log=logs / "references.log", report=report)
     except OutOfMemory as error:

@@ -83,7 +83,7 @@ def attempt_in_a_launch(
     options += [] if memory_limit_gib is None else ["--memory-limit", str(memory_limit_gib)]
     try:
         launcher.launch(
-            "launch/longest.py", config.topology.world_size, options, log=logs / f"{length}.log", report=report,
+            "benchmarks.cli.longest", config.topology.world_size, options, log=logs / f"{length}.log", report=report,
             limit_s=limit_s,
         )  # fmt: skip
     except OutOfMemory:
@@ -100,7 +100,7 @@ def attempt_here(engine: Engine, memory_limit_gib: float | None) -> Attempt:
     """
     config, device = engine.run_config, engine.device
     length = config.workload.max_length
-    stream = token_stream(config.checkpoint, config.workload.text)
+    stream = token_stream(config.checkpoint, config.benchmark.text)
     windows = (text_windows(stream, 1, n) for n in (WARMUP_TOKENS, length))
     short, whole = (pack(window, None, None, engine.runner.dims)[0] for window in windows)
     if length > WARMUP_TOKENS:

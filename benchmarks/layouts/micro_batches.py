@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from ds_ring.config import RunConfig
@@ -13,8 +14,7 @@ Case = tuple[int, int, str]
 
 def cases(run: RunConfig) -> list[Case]:
     """The cases that a benchmark of ``run`` times, in its order."""
-    work = run.workload
-    return [(size, length, mode) for size in work.micro_batches for length in work.lengths for mode in work.modes]
+    return list(product(run.micro_batch_sizes, run.lengths, run.benchmark.modes))
 
 
 def case_of(row: Row) -> Case:
@@ -33,8 +33,8 @@ def remaining_after(run: RunConfig, unfit: Case) -> RunConfig | None:
     Smaller micro-batches have been timed by then, and longer sequences need more memory.
     """
     size, length, _ = unfit
-    sizes = tuple(n for n in run.workload.micro_batches if n > size)
-    lengths = tuple(n for n in run.workload.lengths if n < length)
+    sizes = tuple(n for n in run.micro_batch_sizes if n > size)
+    lengths = tuple(n for n in run.lengths if n < length)
     if not sizes or not lengths:
         return None
     return RunConfig.load(run, micro_batch_sizes=sizes, max_length=lengths[-1], sweep=lengths)

@@ -54,11 +54,11 @@ def document(
     ``rows``: one of each layout, at the workload's own length; ``sweep``: of every length; ``micro_batches``, where
     several sizes were timed: of every size, of which the others are the fastest; ``failed``: ``Findings.all_failures``.
     """
-    work = comparison.first.workload
-    shown = best(rows) if work.micro_batch_sizes else rows
+    work, how = comparison.first.workload, comparison.first.benchmark
+    shown = best(rows) if how.micro_batch_sizes else rows
     own = [row for row in shown if row["length"] == work.max_length]
     made = {"config": comparison.first.document(), "rows": own, "sweep": shown, "failed": list(failed)}
-    return made | ({"micro_batches": rows} if work.micro_batch_sizes else {})
+    return made | ({"micro_batches": rows} if how.micro_batch_sizes else {})
 
 
 def disagreeing(rows: list[dict[str, Any]]) -> list[str]:

@@ -76,9 +76,9 @@ class QueuedRun:
         return logs / f"{self.name}.json"
 
     def shares_a_launch(self, other: QueuedRun) -> bool:
-        ours = self.run.parallel.implementation == other.run.parallel.implementation == "ds_ring"
+        ours = self.run.benchmark.implementation == other.run.benchmark.implementation == "ds_ring"
         alike = self.run.topology.world_size == other.run.topology.world_size
-        same = self.run.workload.lengths == other.run.workload.lengths
+        same = self.run.lengths == other.run.lengths
         return ours and alike and same and launcher.gpu_count() > 0
 
 
@@ -94,7 +94,7 @@ def run_first(
     first = waiting[0]
     together = [first, *takewhile(first.shares_a_launch, waiting[1:])]
     later = waiting[len(together) :]
-    error = _launch(together, references[: len(first.run.workload.lengths)], logs, report)
+    error = _launch(together, references[: len(first.run.lengths)], logs, report)
     for number, queued in enumerate(together):
         rows, after = rows_written(queued, logs), together[number + 1 :] + later
         complete = not missing(queued.run, rows)
@@ -115,7 +115,7 @@ def _note_failure(
     queued: QueuedRun, rows: list[dict[str, Any]], error: DsRingError, found: QueueResults, report: Report
 ) -> QueuedRun | None:
     """Put into ``found`` why ``queued`` ended after ``rows``. Returns the part of it that is still to be launched."""
-    whose = {"layout": queued.run.label, "implementation": queued.run.parallel.implementation}
+    whose = {"layout": queued.run.label, "implementation": queued.run.benchmark.implementation}
     if not isinstance(error, OutOfMemory):
         report(f"{queued.name} failed: {error}")
         found.failures.append({**whose, "reason": error.reason if isinstance(error, LaunchError) else str(error)})
@@ -147,9 +147,9 @@ def _launch(together: list[QueuedRun], references: list[str], logs: Path, report
     arguments += ["--references", *references] if references else []
     log = logs / f"{first.name}.log"
     try:
-        launcher.launch("launch/bench.py", ranks, arguments, log=log, report=report)
+        launcher.launch("benchmarks.cli.bench", ranks, arguments, log=log, report=report)
     except ConfigError as refusal:
-        if first.run.parallel.implementation == "ds_ring":
+        if first.run.benchmark.implementation == "ds_ring":
             raise
         return refusal
     except DsRingError as failure:

@@ -37,3 +37,7 @@ def main() -> None:
     parser.add_argument("--hostfile", metavar="FILE", help="as for the deepspeed launcher")
     parser.add_argument("--master-port", type=int, default=29500, metavar="N", help="the launcher's port [29500]")
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import InputError
 from ds_ring.hf.checkpoint import Checkpoint
+from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.utils.corpus import load_tokenizer, read_text
 from ds_ring.utils.progress import make_console
 
@@ -21,26 +23,41 @@ Document = tuple[str, list[int]]
 """(file, its token ids)"""
 
 
-def read(config: RunConfig) -> list[Document]:
-    """Every file of the workload with its tokens, in order.
+def read(config: RunConfig, files: Sequence[str]) -> list[Document]:
+    """Every file with its tokens, in order.
 
     Raises:
-        InputError: no file, fewer than two tokens (nothing to predict), or more than ``max_length``.
+        InputError: no file, fewer than two tokens (nothing to predict), or more than ``max_length`` where that is
+        given, or
+            than the model has positions.
         ConfigError, CheckpointError: no model, or none with a tokenizer.
     """
-    files = config.workload.text
     if not files:
         raise InputError("no documents: give --text FILE…")
     Checkpoint.open(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint)
     documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in read_text(files)]
+    name, limit, advice = _limit(config)
     for file, tokens in zip(files, documents, strict=True):
-        limit = config.workload.max_length
         if len(tokens) < 2:
             raise InputError(f"{file} has {len(tokens)} token(s); at least 2 are needed to predict one from another")
-        if len(tokens) > limit:
-            raise InputError(f"{file} has {len(tokens)} tokens, more than max_length={limit}; raise --max-length")
+        if limit is not None and len(tokens) > limit:
+            raise InputError(f"{file} has {len(tokens)} tokens, more than {name}={limit}{advice}")
     return list(zip(files, documents, strict=True))
+
+
+def _limit(config: RunConfig) -> tuple[str, int | None, str]:
+    """(what limits a document's tokens, how many, what to do about it)."""
+    if "max_length" in config.workload.model_fields_set:
+        return "max_length", config.workload.max_length, "; raise --max-length"
+    return "the model's max_position_embeddings", model_dims(read_config(config.checkpoint)).max_positions, ""
+
+
+def sized(config: RunConfig, documents: Sequence[Document]) -> RunConfig:
+    """``config`` with the number and length of ``documents`` as the workload, as far as these are not given."""
+    own = {"batch_size": len(documents), "max_length": max(len(tokens) for _, tokens in documents)}
+    given = config.workload.model_fields_set
+    return RunConfig.load(config, **{name: value for name, value in own.items() if name not in given})
 
 
 def score(engine: Engine, documents: list[Document], show_progress: bool) -> dict[str, Any]:

@@ -29,3 +29,7 @@ def main() -> None:
     parser.add_argument("--device", help="where weights are drawn [cuda where there is one]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result line as well")
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,13 +14,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from errno import EISDIR
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from ds_ring.config import DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
-from ds_ring.errors import DsRingError, InputError, TransportError, UserError, is_out_of_memory
+from pydantic.fields import FieldInfo
+
+from ds_ring.config import BenchmarkConfig, DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
+from ds_ring.errors import ConfigError, DsRingError, InputError, TransportError, UserError, is_out_of_memory
 from ds_ring.process.hostfile import check_hostfile
 from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
 from ds_ring.process.parent_watch import end_with_launcher
@@ -28,41 +30,73 @@ from ds_ring.utils.results import write_json
 
 log = logging.getLogger("ds_ring")
 
-_OWN = {name: field for name, field in RingConfig.model_fields.items() if name not in ("parallel", "workload")}
-FIELDS = {**ParallelConfig.model_fields, **WorkloadConfig.model_fields, **_OWN}
-"""Every field of our section of the configuration. Each is an option."""
+_OWN = {n: f for n, f in RingConfig.model_fields.items() if n not in ("parallel", "workload", "benchmark")}
+ENGINE = {**ParallelConfig.model_fields, **WorkloadConfig.model_fields, **_OWN}
+FIELDS = {**ENGINE, **BenchmarkConfig.model_fields}
+"""Every field of our section of the configuration. Each is an option of the benchmarks, and settable by ``--set``."""
+USUAL = (
+    "model", "auto", "dp_size", "pp_size", "ring_degree", "ulysses_degree", "decode", "micro_batch_size",
+    "prefill_chunk", "transport", "timeout_s", "decode_graph", "fusion",
+)  # fmt: skip
+"""What a user of a model is likely to set."""
 
 
-def run_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with ``--config FILE``, ``--output FILE`` and an option for every field that may override the file."""
+def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) -> argparse.ArgumentParser:
+    """A parser with ``--config FILE``, ``--output FILE``, and an option for each of the fields ``names``.
+
+    ``--set NAME=VALUE`` overrides any field of the engine's.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", help="JSON file of ds_configs/")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     group = parser.add_argument_group("overrides of the configuration file")
     group.add_argument("--tp-size", type=int, metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
-    group.add_argument("--dtype", choices=get_args(DType), help="weights and activations")
-    for name, field in FIELDS.items():
-        option = f"--{name.replace('_', '-')}"
-        text = f"{field.description} [{field.default}]".replace("%", "%%")
-        if get_origin(field.annotation) is tuple:
-            kind = get_args(field.annotation)[0]
-            metavar = "N" if kind is int else "FILE"
-            group.add_argument(option, nargs="+", type=kind, metavar=metavar, help=field.description)
-        elif field.annotation is bool:
-            group.add_argument(option, action="store_true", default=None, help=field.description)
-        elif field.annotation is int:
-            group.add_argument(option, type=int, metavar="N", help=text)
-        else:
-            choices = get_args(field.annotation) if str not in get_args(field.annotation) else None
-            group.add_argument(option, choices=choices, help=text)
+    group.add_argument("--dtype", choices=get_args(DType), help="weights and activations [the checkpoint's]")
+    any_field = "any other field of the engine's, see docs/configuration.md"
+    group.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=any_field)
+    for name in names:
+        _add_option(group, name, FIELDS[name])
     return parser
+
+
+def _add_option(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+    option = f"--{name.replace('_', '-')}"
+    text = f"{field.description} [{field.default}]".replace("%", "%%")
+    if get_origin(field.annotation) is tuple:
+        kind = get_args(field.annotation)[0]
+        group.add_argument(option, nargs="+", type=kind, metavar="N" if kind is int else "FILE", help=field.description)
+    elif field.annotation is bool:
+        group.add_argument(option, action="store_true", default=None, help=field.description)
+    elif field.annotation is int:
+        group.add_argument(option, type=int, metavar="N", help=text)
+    else:
+        choices = get_args(field.annotation) if str not in get_args(field.annotation) else None
+        group.add_argument(option, choices=choices, help=text)
 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of the configuration that were given as options, by name."""
     names = {"tp_size", "dtype", *FIELDS}
-    return {name: value for name, value in vars(args).items() if name in names and value is not None}
+    return {**_set(args.set), **{n: value for n, value in vars(args).items() if n in names and value is not None}}
+
+
+def _set(assignments: Sequence[str]) -> dict[str, Any]:
+    """The fields of ``--set``: a value is JSON, or else text.
+
+    Raises:
+        ConfigError: not NAME=VALUE, or a field that is not the engine's.
+    """
+    found: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or name not in ENGINE:
+            raise ConfigError(f"--set {assignment} is not NAME=VALUE with a name of {', '.join(sorted(ENGINE))}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:

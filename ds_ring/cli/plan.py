@@ -38,3 +38,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs, over all hosts")
     parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="which GPU [H100]")
     options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

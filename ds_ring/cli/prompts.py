@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from ds_ring.config import RunConfig
-from ds_ring.errors import InputError
+from ds_ring.errors import InputError, in_one_line
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.planning.validation import check_positions
 from ds_ring.utils.corpus import load_tokenizer, read_text
 
 
-def read(config: RunConfig, texts: Sequence[str], files: Sequence[str]) -> tuple[Any, list[list[int]]]:
+def read(
+    config: RunConfig, texts: Sequence[str], files: Sequence[str], *, raw: bool = False
+) -> tuple[Any, list[list[int]]]:
     """(tokenizer, token ids of each of ``texts`` and then of each of ``files``).
+
+    Each is a message of a user in the tokenizer's chat template, where it has one and ``raw`` is not set.
 
     Raises:
         InputError: no prompt, an empty one, or a file that cannot be read. CheckpointError: no checkpoint, or no
@@ -28,11 +32,26 @@ def read(config: RunConfig, texts: Sequence[str], files: Sequence[str]) -> tuple
         raise InputError("no prompt: give --prompt TEXT… or --prompt-file FILE…")
     Checkpoint.open(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint)
-    prompts: list[list[int]] = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    prompts = [_token_ids(tokenizer, text, raw) for text in texts]
     for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         if not text.strip() or not prompt:  # a tokenizer may put a token of its own even before an empty text
             raise InputError(f"prompt {number + 1} of {len(prompts)} is empty")
     return tokenizer, prompts
+
+
+def _token_ids(tokenizer: Any, text: str, raw: bool) -> list[int]:
+    found: Any
+    if raw or not tokenizer.chat_template:
+        found = tokenizer(text, verbose=False)["input_ids"]
+    else:
+        messages = [{"role": "user", "content": text}]
+        try:
+            found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        except Exception as error:  # a template is a program of the checkpoint's
+            raise InputError(
+                f"the tokenizer's chat template fails: {in_one_line(error)}; --raw leaves it out"
+            ) from None
+    return list(found)
 
 
 def check_lengths(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

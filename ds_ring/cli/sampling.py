@@ -26,10 +26,8 @@ class Sampling:
         return {"do_sample": True, "num_beams": 1, **chosen}
 
 
-def check(max_new_tokens: int, sampling: Sampling, passes: int = 1) -> None:
+def check(max_new_tokens: int, sampling: Sampling) -> None:
     """Raise InputError for options that no model could follow."""
-    if passes < 1:
-        raise InputError(f"passes={passes} must be at least 1")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not 0 <= sampling.temperature < float("inf"):

@@ -9,20 +9,27 @@ import argparse
 from typing import Any
 
 from ds_ring.cli import options
+from ds_ring.cli.generate import planned_by_default
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
-    config = options.run_config(args)
+    config = planned_by_default(options.run_config(args))
     from ds_ring import api
     from ds_ring.cli import documents
     from ds_ring.utils import results
 
-    texts = documents.read(config)
-    config = api.with_planned_degrees(config)
+    texts = documents.read(config, args.text)
+    config = api.with_planned_degrees(documents.sized(config, texts))
     engine = api.from_pretrained(config=config)
     scores = documents.score(engine, texts, show_progress=options.is_first_rank())
     return {**results.provenance(), "config": config.document(), **scores}
 
 
 def main() -> None:
-    options.main(work, options.run_parser(__doc__))
+    parser = options.run_parser(__doc__, (*options.USUAL, "max_length"))
+    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="documents, UTF-8 text")
+    options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()

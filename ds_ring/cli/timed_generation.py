@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ds_ring.cli.decode_floor import step_floor_s
 from ds_ring.cli.generation_clock import GenerationClock, StderrText
 from ds_ring.cli.prompts import left_padded
 from ds_ring.cli.sampling import Sampling
@@ -36,10 +35,10 @@ def generate(
         stream: print the text to standard error as it is generated, where there is one prompt.
 
     Returns:
-        ``{"ttft_ms", "decode_tpot_ms", "decode_over_floor", "tokens_per_second", …, "completions": [{prompt_tokens,
-        token_ids, text}]}``, completions in the order of ``prompts``. ``ttft_ms`` is the time to the first token,
-        ``decode_tpot_ms`` (whole time - ttft) / (steps - 1), None for a single step, ``decode_over_floor`` the same ÷
-        ``step_floor_s``, and ``tokens_per_second`` new tokens of all prompts ÷ whole time.
+        ``{"ttft_ms", "decode_tpot_ms", "tokens_per_second", …, "completions": [{prompt_tokens, token_ids, text}]}``,
+        completions in the order of ``prompts``. ``ttft_ms`` is the time to the first token, ``decode_tpot_ms`` (whole
+        time - ttft) / (steps - 1), None for a single step, and ``tokens_per_second`` new tokens of all prompts ÷ whole
+        time.
     """
     topology = engine.mesh.topology
     assert isinstance(engine.runner, CachedRunner)
@@ -67,7 +66,7 @@ def generate(
     assert isinstance(found.past_key_values, ShardedCache)
     cache_bytes = found.past_key_values.memory_bytes()
     del found
-    most_cache_bytes, floor_s = max(engine.gather(cache_bytes)), step_floor_s(engine, cache_bytes)
+    most_cache_bytes = max(engine.gather(cache_bytes))
     decode_s = (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None
     return {
         "layout": topology.label(),
@@ -77,8 +76,6 @@ def generate(
         "dtype": engine.run_config.dtype,
         "ttft_ms": 1e3 * clock.ttft_s,
         "decode_tpot_ms": None if decode_s is None else 1e3 * decode_s,
-        "decode_floor_ms": 1e3 * floor_s,
-        "decode_over_floor": None if decode_s is None else decode_s / floor_s,
         "tokens_per_second": new_tokens / total_s,
         "prefill_tokens_per_second": prompt_tokens / clock.ttft_s,
         "cache_gib_per_rank": most_cache_bytes / 2**30,

@@ -3,6 +3,7 @@
 from ds_ring.config.run_config import RunConfig, flatten
 from ds_ring.config.sections import (
     BASELINE_DEGREES,
+    BenchmarkConfig,
     DType,
     FusionChoice,
     Implementation,
@@ -16,6 +17,7 @@ from ds_ring.config.sections import (
 
 __all__ = [
     "BASELINE_DEGREES",
+    "BenchmarkConfig",
     "DType",
     "FusionChoice",
     "Implementation",

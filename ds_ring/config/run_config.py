@@ -14,7 +14,15 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ds_ring.config.sections import BASELINE_DEGREES, DType, ParallelConfig, RingConfig, Section, WorkloadConfig
+from ds_ring.config.sections import (
+    BASELINE_DEGREES,
+    BenchmarkConfig,
+    DType,
+    ParallelConfig,
+    RingConfig,
+    Section,
+    WorkloadConfig,
+)
 from ds_ring.errors import ConfigError
 from ds_ring.parallel.topology import Topology
 from ds_ring.utils.hub import local_checkpoint
@@ -40,7 +48,8 @@ class RunConfig(Section):
 
         Args:
             source: path, dict, RunConfig, or None for the defaults.
-            overrides: any field of our section, of its ``parallel`` or of its ``workload``; ``tp_size``, ``dtype``;
+            overrides: any field of our section, or of its ``parallel``, ``workload`` or ``benchmark``; ``tp_size``,
+            ``dtype``;
                 ``parallelism_config``, accelerate's. None means "as in the file".
 
         A dtype that neither gives is the checkpoint's own, else fp32, as in transformers. In a RunConfig, too, it
@@ -73,6 +82,20 @@ class RunConfig(Section):
     @property
     def workload(self) -> WorkloadConfig:
         return self.ring.workload
+
+    @property
+    def benchmark(self) -> BenchmarkConfig:
+        return self.ring.benchmark
+
+    @property
+    def lengths(self) -> list[int]:
+        """Every length that a benchmark runs, ascending."""
+        return sorted({self.workload.max_length, *self.benchmark.sweep})
+
+    @property
+    def micro_batch_sizes(self) -> list[int]:
+        """Every size of micro-batch that a benchmark runs, ascending."""
+        return sorted(set(self.benchmark.micro_batch_sizes)) or [self.workload.micro_batch_size]
 
     @property
     def checkpoint(self) -> str:
@@ -113,7 +136,7 @@ class RunConfig(Section):
     def label(self) -> str:
         """The name of this layout in tables and file names: its degrees, and how a ring goes about it where that is not
         left to it. Another implementation's says whose it is, and over which ranks where that is a choice."""
-        topology, whose, p = self.topology, self.parallel.implementation, self.parallel
+        topology, whose, p = self.topology, self.benchmark.implementation, self.parallel
         if whose == "ds_ring":
             chosen = [name for name in (p.ring_impl, p.ring_variant) if name not in ("zigzag", "auto")]
             return "_".join([topology.label(), *(chosen if topology.ring > 1 else [])])
@@ -208,6 +231,8 @@ def _override(document: dict[str, Any], section: dict[str, Any], name: str, valu
         section["parallel"] = {**given, name: value}
     elif name in WorkloadConfig.model_fields:
         section["workload"] = {**_object("ds_ring.workload", section.get("workload", {})), name: value}
+    elif name in BenchmarkConfig.model_fields:
+        section["benchmark"] = {**_object("ds_ring.benchmark", section.get("benchmark", {})), name: value}
     elif name in RingConfig.model_fields:
         section[name] = value
     else:

@@ -37,12 +37,6 @@ class ParallelConfig(Section):
     )
     dp_size: int = Field(1, ge=1, description="replicas, each with its own rows of the batch")
     pp_size: int = Field(1, ge=1, description="pipeline stages (layers)")
-    implementation: Implementation = Field(
-        "ds_ring",
-        description="whose code shares a sequence; for comparison DeepSpeed's UlyssesSPAttentionHF (over "
-        "ulysses_degree), PyTorch's context_parallel (over ring_degree) or yunchang (over either or both) in "
-        "transformers' own layers",
-    )
     ring_degree: int = Field(1, ge=1, description="ranks that share a sequence by ring attention")
     ulysses_degree: int = Field(1, ge=1, description="ranks that share a sequence by heads-to-sequence all-to-all")
     ring_impl: RingImpl = Field("zigzag", description="which tokens a ring rank holds")
@@ -63,15 +57,12 @@ class ParallelConfig(Section):
 
 
 class WorkloadConfig(Section):
-    """What is run."""
+    """What is run: of benchmarks exactly this, for the planner what to expect, and what fits into memory at a time."""
 
     batch_size: int = Field(1, ge=1, description="sequences of one pass, over all replicas")
     max_length: int = Field(1024, ge=1, description="tokens a sequence; longer documents are refused by score")
     micro_batch_size: int = Field(1, ge=1, description="sequences a replica runs at a time")
-    micro_batch_sizes: tuple[int, ...] = Field(
-        (), description="sizes of micro-batches that benchmarks try instead, each a row; the fastest counts"
-    )
-    block_rows: int = Field(
+    block_tokens: int = Field(
         65536,
         ge=0,
         description="tokens, over all sequences of a micro-batch, that a fused layer's MLP and projections run at a "
@@ -79,6 +70,20 @@ class WorkloadConfig(Section):
     )
     prefill_chunk: int = Field(
         0, ge=0, description="prompt tokens a row that generate runs at a time; 0: the whole prompt at once"
+    )
+
+
+class BenchmarkConfig(Section):
+    """How benchmarks measure: read by launch/bench.py, compare.py and the like alone."""
+
+    implementation: Implementation = Field(
+        "ds_ring",
+        description="whose code shares a sequence; for comparison DeepSpeed's UlyssesSPAttentionHF (over "
+        "ulysses_degree), PyTorch's context_parallel (over ring_degree) or yunchang (over either or both) in "
+        "transformers' own layers",
+    )
+    micro_batch_sizes: tuple[int, ...] = Field(
+        (), description="sizes of micro-batches that benchmarks try instead, each a row; the fastest counts"
     )
     sweep: tuple[int, ...] = Field((), description="other lengths that benchmarks run as well")
     text: tuple[str, ...] = Field((), description="text files; none: the language reference that ships with Python")
@@ -98,16 +103,6 @@ class WorkloadConfig(Section):
         "full",
         description="what benchmarks time: whole forwards, or only what K, V and the next token need; each a row",
     )
-
-    @property
-    def lengths(self) -> list[int]:
-        """Every length that a benchmark runs, ascending."""
-        return sorted({self.max_length, *self.sweep})
-
-    @property
-    def micro_batches(self) -> list[int]:
-        """Every size of micro-batch that a benchmark runs, ascending."""
-        return sorted(set(self.micro_batch_sizes)) or [self.micro_batch_size]
 
     @property
     def modes(self) -> list[Mode]:
@@ -130,6 +125,7 @@ class RingConfig(Section):
     )
     parallel: ParallelConfig = ParallelConfig()
     workload: WorkloadConfig = WorkloadConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
     transport: TransportName = Field(
         "auto",
         description="how K/V and heads move between ranks; auto is the copy engine inside a host whose GPUs reach each "

@@ -82,7 +82,7 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
     locations = everyone.all_gather_objects(Location.of(device))
     if device.type == "cuda":
         _share_cores(sum(location.host == locations[everyone.rank].host for location in locations))
-    ours = run.parallel.implementation == "ds_ring"
+    ours = run.benchmark.implementation == "ds_ring"
     choice = select_transports(
         run.ring.transport if ours else "process_group", run.topology, locations, sharing_a_gpu()
     )

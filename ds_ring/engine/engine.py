@@ -108,7 +108,7 @@ class Engine:
     def _cached_runner(self, wanted: str) -> CachedRunner:
         if not isinstance(self.runner, CachedRunner):
             raise InputError(
-                f"implementation={self.run_config.parallel.implementation} has no {wanted}, only whole forwards; take "
+                f"implementation={self.run_config.benchmark.implementation} has no {wanted}, only whole forwards; take "
                 f"implementation=ds_ring"
             )
         return self.runner

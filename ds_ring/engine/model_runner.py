@@ -148,7 +148,7 @@ class CachedRunner(ModelRunner):
     def __init__(
         self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
     ) -> None:
-        self._context = AttentionContext(mesh, run_config.parallel, dims.num_heads, run_config.workload.block_rows)
+        self._context = AttentionContext(mesh, run_config.parallel, dims.num_heads, run_config.workload.block_tokens)
         super().__init__(model, run_config, mesh, dims, device)
         self.capture: Callable[[DecodeStep], DecodeStep | None] = lambda run: None
         """Gives what repeats a step of a generation, where that is not the step itself."""
@@ -162,7 +162,7 @@ class CachedRunner(ModelRunner):
     def _fuse(self, in_place: bool) -> None:
         """To be called once the model is as DeepSpeed serves it; ``in_place``: nobody else needs a layer's input."""
         if self.run_config.ring.fusion == "auto":
-            self.fusion = Fusion(self.decoder, self.run_config.workload.block_rows, in_place)
+            self.fusion = Fusion(self.decoder, self.run_config.workload.block_tokens, in_place)
 
     def _in_flight(self, micro_batches: list[Batch]) -> bool:
         """Whether these may be: there are several, and none needs what another leaves."""

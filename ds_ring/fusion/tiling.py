@@ -2,7 +2,7 @@
 
 The intermediate of an MLP is four times as wide as a token, a fused projection three times. With 500,000 tokens of the
 paper's model on a rank they take 32 GB and 25 GB in fp16; in tiles of 65,536 tokens 4 GB and 3 GB. The configuration's
-``workload.block_rows`` is the size of a tile.
+``workload.block_tokens`` is the size of a tile.
 """
 
 # Shapes: B batch, T tokens, W columns.

@@ -1,6 +1,6 @@
 """Memory of one forward on the fullest rank, in closed form: which tensors are alive when most of them are.
 
-Notation: T tokens of a micro-batch on a rank, n of them in a block (``workload.block_rows``), d hidden size, q and kv
+Notation: T tokens of a micro-batch on a rank, n of them in a block (``workload.block_tokens``), d hidden size, q and kv
 the widths of a token's queries and of its keys and values together, m of the MLP's intermediate, all of one rank's
 share. Rotary tables take 2 T head_dim throughout. A fused layer (``hf/fused/``) holds, in elements,
 
@@ -52,7 +52,7 @@ def peak_bytes(config: RunConfig, dims: ModelDims, linear_parameters: int, micro
     t, p, itemsize = config.topology, config.parallel, 4 if config.dtype == "fp32" else 2
     layout = SequenceLayout(config.workload.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
     rows, d = micro * layout.local_length, dims.hidden_size
-    block = min(rows, config.workload.block_rows or rows)
+    block = min(rows, config.workload.block_tokens or rows)
     q, kv = (n * dims.head_dim / t.tp for n in (dims.num_heads, 2 * dims.num_kv_heads))
     slots, projected, lanes = 0.0, t.ring > 1 and t.ulysses == 1 and block == rows, in_flight(config, micro)
     if t.ring > 1:

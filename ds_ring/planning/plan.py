@@ -179,7 +179,7 @@ def _lanes(config: RunConfig, card: Card) -> list[RunConfig]:
     """``config``, and with more micro-batches in flight where there are as many and transfers leave links alone."""
     micro, ring = config.largest_micro_batch, config.ring
     by_copy_engine = ring.interleave == "auto" and in_flight(config, micro) > 1 and _inside(config, card)
-    if config.parallel.implementation != "ds_ring" or not by_copy_engine or ring.in_flight > 2:
+    if config.benchmark.implementation != "ds_ring" or not by_copy_engine or ring.in_flight > 2:
         return [config]
     possible = [lanes for lanes in IN_FLIGHT if lanes <= config.micro_batches(micro)]
     return [config, *(RunConfig.load(config, in_flight=lanes) for lanes in possible)]

@@ -114,11 +114,11 @@ def check_workload(config: RunConfig, dims: ModelDims) -> None:
             f"batch_size={work.batch_size} leaves some of dp_size={dp} replicas without a sequence; "
             f"raise batch_size to {dp} or lower dp_size"
         )
-    if work.micro_batches[0] < 1:
-        raise ConfigError(f"micro_batch_sizes={work.micro_batches[0]} must be at least 1")
-    longest = work.lengths[-1]
-    if work.lengths[0] < 1:
-        raise ConfigError(f"sweep={work.lengths[0]} must be at least 1")
+    if config.micro_batch_sizes[0] < 1:
+        raise ConfigError(f"micro_batch_sizes={config.micro_batch_sizes[0]} must be at least 1")
+    longest = config.lengths[-1]
+    if config.lengths[0] < 1:
+        raise ConfigError(f"sweep={config.lengths[0]} must be at least 1")
     if dims.max_positions is not None and longest > dims.max_positions:
         name = "max_length" if longest == work.max_length else "sweep"
         raise ConfigError(

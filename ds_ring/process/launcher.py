@@ -37,8 +37,18 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+def launch_command(module: str, ranks: int, options: Sequence[str]) -> list[str]:
+    """``deepspeed --module MODULE options``, one rank on each of the first ``ranks`` visible GPUs.
+
+    Raises:
+        ConfigError: as ``gpu_options``, or the launcher is not installed.
+    """
+    port = ["--master_port", str(free_port())]
+    return [deepspeed_command(), "--quiet", "--no_local_rank", *port, *gpu_options(ranks), "--module", module, *options]
+
+
 def launch(
-    script: str,
+    module: str,
     ranks: int,
     options: Sequence[str],
     *,
@@ -46,7 +56,7 @@ def launch(
     report: Callable[[str], None],
     limit_s: float = threading.TIMEOUT_MAX,
 ) -> None:
-    """Run ``deepspeed script options`` to its end, one rank on each of the first ``ranks`` visible GPUs.
+    """Run ``launch_command`` to its end.
 
     Args:
         log: the file for the script's output.
@@ -57,9 +67,7 @@ def launch(
         ConfigError: the script refused (exit code 2), with its message; or as ``gpu_options``. OutOfMemory: a rank's
             memory ran out. LaunchError: the script failed, or took longer than ``limit_s``.
     """
-    command = [deepspeed_command(), "--no_local_rank", "--master_port", str(free_port()), *gpu_options(ranks)]
-    command += [str(ROOT / script), *options]
-    run(command, ranks, log=log, report=report, limit_s=limit_s, unset=(VISIBLE_GPUS,))
+    run(launch_command(module, ranks, options), ranks, log=log, report=report, limit_s=limit_s, unset=(VISIBLE_GPUS,))
 
 
 def gpu_options(ranks: int) -> list[str]:
@@ -109,7 +117,7 @@ def run(
     with log.open("w") as file:
         # In a session of its own, so that all processes that it starts can be killed together.
         process = subprocess.Popen(
-            command, env=_environment(ranks, unset), cwd=folder, text=True, errors="replace",
+            command, env=environment_of(ranks, unset), cwd=folder, text=True, errors="replace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         with _ending(process, limit_s) as late:
@@ -165,7 +173,8 @@ def _ending(process: subprocess.Popen[str], limit_s: float) -> Iterator[threadin
         kill()
 
 
-def _environment(ranks: int, unset: Sequence[str]) -> dict[str, str]:
+def environment_of(ranks: int, unset: Sequence[str]) -> dict[str, str]:
+    """The environment of ``ranks`` launched ranks: this process's, with this package and interpreter on the paths."""
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])

@@ -48,7 +48,7 @@ def test_what_baselines_can_do_is_accepted(options):
         ),
         (ULYSSES | {"ring_degree": 2}, "deepspeed_ulysses shares sequences by ulysses_degree, and goes with dp_size"),
         (RING | {"ulysses_degree": 2}, "context_parallel shares sequences by ring_degree, and goes with dp_size alone"),
-        (ULYSSES | {"mode": "both"}, "deepspeed_ulysses has no workload.mode=both; try full"),
+        (ULYSSES | {"mode": "both"}, "deepspeed_ulysses has no benchmark.mode=both; try full"),
         (RING | {"transport": "copy_engine"}, "has no transport=copy_engine; try auto or process_group"),
         (RING | {"ring_variant": "pass_q"}, "has no parallel.ring_variant=pass_q; try auto, gather_kv or pass_kv"),
         (RING | {"interleave": "on"}, "has no interleave=on; try auto or off"),

@@ -135,9 +135,9 @@ def test_the_second_half_runs_the_fastest_in_reverse_order_and_the_means_count(t
     first_half = ["ring4", "tp2_pp2"]
     assert outcomes["launches"] == ([first_half, back] if gpus else [[name] for name in (*first_half, *back)])
     assert len(advanced) == comparison.steps
-    first, second = (RunConfig.load(logs / f"ring4{way}.config.json").workload for way in ("", ".back2"))
-    assert (first.micro_batches, first.lengths, first.speed_only) == ([1, 2], [1000], True)
-    assert (second.micro_batches, second.lengths, second.speed_only) == ([2], [1000], False)
+    first, second = (RunConfig.load(logs / f"ring4{way}.config.json") for way in ("", ".back2"))
+    assert (first.micro_batch_sizes, first.lengths, first.benchmark.speed_only) == ([1, 2], [1000], True)
+    assert (second.micro_batch_sizes, second.lengths, second.benchmark.speed_only) == ([2], [1000], False)
     assert [(r["layout"], r["micro_batch"], round(r["step_ms"], 6)) for r in found.rows] == [
         ("ring4", 1, 100.0), ("ring4", 2, 104.0), ("tp2_pp2", 1, 121.0), ("tp2_pp2", 2, 130.0)
     ]  # fmt: skip
@@ -265,8 +265,8 @@ def test_a_sweep_over_micro_batches_goes_on_after_what_does_not_fit(two_layouts)
     outcomes["tp2_pp2"] = [row("tp2_pp2", 2.0, length=500, tp_size=2, pp_size=2), lack]
     outcomes["tp2_pp2.2"] = [lack]
     found = run_all(comparison, logs)
-    assert RunConfig.load(logs / "ring4.2.config.json").workload.micro_batches == [4]
-    assert RunConfig.load(logs / "ring4.2.config.json").workload.lengths == [500]
+    assert RunConfig.load(logs / "ring4.2.config.json").micro_batch_sizes == [4]
+    assert RunConfig.load(logs / "ring4.2.config.json").lengths == [500]
     assert [(u["layout"], u["micro_batch"], u["length"]) for u in found.unfit] == [
         ("ring4", 2, 1000), ("ring4", 4, 1000), ("tp2_pp2", 1, 1000), ("tp2_pp2", 2, 1000), ("tp2_pp2", 4, 1000),
         ("tp2_pp2", 2, 500), ("tp2_pp2", 4, 500),

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from ds_ring.cli import decode_floor, documents, generation_clock, prompts
-from ds_ring.cli.held_memory import growth, recorded_passes
+from benchmarks.layouts import decode_floor
+from benchmarks.layouts.held_memory import growth, recorded_passes
+from ds_ring.cli import documents, generation_clock, prompts
+from ds_ring.cli.generate import planned_by_default
 from ds_ring.cli.sampling import Sampling, check
 from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.cli.timed_generation import generate, summary
@@ -37,12 +39,48 @@ def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path, monk
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
         prompts.read(nowhere, ["x"], [])
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
-        documents.read(RunConfig.load(nowhere, text=(str(file),)))
+        documents.read(nowhere, [str(file)])
+    begins_with_a_token.chat_template = None
     monkeypatch.setattr(prompts, "load_tokenizer", lambda checkpoint: begins_with_a_token)
     with pytest.raises(InputError, match="prompt 2 of 3 is empty"):
         prompts.read(config, ["x", "", "y"], [])
     with pytest.raises(InputError, match="cannot read"):
         prompts.read(config, [], [str(tmp_path / "none.txt")])
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture
+def instruct(tmp_path):
+    """A checkpoint whose tokenizer has a chat template."""
+    folder = save(tmp_path / "instruct", llama_gqa(vocab_size=257))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return RunConfig.load({"dtype": "fp32"}, model=str(folder))
+
+
+def test_a_prompt_is_a_users_message_in_the_chat_template(instruct):
+    tokenizer, (tokens,) = prompts.read(instruct, ["a question"], [])
+    assert tokenizer.decode(tokens) == "<user>a question</><a>"
+    _, (raw,) = prompts.read(instruct, ["a question"], [], raw=True)
+    assert tokenizer.decode(raw) == "a question"
+
+
+def test_a_chat_template_that_fails_is_an_error_of_the_users(instruct):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
+    tokenizer.save_pretrained(instruct.checkpoint)
+    with pytest.raises(InputError, match=r"chat template fails: .*only two turns; --raw leaves it out"):
+        prompts.read(instruct, ["a question"], [])
+
+
+def test_a_layout_is_planned_where_no_degree_is_given():
+    assert planned_by_default(RunConfig.load({})).parallel.auto
+    assert not planned_by_default(RunConfig.load({}, ring_degree=2)).parallel.auto
 
 
 def test_a_layout_is_planned_for_the_prompts_unless_sizes_are_given():
@@ -79,8 +117,6 @@ def test_a_seed_does_no_harm_without_a_temperature():
 
 
 def test_memory_is_recorded_after_few_of_many_passes():
-    with pytest.raises(InputError, match="passes=0 must be at least 1"):
-        check(1, Sampling(), passes=0)
     assert recorded_passes(1) == {1}
     assert recorded_passes(1000) == {1, 10, 100, 1000}
     assert recorded_passes(2500) == {1, 10, 100, 1000, 2500}

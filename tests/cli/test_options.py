@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_ring.errors import is_out_of_memory
+from ds_ring.cli import options
+from ds_ring.config import BenchmarkConfig, RunConfig
+from ds_ring.errors import ConfigError, is_out_of_memory
 from ds_ring.process.launcher import ROOT
 
 PLAN = [
@@ -60,3 +62,26 @@ def test_a_result_that_does_not_fit_the_disk_is_printed_all_the_same(tmp_path):
 )
 def test_what_counts_as_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+class TestSet:
+    """``--set NAME=VALUE``: any field of the engine's."""
+
+    @staticmethod
+    def parsed(*words: str) -> RunConfig:
+        return options.run_config(options.run_parser(None, options.USUAL).parse_args(list(words)))
+
+    def test_values_are_json_or_text(self):
+        config = self.parsed("--set", "ring_variant=pass_kv", "in_flight=4", "block_tokens=0", "--ring-degree", "2")
+        assert (config.parallel.ring_variant, config.ring.in_flight, config.workload.block_tokens) == ("pass_kv", 4, 0)
+        assert config.parallel.ring_degree == 2
+
+    @pytest.mark.parametrize("words", ["in_flight", "repeats=3", "no_such=1", "=1"])
+    def test_what_is_no_field_of_the_engines_is_refused(self, words):
+        with pytest.raises(ConfigError, match=f"--set {words} is not NAME=VALUE with a name of auto, batch_size"):
+            self.parsed("--set", words)
+
+    def test_a_user_of_a_model_is_shown_no_field_of_the_benchmarks(self):
+        shown = {action.dest for action in options.run_parser(None, options.USUAL)._actions}
+        assert not shown & set(BenchmarkConfig.model_fields)
+        assert len(shown) == 20  # --help and the launcher's --local_rank among them

@@ -2,7 +2,11 @@
 
 import pytest
 
+from ds_ring.cli import documents
 from ds_ring.cli.documents import score
+from ds_ring.config import RunConfig
+from ds_ring.errors import InputError
+from tests.helpers.launching import save
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import build, gpt_neox, tokens
 
@@ -12,10 +16,31 @@ from tests.helpers.tiny_models import build, gpt_neox, tokens
 def test_documents_keep_their_order_and_a_file_given_twice_is_scored_twice(layout, lengths):
     model = build(gpt_neox(heads=4, layers=2))
     texts = [tokens(1, n, seed=n)[0].tolist() for n in lengths]
-    documents = [("again.txt" if n == 20 else f"{n}.txt", text) for n, text in zip(lengths, texts, strict=True)]
+    texts_by_file = [("again.txt" if n == 20 else f"{n}.txt", text) for n, text in zip(lengths, texts, strict=True)]
     alone = serve(model, lambda engine: [float(engine.token_log_likelihoods(tokens(1, n, seed=n))[0].sum())
                                          for n in lengths], ring_degree=2)[0]  # fmt: skip
-    for result in serve(model, lambda engine: score(engine, documents, show_progress=False), batch_size=2, **layout):
+    for result in serve(
+        model, lambda engine: score(engine, texts_by_file, show_progress=False), batch_size=2, **layout
+    ):
         found = result["documents"]
-        assert [(d["file"], d["tokens"]) for d in found] == [(f, len(text)) for f, text in documents]
+        assert [(d["file"], d["tokens"]) for d in found] == [(f, len(text)) for f, text in texts_by_file]
         assert [d["log_likelihood"] for d in found] == pytest.approx(alone, rel=1e-5)
+
+
+def test_documents_may_be_as_long_as_the_model_has_positions_unless_a_limit_is_given(tmp_path):
+    folder = save(tmp_path / "model", gpt_neox(heads=2, layers=1, vocab_size=257, max_position_embeddings=100))
+    short, long = tmp_path / "short.txt", tmp_path / "long.txt"
+    short.write_text("x" * 100)
+    long.write_text("x" * 101)
+    config = RunConfig.load({"dtype": "fp32"}, model=str(folder))
+    assert [len(tokens) for _, tokens in documents.read(config, [str(short)])] == [100]
+    with pytest.raises(InputError, match="101 tokens, more than the model's max_position_embeddings=100"):
+        documents.read(config, [str(short), str(long)])
+    with pytest.raises(InputError, match="100 tokens, more than max_length=50; raise --max-length"):
+        documents.read(RunConfig.load(config, max_length=50), [str(short)])
+
+
+def test_a_layout_is_planned_for_the_documents():
+    config = documents.sized(RunConfig.load({}), [("a", [1] * 7), ("b", [1] * 40)])
+    assert (config.workload.batch_size, config.workload.max_length) == (2, 40)
+    assert documents.sized(RunConfig.load({}, max_length=90), [("a", [1] * 7)]).workload.max_length == 90

@@ -27,7 +27,8 @@ DOCUMENT = {
     "ds_ring": {
         "model": "checkpoints/paper",
         "parallel": {"pp_size": 2, "ring_impl": "contiguous"},
-        "workload": {"max_length": 10000, "text": ["a.txt", "b.txt"], "sweep": [2048, 512]},
+        "workload": {"max_length": 10000},
+        "benchmark": {"text": ["a.txt", "b.txt"], "sweep": [2048, 512]},
         "transport": "process_group",
     },
 }
@@ -54,14 +55,16 @@ class TestLoading:
                 "model": None,
                 "parallel": {
                     "auto": False, "dp_size": 1, "pp_size": 1, "ring_degree": 1, "ulysses_degree": 1,
-                    "implementation": "ds_ring", "ring_impl": "zigzag", "ring_variant": "auto",
+                    "ring_impl": "zigzag", "ring_variant": "auto",
                     "decode": "auto", "gather_limit_mib": 2048,
                 },
                 "workload": {
-                    "batch_size": 1, "max_length": 1024, "sweep": [], "micro_batch_size": 1,
-                    "micro_batch_sizes": [], "block_rows": 65536, "text": [],
-                    "prefill_chunk": 0, "warmup": 1, "warmup_batch_size": 0, "repeats": 3, "sustain_s": 0,
-                    "speed_only": False, "mode": "full",
+                    "batch_size": 1, "max_length": 1024, "micro_batch_size": 1, "block_tokens": 65536,
+                    "prefill_chunk": 0,
+                },
+                "benchmark": {
+                    "implementation": "ds_ring", "sweep": [], "micro_batch_sizes": [], "text": [], "warmup": 1,
+                    "warmup_batch_size": 0, "repeats": 3, "sustain_s": 0, "speed_only": False, "mode": "full",
                 },
                 "transport": "auto",
                 "interleave": "auto",
@@ -109,14 +112,14 @@ class TestLoading:
         assert config.topology == Topology(pp=2, tp=2)
         assert config.parallel.ring_impl == "contiguous"
         assert config.workload.max_length == 10000
-        assert config.workload.text == ("a.txt", "b.txt")
+        assert config.benchmark.text == ("a.txt", "b.txt")
         assert config.ring.model == "checkpoints/paper"
         assert config.ring.transport == "process_group"
 
     def test_lengths_are_the_sweep_and_the_longest_ascending_and_once_each(self):
-        assert RunConfig.load(DOCUMENT).workload.lengths == [512, 2048, 10000]
-        assert WorkloadConfig(max_length=8, sweep=(8, 16, 8)).lengths == [8, 16]
-        assert WorkloadConfig(max_length=8).lengths == [8]
+        assert RunConfig.load(DOCUMENT).lengths == [512, 2048, 10000]
+        assert RunConfig.load({}, max_length=8, sweep=(8, 16, 8)).lengths == [8, 16]
+        assert RunConfig.load({}, max_length=8).lengths == [8]
 
     def test_deepspeeds_keys_are_handed_on_untouched(self):
         config = RunConfig.load(DOCUMENT)
@@ -229,7 +232,7 @@ class TestRefusedFiles:
         file.write_text('{"ds_ring": {"parallel": {"tp_size": 2}}}')
         with refused(
             f"ds_ring.parallel.tp_size is not a known key in {file}; known here: auto, decode, dp_size, "
-            "gather_limit_mib, implementation, pp_size, ring_degree, ring_impl, ring_variant, ulysses_degree"
+            "gather_limit_mib, pp_size, ring_degree, ring_impl, ring_variant, ulysses_degree"
         ):
             RunConfig.load(file)
 
@@ -238,12 +241,11 @@ class TestRefusedFiles:
     ("document", "text"),
     [
         ({"ds_ring": {"paralel": {}}},
-         "ds_ring.paralel is not a known key; known here: decode_graph, fusion, in_flight, interleave, model, "
-         "parallel, timeout_s, transport, workload"),
+         "ds_ring.paralel is not a known key; known here: benchmark, decode_graph, fusion, in_flight, interleave, "
+         "model, parallel, timeout_s, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
-         "ds_ring.workload.length is not a known key; known here: batch_size, block_rows, max_length, "
-         "micro_batch_size, micro_batch_sizes, mode, prefill_chunk, repeats, speed_only, sustain_s, sweep, text, "
-         "warmup, warmup_batch_size"),
+         "ds_ring.workload.length is not a known key; known here: batch_size, block_tokens, max_length, "
+         "micro_batch_size, prefill_chunk"),
         ({"ds_ring": {"parallel": {"pp_size": "many"}}},
          "ds_ring.parallel.pp_size='many': Input should be a valid integer, unable to parse string as an integer"),
         ({"ds_ring": {"parallel": {"pp_size": 1.5}}},
@@ -252,11 +254,11 @@ class TestRefusedFiles:
          "ds_ring.parallel.pp_size=None: Input should be a valid integer"),
         ({"ds_ring": {"parallel": 3}},
          "ds_ring.parallel=3: Input should be a valid dictionary or instance of ParallelConfig"),
-        ({"ds_ring": {"workload": {"text": 3}}}, "ds_ring.workload.text=3: Input should be a valid tuple"),
+        ({"ds_ring": {"benchmark": {"text": 3}}}, "ds_ring.benchmark.text=3: Input should be a valid tuple"),
         ({"ds_ring": {"parallel": {"ulysses_degree": 0}}},
          "ds_ring.parallel.ulysses_degree=0: Input should be greater than or equal to 1"),
-        ({"ds_ring": {"workload": {"warmup": -1}}},
-         "ds_ring.workload.warmup=-1: Input should be greater than or equal to 0"),
+        ({"ds_ring": {"benchmark": {"warmup": -1}}},
+         "ds_ring.benchmark.warmup=-1: Input should be greater than or equal to 0"),
         ({"ds_ring": {"workload": {"max_length": 0}}},
          "ds_ring.workload.max_length=0: Input should be greater than or equal to 1"),
         ({"ds_ring": {"parallel": {"ring_impl": "striped"}}},
@@ -266,10 +268,10 @@ class TestRefusedFiles:
          "or 'pass_q'"),
         ({"ds_ring": {"transport": "mpi"}},
          "ds_ring.transport='mpi': Input should be 'auto', 'process_group' or 'copy_engine'"),
-        ({"ds_ring": {"workload": {"repeats": 0}, "modle": "x"}},
-         "ds_ring.workload.repeats=0: Input should be greater than or equal to 1; "
-         "ds_ring.modle is not a known key; known here: decode_graph, fusion, in_flight, interleave, model, "
-         "parallel, timeout_s, transport, workload"),
+        ({"ds_ring": {"benchmark": {"repeats": 0}, "modle": "x"}},
+         "ds_ring.benchmark.repeats=0: Input should be greater than or equal to 1; "
+         "ds_ring.modle is not a known key; known here: benchmark, decode_graph, fusion, in_flight, interleave, "
+         "model, parallel, timeout_s, transport, workload"),
         ({"ds_ring": 3}, "ds_ring must be a JSON object, not 3"),
         ({"ds_ring": None}, "ds_ring must be a JSON object, not None"),
         ({"tensor_parallel": 2}, "tensor_parallel must be a JSON object, not 2"),
@@ -288,7 +290,7 @@ def test_refused_documents(document, text):
     ("document", "override", "text"),
     [
         ({"ds_ring": {"parallel": 3}}, {"pp_size": 2}, "ds_ring.parallel must be a JSON object, not 3"),
-        ({"ds_ring": {"workload": []}}, {"repeats": 2}, "ds_ring.workload must be a JSON object, not []"),
+        ({"ds_ring": {"benchmark": []}}, {"repeats": 2}, "ds_ring.benchmark must be a JSON object, not []"),
         ({"tensor_parallel": 2}, {"tp_size": 2}, "tensor_parallel must be a JSON object, not 2"),
     ],
 )

@@ -80,7 +80,7 @@ def test_tiles_are_written_one_by_one_wherever_there_are_several(layout, config,
         return plans[threading.get_ident()]
 
     destination = "ulysses_buffer" if "ulysses_degree" in layout else "ring_buffer"
-    for own in serve(build(config()), work, block_rows=16, **layout):
+    for own in serve(build(config()), work, block_tokens=16, **layout):
         assert own
         for plan in own:
             assert len(plan.tiles) == (4 if not layout else 2)

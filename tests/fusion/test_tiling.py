@@ -56,11 +56,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize(("micro", "block_rows"), [(1, 7), (2, 30), (2, 70)])
-def test_every_layout_gives_the_same_in_tiles(layout, micro, block_rows):
+@pytest.mark.parametrize(("micro", "block_tokens"), [(1, 7), (2, 30), (2, 70)])
+def test_every_layout_gives_the_same_in_tiles(layout, micro, block_tokens):
     """Parts of a sequence, and whole sequences at a time."""
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(4, LENGTH)
-    options = {"batch_size": 4, "micro_batch_size": micro, "block_rows": block_rows, **layout}
+    options = {"batch_size": 4, "micro_batch_size": micro, "block_tokens": block_tokens, **layout}
     for got in serve(model, lambda engine: engine(ids).logits, **options):
         assert relative_error(got, logits(model, ids)) < TOLERANCE
 
@@ -69,7 +69,7 @@ def test_every_layout_gives_the_same_in_tiles(layout, micro, block_rows):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_gives_the_same_in_tiles(name, ring_degree):
     model, ids = build(ARCHITECTURES[name]()), tokens(2, LENGTH)
-    for got in serve(model, lambda engine: engine(ids).logits, block_rows=8, batch_size=2, ring_degree=ring_degree):
+    for got in serve(model, lambda engine: engine(ids).logits, block_tokens=8, batch_size=2, ring_degree=ring_degree):
         assert relative_error(got, logits(model, ids)) < TOLERANCE
 
 
@@ -77,7 +77,7 @@ def test_every_architecture_gives_the_same_in_tiles(name, ring_degree):
 def test_a_prompt_in_tiles_fills_the_cache(layout):
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(2, 21)
     want = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    options = {"max_length": 64, "batch_size": 2, "block_rows": 5, **layout}
+    options = {"max_length": 64, "batch_size": 2, "block_tokens": 5, **layout}
     for got in serve(model, lambda e: e.generate(ids, max_new_tokens=4, do_sample=False), **options):
         assert torch.equal(got, want)
 
@@ -93,7 +93,7 @@ def test_usual_shapes_run_as_without_tiles(monkeypatch):
 
     monkeypatch.setattr(tiling, "in_tiles", watched)
     model, ids = build(gpt_neox(heads=4, layers=2)), tokens(2, LENGTH)
-    want = serve(model, lambda engine: engine(ids).logits, block_rows=0)[0]
+    want = serve(model, lambda engine: engine(ids).logits, block_tokens=0)[0]
     assert seen == []
     got = serve(model, lambda engine: engine(ids).logits)[0]
     assert seen == [True] * 4  # two layers, two micro-batches
@@ -156,12 +156,12 @@ def test_memory_is_what_the_closed_form_says_and_no_intermediate_is_whole(config
         assert live.now < whole / 20, "something outlives its forward"
         return live.peak, live.largest
 
-    for block_rows in (tile_tokens, 0):
-        options = {"max_length": length, "block_rows": block_rows, **layout}
+    for block_tokens in (tile_tokens, 0):
+        options = {"max_length": length, "block_tokens": block_tokens, **layout}
         ranks = serve(model, work, **options)
         whole_on_rank = whole // len(ranks)
         peak, largest = max(ranks)  # a ring's first rank sees all of the other's keys
-        if block_rows:
+        if block_tokens:
             run = RunConfig.load({"dtype": "fp32"}, **options)
             assert largest < whole_on_rank
             assert peak == pytest.approx(peak_bytes(run, dims, 0, 1), rel=0.1)
@@ -184,7 +184,7 @@ def test_memory_in_tiles_is_what_the_closed_form_says_in_other_layouts_too(layou
         engine(ids, logits_to_keep=1)  # traces the layers
         return peak_of(lambda: engine(ids, logits_to_keep=1)).peak
 
-    options = {"max_length": length, "block_rows": 64, **layout}
+    options = {"max_length": length, "block_tokens": 64, **layout}
     run = RunConfig.load({"dtype": "fp32"}, **options)
     predicted = peak_bytes(run, model_dims(model.config), 0, 1)
     assert max(serve(model, work, **options)) == pytest.approx(predicted, rel=0.03)

@@ -58,8 +58,8 @@ def test_a_long_forward_takes_the_memory_of_the_closed_form(tmp_path):
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    run = RunConfig.load({"dtype": "fp16"}, batch_size=1, max_length=LENGTH, block_rows=16_384)
+    run = RunConfig.load({"dtype": "fp16"}, batch_size=1, max_length=LENGTH, block_tokens=16_384)
     want = peak_bytes(run, model_dims(config), LAYERS * 12 * 2048**2, 1) / 2**30
-    tiled = peak_gib(tmp_path, "--block-rows", 16_384)
+    tiled = peak_gib(tmp_path, "--block-tokens", 16_384)
     assert tiled == pytest.approx(want, rel=0.1)
-    assert peak_gib(tmp_path, "--block-rows", 0) > tiled + 1.1
+    assert peak_gib(tmp_path, "--block-tokens", 0) > tiled + 1.1

@@ -125,8 +125,8 @@ def test_more_tokens_take_longer_and_more_memory():
 LONG = replace(PAPER, max_positions=1 << 20)
 
 
-def ring_of_two(block_rows: int, **options: int) -> Plan:
-    config = RunConfig.load(run(1, 1_000_000), block_rows=block_rows, **options)
+def ring_of_two(block_tokens: int, **options: int) -> Plan:
+    config = RunConfig.load(run(1, 1_000_000), block_tokens=block_tokens, **options)
     return next(p for p in plans(config, LONG, PAPER_WEIGHTS, 2, H100) if p.label == "ring2")
 
 
@@ -141,7 +141,7 @@ def test_a_million_tokens_fit_on_two_where_layers_run_in_blocks():
 
 def test_memory_of_usual_shapes_does_not_depend_on_blocks():
     whole, blocked = (
-        plans(RunConfig.load(run(8, 10_000, 2), block_rows=n), PAPER, PAPER_WEIGHTS, 2, H100) for n in (0, 65_536)
+        plans(RunConfig.load(run(8, 10_000, 2), block_tokens=n), PAPER, PAPER_WEIGHTS, 2, H100) for n in (0, 65_536)
     )
     assert [p.memory_gib for p in whole] == [p.memory_gib for p in blocked]
 

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ds_ring.engine.engine import Engine
 from ds_ring.utils.device import copy_rate
+
+
+def floor(engine: Engine, found: dict[str, Any]) -> dict[str, float | None]:
+    """``decode_floor_ms`` and, of what ``timed_generation.generate`` gave, the step's time over it. Collective.
+
+    All ranks are taken to hold as much cache as the fullest, which has one token more than others at most.
+    """
+    floor_ms, step_ms = 1e3 * step_floor_s(engine, int(found["cache_gib_per_rank"] * 2**30)), found["decode_tpot_ms"]
+    return {"decode_floor_ms": floor_ms, "decode_over_floor": None if step_ms is None else step_ms / floor_ms}
 
 
 def step_floor_s(engine: Engine, cache_bytes: int) -> float:
