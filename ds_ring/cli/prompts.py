@@ -32,14 +32,16 @@ def read(
         raise InputError("no prompt: give --prompt TEXT… or --prompt-file FILE…")
     Checkpoint.open(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint)
-    prompts = [_token_ids(tokenizer, text, raw) for text in texts]
+    prompts = [tokens_of(tokenizer, text, raw=raw) for text in texts]
     for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         if not text.strip() or not prompt:  # a tokenizer may put a token of its own even before an empty text
             raise InputError(f"prompt {number + 1} of {len(prompts)} is empty")
     return tokenizer, prompts
 
 
-def _token_ids(tokenizer: Any, text: str, raw: bool) -> list[int]:
+def tokens_of(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
+    """Token ids of ``text`` as a user's message in the chat template, or as it is where there is none or with
+    ``raw``."""
     found: Any
     if raw or not tokenizer.chat_template:
         found = tokenizer(text, verbose=False)["input_ids"]

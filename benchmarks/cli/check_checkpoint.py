@@ -1,0 +1,33 @@
+"""A trained checkpoint in a layout beside unsharded transformers: perplexity of real text, and greedy answers.
+
+    deepspeed --quiet --num_gpus 2 launch/check_checkpoint.py --model DIR --dtype fp16 --ring-degree 2 --max-length 8192
+
+The text is the Python language reference, or the files of --text; the questions go through the chat template. The last
+line of standard output has both perplexities and how many tokens of the answers are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ds_ring.cli import options
+
+
+def work(args: argparse.Namespace) -> dict[str, Any]:
+    config = options.run_config(args)
+    from benchmarks.models import real_checkpoint
+    from ds_ring.utils import results
+
+    found = real_checkpoint.check(config, args.max_new_tokens, options.say)
+    return {**results.provenance(), "config": config.document(), **found}
+
+
+def main() -> None:
+    parser = options.run_parser(__doc__)
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens an answer [128]")
+    options.main(work, parser)
+
+
+if __name__ == "__main__":
+    main()
