@@ -23,6 +23,7 @@ from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Topology
 from ds_ring.process.launcher import free_port
+from ds_ring.testing.host_staged import HostStagedTransport
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.select import SHARE_GPU, Location, select_transports
 from tests.helpers.marks import ON_A_GPU
@@ -78,7 +79,8 @@ def _rank(rank: int, port: int, topology: Topology, results, work, arguments) ->
         locations: list[Location] = [None] * topology.world_size
         dist.all_gather_object(locations, Location.of(device))
         choice = select_transports("copy_engine", topology, locations, sharing=shared)
-        mesh = Mesh.from_process_groups(topology, choice.pulled, device)
+        messages = HostStagedTransport if shared else None
+        mesh = Mesh.from_process_groups(topology, choice.pulled, device, messages=messages)
         with torch.inference_mode():
             value = work(mesh, device, *arguments)
         torch.cuda.synchronize()
