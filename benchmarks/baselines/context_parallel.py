@@ -95,8 +95,8 @@ class ContextParallelRunner(BaselineRunner):
             rotater.exchange_buffers(*alike())
             rotater.next_buffer()
 
-        peers = self.mesh["sp"].size - 1 if gathers else 1
-        self._account("all_gather" if gathers else "exchange", buffer.nbytes * peers, again)
+        others = self.mesh["sp"].size - 1 if gathers else 1
+        self._account("all_gather" if gathers else "exchange", buffer.nbytes * others, again)
 
 
 class _Rotater:

@@ -97,7 +97,7 @@ class BaselineRunner(ModelRunner):
     def _all_to_all(
         self, own: Callable[..., Any], output: Tensor, tensor: Tensor, group: Any = None, **options: Any
     ) -> Any:
-        """``own``, the peer's exchange of equal parts, counted; muted, its result is what was given."""
+        """``own``, the baseline's exchange of equal parts, counted. Muted, it returns what it was given."""
         alike, size = blanks(output, tensor), torch.distributed.get_world_size(group)
         self._account("all_to_all", tensor.nbytes * (size - 1) // size, lambda: own(*alike(), group=group))
         if self.muted:
@@ -105,7 +105,7 @@ class BaselineRunner(ModelRunner):
         return own(output, tensor, group=group, **options)
 
     def _account(self, operation: str, sent: int, again: Callable[[], object]) -> None:
-        """For whoever sends, before it does; ``again`` moves as much once more."""
+        """To be called before sending. ``again`` moves as many bytes once more."""
         self.mesh.traffic.add(operation, sent)
         if self.journal is not None:
             self.journal.append(again)

@@ -32,7 +32,7 @@ from ds_ring.utils.device import to_device
 
 
 class YunchangRunner(BaselineRunner):
-    """``ring_impl`` is its zigzag ring or its basic one; ring and Ulysses ranks lie as ours do."""
+    """``ring_impl`` is its zigzag ring or its basic one; ring and Ulysses ranks are ordered as ours."""
 
     def __init__(
         self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
@@ -78,7 +78,7 @@ class YunchangRunner(BaselineRunner):
         return self._attention(q, k, v, softmax_scale=options.get("scaling"), causal=True), None
 
     def _exchange(self, operations: list[P2POp]) -> list[Any]:
-        """Its ring's messages, each behind the one that it sends."""
+        """Its ring's messages: as many received as sent, in the same order."""
         hows, alike = [(op.op, op.peer) for op in operations], blanks(*(op.tensor for op in operations))
         group = operations[0].group
 

@@ -1,6 +1,6 @@
 """Decoder layers of an engine under ``torch.compile``, with our attention as an operator that Dynamo cannot look into.
 
-The operator has a fake implementation, so a layer stays one graph: what is before attention, attention, what is behind.
+The operator has a fake implementation, so a layer stays one graph: what is before attention, attention, and the rest.
 Contexts are found by a number, since an operator takes tensors and numbers only. All layers of a model have the same
 number, so that they share what Dynamo compiles for the first.
 """

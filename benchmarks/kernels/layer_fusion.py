@@ -175,7 +175,7 @@ def _error(got: Tensor, want: Tensor) -> float:
 def _take_turns(
     variants: Sequence[_Variant], timed: Sequence[Timed], device: torch.device, seconds: float, rounds: int
 ) -> None:
-    """Once the GPU is warm. Every other round goes backwards, so that no variant is always behind the same one."""
+    """Time each variant, on a warm GPU. Every other round is in reverse order: none always follows the same one."""
     watch, pairs = stopwatch(device), list(zip(variants, timed, strict=True))
 
     def turn(one: Timed) -> None:

@@ -90,7 +90,7 @@ def measure(
         report(str(engine.runner.fusion))
 
 
-def warmup_rows(config: RunConfig) -> int:
+def warmup_sequences(config: RunConfig) -> int:
     """The number of sequences of untimed passes: whole micro-batches of every replica, of every size in the batch.
 
     What is counted in these passes is scaled up to the batch."""
@@ -104,10 +104,10 @@ def warmup_rows(config: RunConfig) -> int:
 
 def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
     """Figures of ``profile_trace.summary``, means over ranks, and some of each rank, because faster ranks wait."""
-    first_rows = batch.split(range(warmup_rows(engine.run_config)))
+    warmup_batch = batch.split(range(warmup_sequences(engine.run_config)))
 
     def step() -> None:
-        engine.prefill(first_rows, "last")
+        engine.prefill(warmup_batch, "last")
 
     engine.meet()
     own = trace_step(step, engine.device, file, engine.mesh.rank, len(engine.runner.layers))
@@ -119,7 +119,7 @@ def _trace(engine: Engine, batch: Batch, file: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _Findings:
+class _Measured:
     bytes_sent: float
     peak_memory_gib: float
     step: Timing
@@ -137,28 +137,28 @@ def _difference(
     return (parity.compare if mode == "full" else parity.compare_last)(engine, reference)
 
 
-def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) -> _Findings:
+def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) -> _Measured:
     work, how = engine.run_config.workload, engine.run_config.benchmark
     label = f"{engine.run_config.label}, L = {batch.length}, {mode}"
     if how.micro_batch_sizes:
         label += f", micro-batches of {work.micro_batch_size}"
-    first_rows = batch.split(range(warmup_rows(engine.run_config)))
-    scale = len(batch.sequences) / len(first_rows.sequences)
+    warmup_batch = batch.split(range(warmup_sequences(engine.run_config)))
+    scale = len(batch.sequences) / len(warmup_batch.sequences)
 
-    def step(rows: Batch = batch) -> None:
+    def step(taken: Batch = batch) -> None:
         if mode == "full":
-            engine.prefill(rows, "last")
+            engine.prefill(taken, "last")
         else:
-            engine.prefill_only(rows)
+            engine.prefill_only(taken)
 
     report(f"{label}: count bytes")
-    bytes_sent, journal = count_bytes(engine, lambda: step(first_rows))
+    bytes_sent, journal = count_bytes(engine, lambda: step(warmup_batch))
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
 
     report(f"{label}: warm up")
     for _ in range(how.warmup):
-        step(first_rows)
+        step(warmup_batch)
     sustained = f" and more, for {how.sustain_s} s" if how.sustain_s else ""
     report(f"{label}: {how.repeats} timed passes{sustained}")
     with watched_gpu(engine.device) as gpu:
@@ -166,13 +166,13 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     # GPUs with equal power limits have unequal clocks, and all wait for the slowest.
     clocks = [clock for clock in engine.gather(gpu.get("sm_clock_mhz")) if clock is not None]
     figures = _of_a_pass(gpu, timing) | ({"sm_clock_mhz_by_rank": _each(clocks)} if clocks else {})
-    # Before the passes without communication, which hold memory of their own beside what peers can read.
+    # Before the passes without communication, which hold memory of their own beside the peer memory.
     peak_memory_gib = max(engine.gather(engine.runner.peak_memory_gib))
     if how.speed_only:
-        return _Findings(bytes_sent * scale, peak_memory_gib, timing, None, None, figures)
+        return _Measured(bytes_sent * scale, peak_memory_gib, timing, None, None, figures)
     report(f"{label}: without communication")
     with muted(engine):
-        step(first_rows)
+        step(warmup_batch)
         with watched_gpu(engine.device) as muted_gpu:
             without_comm = time_passes(engine, step, how.repeats)
     report(f"{label}: communication alone")
@@ -185,7 +185,7 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     alone = time_passes(engine, replay, how.repeats)
     figures |= {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, without_comm).items()}
     alone = Timing([scale * s for s in alone.samples_s])
-    return _Findings(bytes_sent * scale, peak_memory_gib, timing, without_comm, alone, figures)
+    return _Measured(bytes_sent * scale, peak_memory_gib, timing, without_comm, alone, figures)
 
 
 def _each(values: Iterable[float]) -> str:
@@ -198,7 +198,7 @@ def _of_a_pass(gpu: dict[str, float], timing: Timing) -> dict[str, float]:
 
 
 def _row(
-    engine: Engine, work: Work, mode: Mode, found: _Findings, difference: parity.Difference | None, peak: float,
+    engine: Engine, work: Work, mode: Mode, found: _Measured, difference: parity.Difference | None, peak: float,
     peak_source: str,
 ) -> dict[str, Any]:  # fmt: skip
     config, topology = engine.run_config, engine.mesh.topology
@@ -220,7 +220,7 @@ def _row(
         "in_flight": min(engine.runner.lanes, config.micro_batches(config.workload.micro_batch_size)),
         "batch": work.batch,
         "micro_batch": config.workload.micro_batch_size,
-        "warmup_batch": warmup_rows(config),
+        "warmup_batch": warmup_sequences(config),
         "length": work.length,
         "dtype": config.dtype,
         "fusion": config.ring.fusion if engine.runner.fusion is not None else "none",

@@ -1,4 +1,4 @@
-"""Passes over a batch on all ranks together: how long they take, and what they send."""
+"""Passes over a batch on all ranks together: their times, and the bytes that they send."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ds_ring.utils.device import synchronize
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each timed pass: the slowest rank's."""
+    """Seconds of each timed pass, on its slowest rank."""
 
     samples_s: list[float]
 
@@ -30,11 +30,11 @@ class Timing:
 
 
 def time_passes(engine: Engine, step: Callable[[], None], repeats: int, sustain_s: float = 0) -> Timing:
-    """Time ``step`` on all ranks together, ``repeats`` times and for ``sustain_s`` seconds; a pass takes as long as its
-    slowest rank."""
+    """Time ``step`` on all ranks together: at least ``repeats`` times, and for at least ``sustain_s`` seconds.
+    Collective. The time of a pass is that of its slowest rank."""
     own: list[float] = []
     begun = time.perf_counter()
-    # When enough has passed is rank 0's word, or some would begin a pass that others do not.
+    # Rank 0's clock decides, so that all ranks end after the same pass.
     while len(own) < repeats or engine.gather(time.perf_counter() - begun)[0] < sustain_s:
         with engine.watchdog.watch("a timed pass"):
             synchronize(engine.device)
@@ -48,7 +48,7 @@ def time_passes(engine: Engine, step: Callable[[], None], repeats: int, sustain_
 
 
 def count_bytes(engine: Engine, step: Callable[[], None]) -> tuple[float, Journal]:
-    """(mean bytes a rank sends in one pass, what this rank does to send and receive them)."""
+    """(mean bytes that a rank sends in one pass, journal of what this rank does to send and receive). Collective."""
     traffic = engine.mesh.traffic
     traffic.bytes_by_op.clear()
     with recorded(engine) as journal:

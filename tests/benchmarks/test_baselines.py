@@ -130,9 +130,9 @@ def test_deepspeeds_ulysses_is_compared_in_the_same_table(tmp_path):
     file, output = tmp_path / "baseline.json", tmp_path / "compare.json"
     section = {
         "model": str(wide_head_llama(tmp_path / "llama")),
-        "parallel": {"ulysses_degree": 2},
+        "parallel": {"ulysses_degree": ULYSSES["ulysses_degree"]},
         "workload": {"batch_size": 3, "max_length": 101, "micro_batch_size": 1},
-        "benchmark": {"implementation": "deepspeed_ulysses", "micro_batch_sizes": [1, 2], "repeats": 1},
+        "benchmark": {"implementation": ULYSSES["implementation"], "micro_batch_sizes": [1, 2], "repeats": 1},
     }
     file.write_text(json.dumps({"dtype": "fp32", "ds_ring": section}))
     run([sys.executable, "launch/compare.py", "--layouts", str(file), "--output", str(output)])

@@ -39,7 +39,7 @@ BATCH, LENGTH = 1024, 8
     ids=str,
 )
 def test_untimed_passes_take_whole_micro_batches_of_every_replica(workload, rows):
-    assert bench.warmup_rows(RunConfig.load({}, **workload)) == rows
+    assert bench.warmup_sequences(RunConfig.load({}, **workload)) == rows
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("gpu*/*.json")), ids=lambda file: file.stem)
@@ -47,7 +47,7 @@ def test_every_gpu_layout_runs_the_papers_whole_pass(file):
     run = RunConfig.load(file, batch_size=1024)
     check_run(run, model_dims(read_config(ROOT / "ds_configs/models/paper.json")), run.topology.world_size)
     assert run.workload.max_length == 10000
-    assert bench.warmup_rows(run) <= 32 * run.parallel.dp_size
+    assert bench.warmup_sequences(run) <= 32 * run.parallel.dp_size
 
 
 @pytest.mark.parametrize(
