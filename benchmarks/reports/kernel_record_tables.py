@@ -109,7 +109,7 @@ PROFILE_LEGEND = {
     "SMs": "SMs: working cycles of the first SM to end / of the mean, over those of the last",
     "issue": "issue: slots in which an instruction is issued",
     "L1": "L1: its data pipe, which shared memory uses too; L1, L2, DRAM: over their peak",
-    "warps wait for": "warps wait for: the three most frequent reasons, as shares of all warps' time (loading warps too)",
+    "warps wait for": "warps wait for: the three most frequent reasons, as shares of all warps' time (also loading)",
 }
 
 
