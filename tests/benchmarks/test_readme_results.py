@@ -61,6 +61,13 @@ def test_results_are_those_of_the_records(beginning, figures):
         assert (ROOT / RESULTS / record).is_file()
 
 
+def test_the_ratio_to_other_implementations_is_that_of_the_record():
+    rows = read_json(ROOT / RESULTS / "peers_llama_wide_gpu2.json")["rows"]
+    ring = next(row["tps"] for row in rows if row["layout"] == "ring2")
+    best = max(row["tps"] for row in rows if row["implementation"] != "ds_ring")
+    assert f"the ring does {ring / best:.2f} times the best of them" in " ".join(LINES)
+
+
 def test_the_readme_is_short_and_begins_with_a_command():
     assert len(LINES) <= 130
     assert any(line.startswith("    ds-ring generate") for line in LINES[:30])
