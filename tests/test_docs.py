@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("ds_ring", "benchmarks", "launch", "tests", "ds_configs", "docs")
-PAGES = sorted(page for page in [ROOT / "README.md", *ROOT.glob("docs/*.md")] if page.name != "log.md")
-"""All but the log, whose names are those of the time of writing."""
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+EXPERIMENTS = sorted(ROOT.glob("docs/experiments/*.md"))
+"""Their names are those of the time of writing; their links and records are not."""
 OF_OTHERS = ("torch", "transformers", "deepspeed")
 """Packages whose names are theirs to keep."""
 SECTIONS = {"ds_ring": "RingConfig", "workload": "WorkloadConfig", "parallel": "ParallelConfig"}
@@ -133,9 +134,20 @@ def test_what_its_commands_name_exists(page):
     assert [path for path in named if not matching(path) and not matching(f"{path}/")] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *EXPERIMENTS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_its_links_lead_somewhere(page):
     assert [link for link in LINK.findall(page.read_text()) if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", EXPERIMENTS, ids=lambda page: page.name)
+def test_records_of_experiments_exist(page):
+    named = [name for name in QUOTED.findall(page.read_text()) if re.fullmatch(r"[\w*]+\.json", name)]
+    assert [name for name in named if not list(ROOT.glob(f"benchmarks/results/{name}"))] == []
+
+
+def test_every_page_of_experiments_is_in_their_index():
+    index = ROOT / "docs/experiments/README.md"
+    assert set(LINK.findall(index.read_text())) >= {page.name for page in EXPERIMENTS if page != index}
 
 
 @pytest.mark.parametrize(

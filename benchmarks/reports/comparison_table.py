@@ -14,8 +14,8 @@ COLUMNS = ("layout", "TPS (tok/s)", "TPOT (ms)", "vs TP/PP", "vs DP", "MFU", "se
 LEGEND = (
     "TPS: tokens of one forward / its wall time, all ranks together. TPOT: B / TPS, as the paper has it. vs TP/PP: "
     "TPS against the fastest tensor/pipeline layout here. sent/rank: bytes counted in one forward. comm shown: "
-    "step time less the step with communication left out (a pipeline's bubble counts). max error: of the worst "
-    "token, against the unsharded model."
+    "step time less the step without communication (a pipeline's bubble counts). max error: relative error of the "
+    "worst token, against the unsharded model."
 )
 
 

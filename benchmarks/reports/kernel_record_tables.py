@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.reports.kernel_tables import attention_cells, fastest_baseline, product_cells
+from benchmarks.reports.kernel_tables import attention_cells, fastest_baseline, layer_fusion_cells, product_cells
 from benchmarks.reports.tables import clock_and_power, given, markdown_table, without_empty_columns
 
 Document = dict[str, Any]
@@ -15,6 +15,19 @@ Rows = list[dict[str, Any]]
 
 def products(documents: Sequence[Document], rows: Rows) -> list[str]:
     return markdown_table(*without_empty_columns(*product_cells(rows)))
+
+
+def layer_fusion(documents: Sequence[Document], rows: Rows) -> list[str]:
+    return _with_legend(*layer_fusion_cells(rows), LAYER_FUSION_LEGEND)
+
+
+LAYER_FUSION_LEGEND = {
+    "case": "case: model, B x L",
+    "vs fusion": "vs fusion: tok/s against our fusion in the same case",
+    "compile (s)": "compile: how much longer the first pass of a length takes than the second",
+    "error": "error: relative, of final hidden states against transformers' layers",
+    "MHz": "MHz, W, J: clock, power and energy of a pass",
+}
 
 
 def transfers(documents: Sequence[Document], rows: Rows) -> list[str]:
@@ -62,8 +75,8 @@ def attention(documents: Sequence[Document], rows: Rows) -> list[str]:
 
 ATTENTION_LEGEND = {
     "implementation": "*: the fastest in the file that is not ours",
-    "share": "share: of a matrix product timed in turn with it",
-    "GB/s": "GB/s: of keys and values read",
+    "share": "share: the rate over that of a matrix product timed in turn with it",
+    "GB/s": "GB/s: keys and values read",
     "error": "error: relative, against fp64",
     "MHz": "MHz and W: while it ran alone",
 }
@@ -92,11 +105,11 @@ def _spread(row: dict[str, Any]) -> str:
 
 PROFILE_LEGEND = {
     "tensor": "tensor: cycles of the launch in which the tensor pipe works, all SMs",
-    "useful": "useful: the case's FLOPs over what the pipe can do in those cycles, the rest being padded or masked",
-    "SMs": "SMs: working cycles of the first that is done / of the mean, over the last's",
+    "useful": "useful: the case's FLOPs over those that the pipe can do in these cycles; the rest are padded or masked",
+    "SMs": "SMs: working cycles of the first SM to end / of the mean, over those of the last",
     "issue": "issue: slots in which an instruction is issued",
-    "L1": "L1: its data pipe, shared memory's as well; L1, L2, DRAM: of the most that they can",
-    "warps wait for": "warps wait for: the three most frequent reasons, of the time of all warps, loading ones as well",
+    "L1": "L1: its data pipe, which shared memory uses too; L1, L2, DRAM: over their peak",
+    "warps wait for": "warps wait for: the three most frequent reasons, as shares of all warps' time (also loading)",
 }
 
 

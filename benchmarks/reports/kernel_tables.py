@@ -44,8 +44,8 @@ def transfers_table(rows: list[dict[str, Any]]) -> Table:
     return plain_table(title, heads, cells)
 
 
-def layer_fusion_table(rows: list[dict[str, Any]]) -> Table:
-    """Rows of ``bench_layer_fusion``."""
+def layer_fusion_cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(heads, cells) of rows of ``bench_layer_fusion``."""
     columns = {
         "tok/s": ("tps", ",.0f"), "ms": ("ms", ".2f"), "compile (s)": ("compile_s", ".1f"),
         "graphs": ("graphs_of_all_layers", "d"), "recompiled": ("recompiles", "d"), "breaks": ("graph_breaks", "d"),
@@ -59,8 +59,12 @@ def layer_fusion_table(rows: list[dict[str, Any]]) -> Table:
         ]
         for row in rows
     ]  # fmt: skip
-    heads = ["case", "variant", "vs fusion", *columns, "failed"]
-    return plain_table("Decoder layers of one GPU; error: against transformers' layers", heads, cells)
+    return ["case", "variant", "vs fusion", *columns, "failed"], cells
+
+
+def layer_fusion_table(rows: list[dict[str, Any]]) -> Table:
+    title = "Decoder layers of one GPU; error: against transformers' layers"
+    return plain_table(title, *layer_fusion_cells(rows))
 
 
 ATTENTION_COLUMNS = ("case, implementation", "ms", "TFLOP/s", "share", "GB/s", "error", "lse error", "MHz", "W", "note")

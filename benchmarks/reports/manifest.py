@@ -11,8 +11,9 @@ from ds_ring.errors import ConfigError
 
 Kind = Literal[
     "forward", "products", "transfers", "attention", "profile", "generation", "comparison", "latency", "longest",
-    "scaling",
+    "scaling", "layer_fusion",
 ]  # fmt: skip
+SummaryKind = Literal["throughput", "one_sequence", "implementations"]
 Selector = dict[str, str | int | bool]
 """Fields of a row and their values. It selects the rows that have all of them."""
 
@@ -51,6 +52,7 @@ class Target(_Strict):
 
 class Section(_Strict):
     title: str
+    topic: str = Field("", description="sections of one topic follow one another, under its heading")
     kind: Kind
     caption: str = Field("", description="a paragraph that holds for any record")
     sources: tuple[Source, ...] = Field(min_length=1)
@@ -62,6 +64,28 @@ class Section(_Strict):
         return all(row.get(name) in values for name, values in self.rows.items())
 
 
+class SummaryRecord(_Strict):
+    """A file of benchmarks/results/, and what its rows are called where the record does not say."""
+
+    file: str
+    name: str = ""
+
+
+class SummaryTable(_Strict):
+    title: str
+    caption: str
+    kind: SummaryKind
+    length: int | None = Field(None, description="tokens a sequence of the rows to show; None: of any length")
+    records: tuple[SummaryRecord, ...] = Field(min_length=1)
+
+
+class Summary(_Strict):
+    """The tables that the page opens with."""
+
+    tables: tuple[SummaryTable, ...] = ()
+    note: str = Field("", description="what a reader of the tables must know")
+
+
 class Preparation(_Strict):
     """A file or folder that a command needs if one of the words ``wanted_by`` is in it, and the command for it."""
 
@@ -71,7 +95,8 @@ class Preparation(_Strict):
 
 
 class Page(_Strict):
-    introduction: str
+    summary: Summary = Summary()
+    introduction: str = Field(description="how to read what follows the summary")
     preparations: tuple[Preparation, ...] = ()
     sections: tuple[Section, ...]
 

@@ -5,11 +5,12 @@ The same files always give the same page, so a test can tell whether the page is
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reports import pictures
+from benchmarks.reports import pictures, summary
 from benchmarks.reports.manifest import Page, Section, Source
 from benchmarks.reports.record_tables import TABLES, Document, Rows, rows_of
 from benchmarks.reports.tables import markdown_table
@@ -85,10 +86,18 @@ def write(root: Path) -> dict[str, Any]:
 
 def text(page: Page, found: list[RecordedSection], root: Path) -> str:
     made_by = f"Made by `{COMMAND}` from the results files named below and `{MANIFEST}`; not to be edited by hand."
-    lines = ["# Performance", "", page.introduction, "", made_by, ""]
-    for one in found:
-        if one.is_measured:
-            lines += [*_section(one), ""]
+    measured = [one for one in found if one.is_measured]
+    topics = list(dict.fromkeys(one.section.topic for one in measured if one.section.topic))
+    lines = ["# Performance", "", *summary.lines(page.summary, root / RESULTS)]
+    if topics:
+        lines += [f"Details: {', '.join(f'[{topic}](#{_anchor(topic)})' for topic in topics)}.", ""]
+    lines += ["## How to read this page", "", page.introduction, "", made_by, ""]
+    topic = ""
+    for one in measured:
+        if one.section.topic not in ("", topic):
+            lines += [f"## {one.section.topic}", ""]
+        topic = one.section.topic
+        lines += [*_section(one), ""]
     lines += [*_not_measured(found), ""]
     others = sorted(
         {file.name for file in (root / RESULTS).glob("*.json")} - {n for one in found for n in one.documents}
@@ -101,7 +110,7 @@ def text(page: Page, found: list[RecordedSection], root: Path) -> str:
 
 def _section(one: RecordedSection) -> list[str]:
     section = one.section
-    lines = [f"## {section.title}", ""]
+    lines = [f"{'###' if section.topic else '##'} {section.title}", ""]
     for paragraph in [section.caption, *one.notes]:
         lines += [paragraph, ""] if paragraph else []
     lines += [*TABLES[section.kind](list(one.documents.values()), one.rows), ""]
@@ -111,6 +120,11 @@ def _section(one: RecordedSection) -> list[str]:
         lines += [f"![{section.title}]({PICTURES.name}/{name})", ""]
     lines += ["From:", ""]
     return lines + [f"- {_origin(name, document)}" for name, document in one.documents.items()]
+
+
+def _anchor(heading: str) -> str:
+    """Where a link to a heading leads, as GitHub names it."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def _not_measured(found: list[RecordedSection]) -> list[str]:

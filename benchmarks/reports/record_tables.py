@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.reports import comparison_table, latency_table
-from benchmarks.reports.kernel_record_tables import attention, products, profile, transfers
+from benchmarks.reports.kernel_record_tables import attention, layer_fusion, products, profile, transfers
 from benchmarks.reports.manifest import Kind
 from benchmarks.reports.tables import clock_and_power, given, markdown_table, without_empty_columns
 
@@ -141,6 +141,7 @@ def best_per_gpu(rows: Rows) -> dict[str, dict[int, float]]:
 TABLES: dict[Kind, Callable[[Sequence[Document], Rows], list[str]]] = {
     "forward": forward, "products": products, "transfers": transfers, "attention": attention, "profile": profile,
     "generation": generation, "comparison": compared, "latency": one_sequence, "longest": longest, "scaling": scaling,
+    "layer_fusion": layer_fusion,
 }  # fmt: skip
 
 

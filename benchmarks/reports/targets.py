@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.reports.manifest import Selector, Target
 
-HEADS = ("wanted of", "measured", "wanted", "")
+HEADS = ("target", "measured", "wanted", "")
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def test_attention_with_its_targets(made):
     assert [ours["ms"], ours["TFLOP/s"], ours["share"], ours["error"]] == ["1.389", "432.0", "0.72", "3.0e-04"]
     assert [sdpa["implementation"], flex["implementation"]] == ["sdpa *", "flex"]
     assert [flex["ms"], flex["note"]] == ["-", "no"]
-    assert [(r["wanted of"], r["measured"], r["wanted"], r[""]) for r in results] == [
+    assert [(r["target"], r["measured"], r["wanted"], r[""]) for r in results] == [
         ("ours", "0.72", "≥ 0.9", "**missed** by 20.0 %"), ("error", "0.0003", "≤ 0.0004", "met"),
         ("elsewhere", "-", "≥ 0.5", "not measured"),
     ]  # fmt: skip

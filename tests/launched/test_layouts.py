@@ -189,19 +189,30 @@ leave(0)
     assert result["bytes"] == {"all_reduce": 4 * 2 * (101 * 64 * 4 * 2 // 2)}
 
 
-def test_the_example_of_the_readme_runs(tmp_path):
+def test_the_examples_of_the_pages_run(tmp_path):
+    """All Python of README.md, docs/generation.md and docs/scoring.md, as it is written there."""
     checkpoint = tmp_path / "small"
     make_checkpoint(ROOT / "ds_configs/models/small.json", checkpoint, seed=0, dtype="fp32", device="cpu")
-    example = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
-    script = tmp_path / "example.py"
-    ending = (
-        "shapes = [list(next_tokens.shape), list(logits.shape[:2]), [len(n) for n in nats], list(tokens.shape)]\n"
-        "import sys; sys.stdout.write(f'{shapes}\\n')\n"
-        "sys.stdout.flush(); from ds_ring.cli.options import leave; leave(0)\n"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    tokenizer.save_pretrained(checkpoint)
+    readme, generation, scoring = (
+        "".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+        for page in ("README.md", "docs/generation.md", "docs/scoring.md")
     )
-    script.write_text(example.replace("checkpoints/small", str(checkpoint)) + ending)
-    done = deepspeed(4, script)
-    assert done.stdout.count("[[2], [2, 19], [18, 12], [2, 113]]\n") == 4
+    shown = "import sys; sys.stdout.write(f'{SHAPES}\\n'); sys.stdout.flush()\n"
+    chat = "[inputs.input_ids.shape[1], tokens.shape[1] > inputs.input_ids.shape[1]]"
+    turns = "[list(tokens.shape), answer.sequences.shape[1] > ids.shape[1]]"
+    scores = "[[len(n) for n in nats], list(next_tokens.shape), list(logits.shape)]"
+    script = tmp_path / "example.py"
+    parts = [(readme, chat), (generation, turns), (scoring, scores)]
+    script.write_text(
+        "".join(code + shown.replace("SHAPES", shape) for code, shape in parts).replace("DIR", str(checkpoint))
+    )
+    done = deepspeed(2, script)
+    prompt = len("user: What is the capital of France?\nassistant:")
+    for line in (f"[{prompt}, True]", "[[2, 113], True]", "[[14, 12], [2], [2, 15, 512]]"):
+        assert done.stdout.count(f"{line}\n") == 2
 
 
 @pytest.mark.parametrize(
