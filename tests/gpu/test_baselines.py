@@ -28,7 +28,9 @@ YUNCHANG = pytest.mark.skipif(find_spec("yunchang") is None, reason="yunchang is
 def test_they_agree_on_two_gpus(baselines, head_dim, tmp_path):
     # Scores of moderate size, as in a trained model: in fp16 larger ones differ by their rounding.
     model = save_llama(tmp_path / "llama", head_dim=head_dim, initializer_range=0.05)
-    files = [ROOT / "ds_configs" / file for file in ("gpu2/ring2.json", *(f"peers2/{name}.json" for name in baselines))]
+    files = [
+        ROOT / "ds_configs" / file for file in ("gpu2/ring2.json", *(f"baselines2/{name}.json" for name in baselines))
+    ]
     work = ["--model", model, "--max-length", 1001, "--sweep", 500, "--batch-size", 3]
     output = ["--output", tmp_path / "compare.json"]
     run([sys.executable, "launch/compare.py", "--layouts", *files, *work, *output], on_gpu=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
-from ds_ring.cli.make_checkpoint import byte_tokenizer
+from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.process.launcher import reserved_port
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ds_ring.cli.make_checkpoint import make_checkpoint
+from ds_ring.cli.seeded_checkpoint import make_checkpoint
 from tests.helpers.launching import ROOT, deepspeed, last_line
 
 pytestmark = pytest.mark.launch

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_ring.cli.score import read_documents
+from ds_ring.cli.documents import read
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
 from tests.helpers.launching import ROOT, deepspeed, in_one_start, last_line, run
@@ -82,6 +82,6 @@ def test_documents_that_do_not_fit_are_refused(llama, documents, tmp_path):
     assert "has 1001 tokens, more than max_length=500; raise --max-length" in done.stderr
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
-    config = RunConfig.load({"dtype": "fp32"}, model=str(llama), text=[str(empty)])
+    config = RunConfig.load({"dtype": "fp32"}, model=str(llama))
     with pytest.raises(InputError, match="is empty"):
-        read_documents(config)
+        read(config, [str(empty)])
