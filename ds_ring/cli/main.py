@@ -57,10 +57,11 @@ def _run(arguments: Sequence[str]) -> None:
         runpy.run_module((LAUNCHED | HERE)[command], run_name="__main__")
         return
     ranks, options = ranks_of(options)
-    line = launcher.launch_command(LAUNCHED[command], ranks, options)
-    sys.stdout.flush()
-    # In place of this process: signals and the exit code are the launcher's.
-    os.execve(line[0], line, launcher.environment_of(ranks, (launcher.VISIBLE_GPUS,)))
+    with launcher.reserved_port() as port:
+        line = launcher.launch_command(LAUNCHED[command], ranks, port, options)
+        sys.stdout.flush()
+        # In place of this process: signals and the exit code are the launcher's.
+        os.execve(line[0], line, launcher.environment_of(ranks, (launcher.VISIBLE_GPUS,)))
 
 
 def named(command: str, options: Sequence[str]) -> list[str]:

@@ -59,7 +59,7 @@ class RunConfig(Section):
             ConfigError: unreadable file, unknown key, wrong type or a value out of range.
         """
         if isinstance(source, RunConfig):
-            document = source._given()
+            document = source._document(only_given=True)
         else:
             document = _read(source) if isinstance(source, str | Path) else dict(source or {})
         section = dict(_object("ds_ring", document.pop("ds_ring", {})))
@@ -150,12 +150,12 @@ class RunConfig(Section):
 
     def document(self) -> dict[str, Any]:
         """The configuration in the file's own form, every default filled in."""
-        return {"dtype": self.dtype, **self._given()}
+        return {"dtype": self.dtype, **self._document()}
 
-    def _given(self) -> dict[str, Any]:
-        """The same, but for a dtype that was not given."""
+    def _document(self, only_given: bool = False) -> dict[str, Any]:
+        """The same, but for a dtype that was not given; ``only_given``: and without our fields that were not."""
         document = json.loads(json.dumps(self.deepspeed, default=str))
-        return {**document, "ds_ring": self.ring.model_dump(mode="json")}
+        return {**document, "ds_ring": self.ring.model_dump(mode="json", exclude_unset=only_given)}
 
 
 def degrees_of(parallelism_config: Any) -> dict[str, int]:

@@ -37,14 +37,15 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def launch_command(module: str, ranks: int, options: Sequence[str]) -> list[str]:
-    """``deepspeed --module MODULE options``, one rank on each of the first ``ranks`` visible GPUs.
+def launch_command(module: str, ranks: int, port: int, options: Sequence[str]) -> list[str]:
+    """``deepspeed --module MODULE options``, one rank on each of the first ``ranks`` visible GPUs. Ranks meet at
+    ``port``.
 
     Raises:
         ConfigError: as ``gpu_options``, or the launcher is not installed.
     """
-    port = ["--master_port", str(free_port())]
-    return [deepspeed_command(), "--quiet", "--no_local_rank", *port, *gpu_options(ranks), "--module", module, *options]
+    launcher = [deepspeed_command(), "--quiet", "--no_local_rank", "--master_port", str(port), *gpu_options(ranks)]
+    return [*launcher, "--module", module, *options]
 
 
 def launch(
@@ -67,7 +68,9 @@ def launch(
         ConfigError: the script refused (exit code 2), with its message; or as ``gpu_options``. OutOfMemory: a rank's
             memory ran out. LaunchError: the script failed, or took longer than ``limit_s``.
     """
-    run(launch_command(module, ranks, options), ranks, log=log, report=report, limit_s=limit_s, unset=(VISIBLE_GPUS,))
+    with reserved_port() as port:
+        command = launch_command(module, ranks, port, options)
+        run(command, ranks, log=log, report=report, limit_s=limit_s, unset=(VISIBLE_GPUS,))
 
 
 def gpu_options(ranks: int) -> list[str]:
@@ -192,9 +195,14 @@ def deepspeed_command() -> str:
     return found
 
 
-def free_port() -> int:
-    """A port of this host on which nothing listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port of this host on which nothing listens, and which no other process is given during the block.
+
+    The system never gives the port of a bound socket to a process that asks for any port. A process that asks for it by
+    number gets it if it sets SO_REUSEADDR, as PyTorch's store does.
+    """
+    with socket.socket() as holder:
+        holder.bind(("", 0))
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield holder.getsockname()[1]

@@ -1,16 +1,11 @@
-"""The longest sequence that fits: the search, and real launches with limited memory."""
-
-import json
-import sys
+"""The longest sequence that fits: the search."""
 
 import pytest
-from transformers import GPTNeoXConfig
 
 from benchmarks.layouts import max_length
 from benchmarks.layouts.length_search import Attempt, search
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
-from tests.helpers.launching import ROOT, last_line, run, save
 
 
 class Memory:
@@ -82,22 +77,3 @@ def test_a_granularity_that_no_search_could_reach_is_refused(tmp_path):
             RunConfig.load({}), granularity=0, memory_limit_gib=None, limit_s=1, output=tmp_path / "x.json",
             provenance={}, report=print,
         )  # fmt: skip
-
-
-@pytest.mark.launch
-def test_launched_attempts_find_what_a_limited_memory_holds(tmp_path):
-    config = GPTNeoXConfig(
-        hidden_size=64, num_attention_heads=8, intermediate_size=4096, num_hidden_layers=1, vocab_size=300,
-        max_position_embeddings=1 << 17,
-    )  # fmt: skip
-    model, output = save(tmp_path / "model", config), tmp_path / "longest.json"
-    script = [sys.executable, str(ROOT / "launch/longest.py"), "--model", str(model), "--dtype", "fp32"]
-    options = ["--ring-degree", "2", "--max-length", "8192", "--memory-limit", "0.1", "--granularity", "1"]
-    done = run([*script, *options, "--output", str(output)])
-    document = last_line(done)
-    assert document == json.loads(output.read_text())
-    found = document["longest"]
-    assert [row["fits"] for row in document["rows"]] == [False] * (len(document["rows"]) - 1) + [True]
-    assert document["shortest_not_fitting"] == 2 * found["length"]
-    assert found["tokens_per_second"] == pytest.approx(found["length"] / found["seconds"])
-    assert len(found["peak_memory_gib"]) == 2

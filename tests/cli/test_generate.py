@@ -92,6 +92,8 @@ def test_a_layout_is_planned_for_the_prompts_unless_sizes_are_given():
     work = prompts.sized(given, three, 10).workload
     assert (work.batch_size, work.max_length) == (3, 2000)
     assert prompts.sized(RunConfig.load({}), three, 10).workload.batch_size == 1
+    work = prompts.sized(planned_by_default(RunConfig.load({}, batch_size=2)), three, 10).workload
+    assert (work.batch_size, work.max_length) == (2, 100)
 
 
 @pytest.mark.parametrize(

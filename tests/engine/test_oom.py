@@ -13,9 +13,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engine import oom
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.oom import GIB
-from ds_ring.errors import OutOfMemory
 from ds_ring.model_dims import ModelDims
-from ds_ring.process import launcher
 from tests.helpers.generated import GREEDY, padded
 from tests.helpers.mocked_world import outcome, serve
 from tests.helpers.starts import launched
@@ -134,37 +132,3 @@ def test_memory_that_runs_out_as_a_checkpoint_loads(tmp_path, monkeypatch):
     )
     (note,) = error.__notes__
     assert re.fullmatch(weights_note(2 * sum(p.numel() for p in model.parameters()), "fp16"), note)
-
-
-SCRIPT = """
-import argparse, os, torch, ds_ring
-from ds_ring.cli import options
-from transformers import core_model_loading
-
-def out_of_memory(*args):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-def work(args):
-    if os.environ["RANK"] == "1":
-        core_model_loading._materialize_copy = out_of_memory
-    ds_ring.from_pretrained(args.model, {"dtype": "fp32"}, ring_degree=2)
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--model")
-options.main(work, parser)
-"""
-
-
-@pytest.mark.launch
-def test_one_rank_out_of_memory_as_it_loads_ends_them_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    build(gpt_neox(heads=4)).save_pretrained(tmp_path / "model")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    said = (
-        r"^out of memory on rank 1: CUDA out of memory\. Tried to allocate 2\.00 GiB; [\d.]+ GiB were held, 0\.0 are "
-        r"predicted for this rank's weights in fp32; take dtype fp16 or bf16, or raise pp_size, .*"
-    )
-    options = ["--model", str(tmp_path / "model")]
-    with pytest.raises(OutOfMemory, match=said):
-        launcher.launch(str(script), 2, options, log=tmp_path / "log", report=print, limit_s=120)

@@ -22,7 +22,7 @@ from ds_ring.attention.hybrid import sequence_parallel_attention
 from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Topology
-from ds_ring.process.launcher import free_port
+from ds_ring.process.launcher import reserved_port
 from ds_ring.testing.host_staged import HostStagedTransport
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.select import SHARE_GPU, Location, select_transports
@@ -40,25 +40,25 @@ VARIANTS = ("gather_kv", "pass_kv", "local_first")
 def on_ranks(topology: Topology, work, *arguments) -> list:
     """``work(mesh, device, *arguments)`` in a process a rank; results in rank order. ``work`` is a function of this
     file."""
-    port = free_port()
     context = mp.get_context("spawn")
     results = context.Queue()
-    ranks = range(topology.world_size)
-    processes = [context.Process(target=_rank, args=(r, port, topology, results, work, arguments)) for r in ranks]
-    for process in processes:
-        process.start()
-    try:
-        found: dict[int, object] = {}
-        while len(found) < topology.world_size:
-            rank, ok, value = results.get(timeout=LIMIT_S)
-            assert ok, f"rank {rank}:\n{value}"
-            found[rank] = value
-        return [found[rank] for rank in ranks]
-    finally:
+    with reserved_port() as port:
+        given = port, topology, results, work, arguments
+        processes = [context.Process(target=_rank, args=(r, *given)) for r in range(topology.world_size)]
         for process in processes:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+            process.start()
+        try:
+            found: dict[int, object] = {}
+            while len(found) < topology.world_size:
+                rank, ok, value = results.get(timeout=LIMIT_S)
+                assert ok, f"rank {rank}:\n{value}"
+                found[rank] = value
+        finally:
+            for process in processes:
+                process.join(10)
+                if process.is_alive():
+                    process.kill()
+    return [found[rank] for rank in sorted(found)]
 
 
 def _rank(rank: int, port: int, topology: Topology, results, work, arguments) -> None:
@@ -225,7 +225,7 @@ def test_the_engine_on_a_shared_gpu_agrees_with_the_unsharded_model(ranks, layou
     model, reference = ["--model", tmp_path, "--dtype", "fp16"], tmp_path / "reference.safetensors"
     _python("-m", "benchmarks.layouts.parity", *model, "--rows", 4, "--length", 2001, "--output", reference)
     workload = ["--batch-size", 4, "--max-length", 2001, "--references", reference, "--trace", tmp_path / "trace.json"]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", ranks, "--master-port", free_port()]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     out = _python(*launcher, "launch/bench.py", *model, *layout, *workload)
     (row,) = json.loads(out.strip().splitlines()[-1])["rows"]
     assert row["transport"] == transport

@@ -16,7 +16,6 @@ from ds_ring.config import RunConfig
 from ds_ring.hf.dims import model_dims
 from ds_ring.kernels import elementwise
 from ds_ring.planning.memory_estimate import peak_bytes
-from ds_ring.process.launcher import free_port
 from tests.helpers.marks import ON_A_GPU
 
 pytestmark = ON_A_GPU
@@ -40,7 +39,7 @@ def test_heads_are_put_into_parts_of_a_tensor(width, dtype, rotates):
 
 
 def peak_gib(folder: Path, *options: object) -> float:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 1, "--master-port", free_port()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
     workload = ["--batch-size", 1, "--max-length", LENGTH, "--repeats", 1, "--dtype", "fp16", *options]
     command = [*launcher, "launch/bench.py", "--model", folder, *workload]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)

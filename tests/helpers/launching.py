@@ -7,66 +7,98 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from ds_ring.cli.seeded_checkpoint import byte_tokenizer
-from ds_ring.process.launcher import free_port
+from ds_ring.process.launcher import reserved_port
 
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 900.0
+"""After which a process that does not end is taken to hang. Long, as a machine may have other work: the slowest takes
+half a minute on an idle one."""
 
 
-def run(command: list[str], expect: int = 0) -> subprocess.CompletedProcess[str]:
+def environment(on_gpu: bool = False) -> dict[str, str]:
+    """Of a process that finds this interpreter's commands and this tree's packages."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180)
+    python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    on_cpu = {} if on_gpu else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **on_cpu, "PATH": path, "PYTHONPATH": python_path}
+
+
+def run(command: Sequence[object], expect: int = 0, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:
+    """A command run to its end, which is to be the exit code ``expect``."""
+    done = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, env=environment(on_gpu), capture_output=True, text=True,
+        timeout=LIMIT_S,
+    )  # fmt: skip
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 
 
-def deepspeed(ranks: int, script: str | Path, *options: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    launcher = [
-        "deepspeed",
-        "--quiet",
-        "--no_local_rank",
-        "--master_port",
-        str(free_port()),
-        "--num_gpus",
-        str(ranks),
+def launcher(ranks: int, port: int) -> list[str]:
+    """The launcher's command, to which a script and its options are added."""
+    return ["deepspeed", "--quiet", "--no_local_rank", "--master_port", str(port), "--num_gpus", str(ranks)]
+
+
+def deepspeed(ranks: int, *script: object, expect: int = 0, on_gpu: bool = False) -> subprocess.CompletedProcess[str]:
+    """A script and its options on so many ranks; in front of it may be options of the launcher."""
+    with reserved_port() as port:
+        return run([*launcher(ranks, port), *script], expect, on_gpu)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one of several runs left: by rank its standard output and exit code, and all ranks' standard error."""
+
+    stdouts: list[str]
+    stderr: str
+    codes: list[int]
+
+    @property
+    def stdout(self) -> str:
+        return self.stdouts[0]
+
+
+def in_one_start(ranks: int, scripts: Sequence[Sequence[object]], folder: Path) -> list[Run]:
+    """Scripts with their options, one after the other in the same ranks; ``folder`` takes what they say."""
+    folder.mkdir(parents=True, exist_ok=True)
+    commands = json.dumps([[str(word) for word in script] for script in scripts])
+    deepspeed(ranks, "tests/helpers/one_start.py", folder, commands)
+
+    def said(number: int, rank: int, what: str) -> str:
+        return (folder / f"{number}.{rank}.{what}").read_text()
+
+    return [
+        Run(
+            [said(number, rank, "out") for rank in range(ranks)],
+            "".join(said(number, rank, "err") for rank in range(ranks)),
+            [int(said(number, rank, "code")) for rank in range(ranks)],
+        )
+        for number in range(len(scripts))
     ]
-    return run([*launcher, str(script), *map(str, options)], expect)
 
 
-def last_line(done: subprocess.CompletedProcess[str]) -> dict:
+def last_line(done: subprocess.CompletedProcess[str] | Run) -> Any:
+    """A script's result."""
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def save(directory: Path, config) -> Path:
+def save(directory: Path, config: PretrainedConfig) -> Path:
+    """A checkpoint of a random model, with a tokenizer of bytes."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 
 
-def agree_on_two_gpus(baselines: Sequence[str], head_dim: int, tmp_path: Path) -> None:
-    # Scores of moderate size, as in a trained model: in fp16 larger ones differ by their rounding.
-    model = wide_head_llama(tmp_path / "llama", head_dim=head_dim, initializer_range=0.05)
-    files = [ROOT / "ds_configs" / file for file in ("gpu2/ring2.json", *baselines)]
-    work = ["--model", model, "--max-length", 1001, "--sweep", 500, "--batch-size", 3]
-    command = [sys.executable, "launch/compare.py", "--layouts", *files, *work, "--output", tmp_path / "compare.json"]
-    subprocess.run([str(word) for word in command], cwd=ROOT, env=dict(os.environ), check=True, timeout=600)
-    document = json.loads((tmp_path / "compare.json").read_text())
-    assert document["failed"] == []
-    assert [row["layout"] for row in document["rows"]] == [file.stem for file in files]
-    for row in document["sweep"]:
-        assert row["agrees"], row["layout"]
-        assert row["bytes_sent_per_rank"] > 0
-
-
-def wide_head_llama(directory: Path, **sizes: float) -> Path:
+def save_llama(directory: Path, **sizes: float) -> Path:
+    """A checkpoint of two layers with two key/value heads of four."""
     config = LlamaConfig(
         **{
             "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,

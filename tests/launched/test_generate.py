@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from ds_ring.cli.prompts import left_padded
-from tests.helpers.launching import deepspeed, last_line, run, save
+from tests.helpers.launching import in_one_start, last_line, run, save
 
 pytestmark = pytest.mark.launch
 
@@ -38,16 +38,29 @@ def alone(checkpoint, text: str, new: int) -> list[int]:
     return found.sequences[0, ids.shape[1] :].tolist()
 
 
-def test_prompts_of_unequal_length_and_a_file(llama, tmp_path):
-    file, output = tmp_path / "prompt.txt", tmp_path / "found.json"
+@pytest.fixture(scope="module")
+def on_two_ranks(llama, tmp_path_factory):
+    """(the script's run on all prompts, one of them from a file; the run of ``SAMPLING``)."""
+    folder = tmp_path_factory.mktemp("generate")
+    file, sampling = folder / "prompt.txt", folder / "sampling.py"
     file.write_text(PROMPTS[2])
+    sampling.write_text(SAMPLING)
     options = ["--dtype", "fp32", "--ring-degree", 2, "--prefill-chunk", 16, "--micro-batch-size", 3]
-    done = deepspeed(
-        2, "launch/generate.py", "--model", llama, *options, "--prompt", *PROMPTS[:2], "--prompt-file", file,
-        "--max-new-tokens", 16, "--output", output,
-    )  # fmt: skip
+    asked = ["--prompt", *PROMPTS[:2], "--prompt-file", file, "--max-new-tokens", 16]
+    ids, mask = left_padded([list(text.encode()) for text in PROMPTS[:2]], 0)
+    scripts = [
+        ["launch/generate.py", "--model", llama, *options, *asked, "--output", folder / "found.json"],
+        [sampling, llama, 2, json.dumps(ids.tolist()), json.dumps(mask.tolist())],
+    ]
+    script, sampled = in_one_start(2, scripts, folder)
+    assert last_line(script) == json.loads((folder / "found.json").read_text())
+    return script, sampled
+
+
+def test_prompts_of_unequal_length_and_a_file(llama, on_two_ranks):
+    done, _ = on_two_ranks
+    assert done.codes == [0, 0], done.stderr
     found = last_line(done)
-    assert found == json.loads(output.read_text())
     assert found["layout"] == "ring2"
     for text, completion in zip(PROMPTS, found["completions"], strict=True):
         assert completion["prompt_tokens"] == len(text)
@@ -65,8 +78,16 @@ def test_prompts_of_unequal_length_and_a_file(llama, tmp_path):
 
 
 def test_one_prompt_streams_without_a_launcher(llama):
-    options = ["--dtype", "fp32", "--prompt", PROMPTS[0], "--max-new-tokens", "8", "--passes", "2"]
-    done = run([sys.executable, "launch/generate.py", "--model", str(llama), *options])
+    options = ["--dtype", "fp32", "--prompt", PROMPTS[0], "--max-new-tokens", 8]
+    done = run([sys.executable, "launch/generate.py", "--model", llama, *options])
+    (completion,) = last_line(done)["completions"]
+    assert completion["text"]
+    assert completion["text"] in done.stderr
+
+
+def test_what_passes_leave_in_memory_is_told(llama):
+    options = ["--dtype", "fp32", "--prompt", PROMPTS[0], "--max-new-tokens", 8, "--passes", 2]
+    done = run([sys.executable, "launch/bench_generate.py", "--model", llama, *options])
     found = last_line(done)
     assert list(found["held_gib_after_pass"]) == ["1", "2"]
     assert all(0.01 < gib < 100 for gib in found["held_gib_after_pass"].values())
@@ -119,10 +140,7 @@ from ds_ring.cli.options import leave; leave(0)
 """
 
 
-def test_sampling_is_transformers_own_and_the_same_on_every_rank(llama, tmp_path):
-    script = tmp_path / "sampling.py"
-    script.write_text(SAMPLING)
-    rows = [list(text.encode()) for text in PROMPTS[:2]]
-    ids, mask = left_padded(rows, 0)
-    done = deepspeed(2, script, llama, 2, json.dumps(ids.tolist()), json.dumps(mask.tolist()))
-    assert done.stdout.count("agrees") == 2
+def test_sampling_is_transformers_own_and_the_same_on_every_rank(on_two_ranks):
+    _, done = on_two_ranks
+    assert done.codes == [0, 0], done.stderr
+    assert [said.count("agrees") for said in done.stdouts] == [1, 1]

@@ -10,8 +10,6 @@ import pytest
 
 from ds_ring.errors import ConfigError
 from ds_ring.process import hostfile
-from ds_ring.process.launcher import free_port
-from tests.helpers.launching import run
 
 RUNNER = [sys.executable, "/somewhere/bin/deepspeed"]
 
@@ -75,27 +73,3 @@ def test_a_hostfile_is_sought_in_the_launchers_folder(tmp_path, monkeypatch):
     Path("hosts").unlink()
     commands[os.getppid()] = ["bash"]
     hostfile.check_hostfile()
-
-
-OF_A_USER = """
-import ds_ring
-from ds_ring.cli.options import leave
-from ds_ring.errors import ConfigError
-try:
-    ds_ring.from_pretrained("nowhere")
-except ConfigError as error:
-    print(f"error: {error}", flush=True)
-leave(2)
-"""
-
-
-@pytest.mark.launch
-@pytest.mark.parametrize("whose", ["ours", "a user's"])
-def test_a_run_with_a_hostfile_that_is_not_there_is_refused(whose, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(OF_A_USER)
-    what = ["launch/score.py", "--model", "nowhere"] if whose == "ours" else [str(script)]
-    launcher = ["deepspeed", "--quiet", "--no_local_rank", "--master_port", str(free_port()), "--num_gpus", "2"]
-    done = run([*launcher, "--hostfile", "no/hosts", *what], expect=2)
-    assert "error: --hostfile no/hosts is no file in" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr

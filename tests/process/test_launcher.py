@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory
+from ds_ring.errors import ConfigError, DsRingError, LaunchError
 from ds_ring.process import launcher
 
 
@@ -58,47 +58,6 @@ def test_the_launcher_sees_all_gpus_it_is_to_choose_from(host, monkeypatch, tmp_
     said = (tmp_path / "log").read_text()
     assert "'--include', 'localhost:2,3'" in said
     assert said.endswith("] None\n")
-
-
-SCRIPT = """
-import argparse, os, sys, time
-from ds_ring.engine.connect import connect
-from ds_ring.cli import options
-from ds_ring.config import RunConfig
-
-def work(args):
-    mesh = connect(RunConfig.load({"dtype": "fp32"}, ring_degree=2))
-%s
-
-parser = argparse.ArgumentParser()
-options.main(work, parser)
-"""
-
-
-ALONE = """
-    if mesh.rank == 1:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    mesh["world"].barrier()
-"""
-KNOWN_TO_ALL = """
-    try:
-        with mesh["world"].together():
-            if mesh.rank == 1:
-                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    finally:
-        time.sleep(1.2 * mesh.rank)
-"""
-
-
-@pytest.mark.launch
-@pytest.mark.parametrize("failing", [ALONE, KNOWN_TO_ALL], ids=["alone", "known to all"])
-def test_one_rank_out_of_memory_ends_them_all(failing, tmp_path, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    (tmp_path / "script.py").write_text(SCRIPT % failing)
-    with pytest.raises(
-        OutOfMemory, match=r"^out of memory on rank 1: CUDA out of memory\. Tried to allocate 2\.00 GiB$"
-    ):
-        launcher.launch(str(tmp_path / "script.py"), 2, [], log=tmp_path / "log", report=print, limit_s=60)
 
 
 def test_a_run_that_takes_too_long_is_ended(tmp_path, monkeypatch):

@@ -3,9 +3,8 @@
 from importlib.util import find_spec
 
 import pytest
-import torch
 
-from tests.helpers.launching import agree_on_two_gpus, deepspeed, last_line
+from tests.helpers.launching import deepspeed, last_line
 
 pytestmark = [
     pytest.mark.launch,
@@ -94,10 +93,3 @@ leave(0)
     assert ulysses["sent"] == rows / 2 * layers * 4 * 2 * ulysses["local"] // 2 * head_dim * 4
     assert ring["sent"] == rows * layers * 3 * 2 * 2 * ring["local"] * head_dim * 2  # the two heads that they are
     assert 2 * ring["alone"] < ring["ring"] < 5e-3  # what merging in fp16 costs
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs; run make test-gpu where there are")
-@pytest.mark.parametrize("head_dim", [64, 512])
-def test_it_agrees_on_two_gpus(head_dim, tmp_path):
-    agree_on_two_gpus(("baselines2/yunchang_ring2.json", "baselines2/yunchang_ulysses2.json"), head_dim, tmp_path)

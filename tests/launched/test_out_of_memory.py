@@ -1,0 +1,82 @@
+"""A launched rank whose memory runs out, as it loads or later, ends the run with what it said."""
+
+import pytest
+
+from ds_ring.errors import OutOfMemory
+from ds_ring.process import launcher
+from tests.helpers.launching import LIMIT_S
+from tests.helpers.tiny_models import build, gpt_neox
+
+pytestmark = pytest.mark.launch
+
+SCRIPT = """
+import argparse, os, sys, time
+from ds_ring.engine.connect import connect
+from ds_ring.cli import options
+from ds_ring.config import RunConfig
+
+def work(args):
+    mesh = connect(RunConfig.load({"dtype": "fp32"}, ring_degree=2))
+%s
+
+parser = argparse.ArgumentParser()
+options.main(work, parser)
+"""
+
+
+ALONE = """
+    if mesh.rank == 1:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    mesh["world"].barrier()
+"""
+KNOWN_TO_ALL = """
+    try:
+        with mesh["world"].together():
+            if mesh.rank == 1:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    finally:
+        time.sleep(1.2 * mesh.rank)
+"""
+
+
+@pytest.mark.parametrize("failing", [ALONE, KNOWN_TO_ALL], ids=["alone", "known to all"])
+def test_one_rank_out_of_memory_ends_them_all(failing, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    (tmp_path / "script.py").write_text(SCRIPT % failing)
+    with pytest.raises(
+        OutOfMemory, match=r"^out of memory on rank 1: CUDA out of memory\. Tried to allocate 2\.00 GiB$"
+    ):
+        launcher.launch(str(tmp_path / "script.py"), 2, [], log=tmp_path / "log", report=print, limit_s=LIMIT_S)
+
+
+LOADING = """
+import argparse, os, torch, ds_ring
+from ds_ring.cli import options
+from transformers import core_model_loading
+
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+def work(args):
+    if os.environ["RANK"] == "1":
+        core_model_loading._materialize_copy = out_of_memory
+    ds_ring.from_pretrained(args.model, {"dtype": "fp32"}, ring_degree=2)
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model")
+options.main(work, parser)
+"""
+
+
+def test_one_rank_out_of_memory_as_it_loads_ends_them_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    build(gpt_neox(heads=4)).save_pretrained(tmp_path / "model")
+    script = tmp_path / "script.py"
+    script.write_text(LOADING)
+    said = (
+        r"^out of memory on rank 1: CUDA out of memory\. Tried to allocate 2\.00 GiB; [\d.]+ GiB were held, 0\.0 are "
+        r"predicted for this rank's weights in fp32; take dtype fp16 or bf16, or raise pp_size, .*"
+    )
+    options = ["--model", str(tmp_path / "model")]
+    with pytest.raises(OutOfMemory, match=said):
+        launcher.launch(str(script), 2, options, log=tmp_path / "log", report=print, limit_s=LIMIT_S)
