@@ -33,7 +33,7 @@ def rows_of(document: Document) -> Rows:
     if "completions" in document:
         prompts, new = ([c[name] for c in document["completions"]] for name in ("prompt_tokens", "token_ids"))
         return [{**document, "prompt_tokens": sum(prompts), "new_tokens": sum(map(len, new)), "batch": len(new)}]
-    return list(document.get("sweep") or document["rows"])
+    return list(document.get("sweep") or document.get("rows") or [document])
 
 
 def forward(documents: Sequence[Document], rows: Rows) -> list[str]:
@@ -138,10 +138,27 @@ def best_per_gpu(rows: Rows) -> dict[str, dict[int, float]]:
     return best
 
 
+def checkpoint(documents: Sequence[Document], rows: Rows) -> list[str]:
+    """What a trained checkpoint computes, beside transformers on one GPU."""
+    heads = [
+        "layout", "GPUs", "tokens of text", "perplexity", "transformers'", "transformers' in fp32",
+        "greedy tokens equal to transformers'",
+    ]  # fmt: skip
+    cells = [
+        [
+            f"{r['layout']}, {r['dtype']}", str(r["gpus"]), f"{r['tokens_of_text']:,}",
+            *(f"{r[name]:.4f}" for name in ("perplexity", "reference_perplexity", "fp32_perplexity")),
+            f"{r['equal_tokens']} of {r['reference_tokens']}",
+        ]
+        for r in rows
+    ]  # fmt: skip
+    return markdown_table(heads, cells)
+
+
 TABLES: dict[Kind, Callable[[Sequence[Document], Rows], list[str]]] = {
     "forward": forward, "products": products, "transfers": transfers, "attention": attention, "profile": profile,
     "generation": generation, "comparison": compared, "latency": one_sequence, "longest": longest, "scaling": scaling,
-    "layer_fusion": layer_fusion,
+    "layer_fusion": layer_fusion, "checkpoint": checkpoint,
 }  # fmt: skip
 
 
