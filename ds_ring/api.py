@@ -143,15 +143,17 @@ def _log_stages(run: RunConfig, dims: ModelDims) -> None:
         log.info("pp_size=%d does not divide %d layers: stages of %s", pp, dims.num_layers, ", ".join(counts))
 
 
-def with_planned_degrees(run: RunConfig, config: PretrainedConfig | None = None) -> RunConfig:
+def with_planned_degrees(
+    run: RunConfig, config: PretrainedConfig | None = None, *, generating: bool = False
+) -> RunConfig:
     """``run`` with degrees for the ranks of this launch, where it says ``"parallel": "auto"``; says which and why.
 
-    ``config``: the model's; None reads it from the checkpoint.
+    ``config``: the model's; None reads it from the checkpoint. ``generating``: see ``plan.with_planned_degrees``.
     """
     if not run.parallel.auto:
         return run
     found, reason = plan.with_planned_degrees(
-        run, config or read_config(run.checkpoint), world_size(), card_of(local_device())
+        run, config or read_config(run.checkpoint), world_size(), card_of(local_device()), generating=generating
     )
     log.info("parallel=auto takes %s", reason)
     return found

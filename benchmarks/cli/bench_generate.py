@@ -33,7 +33,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"passes={args.passes} must be at least 1")
     tokenizer, token_ids = prompts.read(config, args.prompt, args.prompt_file, raw=True)
     prompts.check_lengths(config, token_ids, args.max_new_tokens)
-    config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens))
+    config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens), generating=True)
     engine = api.from_pretrained(config=config)
     recorded, held_gib = held_memory.recorded_passes(args.passes), {}
     for number in range(1, args.passes + 1):

@@ -28,8 +28,7 @@ def read(config: RunConfig, files: Sequence[str]) -> list[Document]:
 
     Raises:
         InputError: no file, fewer than two tokens (nothing to predict), or more than ``max_length`` where that is
-        given, or
-            than the model has positions.
+            given, or than the model has positions.
         ConfigError, CheckpointError: no model, or none with a tokenizer.
     """
     if not files:

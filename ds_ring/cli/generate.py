@@ -30,7 +30,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     check(args.max_new_tokens, sampling)
     tokenizer, token_ids = prompts.read(config, args.prompt, args.prompt_file, raw=args.raw)
     prompts.check_lengths(config, token_ids, args.max_new_tokens)
-    config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens))
+    config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens), generating=True)
     engine = api.from_pretrained(config=config)
     found = generate(
         engine, tokenizer, token_ids, max_new_tokens=args.max_new_tokens, sampling=sampling, say=options.say,

@@ -27,7 +27,7 @@ from ds_ring.errors import ConfigError
 from ds_ring.parallel.topology import Topology
 from ds_ring.utils.hub import local_checkpoint
 
-_DTYPE_NAMES: dict[str, DType] = {
+DTYPE_NAMES: dict[str, DType] = {
     "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
     "fp16": "fp16", "float16": "fp16", "half": "fp16", "torch.float16": "fp16",
     "bf16": "bf16", "bfloat16": "bf16", "torch.bfloat16": "bf16",
@@ -48,9 +48,8 @@ class RunConfig(Section):
 
         Args:
             source: path, dict, RunConfig, or None for the defaults.
-            overrides: any field of our section, or of its ``parallel``, ``workload`` or ``benchmark``; ``tp_size``,
-            ``dtype``;
-                ``parallelism_config``, accelerate's. None means "as in the file".
+            overrides: any field of our section, or of its ``parallel``, ``workload`` or ``benchmark``; ``tp_size``;
+                ``dtype``; ``parallelism_config``, accelerate's. None means "as in the file".
 
         A dtype that neither gives is the checkpoint's own, else fp32, as in transformers. In a RunConfig, too, it
         counts as not given, so that another ``model`` brings its own.
@@ -107,9 +106,9 @@ class RunConfig(Section):
     @property
     def dtype(self) -> DType:
         name = str(self.deepspeed.get("dtype", self.checkpoint_dtype or "fp32"))
-        if name not in _DTYPE_NAMES:
+        if name not in DTYPE_NAMES:
             raise ConfigError(f'dtype="{name}" is not supported; take one of fp32, fp16, bf16')
-        return _DTYPE_NAMES[name]
+        return DTYPE_NAMES[name]
 
     @property
     def tp_size(self) -> int:

@@ -32,7 +32,7 @@ class ParallelConfig(Section):
 
     auto: bool = Field(
         False,
-        description="choose all degrees by batch, length and memory (launch/plan.py shows how); also as "
+        description="choose all degrees by batch, length and memory (`ds-ring plan` shows them); also as "
         '"parallel": "auto"',
     )
     dp_size: int = Field(1, ge=1, description="replicas, each with its own rows of the batch")
@@ -74,7 +74,7 @@ class WorkloadConfig(Section):
 
 
 class BenchmarkConfig(Section):
-    """How benchmarks measure: read by launch/bench.py, compare.py and the like alone."""
+    """How benchmarks measure: read by `launch/bench.py`, `launch/compare.py` and the like alone."""
 
     implementation: Implementation = Field(
         "ds_ring",

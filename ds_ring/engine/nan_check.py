@@ -23,7 +23,7 @@ def all_finite(*tensors: Tensor | None) -> bool:
 
 @contextmanager
 def bad_layers(decoder: Decoder) -> Iterator[list[int]]:
-    """Inside the block, collects the numbers (within ``anatomy.layers``) of layers whose output is not finite."""
+    """Inside the block, collects the numbers (within ``Decoder.layers``) of layers whose output is not finite."""
     found: list[int] = []
 
     def watch(number: int) -> Any:

@@ -2,7 +2,7 @@
 
 Notation: T tokens of a micro-batch on a rank, n of them in a block (``workload.block_tokens``), d hidden size, q and kv
 the widths of a token's queries and of its keys and values together, m of the MLP's intermediate, all of one rank's
-share. Rotary tables take 2 T head_dim throughout. A fused layer (``hf/fused/``) holds, in elements,
+share. Rotary tables take 2 T head_dim throughout. A fused layer (``fusion/``) holds, in elements,
 
 - while it projects: its input and that input's norm, 2 T d; queries T q; own K and V T kv, twice where slots of peer
   memory take turns; of the projections a block, n (q + kv). In one block, others' K and V are on their way already;
@@ -30,7 +30,7 @@ m = 32,768; T d in fp16 is 8.2 GB. In that unit, beside 0.1 for rotary tables:
 
 | | projecting | attending | behind it |
 | --- | --- | --- | --- |
-| in blocks of 65,536 | 2 + 1 + 2 (one slot: ``slots.LARGE``) + 0.4 | 2 + 2 + 2 + 2 = 8 | 2 + 0.8 + 2 |
+| in blocks of 65,536 | 2 + 1 + 2 (one slot: ``LARGE``) + 0.4 | 2 + 2 + 2 + 2 = 8 | 2 + 0.8 + 2 |
 | at once | 1 + 2 + 1 + 2 + 2 + 3 = 11 | 11 | 1 + 2 + 1 + 4 + 1 + 3 = 12 |
 
 With 6.4 GB of weights 73.0 GB = 68.0 GiB; at once 105.8 GB = 98.5 GiB. (tests/fusion/test_tiling.py holds the sums

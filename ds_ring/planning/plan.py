@@ -8,7 +8,7 @@ A prediction is arithmetic and a few measured rates (``Card``), meant to order l
 - linear: 2 FLOPs a weight and token at the rate of a large matrix product, less for products of few rows;
 - attention: causal, once (``metrics.Work``), at the share of that rate which its kernel reaches;
 - bubble: (pp - 1) / micro-batches, the pipeline's filling and draining;
-- exposed communication: bytes (``volume``) over the link's rate, times how much of it showed when measured.
+- exposed communication: bytes (``comm_volume``) over the link's rate, times how much of it showed when measured.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Plan:
     Attributes:
         step_s: one forward of the whole batch, seconds.
         exposed_s: the part of it in which communication shows, a pipeline's bubble included.
-        memory_gib: of the fullest rank: weights, activations of a micro-batch, K/V in transit (``memory``).
+        memory_gib: of the fullest rank: weights, activations of a micro-batch, K/V in transit (``memory_estimate``).
         fits: whether that is below the card's memory.
     """
 
@@ -117,7 +117,7 @@ def choose_layout(run: RunConfig, dims: ModelDims, linear_parameters: int, ranks
 
 
 def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:
-    """``choose`` among ``plans``."""
+    """``choose_layout`` among ``plans``."""
     best = ordered[0]
     if not best.fits:
         raise ConfigError(
@@ -128,9 +128,12 @@ def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:
 
 
 def with_planned_degrees(
-    run: RunConfig, config: PretrainedConfig, ranks: int, card: Card
+    run: RunConfig, config: PretrainedConfig, ranks: int, card: Card, *, generating: bool = False
 ) -> tuple[RunConfig, str | None]:
     """``run`` with the planner's degrees where it leaves them to it, and why; anything else as it is, and None.
+
+    ``generating``: take a layout that shares layers only where no rank has room for all of them. The predicted step is
+    a prefill's, and new tokens cost more there: stages wait for one another, and steps are not CUDA graphs.
 
     Raises:
         ConfigError: degrees beside ``auto``, or no layout that fits.
@@ -142,14 +145,17 @@ def with_planned_degrees(
         raise ConfigError(
             f"parallel=auto chooses every degree, but {t.label()} is given as well; leave out one of both"
         )
-    best, reason = choose_layout(run, model_dims(config), linear_parameters(config), ranks, card)
+    ordered = plans(run, model_dims(config), linear_parameters(config), ranks, card)
+    if generating:
+        ordered.sort(key=lambda plan: (not plan.fits, plan.fits and _shares_layers(plan)))
+    best, reason = best_of(ordered, ranks, card)
     return best.config, reason
 
 
 def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
     t = best.config.topology
-    if t.tp * t.pp > 1:
-        whole = any(p.fits for p in others if p.config.topology.tp * p.config.topology.pp == 1)
+    if _shares_layers(best):
+        whole = any(p.fits for p in others if not _shares_layers(p))
         why = "layers are shared, " + ("which is faster here" if whole else "as the weights do not fit on one rank")
     elif t.sp == 1:
         why = f"{batch} sequences keep {ranks} ranks busy, and replicas need no communication"
@@ -158,6 +164,12 @@ def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
     text = f"{best.label}: {why}; {best.tps():,.0f} tok/s predicted"
     rival = next((plan for plan in others if plan.fits), None)
     return text + (f", next {rival.label} with {rival.tps():,.0f}" if rival else "")
+
+
+def _shares_layers(plan: Plan) -> bool:
+    """Whether a rank holds a part of the weights alone."""
+    t = plan.config.topology
+    return t.tp * t.pp > 1
 
 
 def _degrees(ranks: int, dims: ModelDims) -> Iterator[dict[str, Any]]:

@@ -116,7 +116,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 @contextmanager
 def one_process() -> Iterator[None]:
     """What ranks share as threads: DeepSpeed's accelerator, here the CPU, also on a machine with GPUs, with fp16 let
-    through as ``ds_ring.api.connect`` does; PyTorch's own threads, of which 16 ranks want no more; and stdout."""
+    through as ``ds_ring.engine.connect`` does; PyTorch's own threads, of which 16 ranks want no more; and stdout."""
     accelerator, threads, stdout = get_accelerator(), torch.get_num_threads(), sys.stdout
     cpu = CPU_Accelerator()
     cpu.is_fp16_supported = lambda: True

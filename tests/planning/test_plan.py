@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPTNeoXConfig
+from transformers import GPTNeoXConfig, LlamaConfig
 
 from ds_ring import api
 from ds_ring.config import RunConfig
@@ -180,6 +180,23 @@ def test_auto_keeps_what_is_not_a_degree():
     assert found.parallel.ring_impl == "contiguous"
     assert found.topology.world_size == 4
     assert found.topology.dp == 1
+
+
+def test_generation_shares_layers_only_where_they_do_not_fit():
+    """One short prompt, of which a pipeline's prefill is the fastest."""
+    config = RunConfig.load({"dtype": "fp16", "ds_ring": {"parallel": "auto"}}, max_length=60)
+    prefill, _ = with_planned_degrees(config, SMALL, 2, H100)
+    assert prefill.topology.tp * prefill.topology.pp == 2
+    found, reason = with_planned_degrees(config, SMALL, 2, H100, generating=True)
+    assert found.topology.sp == 2
+    assert "so 2 share each" in reason
+    large = LlamaConfig(
+        hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672, num_hidden_layers=48,
+        vocab_size=32000,
+    )  # fmt: skip
+    found, reason = with_planned_degrees(config, large, 2, H100, generating=True)
+    assert found.topology.tp * found.topology.pp == 2
+    assert "the weights do not fit on one rank" in reason
 
 
 def test_auto_beside_a_degree_is_refused():

@@ -23,7 +23,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of one block; with ``causal``, key j is visible from query i when ``j <= i + shift``.
 
-    Contract as ``local.attend``.
+    Contract as ``Backend.attend``.
     """
     batch, n_queries, heads, _ = q_BLHD.shape
     n_keys = k_BSKD.shape[1]

@@ -22,7 +22,7 @@ def attention(
     spec: AttentionSpec,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Contract as ``positions.attend_positions``. By groups of queries and of keys, ``plain.SCORES_LIMIT`` scores at a
+    """Contract as ``positions.attend_positions``. By groups of queries and of keys, ``eager.SCORES_LIMIT`` scores at a
     time or one query against a few keys."""
     batch, n_queries, heads, _ = q_BLHD.shape
     n_keys = k_BSKD.shape[1]
