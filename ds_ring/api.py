@@ -36,6 +36,7 @@ from ds_ring.planning.validation import check_layout
 from ds_ring.process.hostfile import check_hostfile
 from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.mesh import Mesh
+from ds_ring.utils.releases import check_transformers
 
 __all__ = ["from_pretrained", "init_inference"]
 
@@ -64,6 +65,7 @@ def from_pretrained(
         ConfigError, CheckpointError, UnsupportedModelError: on every rank alike, before ranks connect and weights load.
         DisagreementError: on every rank alike, where their configurations, packages or checkpoints differ.
     """
+    check_transformers()
     check_hostfile()
     run = RunConfig.load(config, **{"model": str(path) if path else None, **overrides})
     path = run.checkpoint
@@ -102,6 +104,7 @@ def init_inference(
     The model is changed in place: its attention is replaced and, for tensor x pipeline layouts, what belongs to other
     ranks is dropped. A dtype that is not given is the model's. Arguments and errors otherwise as ``from_pretrained``.
     """
+    check_transformers()
     check_hostfile()
     run = RunConfig.load(config, **overrides)
     if "dtype" not in run.deepspeed:

@@ -8,7 +8,6 @@ import socket
 from collections.abc import Iterator, Sequence
 
 import torch
-from packaging.version import Version
 
 from ds_ring.cli.findings import Finding
 from ds_ring.config import RunConfig
@@ -21,11 +20,9 @@ from ds_ring.planning.validation import check_layout, check_workload
 from ds_ring.process.hostfile import Host, read_hostfile
 from ds_ring.process.launcher import deepspeed_command, gpu_count
 from ds_ring.transport.select import Location, select_transports
+from ds_ring.utils import releases
 from ds_ring.utils.device import device_name
 from ds_ring.utils.results import versions
-
-OLDEST = {"python": "3.11", "torch": "2.11", "transformers": "5.17", "deepspeed": "0.19"}
-"""The oldest releases that are supported."""
 
 
 def examine(run: RunConfig | None, hostfile: str | None, port: int) -> list[Finding]:
@@ -46,12 +43,12 @@ def examine(run: RunConfig | None, hostfile: str | None, port: int) -> list[Find
 
 def packages() -> Iterator[Finding]:
     installed = versions()
-    for name, oldest in OLDEST.items():
+    for name in releases.OLDEST:
         found = installed.get(name)
         if found is None:
             yield Finding(name, "problem", "not installed", "pip install -r requirements.txt")
-        elif Version(found).release < Version(oldest).release:
-            yield Finding(name, "problem", f"{found} is older than {oldest}", f"install {name} {oldest} or newer")
+        elif wrong := releases.problem(name, found):
+            yield Finding(name, "problem", *wrong)
         else:
             yield Finding(name, "ok", found)
 
