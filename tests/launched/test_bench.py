@@ -22,13 +22,13 @@ WARMUP = {"dp2_tp2": 4}
 def measured(neox, tmp_path_factory):
     """A folder for each layout, and its run. After the first comes what ``--then`` names."""
     reference = tmp_path_factory.mktemp("reference") / "reference.safetensors"
-    sizes = ["--dtype", "fp32", "--rows", 2, "--length", 1001]
+    sizes = ["--dtype", "fp32", "--rows", 2, "--length", 201]
     run([sys.executable, "-m", "benchmarks.layouts.parity", "--model", neox, *sizes, "--output", reference])
     folder = tmp_path_factory.mktemp("bench")
     ring4 = folder / "ring4.json"
-    section = {"model": str(neox), "parallel": {"ring_degree": 4}, "workload": {"batch_size": 4, "max_length": 1001}}
+    section = {"model": str(neox), "parallel": {"ring_degree": 4}, "workload": {"batch_size": 4, "max_length": 201}}
     ring4.write_text(json.dumps({"dtype": "fp32", "ds_ring": section}))
-    workload = ["--model", neox, "--dtype", "fp32", "--batch-size", 4, "--max-length", 1001, "--repeats", 2]
+    workload = ["--model", neox, "--dtype", "fp32", "--batch-size", 4, "--max-length", 201, "--repeats", 2]
     workload += ["--mode", "both", "--references", reference]
     scripts = []
     for label, layout in LAYOUTS.items():
@@ -53,13 +53,13 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, measured):
     assert short["bytes_sent_per_rank"] < row["bytes_sent_per_rank"]
     assert short["bytes_formula"] is None
     assert row["layout"] == label
-    assert (row["gpus"], row["batch"], row["length"], row["dtype"]) == (4, 4, 1001, "fp32")
+    assert (row["gpus"], row["batch"], row["length"], row["dtype"]) == (4, 4, 201, "fp32")
     assert row["max_rel_error"] < 1e-5
     assert (row["in_flight"] > 1) == ("on" in LAYOUTS[label])
     assert row["warmup_batch"] == WARMUP.get(label, 2)  # whose bytes are scaled to the four rows
     assert row["bytes_sent_per_rank"] == row["bytes_formula"] > 0
     assert row["tpot_ms"] == pytest.approx(1e3 * row["batch"] / row["tps"])
-    assert row["tps"] == pytest.approx(4 * 1001 / (row["step_ms"] / 1e3))
+    assert row["tps"] == pytest.approx(4 * 201 / (row["step_ms"] / 1e3))
     assert 0 < row["mfu"] < 1
     assert row["trace"] == str(folder / "trace.json")
     assert [len(list(folder.glob(f"trace{rank}.json"))) for rank in ("", ".rank1", ".rank2", ".rank3")] == [1] * 4
@@ -74,5 +74,5 @@ def test_bench_measures_and_agrees_with_the_unsharded_model(label, measured):
 
 def test_another_layout_is_measured_after_it_in_the_same_processes(measured):
     (after,) = json.loads((measured[0] / "tp2_pp2" / "after.json").read_text())["rows"]
-    assert (after["layout"], after["length"]) == ("ring4", 1001)
+    assert (after["layout"], after["length"]) == ("ring4", 201)
     assert after["max_rel_error"] < 1e-5

@@ -39,14 +39,25 @@ KNOWN_TO_ALL = """
 """
 
 
-@pytest.mark.parametrize("failing", [ALONE, KNOWN_TO_ALL], ids=["alone", "known to all"])
-def test_one_rank_out_of_memory_ends_them_all(failing, tmp_path, monkeypatch):
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """Runs the text of a module, with options, on two ranks."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    (tmp_path / "script.py").write_text(SCRIPT % failing)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def run(text, *options):
+        (tmp_path / "runs_out_of_memory.py").write_text(text)
+        launcher.launch("runs_out_of_memory", 2, options, log=tmp_path / "log", report=print, limit_s=LIMIT_S)
+
+    return run
+
+
+@pytest.mark.parametrize("failing", [ALONE, KNOWN_TO_ALL], ids=["alone", "known to all"])
+def test_one_rank_out_of_memory_ends_them_all(failing, launch):
     with pytest.raises(
         OutOfMemory, match=r"^out of memory on rank 1: CUDA out of memory\. Tried to allocate 2\.00 GiB$"
     ):
-        launcher.launch(str(tmp_path / "script.py"), 2, [], log=tmp_path / "log", report=print, limit_s=LIMIT_S)
+        launch(SCRIPT % failing)
 
 
 LOADING = """
@@ -68,15 +79,11 @@ options.main(work, parser)
 """
 
 
-def test_one_rank_out_of_memory_as_it_loads_ends_them_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def test_one_rank_out_of_memory_as_it_loads_ends_them_all(launch, tmp_path):
     build(gpt_neox(heads=4)).save_pretrained(tmp_path / "model")
-    script = tmp_path / "script.py"
-    script.write_text(LOADING)
     said = (
         r"^out of memory on rank 1: CUDA out of memory\. Tried to allocate 2\.00 GiB; [\d.]+ GiB were held, 0\.0 are "
         r"predicted for this rank's weights in fp32; take dtype fp16 or bf16, or raise pp_size, .*"
     )
-    options = ["--model", str(tmp_path / "model")]
     with pytest.raises(OutOfMemory, match=said):
-        launcher.launch(str(script), 2, options, log=tmp_path / "log", report=print, limit_s=LIMIT_S)
+        launch(LOADING, "--model", str(tmp_path / "model"))
