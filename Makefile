@@ -3,14 +3,14 @@
 
 PYTHON = .venv/bin/python
 SETUP = .venv/.ready
-ON_CPU = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(PYTHON) -m pytest --durations=10 -m
+# As many tests at a time as there are cores.
+ON_CPU = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(PYTHON) -m pytest --numprocesses logical --dist worksteal --durations=15 -m
 
 demo: $(SETUP)
 	$(PYTHON) launch/compare.py --output results/demo.json >/dev/null
 
-# Side by side: tests of launched processes, and those inside one process, which keeps one core busy.
 test: $(SETUP)
-	$(MAKE) --jobs=2 test-launched test-in-process
+	$(ON_CPU) "not gpu"
 
 test-launched: $(SETUP)
 	$(ON_CPU) "launch and not gpu"
@@ -25,6 +25,7 @@ lint: $(SETUP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 check: lint test
 
