@@ -1,4 +1,4 @@
-# make demo: compare all layouts on this machine.   make test: all tests.   make check: what CI runs.
+# make demo: compare all layouts on this machine.   make test: all tests that need no GPU.   make check: what CI runs.
 # To use an interpreter that has the requirements already: make demo PYTHON=python3 SETUP=
 
 PYTHON = .venv/bin/python

@@ -7,7 +7,7 @@ step less the step without communication (a pipeline's bubble shows up there too
 run through with nothing else to do.
 
 A large batch consists of equal micro-batches, so passes that are not timed take only its first sequences
-(``warmup_batch``), as many micro-batches as the deepest pipeline here. Counted bytes and the time of communication
+(``warmup_batch_size``; by default 16 micro-batches a replica). Counted bytes and the time of communication
 alone are scaled by the number of sequences.
 """
 

@@ -111,7 +111,7 @@ def run_all(
     Args:
         logs: a folder for the log, the configuration and the result of every launch.
         advance: called for the reference of each length, after each layout, and after the second half.
-        keep: called with the findings so far when this is interrupted and there are any rows.
+        keep: called with the results so far when this is interrupted and there are any rows.
 
     Raises:
         ConfigError: a layout of ours was refused. DsRingError: there is no reference to compare with.

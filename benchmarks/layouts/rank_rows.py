@@ -52,7 +52,8 @@ def document(
     """A comparison as JSON.
 
     ``rows``: one of each layout, at the workload's own length; ``sweep``: of every length; ``micro_batches``, where
-    several sizes were timed: of every size, of which the others are the fastest; ``failed``: ``Findings.all_failures``.
+    several sizes were timed: of every size, of which the others are the fastest; ``failed``:
+    ``QueueResults.all_failures``.
     """
     work, how = comparison.first.workload, comparison.first.benchmark
     shown = best(rows) if how.micro_batch_sizes else rows

@@ -99,7 +99,7 @@ def run_first(
         rows, after = rows_written(queued, logs), together[number + 1 :] + later
         complete = not missing(queued.run, rows)
         if error is not None and not complete and queued is not first:
-            report(f"{queued.name}: once more, first of a run; {error}")
+            report(f"{queued.name}: once more, first of a launch; {error}")
             return [queued, *after]
         found.rows.extend(rows)
         if error is not None and (not complete or queued is together[-1]):

@@ -33,7 +33,7 @@ log = logging.getLogger("ds_ring")
 _OWN = {n: f for n, f in RingConfig.model_fields.items() if n not in ("parallel", "workload", "benchmark")}
 ENGINE = {**ParallelConfig.model_fields, **WorkloadConfig.model_fields, **_OWN}
 FIELDS = {**ENGINE, **BenchmarkConfig.model_fields}
-"""Every field of our section of the configuration. Each is an option of the benchmarks, and settable by ``--set``."""
+"""Every field of our section, each an option of the benchmarks. ``--set`` takes those of ``ENGINE``."""
 USUAL = (
     "model", "auto", "dp_size", "pp_size", "ring_degree", "ulysses_degree", "decode", "micro_batch_size",
     "prefill_chunk", "transport", "timeout_s", "decode_graph", "fusion",

@@ -40,10 +40,11 @@ before anything is loaded.
 {example}
 ```
 
-The same fields are options of every command (`--config FILE`, then for example `--ring-degree 4`, or `--set NAME=VALUE`
-for those that have no option there) and keyword arguments of `ds_ring.from_pretrained` and `ds_ring.init_inference`. An
-option or argument wins over the file. Accelerate's `ParallelismConfig` is taken as `parallelism_config=`: its `cp_size`
-is `ring_degree`, its `sp_size` is `ulysses_degree`, its `dp_replicate_size` is `dp_size`.
+The same fields are keyword arguments of `ds_ring.from_pretrained` and `ds_ring.init_inference`, and all but those of
+`benchmark` are options of every command: `--config FILE`, then for example `--ring-degree 4`, or `--set NAME=VALUE` for
+those that have no option there. An argument or option wins over the file. Accelerate's `ParallelismConfig` is taken as
+`parallelism_config=`: its `cp_size` is `ring_degree`, its `sp_size` is `ulysses_degree`, its `dp_replicate_size` is
+`dp_size`.
 
 Degrees multiply: `dp_size · pp_size · ring_degree · ulysses_degree · tp_size` is the number of ranks. Whether a model
 allows them is checked before weights are read, and the error says what would be possible, for example
@@ -56,8 +57,7 @@ allows them is checked before weights are read, and the error says what would be
 | `dtype` | the checkpoint's | of weights and activations: {dtypes} |
 | `tensor_parallel`: `tp_size` | `1` | ranks that share each layer's weights, by DeepSpeed's AutoTP |
 
-Any other key of DeepSpeed's inference configuration is handed to it as it is, where a tensor-parallel layout makes a
-DeepSpeed engine.
+Any other key is handed to `deepspeed.init_inference` as it is.
 """
 
 

@@ -42,8 +42,8 @@ class ParallelConfig(Section):
     ring_impl: RingImpl = Field("zigzag", description="which tokens a ring rank holds")
     ring_variant: RingVariant = Field(
         "auto",
-        description="K/V block by block, or all visible K/V first, or those behind the own block; pass_q: queries "
-        "travel to cached K/V",
+        description="pass_kv: K/V are sent block by block; gather_kv: all visible K/V first; local_first: the own "
+        "block while others' K/V arrive; pass_q: queries are sent to cached K/V",
     )
     decode: Literal["auto", "whole", "sliced"] = Field(
         "auto",
@@ -52,7 +52,9 @@ class ParallelConfig(Section):
         "collectives cost",
     )
     gather_limit_mib: int = Field(
-        2048, ge=0, description="auto takes gather_kv while the gathered K/V of one layer stay below this"
+        2048,
+        ge=0,
+        description="auto takes gather_kv or local_first while the gathered K/V of one layer stay below this",
     )
 
 
@@ -69,7 +71,7 @@ class WorkloadConfig(Section):
         "time where a rank has more; 0: all at once",
     )
     prefill_chunk: int = Field(
-        0, ge=0, description="prompt tokens a row that generate runs at a time; 0: the whole prompt at once"
+        0, ge=0, description="prompt tokens of each sequence that generate runs at a time; 0: the whole prompt at once"
     )
 
 
@@ -98,7 +100,7 @@ class BenchmarkConfig(Section):
     sustain_s: int = Field(
         0, ge=0, description="seconds that timed passes go on for: a GPU at its power limit slows down as it gets warm"
     )
-    speed_only: bool = Field(False, description="do not measure what of the communication shows")
+    speed_only: bool = Field(False, description="skip the passes that measure exposed communication")
     mode: Literal[Mode, "both"] = Field(
         "full",
         description="what benchmarks time: whole forwards, or only what K, V and the next token need; each a row",
@@ -128,8 +130,8 @@ class RingConfig(Section):
     benchmark: BenchmarkConfig = BenchmarkConfig()
     transport: TransportName = Field(
         "auto",
-        description="how K/V and heads move between ranks; auto is the copy engine inside a host whose GPUs reach each "
-        "other, process groups otherwise, for the ring and Ulysses each",
+        description="how K/V, heads and a pipeline's hidden states move between ranks; auto: by copy engine inside a "
+        "host whose GPUs reach each other, else by process groups, for each axis by itself",
     )
     interleave: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -139,8 +141,8 @@ class RingConfig(Section):
     in_flight: int = Field(
         2,
         ge=2,
-        description="micro-batches in flight, of sequences shared by interleaving; more than two go through each layer "
-        "together, so that transfers come close together and links may sleep in between",
+        description="micro-batches in flight where sequences are shared and interleaved; more than two go through each "
+        "layer together, so that transfers come close together and links may sleep in between",
     )
     timeout_s: int = Field(
         1800,
@@ -149,7 +151,8 @@ class RingConfig(Section):
     )
     decode_graph: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="steps of a generation as CUDA graphs; auto: but for tp_size and pp_size, where the model allows",
+        description="steps of a generation as CUDA graphs; auto: where the model allows, except with tp_size or "
+        "pp_size",
     )
     fusion: FusionChoice = Field(
         "auto", description="auto puts neighbouring operations of a layer together where they are recognised"

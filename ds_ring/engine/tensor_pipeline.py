@@ -1,5 +1,5 @@
-"""The baseline: tensor x pipeline parallelism. DeepSpeed's AutoTP shards the layers of each stage; stages pass hidden
-states on while several micro-batches are in flight."""
+"""Tensor x pipeline parallelism, which the paper compares with. DeepSpeed's AutoTP shards the layers of each stage;
+stages pass hidden states on while several micro-batches are in flight."""
 
 # Shapes: B sequences of a micro-batch, L tokens, d hidden size.
 from __future__ import annotations

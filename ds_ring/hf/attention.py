@@ -1,6 +1,7 @@
 """``attn_implementation="ds_ring"``: our attention as one of transformers' attention functions.
 
-``_attention`` is where q, k and v enter on the unfused path. On the fused path they do not come this way: see there.
+``_attention`` is where q, k and v enter on the unfused path. On the fused path they do not come this way: see
+``fusion/kv_first.py``.
 """
 
 # Shapes, as transformers has them: B batch, H query heads, K key/value heads, T tokens on this rank, D head_dim.

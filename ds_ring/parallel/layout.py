@@ -1,7 +1,7 @@
 """Who holds which tokens of a sequence: pure arithmetic, no tensors, no communication.
 
 A sequence of ``length`` tokens is padded at its end to ``padded_length`` and cut over ``ring_degree x ulysses_degree``
-ranks. *Ring rank* r holds one or two runs of neighbouring tokens (its *slice*); the Ulysses ranks of r hold equal,
+ranks. *Ring rank* r holds one or two ranges of neighbouring tokens (its *slice*); the Ulysses ranks of r hold equal,
 consecutive parts of that slice.
 
 - ``contiguous``: R chunks, ring rank r holds chunk r. Causal attention then costs rank r in proportion to r + 1/2.
@@ -90,7 +90,7 @@ class SequenceLayout:
         return self.slice_length // self.chunks_per_rank
 
     def slice_ranges(self, ring_rank: int) -> tuple[TokenRange, ...]:
-        """The runs of a ring rank's slice, in ascending order, which is also their order in memory."""
+        """The token ranges of a ring rank's slice, in ascending order, which is also their order in memory."""
         c = self.chunk_length
         if self.chunks_per_rank == 2:
             return TokenRange(ring_rank * c, c), TokenRange((2 * self.ring_degree - 1 - ring_rank) * c, c)
@@ -119,7 +119,7 @@ class SequenceLayout:
         """The fewest causal attention calls that cover ``q_rank``'s queries against ``k_rank``'s visible keys."""
         if q_rank == k_rank:
             # Both sides ascend through the same positions, so local order decides visibility exactly as global
-            # order does, and one causal call covers all runs.
+            # order does, and one causal call covers all of them.
             rows = slice(0, self.slice_length)
             return [Block(rows, rows, True, 0, 0)]
         calls: list[Block] = []
@@ -137,7 +137,7 @@ class SequenceLayout:
         return calls
 
     def windowed_blocks(self, q_rank: int, k_rank: int, window: int) -> list[Block]:
-        """As ``blocks`` for a sliding window: pairs of runs with true offsets, those out of reach left out."""
+        """As ``blocks`` for a sliding window: pairs of token ranges with true offsets, those out of reach left out."""
         calls = []
         for i, q_range in enumerate(self.slice_ranges(q_rank)):
             for j, k_range in enumerate(self.slice_ranges(k_rank)):

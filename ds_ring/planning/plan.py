@@ -44,7 +44,7 @@ LINK_SLEEPS_S = 0.05
 IN_FLIGHT = (4, 8, 16)
 """Micro-batches that may go through a layer together, instead of the two that are configured by default."""
 WORTH = 0.002
-"""Of a step: what more of them have to win, as each holds memory."""
+"""The share of a step that more micro-batches in flight must save to be worth their memory."""
 EXPOSED_BETWEEN_HOSTS = EXPOSED | {"sp": 1.8}
 """The same by process groups: ``sp`` is near what ring showed in ``benchmarks/results/gpu2_h200_first.json``."""
 ATTENTION_SHARE = {"head_dim 512": 0.87, "up to 256": 0.85, "other": 0.45}
@@ -167,7 +167,7 @@ def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
 
 
 def _shares_layers(plan: Plan) -> bool:
-    """Whether a rank holds a part of the weights alone."""
+    """Whether a rank holds only a part of the weights."""
     t = plan.config.topology
     return t.tp * t.pp > 1
 

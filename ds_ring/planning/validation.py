@@ -31,7 +31,7 @@ def check_positions(longest: int, new: int, dims: ModelDims) -> None:
 
 def check_layout(config: RunConfig, dims: ModelDims, world_size: int) -> None:
     """The rules of a layout by itself."""
-    assert not config.parallel.auto, "plan.resolve comes first"
+    assert not config.parallel.auto, "plan.with_planned_degrees comes first"
     _check_axes(config, world_size)
     _check_model(dims)
     _check_heads(config, dims)
@@ -103,7 +103,9 @@ def _check_tensor_pipeline(config: RunConfig, dims: ModelDims) -> None:
                 f"{name}={count} is not divisible by tp_size={tp}; " + suggest(fitting, "use pp_size instead")
             )
     if pp > dims.num_layers:
-        raise ConfigError(f"pp_size={pp} is more than the model's {dims.num_layers} layers; the most is that many")
+        raise ConfigError(
+            f"pp_size={pp} is more than the model's {dims.num_layers} layers; take at most {dims.num_layers}"
+        )
 
 
 def check_workload(config: RunConfig, dims: ModelDims) -> None:

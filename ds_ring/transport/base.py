@@ -1,4 +1,4 @@
-"""What the attention algorithms ask of communication: four operations along one axis of the mesh.
+"""What is asked of communication along one axis of the mesh.
 
 This base class keeps account of what is sent (``traffic``); implementations, in the methods with an underscore, move
 bytes. Ranks are always numbered inside the group, 0 .. size-1.
@@ -84,7 +84,7 @@ class Transport(ABC):
         """Tensors of these shapes will be shared, one opened before another is published. Collective."""
 
     def share(self, shape: Sequence[int], like: Tensor, within: ViewOf | None = None) -> SharedTensor:
-        """A tensor of ``like``'s dtype and device for peers to take parts of; see ``Shared``."""
+        """A tensor of ``like``'s dtype and device for peers to take parts of; see ``SharedTensor``."""
         memory = like.new_empty(within.shape if within else tuple(shape))
         return SentTensor(memory, within.part(memory, shape) if within else memory, self.exchange)
 

@@ -73,7 +73,7 @@ class Mesh:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a sequence-parallel axis moves bytes at (almost) no cost to the kernels beside it."""
+        """Whether any axis moves bytes at (almost) no cost to the kernels beside it."""
         return any(self[axis].overlaps for axis in PULLED_AXES)
 
     @classmethod
@@ -88,7 +88,7 @@ class Mesh:
         """Process groups of ``deepspeed.comm``, which must be initialised; axes in ``pulled`` use copy engines,
         all else ``messages``.
 
-        Where those fail their self-test on any rank, process groups take over on all, with a warning.
+        Where copy engines fail their self-test on any rank, process groups take over on all, with a warning.
 
         Raises:
             TransportError: on every rank, if they fail and ``insist`` is set.

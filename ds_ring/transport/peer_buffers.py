@@ -1,7 +1,7 @@
 """The copy engine's protocol: memory in buffers, used round after round, and the flags that say when.
 
-Shared tensors lie in *buffers*, each one ``PeerMemory`` on every rank; all ranks use buffers in the same
-order. Using a buffer once is a *round*, numbered 1, 2, .. in each buffer. A buffer has two flags for every peer p:
+Shared tensors lie in *buffers*, each one ``PeerMemory`` on every rank; all ranks use buffers in the same order. Using a
+buffer once is a *round*, numbered 1, 2, .. in each buffer. A buffer has two flags for every peer p:
 
 - WRITTEN + p, in my memory: p's buffer holds what p wrote in that round. Raised by p.
 - READ + p, in my memory: p has taken what it wanted from my buffer in that round. Raised by p.

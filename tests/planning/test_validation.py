@@ -68,7 +68,7 @@ class TestChecks:
             check(replace(SHAPE, **change), tp_size=tp_size)
 
     def test_more_stages_than_layers(self):
-        with refused("pp_size=5 is more than the model's 4 layers; the most is that many"):
+        with refused("pp_size=5 is more than the model's 4 layers; take at most 4"):
             check(pp_size=5)
 
     @pytest.mark.parametrize(
