@@ -164,7 +164,7 @@ def _write_references(comparison: Comparison, folder: Path, logs: Path, report: 
     """Files of the unsharded model's results, for the shortest lengths: as far as one device can hold it."""
     run, lengths = comparison.first, comparison.lengths
     outputs = [folder / f"reference_{length}.safetensors" for length in lengths]
-    arguments = ["--model", str(run.ring.model), "--dtype", run.dtype, "--rows", str(comparison.reference_sequences)]
+    arguments = ["--model", run.checkpoint, "--dtype", run.dtype, "--rows", str(comparison.reference_sequences)]
     arguments += ["--length", *map(str, lengths), "--output", *map(str, outputs)]
     arguments += ["--text", *run.benchmark.text] if run.benchmark.text else []
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.baselines import rules
 from benchmarks.layouts import checkpoint
 from benchmarks.layouts.length_search import Attempt, search
 from benchmarks.layouts.timing import time_passes
@@ -48,6 +49,8 @@ def find(
     config = RunConfig.load(config, batch_size=1, micro_batch_size=1, micro_batch_sizes=(), sweep=())
     dims = model_dims(read_config(checkpoint.source(config)))
     check_run(config, dims, config.topology.world_size)
+    rules.check(config, dims)
+    rules.check_device(config, "cuda" if launcher.gpu_count() else "cpu")
     checkpoint.ensure(config, report)
     rows: list[dict[str, Any]] = []
     document = {

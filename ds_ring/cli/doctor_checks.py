@@ -152,7 +152,9 @@ def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("configuration", "problem", str(error))
         return
-    yield Finding("configuration", "ok", f"{run.label}: {wanted} ranks")
+    whose = run.benchmark.implementation
+    unchecked = "" if whose == "ds_ring" else f"; what {whose} itself refuses is found when it is launched"
+    yield Finding("configuration", "ok", f"{run.label}: {wanted} ranks{unchecked}")
     if slots is not None and wanted > slots:
         fix = f"lower the degrees, or add {wanted - slots} GPUs"
         yield Finding("ranks", "problem", f"{wanted} are wanted, and {slots} can be started", fix)

@@ -53,10 +53,10 @@ def _limit(config: RunConfig) -> tuple[str, int | None, str]:
 
 
 def sized(config: RunConfig, documents: Sequence[Document]) -> RunConfig:
-    """``config`` with the number and length of ``documents`` as the workload, as far as these are not given."""
-    own = {"batch_size": len(documents), "max_length": max(len(tokens) for _, tokens in documents)}
-    given = config.workload.model_fields_set
-    return RunConfig.load(config, **{name: value for name, value in own.items() if name not in given})
+    """``config`` with the length of ``documents`` as the workload's, and their number where none is given."""
+    work = config.workload
+    number = work.batch_size if "batch_size" in work.model_fields_set else len(documents)
+    return RunConfig.load(config, batch_size=number, max_length=max(len(tokens) for _, tokens in documents))
 
 
 def score(engine: Engine, documents: list[Document], show_progress: bool) -> dict[str, Any]:

@@ -12,10 +12,13 @@ decode_tpot_ms, tokens_per_second, cache_gib_per_rank and the completions.
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from ds_ring.cli import options
 from ds_ring.config import RunConfig
+
+DEGREES = {"auto", "dp_size", "pp_size", "ring_degree", "ulysses_degree"}
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -41,8 +44,9 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def planned_by_default(config: RunConfig) -> RunConfig:
-    """``config``, with its degrees left to the planner where it gives none."""
-    return config if config.topology.world_size > 1 else RunConfig.load(config, auto=True)
+    """``config``, with its degrees left to the planner where it gives none and several ranks were launched."""
+    given = config.tp_size > 1 or DEGREES & config.parallel.model_fields_set
+    return config if given or int(os.environ.get("WORLD_SIZE", "1")) == 1 else RunConfig.load(config, auto=True)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -82,7 +82,7 @@ def ranks_of(options: Sequence[str]) -> tuple[int, list[str]]:
     Raises:
         ConfigError: not a whole number of at least 1.
     """
-    options = list(options)
+    options = [part for option in options for part in _by_word(option)]
     if "--ranks" not in options:
         return launcher.gpu_count() or 1, options
     at = options.index("--ranks")
@@ -90,6 +90,10 @@ def ranks_of(options: Sequence[str]) -> tuple[int, list[str]]:
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"--ranks {value} must be a whole number of at least 1")
     return int(value), options[:at] + options[at + 2 :]
+
+
+def _by_word(option: str) -> list[str]:
+    return option.split("=", 1) if option.startswith("--ranks=") else [option]
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) ->
     group.add_argument("--tp-size", type=int, metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
     group.add_argument("--dtype", choices=get_args(DType), help="weights and activations [the checkpoint's]")
     any_field = "any other field of the engine's, see docs/configuration.md"
-    group.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=any_field)
+    group.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=any_field)
     for name in names:
         _add_option(group, name, FIELDS[name])
     return parser

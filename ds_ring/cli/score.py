@@ -18,7 +18,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.cli import documents
     from ds_ring.utils import results
 
-    texts = documents.read(config, args.text)
+    texts = documents.read(config, args.documents)
     config = api.with_planned_degrees(documents.sized(config, texts))
     engine = api.from_pretrained(config=config)
     scores = documents.score(engine, texts, show_progress=options.is_first_rank())
@@ -27,7 +27,8 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = options.run_parser(__doc__, (*options.USUAL, "max_length"))
-    parser.add_argument("--text", nargs="+", default=[], metavar="FILE", help="documents, UTF-8 text")
+    text = "documents, UTF-8 text"
+    parser.add_argument("--text", nargs="+", action="extend", dest="documents", default=[], metavar="FILE", help=text)
     options.main(work, parser)
 
 

@@ -62,10 +62,10 @@ class RunConfig(Section):
         else:
             document = _read(source) if isinstance(source, str | Path) else dict(source or {})
         section = dict(_object("ds_ring", document.pop("ds_ring", {})))
-        overrides = {**degrees_of(overrides.pop("parallelism_config", None)), **overrides}
-        for name, value in overrides.items():
-            if value is not None:
-                _override(document, section, name, value)
+        degrees = degrees_of(overrides.pop("parallelism_config", None))
+        given = {name: value for name, value in overrides.items() if value is not None}
+        for name, value in {**degrees, **given}.items():
+            _override(document, section, name, value)
         own = None if "dtype" in document else _checkpoint_dtype(section.get("model"))
         try:
             config = cls(ring=RingConfig.model_validate(section), deepspeed=document, checkpoint_dtype=own)
@@ -210,7 +210,9 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 def _checkpoint_dtype(model: object) -> str | None:
     """What the config of a checkpoint directory, or a config file, says its weights are; None where there is no such
     file or word."""
-    path = local_checkpoint(str(model))
+    if not isinstance(model, str):
+        return None
+    path = local_checkpoint(model)
     try:
         config = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
         return str(config.get("dtype") or config.get("torch_dtype") or "") or None

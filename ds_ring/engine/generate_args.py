@@ -101,7 +101,7 @@ def _settings(
     settings: GenerationConfig
     try:
         settings, others = adapter._prepare_generation_config(generation_config, **options)
-        adapter._validate_model_kwargs({k: v for k, v in others.items() if k not in OF_GENERATE})
+        adapter._validate_model_kwargs({k: v for k, v in others.items() if k not in (*OF_GENERATE, *REFUSED)})
     except ValueError as error:
         raise InputError(f"transformers refuses the options of generate: {error}") from None
     mode = settings.get_generation_mode()

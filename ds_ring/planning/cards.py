@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -45,9 +46,12 @@ datasheet, not measured. CPU: only the order of layouts means anything."""
 
 
 def card_of(device: torch.device) -> Card:
-    """The planning card of ``device``: by its name; an unknown GPU is taken for an A100, with its own memory."""
+    """The planning card of ``device``: by its name; an unknown GPU is taken for an A100, with its own memory.
+
+    A CPU's memory is shared by the ranks of this host."""
     if device.type != "cuda":
-        return CARDS["CPU"]
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return replace(CARDS["CPU"], memory_gib=memory / 2**30)
     import torch  # here: `plan --help` needs the names of cards only
 
     name = torch.cuda.get_device_name(device)

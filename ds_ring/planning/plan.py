@@ -29,7 +29,7 @@ from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.planning.cards import Card
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
-from ds_ring.planning.memory_estimate import in_flight, peak_bytes
+from ds_ring.planning.memory_estimate import cache_bytes, in_flight, peak_bytes
 from ds_ring.planning.metrics import Work
 from ds_ring.planning.validation import check_run
 
@@ -83,13 +83,21 @@ class Plan:
         return work.batch_size * work.max_length / self.step_s
 
 
-def plans(run: RunConfig, dims: ModelDims, linear_parameters: int, ranks: int, card: Card) -> list[Plan]:
+def plans(
+    run: RunConfig, dims: ModelDims, linear_parameters: int, ranks: int, card: Card, *, generating: bool = False
+) -> list[Plan]:
     """All layouts of ``ranks`` ranks that ``run``'s model and workload allow: those that fit, fastest first, then the
     others, smallest first. The degrees in ``run`` are ignored.
 
+    ``generating``: the workload is a generation's. Those that share layers come after others that fit: the predicted
+    step is a prefill's, and new tokens cost more there, as stages wait for one another and steps are not CUDA graphs.
+    Memory has the cache in it.
+
     Raises:
-        ConfigError: none is possible; says what the last one breaks.
+        ConfigError: none is possible; says what the last one breaks. Or the layouts are another implementation's.
     """
+    if run.benchmark.implementation != "ds_ring":
+        raise ConfigError(f"implementation={run.benchmark.implementation}: only ds_ring's layouts are planned")
     found: list[Plan] = []
     refusal: UserError | None = None
     for degrees in _degrees(ranks, dims):
@@ -101,23 +109,21 @@ def plans(run: RunConfig, dims: ModelDims, linear_parameters: int, ranks: int, c
             continue
         if candidate.parallel.ulysses_degree > card.per_host or candidate.tp_size > card.per_host:
             continue
-        found.append(_with_lanes([_predict(each, dims, linear_parameters, card) for each in _lanes(candidate, card)]))
+        found.append(
+            _with_lanes([_predict(each, dims, linear_parameters, card, generating) for each in _lanes(candidate, card)])
+        )
     if not found:
         raise ConfigError(f"no layout of {ranks} ranks can run this: {refusal}")
-    return sorted(found, key=lambda plan: (not plan.fits, plan.step_s if plan.fits else plan.memory_gib))
+    found.sort(key=lambda plan: (not plan.fits, plan.step_s if plan.fits else plan.memory_gib))
+    return sorted(found, key=lambda plan: (not plan.fits, plan.fits and generating and _shares_layers(plan)))
 
 
-def choose_layout(run: RunConfig, dims: ModelDims, linear_parameters: int, ranks: int, card: Card) -> tuple[Plan, str]:
-    """The fastest layout that fits, and a sentence that says why.
+def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:
+    """The first of ``plans``, and a sentence that says why.
 
     Raises:
         ConfigError: none fits, with the smallest one's memory.
     """
-    return best_of(plans(run, dims, linear_parameters, ranks, card), ranks, card)
-
-
-def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:
-    """``choose_layout`` among ``plans``."""
     best = ordered[0]
     if not best.fits:
         raise ConfigError(
@@ -132,8 +138,7 @@ def with_planned_degrees(
 ) -> tuple[RunConfig, str | None]:
     """``run`` with the planner's degrees where it leaves them to it, and why; anything else as it is, and None.
 
-    ``generating``: take a layout that shares layers only where no rank has room for all of them. The predicted step is
-    a prefill's, and new tokens cost more there: stages wait for one another, and steps are not CUDA graphs.
+    ``generating``: as for ``plans``; a layout that shares layers is taken only where no rank has room for all of them.
 
     Raises:
         ConfigError: degrees beside ``auto``, or no layout that fits.
@@ -145,9 +150,7 @@ def with_planned_degrees(
         raise ConfigError(
             f"parallel=auto chooses every degree, but {t.label()} is given as well; leave out one of both"
         )
-    ordered = plans(run, model_dims(config), linear_parameters(config), ranks, card)
-    if generating:
-        ordered.sort(key=lambda plan: (not plan.fits, plan.fits and _shares_layers(plan)))
+    ordered = plans(run, model_dims(config), linear_parameters(config), ranks, card, generating=generating)
     best, reason = best_of(ordered, ranks, card)
     return best.config, reason
 
@@ -191,7 +194,7 @@ def _lanes(config: RunConfig, card: Card) -> list[RunConfig]:
     """``config``, and with more micro-batches in flight where there are as many and transfers leave links alone."""
     micro, ring = config.largest_micro_batch, config.ring
     by_copy_engine = ring.interleave == "auto" and in_flight(config, micro) > 1 and _inside(config, card)
-    if config.benchmark.implementation != "ds_ring" or not by_copy_engine or ring.in_flight > 2:
+    if not by_copy_engine or ring.in_flight > 2:
         return [config]
     possible = [lanes for lanes in IN_FLIGHT if lanes <= config.micro_batches(micro)]
     return [config, *(RunConfig.load(config, in_flight=lanes) for lanes in possible)]
@@ -208,7 +211,7 @@ def _inside(config: RunConfig, card: Card) -> bool:
     return config.topology.world_size // config.topology.dp <= card.per_host
 
 
-def _predict(config: RunConfig, dims: ModelDims, linear_parameters: int, card: Card) -> Plan:
+def _predict(config: RunConfig, dims: ModelDims, linear_parameters: int, card: Card, generating: bool) -> Plan:
     work, p, t = config.workload, config.parallel, config.topology
     itemsize = 4 if config.dtype == "fp32" else 2
     layout = SequenceLayout(work.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
@@ -224,7 +227,12 @@ def _predict(config: RunConfig, dims: ModelDims, linear_parameters: int, card: C
     compute = linear + attention
     bubble = compute * (t.pp - 1) / steps
     exposed = bubble + _exposed(config, dims, itemsize, steps, compute / (steps * dims.num_layers), card)
-    memory = peak_bytes(config, dims, linear_parameters, micro) / 2**30
+    held = peak_bytes(config, dims, linear_parameters, micro)
+    if generating:
+        at_a_time = RunConfig.load(config, max_length=min(work.prefill_chunk or work.max_length, work.max_length))
+        cache = cache_bytes(config, dims, rows, work.max_length)
+        held = peak_bytes(at_a_time, dims, linear_parameters, micro) + cache
+    memory = held / 2**30
     return Plan(config, compute + exposed, exposed, memory, memory <= RESERVE * card.memory_gib)
 
 

@@ -183,7 +183,7 @@ def environment_of(ranks: int, unset: Sequence[str]) -> dict[str, str]:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
     if gpu_count() == 0:
         environment["DS_ACCELERATOR"] = "cpu"
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     return environment
 
 

@@ -20,5 +20,8 @@ def local_checkpoint(name: str | Path) -> Path:
         return path
     from huggingface_hub import try_to_load_from_cache  # a wrong configuration is refused without it
 
-    cached = try_to_load_from_cache(str(name), CONFIG)
+    try:
+        cached = try_to_load_from_cache(str(name), CONFIG)
+    except ValueError:  # huggingface_hub has more rules: no id after all
+        return path
     return Path(cached).parent if isinstance(cached, str) else path

@@ -78,12 +78,16 @@ def test_a_chat_template_that_fails_is_an_error_of_the_users(instruct):
         prompts.read(instruct, ["a question"], [])
 
 
-def test_a_layout_is_planned_where_no_degree_is_given():
+def test_a_layout_is_planned_where_several_ranks_are_given_no_degree(monkeypatch):
+    assert not planned_by_default(RunConfig.load({})).parallel.auto
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert planned_by_default(RunConfig.load({})).parallel.auto
-    assert not planned_by_default(RunConfig.load({}, ring_degree=2)).parallel.auto
+    for degrees in ({"ring_degree": 2}, {"dp_size": 1}, {"tp_size": 2}, {"auto": False}):
+        assert not planned_by_default(RunConfig.load({}, **degrees)).parallel.auto
 
 
-def test_a_layout_is_planned_for_the_prompts_unless_sizes_are_given():
+def test_a_layout_is_planned_for_the_prompts_unless_sizes_are_given(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     three = [[1] * 90, [1] * 7, [1] * 30]
     auto = RunConfig.load({"ds_ring": {"parallel": "auto", "workload": {"prefill_chunk": 16}}})
     work = prompts.sized(auto, three, 10).workload

@@ -37,8 +37,9 @@ def test_a_model_is_generated_from_by_as_many_ranks_as_there_are_gpus(started):
     ]  # fmt: skip
 
 
-def test_ranks_may_be_given(started):
-    run("score", "DIR", "a.txt", "b.txt", "--ranks", "2", "--max-length", "9")
+@pytest.mark.parametrize("ranks", [["--ranks", "2"], ["--ranks=2"]], ids=" ".join)
+def test_ranks_may_be_given(started, ranks):
+    run("score", "DIR", "a.txt", "b.txt", *ranks, "--max-length", "9")
     (line,) = started
     assert line[line.index("--num_gpus") + 1] == "2"
     assert line[line.index("--module") :] == [

@@ -72,7 +72,9 @@ class TestSet:
         return options.run_config(options.run_parser(None, options.USUAL).parse_args(list(words)))
 
     def test_values_are_json_or_text(self):
-        config = self.parsed("--set", "ring_variant=pass_kv", "in_flight=4", "block_tokens=0", "--ring-degree", "2")
+        config = self.parsed(
+            "--set", "ring_variant=pass_kv", "in_flight=4", "--set", "block_tokens=0", "--ring-degree", "2"
+        )
         assert (config.parallel.ring_variant, config.ring.in_flight, config.workload.block_tokens) == ("pass_kv", 4, 0)
         assert config.parallel.ring_degree == 2
 

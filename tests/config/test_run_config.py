@@ -336,36 +336,6 @@ def test_accelerates_parallelism_config_gives_degrees():
 
 
 def test_a_degree_by_name_comes_before_accelerates():
-    assert RunConfig.load({}, parallelism_config=ParallelismConfig(cp_size=4), ring_degree=2).parallel.ring_degree == 2
-
-
-class TestWhereACheckpointIs:
-    """A path, with ``~`` expanded, before a hub id in the local cache."""
-
-    @pytest.fixture
-    def cache(self, tmp_path, monkeypatch):
-        """The hub's cache with one model in it, as ``hf download`` leaves it."""
-        model, commit = tmp_path / "hub/models--owner--model", "0" * 40
-        (model / "refs").mkdir(parents=True)
-        (model / "refs/main").write_text(commit)
-        (model / "snapshots" / commit).mkdir(parents=True)
-        (model / "snapshots" / commit / "config.json").write_text('{"dtype": "bfloat16"}')
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-        return model / "snapshots" / commit
-
-    def test_a_hub_id_is_its_snapshot_in_the_cache(self, cache):
-        config = RunConfig.load({}, model="owner/model")
-        assert (config.checkpoint, config.dtype) == (str(cache), "bf16")
-
-    def test_a_directory_comes_first(self, cache, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "owner/model").mkdir(parents=True)
-        assert RunConfig.load({}, model="owner/model").checkpoint == "owner/model"
-
-    def test_home_is_expanded(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert RunConfig.load({}, model="~/model").checkpoint == str(tmp_path / "model")
-
-    @pytest.mark.parametrize("name", ["owner/other", "../owner/model", "owner/model/more", "a b", ""])
-    def test_what_is_neither_stays_a_path(self, cache, name):
-        assert RunConfig.load({}, model=name).checkpoint == str(Path(name))
+    given = ParallelismConfig(cp_size=4)
+    assert RunConfig.load({}, parallelism_config=given, ring_degree=2).parallel.ring_degree == 2
+    assert RunConfig.load({}, parallelism_config=given, ring_degree=None).parallel.ring_degree == 4

@@ -17,7 +17,7 @@ from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 from ds_ring.model_dims import ModelDims
 from ds_ring.planning.cards import CARDS, Card
-from ds_ring.planning.plan import Plan, choose_layout, plans, with_planned_degrees
+from ds_ring.planning.plan import Plan, best_of, plans, with_planned_degrees
 from ds_ring.planning.validation import check_run
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +26,10 @@ PAPER = ModelDims("gpt_neox", 4, 8192, 16, 16, 512, 32768, 256, 131072)
 PAPER_WEIGHTS = 4 * 12 * 8192**2
 LLAMA = ModelDims("llama", 80, 8192, 64, 8, 128, 28672, 128256, 131072)
 LLAMA_WEIGHTS = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+
+
+def choose_layout(run: RunConfig, dims: ModelDims, weights: int, ranks: int, card: Card) -> tuple[Plan, str]:
+    return best_of(plans(run, dims, weights, ranks, card), ranks, card)
 
 
 def run(batch: int, length: int, micro: int = 1) -> RunConfig:
@@ -197,6 +201,24 @@ def test_generation_shares_layers_only_where_they_do_not_fit():
     found, reason = with_planned_degrees(config, large, 2, H100, generating=True)
     assert found.topology.tp * found.topology.pp == 2
     assert "the weights do not fit on one rank" in reason
+
+
+def test_a_cache_has_to_fit_as_well():
+    """One prompt of 130,000 tokens: its cache is half as large as the weights."""
+    model = LlamaConfig(
+        hidden_size=4096, num_attention_heads=32, intermediate_size=11008, num_hidden_layers=32, vocab_size=32000,
+        max_position_embeddings=200_000,
+    )  # fmt: skip
+    config = RunConfig.load({"dtype": "bf16", "ds_ring": {"parallel": "auto"}}, max_length=130_000, prefill_chunk=8192)
+    with pytest.raises(ConfigError, match=r"no layout of 1 ranks fits 79 GiB a rank: single comes closest with 7"):
+        with_planned_degrees(config, model, 1, H100, generating=True)
+    with_planned_degrees(RunConfig.load(config, max_length=60_000), model, 1, H100, generating=True)
+
+
+def test_other_implementations_are_not_planned():
+    config = RunConfig.load({"ds_ring": {"parallel": "auto"}}, implementation="yunchang")
+    with pytest.raises(ConfigError, match=r"implementation=yunchang: only ds_ring's layouts are planned"):
+        with_planned_degrees(config, SMALL, 4, H100)
 
 
 def test_auto_beside_a_degree_is_refused():

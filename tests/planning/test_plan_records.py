@@ -36,7 +36,7 @@ def measured() -> dict[Case, list[dict[str, Any]]]:
 def predicted(name: str, row: dict[str, Any]) -> Plan:
     config = read_config(ROOT / f"ds_configs/models/{RECORDS[name]}.json")
     card = next(card for key, card in CARDS.items() if key in row["device"])
-    return _predict(run_of(row), model_dims(config), linear_parameters(config), card)
+    return _predict(run_of(row), model_dims(config), linear_parameters(config), card, generating=False)
 
 
 @pytest.mark.parametrize(("case", "rows"), measured().items(), ids=lambda value: str(value)[:40])
