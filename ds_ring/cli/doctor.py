@@ -1,7 +1,7 @@
 """Look for what stands in the way of a run here: packages, launcher, port, hosts, GPUs, kernels and, with --config or
 --model, the configuration. Starts nothing.
 
-    python launch/doctor.py --config ds_configs/gpu2/ring2.json --hostfile hosts
+    ds-ring doctor --config ds_configs/gpu2/ring2.json --hostfile hosts
 
 The last line of standard output is one JSON document; the exit code is 2 where there is a problem.
 """

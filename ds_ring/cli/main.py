@@ -6,7 +6,8 @@
 
 generate, score, bench and bench-generate run under the deepspeed launcher on this host, on all GPUs or on --ranks of
 them; on CPUs with one rank, or --ranks. Several hosts, and other options of the launcher: launch/*.py under deepspeed.
-The other commands run in this process. "ds-ring COMMAND --help" lists a command's options.
+The others (plan, doctor, make-checkpoint, compare, longest) run in this process; compare and longest launch ranks
+themselves. "ds-ring COMMAND --help" lists a command's options.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ def _run(arguments: Sequence[str]) -> None:
         raise ConfigError(f"there is no command {command}; take one of {', '.join([*LAUNCHED, *HERE])}")
     options = named(command, options)
     if command in HERE or "-h" in options or "--help" in options:
+        if command in LAUNCHED:
+            leading = " DIR FILE…" if command == "score" else " DIR" if command in TAKES_MODEL else ""
+            print(f"ds-ring {command}{leading} [--ranks N] and these options:\n")
         sys.argv = [f"ds-ring {command}", *options]
         runpy.run_module((LAUNCHED | HERE)[command], run_name="__main__")
         return

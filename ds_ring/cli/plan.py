@@ -1,6 +1,6 @@
 """Which layout to take: every one that a model, a batch and a number of GPUs allow, with its predicted step and memory.
 
-    python launch/plan.py --model checkpoints/paper --ranks 16 --card H100 --batch-size 1024 --max-length 10000
+    ds-ring plan checkpoints/paper --ranks 16 --card H100 --batch-size 1024 --max-length 10000
 
 Needs no GPU and no weights: --model may be a config file of ds_configs/models/. Predictions order layouts;
 launch/compare.py measures them.

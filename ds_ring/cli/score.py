@@ -1,6 +1,7 @@
 """Score documents: token log-likelihood and perplexity of each, in any layout.
 
-deepspeed --num_gpus 3 launch/score.py --model checkpoints/small --ring-degree 3 --text a.txt b.txt
+ds-ring score DIR a.txt b.txt
+deepspeed --num_gpus 3 launch/score.py --model DIR --ring-degree 3 --text a.txt b.txt
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,15 @@ def _override(document: dict[str, Any], section: dict[str, Any], name: str, valu
     elif name in RingConfig.model_fields:
         section[name] = value
     else:
-        raise ConfigError(f"there is no option {name}")
+        known = [
+            *RingConfig.model_fields,
+            *ParallelConfig.model_fields,
+            *WorkloadConfig.model_fields,
+            "tp_size",
+            "dtype",
+        ]
+        meant = get_close_matches(name, known, n=1)
+        raise ConfigError(f"there is no option {name}" + (f"; did you mean {meant[0]}?" if meant else ""))
 
 
 def _explain(error: ValidationError, source: object) -> str:

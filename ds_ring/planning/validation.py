@@ -111,13 +111,6 @@ def _check_tensor_pipeline(config: RunConfig, dims: ModelDims) -> None:
 def check_workload(config: RunConfig, dims: ModelDims) -> None:
     """The rules of a benchmark's batch and lengths."""
     work, dp = config.workload, config.parallel.dp_size
-    if work.batch_size < dp:
-        raise ConfigError(
-            f"batch_size={work.batch_size} leaves some of dp_size={dp} replicas without a sequence; "
-            f"raise batch_size to {dp} or lower dp_size"
-        )
-    if config.micro_batch_sizes[0] < 1:
-        raise ConfigError(f"micro_batch_sizes={config.micro_batch_sizes[0]} must be at least 1")
     longest = config.lengths[-1]
     if config.lengths[0] < 1:
         raise ConfigError(f"sweep={config.lengths[0]} must be at least 1")
@@ -127,3 +120,10 @@ def check_workload(config: RunConfig, dims: ModelDims) -> None:
             f"{name}={longest} exceeds the model's max_position_embeddings={dims.max_positions}; "
             f"shorten it or extend the model's positions"
         )
+    if work.batch_size < dp:
+        raise ConfigError(
+            f"batch_size={work.batch_size} leaves some of dp_size={dp} replicas without a sequence; "
+            f"raise batch_size to {dp} or lower dp_size"
+        )
+    if config.micro_batch_sizes[0] < 1:
+        raise ConfigError(f"micro_batch_sizes={config.micro_batch_sizes[0]} must be at least 1")

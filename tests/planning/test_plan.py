@@ -215,6 +215,12 @@ def test_a_cache_has_to_fit_as_well():
     with_planned_degrees(RunConfig.load(config, max_length=60_000), model, 1, H100, generating=True)
 
 
+def test_a_length_that_the_model_lacks_is_the_reason():
+    """And not how few sequences there are for replicas."""
+    with pytest.raises(ConfigError, match="can run this: max_length=5000 exceeds the model"):
+        with_planned_degrees(RunConfig.load({"ds_ring": {"parallel": "auto"}}, max_length=5000), SMALL, 16, H100)
+
+
 def test_other_implementations_are_not_planned():
     config = RunConfig.load({"ds_ring": {"parallel": "auto"}}, implementation="yunchang")
     with pytest.raises(ConfigError, match=r"implementation=yunchang: only ds_ring's layouts are planned"):
