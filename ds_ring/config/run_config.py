@@ -238,14 +238,9 @@ def _override(document: dict[str, Any], section: dict[str, Any], name: str, valu
     elif name in RingConfig.model_fields:
         section[name] = value
     else:
-        known = [
-            *RingConfig.model_fields,
-            *ParallelConfig.model_fields,
-            *WorkloadConfig.model_fields,
-            "tp_size",
-            "dtype",
-        ]
-        meant = get_close_matches(name, known, n=1)
+        sections = (RingConfig, ParallelConfig, WorkloadConfig, BenchmarkConfig)
+        known = ["tp_size", "dtype", *(field for section in sections for field in section.model_fields)]
+        meant = get_close_matches(name, known, n=1, cutoff=0.8)
         raise ConfigError(f"there is no option {name}" + (f"; did you mean {meant[0]}?" if meant else ""))
 
 
