@@ -1,13 +1,16 @@
 """Several micro-batches in flight: the same numbers, in an order that never varies."""
 
 import threading
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from ds_ring.attention import ring
 from ds_ring.attention.kv_exchange import KVExchange
@@ -146,25 +149,36 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("wire", ["threads", "copy_engine"])
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize(("micro_batch_size", "in_flight"), [(1, 2), (2, 2), (1, 3)])
-def test_micro_batches_of_unequal_lengths_give_what_they_give_in_turn(layout, wire, micro_batch_size, in_flight):
-    model, ids, mask = build(llama_gqa()), tokens(5, 61), torch.ones(5, 61, dtype=torch.long)
+@cache
+def two_layers() -> PreTrainedModel:
+    return build(llama_gqa(num_hidden_layers=2))
+
+
+def unequal(engine: Engine) -> tuple[Tensor, list[Tensor], dict[str, int]]:
+    """Logits and scores of sequences of unequal lengths, and the bytes that the first forward of them sends."""
+    ids, mask = tokens(5, 61), torch.ones(5, 61, dtype=torch.long)
     for sequence, length in enumerate((61, 40, 7, 1, 33)):
         mask[sequence, length:] = 0
+    engine.mesh.traffic.bytes_by_op.clear()
+    found, sent = engine(ids, mask).logits, dict(engine.mesh.traffic.bytes_by_op)
+    return found, engine.token_log_likelihoods(ids, mask), sent
 
-    def work(engine: Engine):
-        found = engine(ids, mask).logits, engine.token_log_likelihoods(ids, mask)
-        engine.mesh.traffic.bytes_by_op.clear()
-        engine.prefill(engine.prepare(ids, mask, None)[0], "last")
-        return *found, dict(engine.mesh.traffic.bytes_by_op)
 
+@cache
+def in_turn(label: str, wire: str, micro_batch_size: int) -> list[tuple[Tensor, list[Tensor], dict[str, int]]]:
     # One variant both ways: auto would take the one that suits each.
-    options = {"micro_batch_size": micro_batch_size, "wire": wire, "ring_variant": "gather_kv"} | layout
-    together = serve(model, work, interleave="on", in_flight=in_flight, **options)
-    in_turn = serve(model, work, interleave="off", **options)
-    for (got, scores, sent), (want, want_scores, want_sent) in zip(together, in_turn, strict=True):
+    options = {"ring_variant": "gather_kv"} | LAYOUTS[label]
+    return serve(two_layers(), unequal, wire=wire, interleave="off", micro_batch_size=micro_batch_size, **options)
+
+
+@pytest.mark.parametrize("wire", ["threads", "copy_engine"])
+@pytest.mark.parametrize("label", LAYOUTS)
+@pytest.mark.parametrize(("micro_batch_size", "in_flight"), [(1, 2), (2, 2), (1, 3)])
+def test_micro_batches_of_unequal_lengths_give_what_they_give_in_turn(label, wire, micro_batch_size, in_flight):
+    options = {"micro_batch_size": micro_batch_size, "wire": wire, "ring_variant": "gather_kv"} | LAYOUTS[label]
+    together = serve(two_layers(), unequal, interleave="on", in_flight=in_flight, **options)
+    apart = in_turn(label, wire, micro_batch_size)
+    for (got, scores, sent), (want, want_scores, want_sent) in zip(together, apart, strict=True):
         assert torch.equal(got, want)
         assert all(torch.equal(a, b) for a, b in zip(scores, want_scores, strict=True))
         assert sent == want_sent

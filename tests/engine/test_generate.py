@@ -24,7 +24,7 @@ from tests.helpers.generated import (
     unsharded,
 )
 from tests.helpers.mocked_world import serve
-from tests.helpers.tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, mistral
+from tests.helpers.tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, mistral, shared
 
 
 def layout_of(name: str) -> dict[str, int]:
@@ -34,7 +34,7 @@ def layout_of(name: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_sixty_four_greedy_tokens_of_every_architecture(name):
-    model, ids = build(ARCHITECTURES[name]()), tokens(1, PROMPT)
+    model, ids = shared(name), tokens(1, PROMPT)
     want = unsharded(model, ids, max_new_tokens=64)
     results = serve(model, lambda engine: engine.generate(ids, max_new_tokens=64, **GREEDY), **layout_of(name))
     assert_same(on_all_ranks_alike(results), want)
@@ -43,7 +43,7 @@ def test_sixty_four_greedy_tokens_of_every_architecture(name):
 @pytest.mark.parametrize("layout", [{"pp_size": 2}, {"tp_size": 2}], ids=str)
 @pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "opt", "pythia", "qwen3"])
 def test_sixty_four_greedy_tokens_of_the_baseline(name, layout):
-    model, ids = build(ARCHITECTURES[name]()), tokens(1, PROMPT)
+    model, ids = shared(name), tokens(1, PROMPT)
     want = unsharded(model, ids, max_new_tokens=64)
     results = serve(model, lambda engine: engine.generate(ids, max_new_tokens=64, **GREEDY), **layout)
     assert_same(on_all_ranks_alike(results), want)
@@ -59,7 +59,7 @@ def test_sixty_four_greedy_tokens_of_the_baseline(name, layout):
 )  # fmt: skip
 def test_decoding_with_slices_of_the_weights(name, layout):
     """Two rows of unequal length, one left-padded; each rank computes its heads, and attends for all of them."""
-    model, ids = build(ARCHITECTURES[name]()), tokens(2, PROMPT)
+    model, ids = shared(name), tokens(2, PROMPT)
     ids[1, :5] = 0
     options: dict[str, Any] = {"max_new_tokens": 40, "attention_mask": (ids > 0).long()}
     want = unsharded(model, ids, **options)
@@ -75,9 +75,7 @@ def test_auto_slices_where_that_pays_and_can_be(monkeypatch, caplog):
     """By what a card reads and a collective takes; on CPUs a tiny model is not worth it."""
 
     def sliced(name: str, **options: Any) -> list[bool]:
-        return serve(
-            build(ARCHITECTURES[name]()), lambda engine: engine.runner.decodes_sliced, ring_degree=2, **options
-        )
+        return serve(shared(name), lambda engine: engine.runner.decodes_sliced, ring_degree=2, **options)
 
     assert sliced("llama_gqa") == [False, False]
     monkeypatch.setattr(decode_tp, "card_of", lambda device: replace(CARDS["H100"], collective_s=0.0))
@@ -104,7 +102,7 @@ def test_slices_pay_where_the_bytes_saved_outweigh_the_collectives():
 )
 def test_weights_that_cannot_be_sliced_are_refused_before_work(name, degree, text):
     with pytest.raises(DsRingError, match=re.escape(text)):
-        serve(build(ARCHITECTURES[name]()), lambda engine: None, decode="sliced", ring_degree=degree)
+        serve(shared(name), lambda engine: None, decode="sliced", ring_degree=degree)
 
 
 def test_two_hundred_and_fifty_six_tokens_through_a_window_of_twenty_four():
@@ -143,7 +141,7 @@ def test_rows_of_unequal_length_equal_each_alone(name, prefill_chunk):
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt_oss", "gpt2", "opt"])
 def test_rows_of_unequal_length_in_chunks_of_other_architectures(name):
-    model, (ids, mask) = build(ARCHITECTURES[name]()), padded([PROMPT, 5, 30])
+    model, (ids, mask) = shared(name), padded([PROMPT, 5, 30])
     options = {"ring_degree": 2, "micro_batch_size": 3, "prefill_chunk": 7}
     results = serve(model, lambda engine: engine.generate(ids, mask, max_new_tokens=16, **GREEDY), **options)
     assert_as_alone(model, ids, mask, on_all_ranks_alike(results))

@@ -29,13 +29,13 @@ from tests.helpers.generated import (
     unsharded,
 )
 from tests.helpers.mocked_world import outcome, serve
-from tests.helpers.tiny_models import ARCHITECTURES, build
+from tests.helpers.tiny_models import ARCHITECTURES, build, shared
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "mistral", "gpt_oss"])
 @by_name("single", "ring3", "pp2", "dp2_ring2")
 def test_a_conversation_goes_on_from_its_cache(name, layout):
-    model, (first, mask) = build(ARCHITECTURES[name]()), padded([PROMPT, 9])
+    model, (first, mask) = shared(name), padded([PROMPT, 9])
     more = [tokens(2, 11, seed=1), tokens(2, 1, seed=2)]
 
     def work(engine: Engine) -> list[GenerateDecoderOnlyOutput]:
@@ -101,15 +101,15 @@ def test_every_rank_holds_its_share_of_the_cache(layout, prompt):
     ranks = layout.get("ring_degree", 1) * layout.get("ulysses_degree", 1)
 
     def work(engine: Engine) -> tuple[list[int], int]:
-        cache = engine.generate(tokens(2, prompt), max_new_tokens=40, **GREEDY).past_key_values
+        cache = engine.generate(tokens(2, prompt), max_new_tokens=20, **GREEDY).past_key_values
         assert isinstance(cache, ShardedCache)
-        assert cache.get_seq_length() == prompt + 39
+        assert cache.get_seq_length() == prompt + 19
         return cache.cache_shard.used, cache.memory_bytes()
 
     per_slot = 2 * 3 * (2 * 3 * 8 * 4) + 2 * 4  # rows x layers x (k, v: heads x head_dim x fp32), and positions
     for used, memory in serve(llama(), work, micro_batch_size=2, **layout):
         # Prompts are padded to a multiple of what the layout cuts.
-        assert prompt + 39 <= sum(used) <= prompt + 39 + 2 * ranks + 2
+        assert prompt + 19 <= sum(used) <= prompt + 19 + 2 * ranks + 2
         assert max(used) - min(used) <= 1
         assert max(used) * per_slot <= memory <= max(64, 1.5 * max(used)) * per_slot
 
@@ -121,11 +121,11 @@ def test_the_closed_form_of_a_cache_is_what_the_fullest_rank_holds(name, layout)
     config = ARCHITECTURES[name](**heads)
 
     def work(engine: Engine) -> int:
-        cache = engine.generate(tokens(2, 480), max_new_tokens=61, **GREEDY).past_key_values
+        cache = engine.generate(tokens(2, 270), max_new_tokens=11, **GREEDY).past_key_values
         return cache.memory_bytes()
 
     run, sequences = RunConfig.load({"dtype": "fp32"}, **layout), 2 // layout.get("dp_size", 1)
-    want = cache_bytes(run, model_dims(config), sequences, 480 + 61)
+    want = cache_bytes(run, model_dims(config), sequences, 270 + 11)
     held = serve(build(config), work, batch_size=2, micro_batch_size=2, **layout)
     assert max(held) == pytest.approx(want, rel=0.03)
 

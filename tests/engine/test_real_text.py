@@ -20,8 +20,7 @@ from tests.helpers.mocked_world import serve
 
 PASSAGE = (
     "A sequence is cut over the ranks of a ring. Every rank keeps its queries, while the keys and values of the others "
-    "come by, block after block. What each of them finds is put together by the logarithm of its sum, so that no rank "
-    "ever sees the whole sequence, and none has to."
+    "come by, block after block."
 )
 PROMPT = 60
 STEPS = 300
@@ -79,7 +78,7 @@ def test_rows_of_unequal_length_recite_it_each_from_its_own_place():
     mask[1, :25] = 0
     (found, *_) = serve(
         trained("llama"),
-        lambda engine: engine.generate(sequences, mask, max_new_tokens=150, pad_token_id=pad),
+        lambda engine: engine.generate(sequences, mask, max_new_tokens=80, pad_token_id=pad),
         ring_degree=3,
     )
     for sequence, start in ((0, 0), (1, 25)):

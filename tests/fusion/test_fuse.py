@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.gpt_neox import modeling_gpt_neox
 
@@ -89,6 +90,17 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
+def fused(engine: Engine) -> tuple[Tensor, dict[str, int], int]:
+    got = engine(tokens(2, LENGTH)).logits
+    assert engine.runner.fusion is not None
+    return got, {k: n for k, n in engine.runner.fusion.done.items() if n}, len(engine.runner.decoder.layers)
+
+
+@cache
+def fused_alone(config: Callable[[], PretrainedConfig]) -> dict[str, int]:
+    return serve(build(config()), fused)[0][1]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("config", [gpt_neox, lambda: pythia(), llama_gqa, qwen3, gemma2, gpt2, opt])
 def test_every_layout_fuses_alike(config, layout):
@@ -97,13 +109,8 @@ def test_every_layout_fuses_alike(config, layout):
     model, ids = build(config()), tokens(2, LENGTH)
     want = logits(model, ids)
 
-    def work(engine: Engine) -> tuple[Tensor, dict[str, int], int]:
-        got = engine(ids).logits
-        assert engine.runner.fusion is not None
-        return got, {k: n for k, n in engine.runner.fusion.done.items() if n}, len(engine.runner.decoder.layers)
-
-    alone = serve(model, work)[0][1]
-    for got, done, layers in serve(model, work, batch_size=2, **layout):
+    alone = fused_alone(config)
+    for got, done, layers in serve(model, fused, batch_size=2, **layout):
         assert relative_error(got, want) < TOLERANCE
         for name in ("LinearGelu", "Gated", "AddNorm", "Sum", "AddLinear", "rotary"):
             assert done.get(name, 0) * model.config.num_hidden_layers == alone.get(name, 0) * layers

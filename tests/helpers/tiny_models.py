@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -178,6 +179,12 @@ def build(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
                 # Biases start at 0 and norms at 0 or 1, where leaving them out would not show.
                 parameter.add_(0.1 * noise)
     return model
+
+
+@cache
+def shared(name: str) -> PreTrainedModel:
+    """The model of one of ``ARCHITECTURES``. Every test that asks gets the same, and leaves it as it is."""
+    return build(ARCHITECTURES[name]())
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -17,29 +19,55 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from ds_ring.engine.engine import Engine
 from ds_ring.errors import UnsupportedModelError
 from tests.helpers.architectures import BYPASSES, CASES, GATED, NO_TENSOR_PARALLEL, SMALL
 from tests.helpers.mocked_world import relative_error, serve
-from tests.helpers.tiny_models import ARCHITECTURES, build, logits, tokens
+from tests.helpers.tiny_models import build, logits, shared, tokens
 
 LENGTH = 101
 TOLERANCE = 1e-5
 """On the worst token's relative error, fp32."""
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES.values(), ids=CASES.keys())
-def test_every_layout_equals_the_unsharded_model(name, layout):
-    model, ids = build(ARCHITECTURES[name]()), tokens(1, LENGTH)
-    want = logits(model, ids)
-    for got in serve(model, lambda engine: engine(ids).logits, **layout):
-        assert relative_error(got, want) < TOLERANCE
+HYBRIDS = [label for label in CASES if "ring2" in label or label.endswith("pp2")]
+"""One sequence-parallel and one tensor x pipeline layout of every architecture."""
+
+
+@cache
+def computed(label: str) -> list[tuple[Tensor, Tensor | None]]:
+    """Each rank's logits, and those of the next token as ``prefill_only`` gives them, of the same engine."""
+    name, layout = CASES[label]
+    ids = tokens(1, LENGTH)
+
+    def work(engine: Engine) -> tuple[Tensor, Tensor | None]:
+        return engine(ids).logits, engine.next_token_logits(ids) if label in HYBRIDS else None
+
+    return serve(shared(name), work, **layout)
+
+
+@cache
+def expected(name: str) -> Tensor:
+    return logits(shared(name), tokens(1, LENGTH))
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_every_layout_equals_the_unsharded_model(label):
+    for got, _ in computed(label):
+        assert relative_error(got, expected(CASES[label][0])) < TOLERANCE
+
+
+@pytest.mark.parametrize("label", HYBRIDS)
+def test_every_architecture_gives_the_last_tokens_logits(label):
+    for _, got in computed(label):
+        assert relative_error(got, expected(CASES[label][0])[:, -1]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NO_TENSOR_PARALLEL)
 def test_what_autotp_cannot_shard_is_refused(name):
     error, words = NO_TENSOR_PARALLEL[name]
     with pytest.raises(error, match=words):
-        serve(build(ARCHITECTURES[name]()), lambda engine: engine(tokens(1, 9)), tp_size=2)
+        serve(shared(name), lambda engine: engine(tokens(1, 9)), tp_size=2)
 
 
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1}

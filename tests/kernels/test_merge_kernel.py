@@ -40,7 +40,7 @@ def partial(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, se
     return out.to(dtype).to(device), lse.to(device)
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 3, 16), (2, 33, 32, 128), (1, 2, 40, 80), (3, 0, 2, 16), (1, 1, 1, 256)])
+@pytest.mark.parametrize("shape", [(1, 5, 3, 16), (2, 17, 8, 128), (1, 2, 40, 80), (3, 0, 2, 16), (1, 1, 1, 256)])
 @pytest.mark.parametrize("second", DTYPES, ids=str)
 @pytest.mark.parametrize("to", [torch.float32, None], ids=["fp32", "its dtype"])
 def test_as_in_fp64(shape, second, to, device):

@@ -25,7 +25,7 @@ from tests.helpers.generated import (
     tokens,
 )
 from tests.helpers.mocked_world import serve
-from tests.helpers.tiny_models import ARCHITECTURES, build
+from tests.helpers.tiny_models import shared
 
 
 class TestFilledSlots:
@@ -86,7 +86,7 @@ def folded(monkeypatch) -> list[int]:
 def test_a_conversation_in_chunks_is_what_it_is_at_once(name, layout, folded):
     """The prompt's last chunk leaves gaps; a turn of 11 begins behind decoded tokens, of which ranks have unequally
     many."""
-    model, first, more = build(ARCHITECTURES[name]()), tokens(2, PROMPT), tokens(2, 11, seed=1)
+    model, first, more = shared(name), tokens(2, PROMPT), tokens(2, 11, seed=1)
 
     def work(engine: Engine) -> GenerateDecoderOnlyOutput:
         begun = engine.generate(first, max_new_tokens=5, **GREEDY)

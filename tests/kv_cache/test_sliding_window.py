@@ -14,7 +14,7 @@ from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.kv_cache.sliding_window import SlidingWindowSlots
 from tests.helpers.generated import GREEDY, assert_as_alone, on_all_ranks_alike, padded, tokens
 from tests.helpers.mocked_world import serve
-from tests.helpers.tiny_models import ARCHITECTURES, build, gemma3, mistral
+from tests.helpers.tiny_models import build, gemma3, mistral, shared
 
 CPU = torch.device("cpu")
 
@@ -73,17 +73,17 @@ def test_whatever_a_query_sees_is_there(window, data):
 )
 def test_chunks_and_turns_longer_than_the_window(name, layout):
     """Left-padded rows; chunks of 40 tokens and a turn of 60 before a window of 24."""
-    model, (ids, mask), more = build(ARCHITECTURES[name]()), padded([101, 9]), tokens(2, 60, seed=1)
+    model, (ids, mask), more = shared(name), padded([101, 9]), tokens(2, 60, seed=1)
 
     def work(engine: Engine):
         begun = engine.generate(ids, mask, max_new_tokens=4, **GREEDY)
         whole = torch.cat((begun.sequences, more), 1)
         seen = torch.cat((mask, torch.ones(2, 64).long()), 1)
-        return seen, engine.generate(whole, seen, past_key_values=begun.past_key_values, max_new_tokens=30, **GREEDY)
+        return seen, engine.generate(whole, seen, past_key_values=begun.past_key_values, max_new_tokens=26, **GREEDY)
 
     results = serve(model, work, batch_size=2, micro_batch_size=2, prefill_chunk=40, **layout)
     got = on_all_ranks_alike([found for _, found in results])
-    assert_as_alone(model, got.sequences[:, :-30], results[0][0], got)
+    assert_as_alone(model, got.sequences[:, :-26], results[0][0], got)
 
 
 @pytest.mark.parametrize("layout", [{}, {"ring_degree": 2}], ids=str)
@@ -94,7 +94,7 @@ def test_windowed_layers_stop_growing(config, full_layers, layout):
     def work(engine: Engine) -> list[tuple[int, int, int]]:
         found, cache, ids = [], None, tokens(2, 90)
         for _ in range(3):
-            begun = engine.generate(ids, past_key_values=cache, max_new_tokens=70, **GREEDY)
+            begun = engine.generate(ids, past_key_values=cache, max_new_tokens=30, **GREEDY)
             ids, cache = begun.sequences, begun.past_key_values
             layers = [pair[0] for pair in cache.cache_shard._layers]
             short = [k for k in layers if k.shape[1] == window + 1]
