@@ -52,16 +52,16 @@ def llama() -> PreTrainedModel:
     return shared("llama_gqa")
 
 
-_UNSHARDED: WeakKeyDictionary[PreTrainedModel, dict[tuple[object, ...], GenerateDecoderOnlyOutput]] = (
-    WeakKeyDictionary()
-)
+_UNSHARDED: WeakKeyDictionary[PreTrainedModel, dict[str, GenerateDecoderOnlyOutput]] = WeakKeyDictionary()
 
 
 def unsharded(model: PreTrainedModel, ids: Tensor, **options: Any) -> GenerateDecoderOnlyOutput:
     """What transformers' own ``generate`` gives, computed once for all layouts that are held against it."""
-    asked = (tuple(value.flatten().tolist()) if isinstance(value, Tensor) else value for value in options.values())
+    asked = [value.flatten().tolist() if isinstance(value, Tensor) else value for value in options.values()]
+    if options.get("do_sample") or not all(isinstance(value, int | float | str | list | None) for value in asked):
+        return _generated(model, ids, **options)  # a random state, or an object's, is not told by its name
     found = _UNSHARDED.setdefault(model, {})
-    key = (*ids.shape, *ids.flatten().tolist(), *options, *asked)
+    key = repr((list(ids.shape), ids.flatten().tolist(), list(options), asked))
     if key not in found:
         found[key] = _generated(model, ids, **options)
     return found[key]
