@@ -1,26 +1,20 @@
-"""Without a GPU, Triton's kernels are interpreted. Triton reads the switch when it is first imported: set it before."""
+"""What holds for all tests."""
 
 import os
-import time
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+# Triton reads the switch when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# A machine may have other work: no example is too slow.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
-@pytest.fixture
-def late_writer(monkeypatch):
-    """Rank 0 takes its time between having a slot and writing into it."""
-    from ds_ring.transport.peer_buffers import BufferPool
-    from tests.helpers.peer_threads import LATE_S
 
-    acquire = BufferPool.acquire
-
-    def late(self, needed):
-        buffer = acquire(self, needed)
-        time.sleep(2 * LATE_S if self._rank == 0 else 0.0)
-        return buffer
-
-    monkeypatch.setattr(BufferPool, "acquire", late)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Launched tests first: they take longest, and a worker without tests left takes over the last ones of others."""
+    items.sort(key=lambda item: item.get_closest_marker("launch") is None)

@@ -24,8 +24,11 @@ T = TypeVar("T")
 
 @dataclass
 class _Parcel:
+    """``done`` is set when its receiver has copied it (``taken``), or will not."""
+
     tensor: Tensor
-    taken: threading.Event = field(default_factory=threading.Event)
+    taken: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class _Group:
@@ -33,11 +36,33 @@ class _Group:
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
-        self.mailboxes: dict[tuple[int, int], SimpleQueue[_Parcel]] = {
+        self.mailboxes: dict[tuple[int, int], SimpleQueue[_Parcel | None]] = {
             (a, b): SimpleQueue() for a in range(size) for b in range(size)
         }
         self.slots: list[object] = [None] * size
         self.barrier = threading.Barrier(size)
+        self.abandoned = False
+        self._sent: list[_Parcel] = []
+        self._lock = threading.Lock()
+
+    def send(self, source: int, target: int, tensor: Tensor) -> _Parcel:
+        parcel = _Parcel(tensor)
+        with self._lock:
+            self._sent = [earlier for earlier in self._sent if not earlier.done.is_set()] + [parcel]
+            self.mailboxes[source, target].put(parcel)
+            if self.abandoned:
+                parcel.done.set()
+        return parcel
+
+    def abandon(self) -> None:
+        """A rank failed: nobody waits for another rank any longer."""
+        with self._lock:
+            self.abandoned = True
+            self.barrier.abort()
+            for mailbox in self.mailboxes.values():
+                mailbox.put(None)
+            for parcel in self._sent:
+                parcel.done.set()
 
     def wait_for_all(self) -> None:
         try:
@@ -49,15 +74,18 @@ class _Group:
 class ThreadedWorld:
     """``size`` ranks as threads. Groups are made on first use and shared by the ranks that name them."""
 
-    def __init__(self, size: int, timeout_s: float = 30.0) -> None:
+    def __init__(self, size: int, timeout_s: float = 300.0) -> None:
         self.size, self.timeout_s = size, timeout_s
         self._groups: dict[tuple[str, tuple[int, ...]], _Group] = {}
         self._lock = threading.Lock()
+        self._failed = False
 
     def transport(self, axis: str, ranks: Sequence[int], rank: int) -> ThreadedTransport:
         """The transport of global ``rank`` in the group ``ranks`` along ``axis``."""
         with self._lock:
             group = self._groups.setdefault((axis, tuple(ranks)), _Group(len(ranks), self.timeout_s))
+            if self._failed and not group.abandoned:
+                group.abandon()
         return ThreadedTransport(group, list(ranks).index(rank))
 
     def run(self, work: Callable[[int], T]) -> list[T]:
@@ -71,8 +99,9 @@ class ThreadedWorld:
             except BaseException as error:
                 with self._lock:
                     errors.append(error)
+                    self._failed = True
                     for group in self._groups.values():
-                        group.barrier.abort()
+                        group.abandon()
                 raise
 
         with ThreadPoolExecutor(self.size) as pool:
@@ -92,7 +121,7 @@ class _Exchange:
         for peer, target in self._receives:
             self._transport.take(peer, target)
         for parcel in self._sent:
-            if not parcel.taken.wait(self._transport.timeout_s):
+            if not parcel.done.wait(self._transport.timeout_s) or not parcel.taken:
                 raise TransportError(f"rank {self._transport.rank}: a message was never received")
         self._sent, self._receives = [], ()
 
@@ -104,11 +133,12 @@ class ThreadedTransport(Transport):
         self.timeout_s = group.timeout_s
 
     def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Pending:
-        parcels = []
-        for peer, tensor in sends:
-            parcels.append(_Parcel(tensor))
-            self._group.mailboxes[self.rank, peer].put(parcels[-1])
-        return _Exchange(self, parcels, receives)
+        return _Exchange(self, [self._group.send(self.rank, peer, tensor) for peer, tensor in sends], receives)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether a rank failed, so that there may be no answer."""
+        return self._group.abandoned
 
     def take(self, peer: int, target: Tensor) -> None:
         """Copy the next message from ``peer`` into ``target``."""
@@ -116,6 +146,8 @@ class ThreadedTransport(Transport):
             parcel = self._group.mailboxes[peer, self.rank].get(timeout=self.timeout_s)
         except Empty:
             raise TransportError(f"rank {self.rank}: no message from rank {peer} in {self.timeout_s} s") from None
+        if parcel is None:
+            raise TransportError(f"rank {self.rank}: no message from rank {peer}, as a rank failed")
         source = parcel.tensor
         if (source.shape, source.dtype) != (target.shape, target.dtype):
             raise TransportError(
@@ -123,7 +155,8 @@ class ThreadedTransport(Transport):
                 f"which sent {tuple(source.shape)} {source.dtype}"
             )
         target.copy_(source)
-        parcel.taken.set()
+        parcel.taken = True
+        parcel.done.set()
 
     def _all_to_all(self, send: Tensor) -> Tensor:
         sent = self._swap(send)

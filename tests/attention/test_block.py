@@ -62,14 +62,14 @@ def assert_is(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], tolerance
     torch.testing.assert_close(lse.double(), want_lse, atol=5e-6, rtol=1e-6)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(case=cases)
 def test_a_block_is_reference_attention(case):
     tensors = case.tensors()
     assert_is(case.attend(*tensors), case.reference(*tensors))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=cases, limit=st.integers(1, 300))
 def test_groups_of_queries_under_a_score_limit_change_nothing(case, limit):
     tensors = case.tensors()
@@ -134,7 +134,7 @@ def test_slices_of_a_fused_projection_and_transposed_heads_are_taken_as_they_are
         assert_is(case.attend(*strided), case.reference(q, k, v))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=cases)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_half_precision_loses_no_more_than_the_rounding_of_its_output(dtype, tolerance, case):
@@ -201,7 +201,7 @@ def test_the_output_may_be_asked_for_in_fp32(monkeypatch, kernel, dtype):
         assert_is((out, lse), case.reference(*tensors), 4e-3 if kernel and dtype != torch.float32 else 2e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=cases, cut=st.integers(0, 40))
 def test_blocks_folded_into_a_running_result_are_attention_over_all_their_keys(case, cut):
     q, k, v = case.tensors()

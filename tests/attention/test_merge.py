@@ -60,7 +60,7 @@ def assert_merges_to_whole(levels: list[float], counts: list[int], order: list[i
     torch.testing.assert_close(lse.double(), want_lse, atol=2e-6, rtol=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), counts=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 1000))
 def test_blocks_merged_in_any_order_are_attention_over_all_their_keys(data, counts, seed):
     order = data.draw(st.permutations(range(len(counts))))
@@ -105,7 +105,7 @@ def test_a_side_at_plus_infinity_wins(other):
     assert (out.item(), lse.item()) == (3.0, math.inf)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(sides=st.lists(st.tuples(values, lses), min_size=2, max_size=5))
 def test_merging_is_total_and_stays_between_the_values_it_merges(sides):
     (first, *rest) = sides

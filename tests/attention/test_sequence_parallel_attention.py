@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ds_ring.attention import ring
 from ds_ring.attention.ulysses import bytes_sent, kv_heads_of
 from ds_ring.parallel.layout import SequenceLayout
-from tests.helpers.worlds import Problem, run_attention
+from tests.helpers.attention_problems import Problem, run_attention
 
 SPLITS = [(ring, ranks // ring) for ranks in (2, 3, 4, 6, 8, 16) for ring in range(1, ranks + 1) if ranks % ring == 0]
 IMPLS = ("zigzag", "contiguous")
@@ -109,7 +109,7 @@ def test_attention_sinks(split, window, ring_impl, variant):
     assert replace(problem, with_sinks=False).error(result.out_BLHD) > WRONG
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     length=st.integers(1, 90),
     ring_degree=st.integers(1, 5),

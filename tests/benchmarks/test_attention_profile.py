@@ -12,6 +12,7 @@ from benchmarks.kernels import attention_profile
 from benchmarks.kernels.attention_cases import Case
 from ds_ring.errors import ConfigError
 from ds_ring.process.launcher import ROOT
+from tests.helpers.limits import HANG_S
 
 PRINTED = """==PROF== Connected to process 1
 a line of the program's own, "quoted"
@@ -85,6 +86,6 @@ def test_without_the_profiler_it_is_refused(monkeypatch):
 @pytest.mark.parametrize(("options", "reason"), [([], "no CUDA GPU"), (["--only", "d128"], "no case of head_dim 512")])
 def test_what_cannot_be_profiled_is_refused_in_a_line(options, reason):
     command = [sys.executable, "launch/profile_attention.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {reason}")

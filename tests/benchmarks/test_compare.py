@@ -14,7 +14,8 @@ from benchmarks.reports.tables import name_of
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 from ds_ring.utils import results
-from tests.helpers.compared_rows import row
+from tests.helpers.comparison_rows import row
+from tests.helpers.limits import HANG_S
 from tests.helpers.pages import tables
 
 
@@ -60,7 +61,7 @@ def test_a_baseline_that_is_no_layout_is_refused_before_any_work(tmp_path):
     output = tmp_path / "found.json"
     command = [sys.executable, "launch/compare.py", "--layouts", *files, "--output", str(output)]
     done = subprocess.run(
-        [*command, "--baseline", "tp4"], cwd=compare.launcher.ROOT, capture_output=True, text=True, timeout=120,
+        [*command, "--baseline", "tp4"], cwd=compare.launcher.ROOT, capture_output=True, text=True, timeout=HANG_S,
         env={**os.environ, "DS_ACCELERATOR": "cpu"},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr

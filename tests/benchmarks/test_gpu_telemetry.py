@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-import time
+import threading
 import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.layouts import gpu_telemetry
+from tests.helpers.limits import HANG_S
 
 CUDA = torch.device("cuda")
 
@@ -44,31 +47,44 @@ def driver(monkeypatch):
     return install
 
 
-def watched() -> dict[str, float]:
+def watched(monkeypatch, samples: int = 3) -> dict[str, float]:
+    """What is found while so many samples are taken."""
+    taken, enough = [], threading.Event()
+
+    def last_sensor(sensor: Callable[[Any], float | None], handle: Any) -> float | None:
+        value = sensor(handle)
+        taken.append(value)
+        if len(taken) == samples:
+            enough.set()
+        return value
+
+    sensors = gpu_telemetry._SENSORS
+    name, sensor = list(sensors.items())[-1]
+    monkeypatch.setattr(gpu_telemetry, "_SENSORS", sensors | {name: partial(last_sensor, sensor)})
     with gpu_telemetry.watched_gpu(CUDA, period_s=1e-3) as found:
-        time.sleep(0.05)
+        assert samples == 0 or enough.wait(HANG_S)
     return found
 
 
-def test_all_figures_of_a_driver(driver):
+def test_all_figures_of_a_driver(driver, monkeypatch):
     energies = iter((1000, 4500))
     driver(
         {186: 650_000, 167: 1}, ClockInfo=lambda *_: 1300, Temperature=lambda *_: 61,
         TotalEnergyConsumption=lambda _: next(energies),
     )  # fmt: skip
-    assert watched() == {
+    assert watched(monkeypatch) == {
         "sm_clock_mhz": 1300, "power_w": 650.0, "temperature_c": 61, "link_awake": 0.0, "energy_j": 3.5,
     }  # fmt: skip
 
 
-def test_power_is_the_average_where_the_driver_does_not_give_that_of_the_moment(driver):
+def test_power_is_the_average_where_the_driver_does_not_give_that_of_the_moment(driver, monkeypatch):
     driver({}, PowerUsage=lambda _: 500_000)
-    assert watched() == {"power_w": 500.0}
+    assert watched(monkeypatch) == {"power_w": 500.0}
 
 
-def test_nothing_is_found_where_the_driver_does_not_know_the_device(driver):
+def test_nothing_is_found_where_the_driver_does_not_know_the_device(driver, monkeypatch):
     driver({186: 650_000}, handle=refuse)
-    assert watched() == {}
+    assert watched(monkeypatch, samples=0) == {}
 
 
 def test_an_error_in_the_block_is_that_of_the_block(driver):

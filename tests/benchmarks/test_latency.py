@@ -6,7 +6,7 @@ from benchmarks.layouts import compare, latency
 from benchmarks.layouts.run_queue import QueueResults
 from benchmarks.reports import latency_table, plots
 from ds_ring.errors import ConfigError
-from tests.helpers.compared_rows import timed_row
+from tests.helpers.comparison_rows import timed_row
 
 FILES = [
     f"{compare.launcher.ROOT}/ds_configs/gpu4/{name}.json"

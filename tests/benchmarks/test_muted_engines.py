@@ -16,7 +16,7 @@ from benchmarks.communication.engines import muted, recorded
 from ds_ring.attention import ring
 from ds_ring.engine.engine import Engine
 from ds_ring.transport.peer_buffers import BufferPool
-from tests.helpers.generated import GREEDY
+from tests.helpers.generation import GREEDY
 from tests.helpers.mocked_world import relative_error, serve
 from tests.helpers.tiny_models import build, gpt_neox, llama_gqa, logits, tokens
 

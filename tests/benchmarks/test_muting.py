@@ -7,8 +7,9 @@ from benchmarks.communication.muting import muted_transport
 from benchmarks.communication.wrapped import wrapped_axes
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.parallel.topology import Topology
+from tests.helpers.attention_problems import Problem, run_attention
 from tests.helpers.peer_threads import copy_engine_mesh, pulling, random_delay
-from tests.helpers.worlds import Problem, in_group, in_mesh, run_attention, to_next
+from tests.helpers.worlds import in_group, in_mesh, to_next
 
 SHORT_S = 0.5
 WRONG = 1e-2

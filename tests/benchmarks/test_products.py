@@ -14,6 +14,7 @@ from benchmarks.kernels import products
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.flops import layer_parameters
 from ds_ring.process.launcher import ROOT
+from tests.helpers.limits import HANG_S
 from tests.helpers.marks import ON_A_GPU
 
 PAPER = ROOT / "ds_configs/models/paper.json"
@@ -40,7 +41,7 @@ def test_panels_of_rows_are_the_product(case, panel):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_refused_in_a_line():
     command = [sys.executable, "launch/bench_products.py", "--model", str(PAPER), "--panels", "1280"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip().splitlines()[-1] == "error: no CUDA GPU; this benchmark needs one"
 

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 
 from benchmarks.layouts import latency
-from tests.helpers.compared_rows import row as compared
-from tests.helpers.compared_rows import timed_row as timed
+from tests.helpers.comparison_rows import row as compared
+from tests.helpers.comparison_rows import timed_row as timed
 from tests.helpers.pages import make_page, section, tables
 from tests.helpers.recorded_rows import forward_row
 

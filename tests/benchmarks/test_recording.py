@@ -10,9 +10,10 @@ from benchmarks.communication.muting import muted_transport
 from benchmarks.communication.recording import recorded_transport
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.solo import SoloTransport
+from tests.helpers.attention_problems import Problem, run_attention
 from tests.helpers.peer_threads import copy_engine_mesh, pulling
 from tests.helpers.shared_exchanges import later_ranks, rounds
-from tests.helpers.worlds import Problem, in_group, run_attention, to_next
+from tests.helpers.worlds import in_group, to_next
 
 
 @pytest.mark.parametrize("muted", [False, True])

@@ -12,7 +12,7 @@ from ds_ring.cli import options
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory, UnsupportedModelError
 from ds_ring.utils import results
-from tests.helpers.compared_rows import row
+from tests.helpers.comparison_rows import row
 
 
 @pytest.fixture

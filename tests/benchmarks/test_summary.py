@@ -7,7 +7,7 @@ import pytest
 from benchmarks.reports import page, summary
 from benchmarks.reports.manifest import Summary
 from ds_ring.process.launcher import ROOT
-from tests.helpers.compared_rows import row
+from tests.helpers.comparison_rows import row
 from tests.helpers.pages import make_page, section, tables
 from tests.helpers.recorded_rows import forward_row
 

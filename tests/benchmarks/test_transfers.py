@@ -13,6 +13,7 @@ from benchmarks.kernels.transfers import NOTHING, Traffic
 from benchmarks.reports.kernel_tables import transfers_table
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.process.launcher import ROOT
+from tests.helpers.limits import HANG_S
 
 PAPER = ROOT / "ds_configs/models/paper.json"
 
@@ -43,7 +44,7 @@ def test_figures_that_a_driver_does_not_give_are_dashes():
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are two GPUs")
 def test_without_two_gpus_it_is_refused_in_a_line():
     command = [sys.executable, "launch/bench_transfers.py", "--model", str(PAPER)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip().splitlines()[-1] == (
         f"error: {torch.cuda.device_count()} CUDA GPUs, 2 are wanted; they must reach each other's memory"

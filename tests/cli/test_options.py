@@ -13,6 +13,7 @@ from ds_ring.cli import options
 from ds_ring.config import BenchmarkConfig, RunConfig
 from ds_ring.errors import ConfigError, is_out_of_memory
 from ds_ring.process.launcher import ROOT
+from tests.helpers.limits import HANG_S
 
 PLAN = [
     sys.executable, "launch/plan.py", "--model", "ds_configs/models/paper.json", "--ranks", "2", "--card", "H100",
@@ -21,7 +22,7 @@ PLAN = [
 
 def plan(*options: object, shell: str = "") -> subprocess.CompletedProcess[str]:
     command = ["bash", "-c", f'{shell} exec "$@"', "bash", *PLAN, *map(str, options)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from ds_ring.process.launcher import ROOT
+from tests.helpers.limits import HANG_S
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 
@@ -28,5 +29,5 @@ for module in {modules!r}:
 heavy = {{"torch", "transformers", "deepspeed", "matplotlib"}} & sys.modules.keys()
 sys.exit(", ".join(sorted(heavy)))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert done.stderr.strip() == ""

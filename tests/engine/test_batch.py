@@ -88,7 +88,7 @@ def test_masks_of_any_dtype_mean_the_same(dtype):
     assert torch.equal(columns_BL, want_columns_BL)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), columns=st.integers(1, 12), count=st.integers(1, 4))
 def test_any_mask_keeps_every_token_once_and_in_order(data, columns, count):
     ids = torch.arange(count * columns).view(count, columns) + 1

@@ -9,7 +9,7 @@ from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.engine import generation
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import InputError
-from tests.helpers.generated import GREEDY, assert_same, llama, on_all_ranks_alike, tokens, unsharded
+from tests.helpers.generation import GREEDY, assert_same, llama, on_all_ranks_alike, tokens, unsharded
 from tests.helpers.mocked_world import outcome, relative_error, serve
 from tests.helpers.tiny_models import build, llama_gqa
 

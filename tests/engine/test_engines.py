@@ -19,7 +19,8 @@ from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import Shard
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import model_dims
-from tests.helpers.mocked_world import ProcessGroupWorld, one_process, relative_error, serve
+from tests.helpers.mocked_world import one_process, relative_error, serve
+from tests.helpers.process_group_world import ProcessGroupWorld
 from tests.helpers.tiny_models import build, gpt_neox, logits, tokens
 
 TOLERANCE = 1e-5

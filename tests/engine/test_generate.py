@@ -11,7 +11,7 @@ import pytest
 from ds_ring.engine import decode_tp
 from ds_ring.errors import DsRingError
 from ds_ring.planning.cards import CARDS
-from tests.helpers.generated import (
+from tests.helpers.generation import (
     GREEDY,
     LAYOUTS,
     PROMPT,

@@ -16,7 +16,7 @@ from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.hf.dims import model_dims
 from ds_ring.planning.memory_estimate import cache_bytes
-from tests.helpers.generated import (
+from tests.helpers.generation import (
     GREEDY,
     PROMPT,
     assert_as_alone,

@@ -11,7 +11,7 @@ from transformers import StoppingCriteriaList, TextStreamer
 from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import InputError
-from tests.helpers.generated import (
+from tests.helpers.generation import (
     GREEDY,
     Heard,
     assert_as_alone,

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import DisagreementError, DsRingError, InputError, NumericsError
-from tests.helpers.generated import GREEDY, Heard, llama, tokens
+from tests.helpers.generation import GREEDY, Heard, llama, tokens
 from tests.helpers.mocked_world import outcome, serve
 from tests.helpers.tiny_models import build, llama_gqa
 

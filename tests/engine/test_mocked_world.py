@@ -12,7 +12,8 @@ from ds_ring.errors import TransportError
 from ds_ring.hf.decoder import Decoder
 from ds_ring.parallel.topology import Topology
 from ds_ring.transport.mesh import Mesh
-from tests.helpers.mocked_world import ProcessGroupWorld, one_process, serve
+from tests.helpers.mocked_world import one_process, serve
+from tests.helpers.process_group_world import ProcessGroupWorld
 from tests.helpers.tiny_models import build, gpt_neox, tokens
 
 

@@ -14,9 +14,9 @@ from ds_ring.engine import oom
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.oom import GIB
 from ds_ring.model_dims import ModelDims
-from tests.helpers.generated import GREEDY, padded
+from tests.helpers.generation import GREEDY, padded
+from tests.helpers.mocked_launch import mocked_launch
 from tests.helpers.mocked_world import outcome, serve
-from tests.helpers.starts import launched
 from tests.helpers.tiny_models import build, gpt_neox, tokens
 
 
@@ -127,7 +127,7 @@ def test_memory_that_runs_out_as_a_checkpoint_loads(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(api, "load_model", out_of_memory)
     monkeypatch.setattr(oom, "GIB", 1)
-    (error,) = launched(
+    (error,) = mocked_launch(
         lambda rank: outcome(lambda: ds_ring.from_pretrained(tmp_path, {"dtype": "fp16"})), 1, monkeypatch
     )
     (note,) = error.__notes__

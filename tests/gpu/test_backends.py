@@ -32,9 +32,9 @@ from ds_ring.attention.reference import reference_attention
 from ds_ring.attention.segments import Segment, attend_ranges
 from ds_ring.attention.spec import AttentionSpec, BlockSpec
 from ds_ring.parallel.layout import SequenceLayout
+from tests.helpers.attention_problems import sink_reference
 from tests.helpers.marks import ON_A_GPU
 from tests.helpers.pinned_tiles import pinned_tiles
-from tests.helpers.worlds import sink_reference
 
 pytestmark = ON_A_GPU
 
@@ -156,7 +156,7 @@ def test_every_back_end_matches_the_reference(backend, head_dim, dtype, layout):
 @pytest.mark.parametrize(
     ("backend", "head_dim"), [(FLASH, 72), (MEMORY_EFFICIENT, 320), (ATTENTION512, 512), (EAGER, 20)]
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.tuples(st.integers(1, 700), st.integers(1, 700)),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4)),

@@ -26,8 +26,8 @@ from ds_ring.process.launcher import reserved_port
 from ds_ring.testing.host_staged import HostStagedTransport
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.select import SHARE_GPU, Location, select_transports
+from tests.helpers.attention_problems import Problem, cut, put_together
 from tests.helpers.marks import ON_A_GPU
-from tests.helpers.worlds import Problem, cut, put_together
 
 pytestmark = ON_A_GPU
 

@@ -99,7 +99,7 @@ def assert_is_reference(got, q, k, v, spec, causal=True, q_offset=0, k_offset=0)
 @pytest.mark.parametrize("windowed", [False, True], ids=["all", "window"])
 @pytest.mark.parametrize("capped", [False, True], ids=["plain", "softcap"])
 @pytest.mark.parametrize("previous", [False, True], ids=["alone", "carried"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.tuples(st.integers(1, 600), st.integers(0, 600)),
     heads=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 4)),

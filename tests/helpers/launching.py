@@ -16,11 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.process.launcher import reserved_port
+from tests.helpers.limits import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 900.0
-"""After which a process that does not end is taken to hang. Long, as a machine may have other work: the slowest takes
-half a minute on an idle one."""
 
 
 def environment(on_gpu: bool = False) -> dict[str, str]:
@@ -35,7 +33,7 @@ def run(command: Sequence[object], expect: int = 0, on_gpu: bool = False) -> sub
     """A command run to its end, which is to be the exit code ``expect``."""
     done = subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=environment(on_gpu), capture_output=True, text=True,
-        timeout=LIMIT_S,
+        timeout=HANG_S,
     )  # fmt: skip
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
     return done

@@ -19,14 +19,16 @@ from torch import Tensor
 
 from ds_ring.errors import TransportError
 from ds_ring.parallel.topology import Axis, Topology
-from ds_ring.testing.threaded import ThreadedWorld
+from ds_ring.testing.threaded import ThreadedTransport, ThreadedWorld
 from ds_ring.transport.base import Transport
 from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.peer_memory import rows_of
 from ds_ring.transport.select import PULLED_AXES
+from tests.helpers.limits import HANG_S
 
-TIMEOUT_S = 20.0
+FLAG_S = HANG_S
+"""How long a flag is waited for."""
 Delay = Callable[[int, int], float]
 """(rank, peer) -> seconds by which a copy from the peer is late."""
 
@@ -73,9 +75,11 @@ class AtOnce:
 
     def wait_flag(self, memory: ThreadMemory, flag: int, value: int) -> None:
         flags = memory.shared.flags[memory.rank]
+        begun = time.monotonic()
         with memory.shared.risen:
-            if not memory.shared.risen.wait_for(lambda: flags[flag] >= value, TIMEOUT_S):
-                raise TransportError(f"rank {memory.rank}: flag {flag} stays at {flags[flag]}, short of {value}")
+            while not memory.shared.risen.wait_for(lambda: flags[flag] >= value, 0.1):
+                if time.monotonic() - begun > FLAG_S or self._device.abandoned:
+                    raise TransportError(f"rank {memory.rank}: flag {flag} stays at {flags[flag]}, short of {value}")
 
 
 @dataclass
@@ -84,7 +88,7 @@ class _Mark:
     errors: list[BaseException] = field(default_factory=list)
 
     def wait(self) -> None:
-        assert self.passed.wait(4 * TIMEOUT_S), "a queue does not move"
+        assert self.passed.wait(HANG_S), "a queue does not move"
         if self.errors:
             raise self.errors[0]
 
@@ -146,6 +150,10 @@ class ThreadDevice:
             self._pulls = self._pulls[:1] * control.size
         self.allocated: list[int] = []
         self.held = self.peak = 0
+
+    @property
+    def abandoned(self) -> bool:
+        return isinstance(self._control, ThreadedTransport) and self._control.abandoned
 
     def allocate(self, nbytes: int, flags: int) -> ThreadMemory:
         self.meet()
@@ -221,7 +229,7 @@ def pulling(
     size: int, work: Callable[[CopyEngineTransport], object], delay: Delay = no_delay, one_queue: bool = False
 ) -> list[object]:
     """``work(transport)`` on every rank of one group; results in rank order."""
-    world = ThreadedWorld(size, TIMEOUT_S)
+    world = ThreadedWorld(size, HANG_S)
 
     def on_rank(rank: int) -> object:
         control = world.transport("world", range(size), rank)

@@ -30,8 +30,9 @@ from ds_ring.parallel.topology import Topology
 from ds_ring.testing.threaded import ThreadedWorld
 from ds_ring.transport.mesh import Mesh
 from tests.helpers.architectures import bert
-from tests.helpers.mocked_world import one_process, relative_error, serve, threaded_mesh
+from tests.helpers.mocked_world import one_process, relative_error, serve
 from tests.helpers.tiny_models import ARCHITECTURES, build, gemma2, gpt2, gpt_neox, llama_gqa, logits, opt, tokens
+from tests.helpers.worlds import mesh_of
 
 LENGTH = 101
 TOLERANCE = 1e-5
@@ -269,7 +270,7 @@ def test_an_untouched_model_of_the_same_config_keeps_its_own_attention(layout):
     untouched, injected = build(config), build(config)
     before, layers = logits(untouched, ids), config.num_hidden_layers
     run = RunConfig.load({"dtype": "fp32"}, **layout)
-    mesh = threaded_mesh(ThreadedWorld(run.topology.world_size), run.topology, 0)
+    mesh = mesh_of(ThreadedWorld(run.topology.world_size), run.topology, 0)
     with one_process():
         engine = build_engine(injected, run, mesh, model_dims(config), torch.device("cpu"))
     assert engine.model.config._attn_implementation == NAME

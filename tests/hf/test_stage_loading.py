@@ -24,8 +24,8 @@ from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.parallel.degrees import stage_layers
+from tests.helpers.mocked_launch import mocked_launch
 from tests.helpers.mocked_world import relative_error
-from tests.helpers.starts import launched
 from tests.helpers.tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, logits, tokens
 
 CPU = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_a_checkpoint_runs_from_end_to_end(name, layout, tmp_path, monkeypatch):
     def work(rank: int) -> Tensor:
         return ds_ring.from_pretrained(tmp_path, {"dtype": "fp32"}, **layout)(ids).logits
 
-    results = launched(work, math.prod(layout.values()), monkeypatch)
+    results = mocked_launch(work, math.prod(layout.values()), monkeypatch)
     assert max(relative_error(got, logits(model, ids)) for got in results) < 1e-5
 
 

@@ -21,7 +21,8 @@ from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.solo import SoloTransport
 from tests.helpers import tiny_models
 from tests.helpers.marks import NEEDS_A_GPU
-from tests.helpers.mocked_world import ProcessGroupWorld, one_process
+from tests.helpers.mocked_world import one_process
+from tests.helpers.process_group_world import ProcessGroupWorld
 from tests.helpers.tiny_models import build, logits, tokens
 from tests.helpers.worlds import in_group
 
@@ -58,7 +59,7 @@ def sliced_on_ranks(case: str, work: Callable[[PreTrainedModel, dict[str, Slice]
         with sliced(model, transport.rank, size, transport) as slices:
             return work(model, slices, transport)
 
-    return in_group(size, on_rank, 30.0)
+    return in_group(size, on_rank)
 
 
 def layer_weights(model: PreTrainedModel) -> list[Tensor]:
@@ -117,7 +118,7 @@ def test_a_step_after_a_prefill_by_the_whole_model(case):
         with sliced(model, transport.rank, size, transport):
             return model(ids[:, -1:], past_key_values=own, use_cache=True).logits
 
-    for got in in_group(size, on_rank, 30.0):
+    for got in in_group(size, on_rank):
         assert_same(got, want[:, -1:])
 
 

@@ -11,7 +11,7 @@ from ds_ring.attention.backends import eager, eager_positions
 from ds_ring.attention.backends.positions import EMPTY
 from ds_ring.kernels import decode, decode_kernel
 from tests.helpers.decode_cases import NAN, Case, assert_is, cases, reference
-from tests.helpers.interpreted import INTERPRETED
+from tests.helpers.triton_interpreter import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("small_steps")
 PATHS = ["eager", pytest.param("kernel", marks=INTERPRETED)]
@@ -31,7 +31,7 @@ def poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(case=cases)
 def test_it_is_reference_attention(path, case):
     tensors = case.tensors()
@@ -40,7 +40,7 @@ def test_it_is_reference_attention(path, case):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(case=cases)
 def test_half_precision_loses_no_more_than_the_rounding_of_weights_and_output(dtype, tolerance, path, case):
     tensors = case.tensors(dtype)

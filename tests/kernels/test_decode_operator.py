@@ -15,7 +15,7 @@ from ds_ring.attention.backends.selftest import self_test_positions
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.kernels import decode
 from tests.helpers.decode_cases import NAN, Case, assert_is, reference
-from tests.helpers.interpreted import INTERPRETED
+from tests.helpers.triton_interpreter import INTERPRETED
 
 pytestmark = pytest.mark.usefixtures("small_steps")
 

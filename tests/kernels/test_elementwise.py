@@ -9,7 +9,7 @@ from torch import Tensor
 from ds_ring.kernels import elementwise, elementwise_kernel
 from ds_ring.kernels.elementwise import NormSpec
 from ds_ring.kernels.triton_probe import triton_usable
-from tests.helpers.interpreted import INTERPRETED
+from tests.helpers.triton_interpreter import INTERPRETED
 
 pytestmark = INTERPRETED
 

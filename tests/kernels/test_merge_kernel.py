@@ -12,8 +12,8 @@ from torch import Tensor
 from ds_ring.attention import merge
 from ds_ring.attention.merge import merge_into, merge_plainly
 from ds_ring.kernels import merge_kernel
-from tests.helpers.interpreted import INTERPRETED
 from tests.helpers.marks import ON_A_GPU
+from tests.helpers.triton_interpreter import INTERPRETED
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

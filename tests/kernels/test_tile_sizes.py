@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_ring.kernels import triton_attention_kernel, triton_attention_tiles
-from tests.helpers.interpreted import INTERPRETED
+from tests.helpers.triton_interpreter import INTERPRETED
 
 pytestmark = INTERPRETED
 

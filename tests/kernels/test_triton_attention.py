@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ds_ring.attention.backends import eager
 from ds_ring.attention.merge import merge_
 from ds_ring.kernels import triton_attention, triton_attention_kernel, triton_attention_tiles
-from tests.helpers.interpreted import INTERPRETED
 from tests.helpers.triton_cases import Case, assert_is, cases
+from tests.helpers.triton_interpreter import INTERPRETED
 
 pytestmark = INTERPRETED
 NAN = float("nan")
@@ -26,14 +26,14 @@ def poisoned_outputs(monkeypatch):
     monkeypatch.setattr(triton_attention, "_outputs", lambda *args: tuple(t.fill_(NAN) for t in outputs(*args)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(case=cases)
 def test_a_block_is_reference_attention(case):
     tensors = case.tensors()
     assert_is(case.attend(*tensors), case.reference(*tensors), softcap=case.softcap)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(case=cases, far=st.sampled_from([-(1 << 40), -1000, 1000, 1 << 40]), window=st.sampled_from([None, 5, 1 << 41]))
 def test_it_agrees_with_the_eager_path_at_any_distance(case, far, window):
     case = replace(case, q_offset=case.q_offset + far, window=window)
@@ -43,7 +43,7 @@ def test_it_agrees_with_the_eager_path_at_any_distance(case, far, window):
     assert_is(case.attend(q, k, v), want, softcap=case.softcap)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(case=cases)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)], ids=str)
 def test_half_precision_loses_no_more_than_the_rounding_of_weights_and_output(dtype, tolerance, case):
@@ -53,7 +53,7 @@ def test_half_precision_loses_no_more_than_the_rounding_of_weights_and_output(dt
     assert_is((out, lse), case.reference(*tensors), tolerance, case.softcap)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(case=cases, cuts=st.lists(st.integers(1, 40), min_size=1, max_size=4), ahead=st.integers(-20, 80))
 def test_state_carried_over_blocks_gives_attention_over_all_of_them(case, cuts, ahead):
     case = replace(case, n_keys=sum(cuts), q_offset=ahead, k_offset=0)
@@ -166,7 +166,7 @@ def test_whatever_a_previous_out_holds_where_nothing_was_seen_does_not_matter(dt
     assert_is((out, lse), case.reference(q, k, v))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(case=cases, seen=st.integers(0, 40))
 def test_a_previous_result_is_merged_and_not_changed(case, seen):
     q, k, v = case.tensors()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from ds_ring.kernels import triton_attention
-from tests.helpers.interpreted import INTERPRETED
 from tests.helpers.triton_cases import Case, assert_is
+from tests.helpers.triton_interpreter import INTERPRETED
 
 pytestmark = INTERPRETED
 

@@ -15,7 +15,8 @@ from ds_ring.attention.spec import AttentionSpec
 from ds_ring.kv_cache import attention as cached_attention
 from ds_ring.kv_cache.attention import attend_replicated, attend_spread, pass_kv_bytes, pass_q_bytes
 from ds_ring.kv_cache.shard import LOOK_AHEAD, Cached, KVCacheShard
-from tests.helpers.worlds import GARBAGE, in_group, sink_reference
+from tests.helpers.attention_problems import GARBAGE, sink_reference
+from tests.helpers.worlds import in_group
 
 SPECS = {
     "plain": AttentionSpec(0.4),

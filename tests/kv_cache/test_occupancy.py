@@ -14,7 +14,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ds_ring.engine.engine import Engine
 from ds_ring.kv_cache import attention
 from ds_ring.kv_cache.occupancy import Occupancy
-from tests.helpers.generated import (
+from tests.helpers.generation import (
     GREEDY,
     PROMPT,
     assert_as_alone,

@@ -12,7 +12,7 @@ from ds_ring.engine.engine import Engine
 from ds_ring.errors import UnsupportedModelError
 from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.kv_cache.sliding_window import SlidingWindowSlots
-from tests.helpers.generated import GREEDY, assert_as_alone, on_all_ranks_alike, padded, tokens
+from tests.helpers.generation import GREEDY, assert_as_alone, on_all_ranks_alike, padded, tokens
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import build, gemma3, mistral, shared
 
@@ -23,7 +23,7 @@ def visible(positions_S: torch.Tensor, at: int, window: int) -> list[int]:
     return sorted(p for p in positions_S.tolist() if at - window < p <= at)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(window=st.integers(1, 9), data=st.data())
 def test_whatever_a_query_sees_is_there(window, data):
     """Chunks and single tokens of two rows; of every token, whether it is this rank's and whether it is padding."""

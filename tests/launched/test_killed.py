@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from ds_ring.process.launcher import reserved_port
-from tests.helpers.launching import LIMIT_S, ROOT, environment, launcher, save_llama
+from tests.helpers.launching import ROOT, environment, launcher, save_llama
+from tests.helpers.limits import HANG_S
 
 pytestmark = pytest.mark.launch
 
@@ -140,7 +141,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def wait_until(condition: Callable[[], bool], log: Path) -> None:
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + HANG_S
     while not condition():
         assert time.monotonic() < deadline, log.read_text()[-2000:]
         time.sleep(0.1)

@@ -4,7 +4,7 @@ import pytest
 
 from ds_ring.errors import OutOfMemory
 from ds_ring.process import launcher
-from tests.helpers.launching import LIMIT_S
+from tests.helpers.limits import HANG_S
 from tests.helpers.tiny_models import build, gpt_neox
 
 pytestmark = pytest.mark.launch
@@ -47,7 +47,7 @@ def launch(tmp_path, monkeypatch):
 
     def run(text, *options):
         (tmp_path / "runs_out_of_memory.py").write_text(text)
-        launcher.launch("runs_out_of_memory", 2, options, log=tmp_path / "log", report=print, limit_s=LIMIT_S)
+        launcher.launch("runs_out_of_memory", 2, options, log=tmp_path / "log", report=print, limit_s=HANG_S)
 
     return run
 

@@ -120,7 +120,7 @@ def test_windowed_blocks_leave_out_runs_that_no_query_reaches():
     assert layout.windowed_blocks(1, 2, window=100) == []
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(layout=layouts)
 def test_visible_rows_is_what_the_last_query_sees_and_always_a_prefix(layout):
     for q_rank, k_rank in rank_pairs(layout):
@@ -130,7 +130,7 @@ def test_visible_rows_is_what_the_last_query_sees_and_always_a_prefix(layout):
         assert seen == sorted(seen, reverse=True)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(layout=layouts)
 def test_blocks_cover_every_visible_pair_once_and_no_other(layout):
     for q_rank, k_rank in rank_pairs(layout):
@@ -140,7 +140,7 @@ def test_blocks_cover_every_visible_pair_once_and_no_other(layout):
         assert all(block.k_rows.stop <= layout.visible_rows(q_rank, k_rank) for block in blocks)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(layout=layouts, window=st.integers(1, 70))
 def test_windowed_blocks_cover_every_visible_pair_once_and_no_other(layout, window):
     for q_rank, k_rank in rank_pairs(layout):
@@ -174,7 +174,7 @@ def test_contiguous_work_grows_with_the_rank(ring):
         assert math.isclose(pairs_of(layout, r) / pairs_of(layout, 0), 2 * r + 1, rel_tol=0.05)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(layout=st.builds(SequenceLayout, length=st.integers(1, 3000), ring_degree=st.integers(1, 16),
                         ulysses_degree=st.integers(1, 16), ring_impl=st.sampled_from(IMPLS)))  # fmt: skip
 def test_any_length_partitions_with_less_padding_than_one_step(layout):

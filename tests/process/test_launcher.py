@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 import pytest
 
 from ds_ring.errors import ConfigError, DsRingError, LaunchError
 from ds_ring.process import launcher
+from tests.helpers.limits import HANG_S
 
 
 @pytest.fixture
@@ -79,18 +81,27 @@ def test_a_line_that_looks_like_a_refusal_is_none_where_the_run_succeeds(tmp_pat
 
 @pytest.mark.parametrize(("heeds", "last_words"), [(True, "interrupted"), (False, "")])
 def test_a_late_process_may_write_what_it_has(heeds, last_words, tmp_path, monkeypatch):
-    monkeypatch.setattr(launcher, "GRACE_S", 1.0)
+    ready, said = tmp_path / "ready", tmp_path / "said"
     script = f"""
 import pathlib, signal, time
 signal.signal(signal.SIGTERM, signal.default_int_handler if {heeds} else signal.SIG_IGN)
 try:
-    time.sleep(60)
+    pathlib.Path({str(ready)!r}).touch()
+    time.sleep({HANG_S})
 except KeyboardInterrupt:
-    pathlib.Path({str(tmp_path / "said")!r}).write_text("interrupted")
+    pathlib.Path({str(said)!r}).write_text("interrupted")
 """
+
+    class WhenReady(threading.Timer):
+        def run(self):
+            while not ready.exists() and not self.finished.is_set():
+                time.sleep(0.01)
+            super().run()
+
+    monkeypatch.setattr(launcher.threading, "Timer", WhenReady)
+    monkeypatch.setattr(launcher, "GRACE_S", HANG_S if heeds else 0.5)
     begun = time.monotonic()
-    with pytest.raises(LaunchError, match="did not end in 2 s"):
-        launcher.run([sys.executable, "-c", script], 1, log=tmp_path / "log", report=print, limit_s=2.0)
-    assert time.monotonic() - begun < 10
-    said = tmp_path / "said"
+    with pytest.raises(LaunchError, match="did not end in 0 s"):
+        launcher.run([sys.executable, "-c", script], 1, log=tmp_path / "log", report=print, limit_s=0.1)
+    assert time.monotonic() - begun < HANG_S
     assert (said.read_text() if said.exists() else "") == last_words

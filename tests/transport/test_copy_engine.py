@@ -6,9 +6,10 @@ from deepspeed import comm as dist
 
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.testing.host_staged import HostStagedTransport
-from tests.helpers.mocked_world import ProcessGroupWorld, one_process
+from tests.helpers.attention_problems import Problem, run_attention
+from tests.helpers.mocked_world import one_process
 from tests.helpers.peer_threads import Later, copy_engine_mesh, pulling, random_delay
-from tests.helpers.worlds import Problem, run_attention
+from tests.helpers.process_group_world import ProcessGroupWorld
 
 EXACT, WRONG = 1e-6, 1e-2
 

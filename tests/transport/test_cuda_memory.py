@@ -12,9 +12,10 @@ from ds_ring.errors import TransportError
 from ds_ring.testing.threaded import ThreadedWorld
 from ds_ring.transport.cuda_memory import CudaDevice
 from ds_ring.transport.peer_buffers import BufferPool
+from tests.helpers.limits import HANG_S
 from tests.helpers.mocked_world import outcome
 
-SIZE, TIMEOUT_S = 3, 20.0
+SIZE = 3
 
 
 class _Memory:
@@ -24,7 +25,7 @@ class _Memory:
     """
 
     def __init__(self) -> None:
-        self.world = ThreadedWorld(SIZE, TIMEOUT_S)
+        self.world = ThreadedWorld(SIZE, HANG_S)
         self.failing = ""
         self.peaks = [0] * SIZE
         self._held: list[weakref.WeakSet[torch.Tensor]] = [weakref.WeakSet() for _ in range(SIZE)]

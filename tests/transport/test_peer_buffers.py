@@ -158,7 +158,7 @@ class TestMistakesShow:
         assert any(max(pulling(3, growing, all_are_late)) > 0.0 for _ in range(self.TRIALS))
 
     def test_a_pull_of_what_was_not_published_is_named(self, monkeypatch):
-        monkeypatch.setattr(peer_threads, "TIMEOUT_S", 0.5)
+        monkeypatch.setattr(peer_threads, "FLAG_S", 0.5)
 
         def work(transport):
             with transport.share((4,), torch.empty(0)) as shared:

@@ -14,7 +14,7 @@ from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.process_group import ProcessGroupTransport
 from ds_ring.transport.select import SHARE_GPU, Location, select_transports
 from ds_ring.transport.solo import SoloTransport
-from tests.helpers.mocked_world import ProcessGroupWorld
+from tests.helpers.process_group_world import ProcessGroupWorld
 
 
 def hosts(*gpus: int) -> list[Location]:

@@ -12,13 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ds_ring import api
-from tests.helpers.mocked_world import ProcessGroupWorld, one_process
+from tests.helpers.limits import HANG_S
+from tests.helpers.mocked_world import one_process
+from tests.helpers.process_group_world import ProcessGroupWorld
 
 
-def launched(work: Callable[[int], Tensor], size: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+def mocked_launch(work: Callable[[int], Tensor], size: int, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """``work(rank)`` on all ranks of a mocked launch. Building a model patches torch.nn for the whole process: ranks do
     so one after the other, and none goes on before all have."""
-    one_at_a_time, all_done = threading.Lock(), threading.Barrier(size, timeout=60)
+    one_at_a_time, all_done = threading.Lock(), threading.Barrier(size, timeout=HANG_S)
 
     def in_turn(build: Callable[..., PreTrainedModel | None], *args: Any) -> PreTrainedModel | None:
         with one_at_a_time:
