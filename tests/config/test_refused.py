@@ -109,3 +109,8 @@ def test_refused_documents(document, text):
 def test_an_override_does_not_hide_a_section_of_the_wrong_type(document, override, text):
     with refused(text):
         RunConfig.load(document, **override)
+
+
+def test_a_misspelt_option_names_the_one_that_was_meant():
+    with refused("there is no option ring_degre; did you mean ring_degree?"):
+        RunConfig.load({}, ring_degre=2)

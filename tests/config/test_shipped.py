@@ -35,8 +35,3 @@ def test_a_configuration_for_one_host_is_named_after_its_layout_and_number_of_ra
     config = RunConfig.load(file)
     assert file.stem == config.label
     assert re.fullmatch(rf"[a-z]+{config.topology.world_size}", file.parent.name)
-
-
-def test_a_misspelt_option_names_the_one_that_was_meant():
-    with refused("there is no option ring_degre; did you mean ring_degree?"):
-        RunConfig.load({}, ring_degre=2)
