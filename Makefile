@@ -3,8 +3,9 @@
 
 PYTHON = .venv/bin/python
 SETUP = .venv/.ready
-# As many tests at a time as there are cores.
-ON_CPU = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(PYTHON) -m pytest --numprocesses logical --dist worksteal --durations=15 -m
+# As many tests at a time as there are cores, and memory for: a process takes up to 2 GiB, a launched test 3 beside it.
+WORKERS = --numprocesses logical --maxprocesses 8 --dist worksteal
+ON_CPU = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(PYTHON) -m pytest $(WORKERS) --durations=25 -m
 
 demo: $(SETUP)
 	$(PYTHON) launch/compare.py --output results/demo.json >/dev/null

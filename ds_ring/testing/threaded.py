@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ds_ring.transport.base import Message, Pending, Transport
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Parcel:
     """``done`` is set when its receiver has copied it (``taken``), or will not."""
 
@@ -42,13 +43,13 @@ class _Group:
         self.slots: list[object] = [None] * size
         self.barrier = threading.Barrier(size)
         self.abandoned = False
-        self._sent: list[_Parcel] = []
+        self._sent: WeakSet[_Parcel] = WeakSet()
         self._lock = threading.Lock()
 
     def send(self, source: int, target: int, tensor: Tensor) -> _Parcel:
         parcel = _Parcel(tensor)
         with self._lock:
-            self._sent = [earlier for earlier in self._sent if not earlier.done.is_set()] + [parcel]
+            self._sent.add(parcel)
             self.mailboxes[source, target].put(parcel)
             if self.abandoned:
                 parcel.done.set()

@@ -29,12 +29,10 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.hf.dims import model_dims
 from ds_ring.planning.validation import check_run
-from ds_ring.testing.threaded import ThreadedWorld
 from ds_ring.transport.mesh import Mesh
-from tests.helpers.limits import HANG_S
 from tests.helpers.peer_threads import copy_engine_mesh
 from tests.helpers.process_group_world import ProcessGroupWorld
-from tests.helpers.worlds import mesh_of
+from tests.helpers.worlds import in_mesh, mesh_of
 
 T = TypeVar("T")
 Wire = Literal["threads", "process_groups", "copy_engine"]
@@ -69,9 +67,7 @@ def serve(
     with one_process():
         if wire == "process_groups" or (run.topology.tp * run.topology.pp > 1 and wire != "copy_engine"):
             return ProcessGroupWorld(size).run(lambda rank: on_rank(Mesh.from_process_groups(run.topology)))
-        world = ThreadedWorld(size, HANG_S)
-        make_mesh = copy_engine_mesh() if wire == "copy_engine" else mesh_of
-        return world.run(lambda rank: on_rank(make_mesh(world, run.topology, rank)))
+        return in_mesh(run.topology, on_rank, make_mesh=copy_engine_mesh() if wire == "copy_engine" else mesh_of)
 
 
 def outcome(work: Callable[[], object]) -> Exception | None:

@@ -25,6 +25,7 @@ from ds_ring.transport.copy_engine import CopyEngineTransport
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.peer_memory import rows_of
 from ds_ring.transport.select import PULLED_AXES
+from tests.helpers.cores import share_a_core
 from tests.helpers.limits import HANG_S
 
 FLAG_S = HANG_S
@@ -232,6 +233,7 @@ def pulling(
     world = ThreadedWorld(size, HANG_S)
 
     def on_rank(rank: int) -> object:
+        share_a_core()
         control = world.transport("world", range(size), rank)
         return work(CopyEngineTransport(control, ThreadDevice(control, delay, one_queue)))
 

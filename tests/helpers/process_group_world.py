@@ -28,6 +28,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 )
 
 from ds_ring.errors import TransportError
+from tests.helpers.cores import share_a_core
 from tests.helpers.limits import HANG_S
 
 T = TypeVar("T")
@@ -44,6 +45,7 @@ class ProcessGroupWorld:
         store, lock = dist.HashStore(), threading.Lock()
 
         def one(rank: int) -> T:
+            share_a_core()
             dist.init_process_group("mocked", rank=rank, world_size=self.size, store=store)
             try:
                 with lock:

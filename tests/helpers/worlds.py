@@ -9,6 +9,7 @@ from ds_ring.parallel.topology import Axis, Topology
 from ds_ring.testing.threaded import ThreadedWorld
 from ds_ring.transport.base import Pending, Transport
 from ds_ring.transport.mesh import Mesh
+from tests.helpers.cores import share_a_core
 from tests.helpers.limits import HANG_S
 
 T = TypeVar("T")
@@ -17,7 +18,12 @@ T = TypeVar("T")
 def in_group(size: int, work: Callable[[Transport], T], timeout_s: float = HANG_S) -> list[T]:
     """``work(transport)`` on every rank of one group; results in rank order."""
     world = ThreadedWorld(size, timeout_s)
-    return world.run(lambda rank: work(world.transport("world", range(size), rank)))
+
+    def on_rank(rank: int) -> T:
+        share_a_core()
+        return work(world.transport("world", range(size), rank))
+
+    return world.run(on_rank)
 
 
 def mesh_of(world: ThreadedWorld, topology: Topology, rank: int) -> Mesh:
@@ -37,7 +43,12 @@ def in_mesh(
 ) -> list[T]:
     """``work(mesh)`` on every rank of a new world; results in rank order."""
     world = ThreadedWorld(topology.world_size, timeout_s)
-    return world.run(lambda rank: work(make_mesh(world, topology, rank)))
+
+    def on_rank(rank: int) -> T:
+        share_a_core()
+        return work(make_mesh(world, topology, rank))
+
+    return world.run(on_rank)
 
 
 def to_next(transport: Transport, tensor: Tensor, received: Tensor) -> Pending:
