@@ -111,7 +111,7 @@ class _GenerationForward:
         if ids_BC.shape[1] == 1 and cache is self._prefilled:
             assert self._decoding is not None
             logits_bV = self._decoding(ids_BC[cache.sequences.start : cache.sequences.stop])
-            cache.extend(torch.ones(ids_BC.shape, dtype=torch.bool))
+            cache.extend(ids_BC, torch.ones(ids_BC.shape, dtype=torch.bool))
         else:
             logits_bV = self._prefill(ids_BC, mask_BC, cache)
         logits_BV = gather_replicas(logits_bV, ids_BC.shape[0], self._runner.mesh["dp"])
@@ -133,7 +133,7 @@ class _GenerationForward:
         new_BC = mask_BC[:, past:]
         positions_BC = (mask_BC.long().cumsum(1) - 1)[:, past:] * new_BC
         whole, columns_BL = pack(ids_BC, new_BC, positions_BC, runner.dims)
-        cache.extend(new_BC)
+        cache.extend(ids_BC, new_BC)
         cache_positions_BL = torch.where(columns_BL < 0, EMPTY, columns_BL + past - cache.first_B[:, None]).int()
         batch, own = whole.split(cache.sequences), slice(cache.sequences.start, cache.sequences.stop)
         work = [
