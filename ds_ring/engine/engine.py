@@ -24,6 +24,7 @@ from ds_ring.engine.generation import generate
 from ds_ring.engine.model_runner import NO_POSITIONS, CachedRunner, ModelRunner, Shard
 from ds_ring.engine.oom import explain_oom
 from ds_ring.errors import InputError
+from ds_ring.planning.validation import note_positions
 from ds_ring.process.watchdog import Watchdog, watched
 from ds_ring.transport.mesh import Mesh
 from ds_ring.utils.device import synchronize
@@ -94,6 +95,7 @@ class Engine:
             self.mesh["world"].agree(input_ids=f"unusable ones: {error}")
             raise
         self.mesh["world"].agree(input_ids=batch.digest())
+        note_positions(int(batch.position_ids_BL.max()) + 1, self.runner.dims)
         return batch, columns_BL
 
     def _refuse_unserved(self, options: dict[str, Any]) -> None:

@@ -68,6 +68,11 @@ class ShardedCache(Cache):
         self._ids.append(ids_BC.clone())
         self._columns += mask_BC.shape[1]
 
+    def clear(self) -> None:
+        """Forget everything: no column has been seen."""
+        self.cache_shard = self.cache_shard.emptied()
+        self._masks, self._ids, self._columns = [], [], 0
+
     @torch.inference_mode()
     def revise(self, mask_BC: Tensor) -> None:
         """Forget tokens that the caller's mask now hides, such as those after an early end.

@@ -59,7 +59,8 @@ def _heads_of_layers(text: Any) -> list[tuple[int, int]]:
 
 
 def _shape(text: Any, heads_of_layers: list[tuple[int, int]]) -> ModelDims:
-    heads = text.num_attention_heads
+    heads, positions = text.num_attention_heads, _first(text, "max_position_embeddings", default=None)
+    is_rotary = bool(getattr(text, "rope_parameters", None))
     return ModelDims(
         model_type=text.model_type,
         num_layers=text.num_hidden_layers,
@@ -69,12 +70,25 @@ def _shape(text: Any, heads_of_layers: list[tuple[int, int]]) -> ModelDims:
         head_dim=max(head_dim for _, head_dim in heads_of_layers),
         intermediate_size=_first(text, "intermediate_size", "ffn_dim", "n_inner", default=4 * text.hidden_size),
         vocab_size=text.vocab_size,
-        max_positions=_first(text, "max_position_embeddings", default=None),
+        max_positions=None if is_rotary else positions,
         layer_types=tuple(getattr(text, "layer_types", None) or ()),
         sliding_window=_first(text, "sliding_window", default=None),
         unlike_layers=tuple(heads_of_layers) if len(set(heads_of_layers)) > 1 else (),
         softcap=_first(text, "attn_logit_softcapping", default=None),
+        intended_positions=None if positions is None else max([positions, *_scaled_positions(text, positions)]),
     )
+
+
+def _scaled_positions(text: Any, positions: int) -> list[int]:
+    """What scaled rotary positions reach to: ``max_position_embeddings`` is often left at what a model was trained on,
+    as the cards of Qwen 2.5 have it with YaRN."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    return [
+        int(part["factor"] * (part.get("original_max_position_embeddings") or positions))
+        for part in by_layer_type
+        if part.get("factor") and part.get("rope_type") != "llama3"  # which says what it was trained on and for
+    ]
 
 
 def _first(config: Any, *names: str, default: Any) -> Any:
