@@ -28,6 +28,7 @@ from ds_ring.hf.decoder import Decoder, own_configs
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.hf.stage import keep_stage
+from ds_ring.hf.tensor_fit import check_fit
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import stage_layers
 from ds_ring.planning import plan
@@ -76,6 +77,7 @@ def from_pretrained(
     kind = _checked_runner(run, dims, runner)
     if runner is None:
         dry_run(config_of_model, run)
+    check_fit(checkpoint, config_of_model)
     _log_stages(run, dims)
     mesh = connect(run, {**fingerprint.of_config(config_of_model), **fingerprint.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()

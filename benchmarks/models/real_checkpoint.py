@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ds_ring import api
 from ds_ring.cli.prompts import tokens_of
@@ -20,6 +20,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.connect import local_device
 from ds_ring.engine.engine import Engine
 from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.loading import load_model
 from ds_ring.utils.corpus import load_tokenizer, token_stream
 from ds_ring.utils.device import device_name, release_memory
 
@@ -45,7 +46,7 @@ def check(config: RunConfig, new_tokens: int, say: Callable[[str], None]) -> dic
     references: dict[str, dict[str, Any]] = {}
     for name, dtype in (("reference", torch_dtype(config.dtype)), ("fp32", torch.float32)):
         say(f"transformers in {dtype}: {ids_1L.shape[1]:,} tokens of text, {len(prompts)} questions")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
+        model = load_model(path, dtype, device)
         references[name] = _of_transformers(model, ids_1L, prompts, new_tokens)
         del model
         release_memory()

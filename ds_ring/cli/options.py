@@ -27,6 +27,7 @@ from ds_ring.process.hostfile import check_hostfile
 from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
 from ds_ring.process.parent_watch import end_with_launcher
 from ds_ring.utils import strict_json
+from ds_ring.utils.checkpoint_dtype import AUTO
 from ds_ring.utils.results import write_json
 
 log = logging.getLogger("ds_ring")
@@ -53,7 +54,9 @@ def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) ->
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     group = parser.add_argument_group("overrides of the configuration file")
     group.add_argument("--tp-size", type=int, metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
-    group.add_argument("--dtype", choices=get_args(DType), help="weights and activations [the checkpoint's]")
+    group.add_argument(
+        "--dtype", choices=(*get_args(DType), AUTO), help="weights and activations [auto: the checkpoint's]"
+    )
     any_field = "any other field of the engine's, see docs/configuration.md"
     group.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=any_field)
     for name in names:
