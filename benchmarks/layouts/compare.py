@@ -114,7 +114,7 @@ def run_all(
         keep: called with the results so far when this is interrupted and there are any rows.
 
     Raises:
-        ConfigError: a layout of ours was refused. DsRingError: there is no reference to compare with.
+        DsRingError: there is no reference to compare with.
     """
     runs = counterbalance.first_half(comparison.runs) if comparison.there_and_back else comparison.runs
     found, waiting = QueueResults(), [QueuedRun(file, run) for file, run in runs]

@@ -117,10 +117,10 @@ def run(
     refusals: list[str] = []
     out_of_memory: list[str] = []
     failures: list[str] = []
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         # In a session of its own, so that all processes that it starts can be killed together.
         process = subprocess.Popen(
-            command, env=environment_of(ranks, unset), cwd=folder, text=True, errors="replace",
+            command, env=environment_of(ranks, unset), cwd=folder, encoding="utf-8", errors="backslashreplace",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         with _ending(process, limit_s) as late:
@@ -144,7 +144,7 @@ def run(
     if late.is_set():
         raise LaunchError(f"{program} did not end in {limit_s:.0f} s; see {log}", f"took longer than {limit_s:.0f} s")
     if code:
-        tail = "".join(log.read_text().splitlines(keepends=True)[-25:])
+        tail = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-25:])
         reason = failures[0] if failures else f"exit code {code}"
         raise LaunchError(f"{program} ended with exit code {code}; the end of {log}:\n{tail}", reason)
 

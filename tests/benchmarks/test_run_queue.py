@@ -1,5 +1,6 @@
 """The launches of a comparison, and what becomes of those that fail or are interrupted."""
 
+import io
 import signal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from benchmarks.reports import comparison_table
 from ds_ring.cli import options
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory, UnsupportedModelError
-from ds_ring.utils import results
+from ds_ring.utils import progress, results
 from tests.helpers.comparison_rows import row
 
 
@@ -301,9 +302,30 @@ def test_a_baseline_that_fails_is_a_line_of_the_table_and_no_failure_of_ours(two
         (line,) = found.all_failures
         assert (line["layout"], line["reason"]) == ("deepspeed_ulysses4", reason)
         assert comparison_table.table(found.rows, [line])[1][1][:2] == ["deepspeed_ulysses4", f"failed: {reason}"]
-    outcomes["ring4"] = [ConfigError("cannot be")]
-    with pytest.raises(ConfigError, match="cannot be"):
-        run_all(comparison, logs)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConfigError("cannot be"), "cannot be"),
+        (LaunchError("a long story", "RuntimeError: [/__w/pair.cc:537] closed [127.0.0.1]:1\x1b[0m"),
+         "RuntimeError: [/__w/pair.cc:537] closed [127.0.0.1]:1\\x1b[0m"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (KeyError("rows"), "KeyError: 'rows'"),
+    ],
+    ids=["refused", "brackets", "full disk", "ours"],
+)  # fmt: skip
+def test_the_death_of_one_layout_costs_no_other_its_rows(two_layouts, error, reason):
+    comparison, outcomes, logs = two_layouts
+    outcomes |= {"ring4": [error], "tp2_pp2": both_lengths("tp2_pp2")}
+    console = progress.PlainConsole(file=io.StringIO(), width=200)
+    with progress.steps(console, comparison.steps) as (advance, say):
+        found = compare.run_all(comparison, logs, advance, say)
+    console.print(comparison_table.terminal_table(found.rows, found.all_failures))
+    assert [(r["layout"], r["length"]) for r in found.rows] == [("tp2_pp2", 500), ("tp2_pp2", 1000)]
+    assert rank_rows.ours(found.failures) == found.failures
+    assert [what["reason"] for what in found.failures] == [reason]
+    assert f"failed: {reason}" in console.file.getvalue()
 
 
 def test_lengths_at_which_the_reference_does_not_fit_are_unchecked(two_layouts, monkeypatch):
