@@ -9,7 +9,6 @@ The last line of standard output is one JSON document; the exit code is 2 where 
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from ds_ring.cli import options
@@ -18,7 +17,7 @@ from ds_ring.cli import options
 def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.cli import doctor_checks, findings
     from ds_ring.errors import ConfigError
-    from ds_ring.utils import results
+    from ds_ring.utils import results, strict_json
 
     run = options.run_config(args) if args.config or args.model else None
     found = doctor_checks.examine(run, args.hostfile, args.master_port)
@@ -27,7 +26,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     if document["problems"]:
         if args.output:
             results.write_json(args.output, document)
-        print(json.dumps(document), flush=True)
+        print(strict_json.dumps(document), flush=True)
         raise ConfigError(f"{document['problems']} of {len(found)} checks found a problem")
     return document
 

@@ -26,6 +26,7 @@ from ds_ring.errors import ConfigError, DsRingError, InputError, TransportError,
 from ds_ring.process.hostfile import check_hostfile
 from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
 from ds_ring.process.parent_watch import end_with_launcher
+from ds_ring.utils import strict_json
 from ds_ring.utils.results import write_json
 
 log = logging.getLogger("ds_ring")
@@ -122,7 +123,7 @@ def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: ar
             _check_output(getattr(args, "output", None))
         document = work(args)
         if is_first_rank() and document is not None:
-            print(json.dumps(document), flush=True)  # before the file: the disk may be full
+            print(strict_json.dumps(document), flush=True)  # before the file: the disk may be full
             if args.output:
                 write_json(args.output, document)
     except UserError as error:

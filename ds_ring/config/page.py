@@ -5,7 +5,6 @@ python -m ds_ring.config.page > docs/configuration.md
 
 from __future__ import annotations
 
-import json
 import sys
 import typing
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from ds_ring.config.run_config import DTYPE_NAMES
 from ds_ring.config.sections import BenchmarkConfig, ParallelConfig, RingConfig, Section, WorkloadConfig
+from ds_ring.utils import strict_json
 
 SECTIONS: dict[str, type[Section]] = {
     "parallel": ParallelConfig, "workload": WorkloadConfig, "benchmark": BenchmarkConfig,
@@ -63,7 +63,7 @@ Any other key is handed to `deepspeed.init_inference` as it is.
 
 def text() -> str:
     """The whole page."""
-    example = json.dumps(EXAMPLE, indent=1, ensure_ascii=False)
+    example = strict_json.dumps(EXAMPLE, indent=1, ensure_ascii=False)
     parts = [TEXT.format(example=example, dtypes=", ".join(f"`{name}`" for name in sorted(DTYPE_NAMES)))]
     own = {name: field for name, field in RingConfig.model_fields.items() if name not in SECTIONS}
     parts.append(_section("Section `ds_ring`", "", own))
@@ -102,9 +102,7 @@ def _name(annotation: Any) -> str:
 
 def _default(field: FieldInfo) -> str:
     default = field.default
-    return (
-        "none" if default is None else f"`{json.dumps(default if not isinstance(default, tuple) else list(default))}`"
-    )
+    return "none" if default is None else f"`{strict_json.dumps(default)}`"
 
 
 if __name__ == "__main__":

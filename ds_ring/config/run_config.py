@@ -26,6 +26,7 @@ from ds_ring.config.sections import (
 )
 from ds_ring.errors import ConfigError
 from ds_ring.parallel.topology import Topology
+from ds_ring.utils import strict_json
 from ds_ring.utils.hub import local_checkpoint
 
 DTYPE_NAMES: dict[str, DType] = {
@@ -67,6 +68,8 @@ class RunConfig(Section):
         given = {name: value for name, value in overrides.items() if value is not None}
         for name, value in {**degrees, **given}.items():
             _override(document, section, name, value)
+        for place, value in strict_json.not_finite({**document, "ds_ring": section}):
+            raise ConfigError(f"{place}={value} is not a finite number, as JSON has them")
         own = None if "dtype" in document else _checkpoint_dtype(section.get("model"))
         try:
             config = cls(ring=RingConfig.model_validate(section), deepspeed=document, checkpoint_dtype=own)
@@ -154,7 +157,7 @@ class RunConfig(Section):
 
     def _document(self, only_given: bool = False) -> dict[str, Any]:
         """The same, but for a dtype that was not given; ``only_given``: and without our fields that were not."""
-        document = json.loads(json.dumps(self.deepspeed, default=str))
+        document = json.loads(strict_json.dumps(self.deepspeed, default=str))
         return {**document, "ds_ring": self.ring.model_dump(mode="json", exclude_unset=only_given)}
 
 

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ds_ring.utils import strict_json
+
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "triton", "yunchang", "flash_attn")
 
 
@@ -44,7 +46,7 @@ def write_atomically(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, document: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(document, indent=1) + "\n")
+    write_atomically(path, strict_json.dumps(document, indent=1) + "\n")
 
 
 def collect(document: dict[str, Any], rows: Iterable[dict[str, Any]], output: str | Path | None) -> dict[str, Any]:
