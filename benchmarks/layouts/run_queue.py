@@ -18,6 +18,7 @@ from benchmarks.layouts.micro_batches import cases, missing, remaining_after
 from ds_ring.config import RunConfig
 from ds_ring.errors import DsRingError, LaunchError, OutOfMemory, in_one_line
 from ds_ring.process import launcher
+from ds_ring.utils.output_file import partial_of
 from ds_ring.utils.plain_text import one_line
 from ds_ring.utils.results import read_json, write_json
 
@@ -148,7 +149,10 @@ def _launch(together: list[QueuedRun], references: list[str], logs: Path, report
     report(f"{', '.join(queued.name for queued in together)}: start {ranks} ranks")
     log = logs / f"{first.name}.log"
     try:
-        launcher.launch("benchmarks.cli.bench", ranks, _options(together, references, logs), log=log, report=report)
+        launcher.launch(
+            "benchmarks.cli.bench", ranks, _options(together, references, logs), log=log, report=report,
+            timeout_s=first.run.ring.timeout_s,
+        )  # fmt: skip
     except Exception as error:
         return error
     without = [queued.name for queued in together if not queued.output(logs).exists()]
@@ -161,14 +165,24 @@ def _options(together: list[QueuedRun], references: list[str], logs: Path) -> li
     for queued in together:
         config, output = logs / f"{queued.name}.config.json", queued.output(logs)
         write_json(config, queued.run.document())
-        output.unlink(missing_ok=True)
+        remove_rows(queued, logs)
         files = [str(config), str(output)]
         arguments += ["--config", files[0], "--output", files[1]] if queued is together[0] else ["--then", *files]
     return arguments + (["--references", *references] if references else [])
 
 
 def rows_written(queued: QueuedRun, logs: Path) -> list[dict[str, Any]]:
-    """The rows that a launch has written; it writes its file after every row."""
-    output = queued.output(logs)
-    rows = read_json(output)["rows"] if output.exists() else []
+    """The rows that a launch has written, whether or not it got to its end; it writes after every row."""
+    files = [file for file in _files(queued, logs) if file.exists()]
+    rows = read_json(files[0], partial=True)["rows"] if files else []
     return [{**row, "config_file": queued.file.name} for row in rows]
+
+
+def remove_rows(queued: QueuedRun, logs: Path) -> None:
+    """Remove what an earlier launch has written: it must not be taken for this one's."""
+    for file in _files(queued, logs):
+        file.unlink(missing_ok=True)
+
+
+def _files(queued: QueuedRun, logs: Path) -> list[Path]:
+    return [queued.output(logs), partial_of(queued.output(logs))]

@@ -1,7 +1,6 @@
 """The launches of a comparison, and what becomes of those that fail or are interrupted."""
 
 import io
-import signal
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ def two_layouts(tmp_path, monkeypatch):
     ``outcomes["launches"]`` lists what was launched together."""
     outcomes = {"launches": (launches := [])}
 
-    def launch(script, ranks, options, *, log, report):
+    def launch(script, ranks, options, *, log, report, timeout_s):
         files = [tuple(options[options.index(name) + 1] for name in ("--config", "--output"))]
         files += [(options[i + 1], options[i + 2]) for i, option in enumerate(options) if option == "--then"]
         names = [Path(output).stem for _, output in files]
@@ -200,14 +199,13 @@ def test_an_interrupted_second_half_leaves_the_first_and_says_so(two_layouts):
 
 
 @pytest.mark.parametrize("latency", [None, [500, 1000]], ids=["batch", "latency"])
-def test_an_interruption_leaves_no_earlier_table_beside_what_there_is_and_lists_what_is_not(
+def test_an_interruption_leaves_the_earlier_result_and_beside_it_what_there_is_and_is_not(
     two_layouts, latency, monkeypatch
 ):
     comparison, outcomes, logs = two_layouts
     monkeypatch.setattr(checkpoint, "ensure", lambda run, report: None)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the tests' own stays
     files = [str(compare.launcher.ROOT / "ds_configs" / "cpu4" / file.name) for file, _ in comparison.runs]
-    output = logs.with_name("found.json")
+    output, kept = logs.with_name("found.json"), logs.with_name("found.partial.json")
     args = options.run_parser(None).parse_args(["--output", str(output), *([] if latency else ["--sweep", "500"])])
     vars(args).update(layouts=files, latency=latency, baseline=None, there_and_back=False)
 
@@ -216,19 +214,27 @@ def test_an_interruption_leaves_no_earlier_table_beside_what_there_is_and_lists_
 
     outcomes |= {name: both_lengths(name) for name in ("single", "ring4", "tp2_pp2")}
     assert "not_run" not in work(args)
-    assert left() == ["found.json", "found.md", "found.png"]
+    complete, earlier = ["found.json", "found.md", "found.png"], output.read_text()
+    assert left() == complete
     outcomes["ring4"] = [row("ring4", 1.0, length=500), KeyboardInterrupt()]
     if not latency:
         with pytest.raises(KeyboardInterrupt):  # before any layout is through
             work(args)
-        assert results.read_json(output)["not_run"] == ["ring4", "tp2_pp2"]
+        assert results.read_json(kept, partial=True)["not_run"] == ["ring4", "tp2_pp2"]
     outcomes |= {"ring4": both_lengths("ring4"), "tp2_pp2": [KeyboardInterrupt()]}
     with pytest.raises(KeyboardInterrupt):
         work(args)
-    assert left() == ["found.json"]
-    document = results.read_json(output)
+    assert left() == [*complete[:2], "found.partial.json", complete[2]]
+    assert output.read_text() == earlier
+    with pytest.raises(ConfigError, match=r"found\.partial\.json is a partial result"):
+        results.read_json(kept)
+    document = results.read_json(kept, partial=True)
     assert (document["not_run"], document["failed"]) == (["tp2_pp2"], [])
     assert {r["layout"] for r in document["rows"]} == ({"single", "ring4"} if latency else {"ring4"})
+    outcomes["tp2_pp2"] = both_lengths("tp2_pp2")
+    assert work(args)["status"] == "complete"
+    assert left() == complete
+    assert output.read_text() != earlier
 
 
 def test_an_interruption_before_the_first_row_keeps_nothing(two_layouts):
