@@ -9,6 +9,7 @@ ds_ring/planning/metrics.py and benchmarks/layouts/bench.py.
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,20 @@ def check(args: argparse.Namespace, ranks: int | None = None) -> None:
         inputs.check_texts(config.benchmark.text)
         inputs.check_degrees(config, ranks)
         inputs.check_checkpoint(config)
-    if missing := [file for file in args.references if not Path(file).is_file()]:
+    if missing := [file for file in args.references if not os.path.isfile(file)]:
         raise InputError(f"cannot read {missing[0]}: no such file")
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     first = measure(options.run_config(args), args.references, args.output, args.trace)
     from ds_ring.utils.device import release_memory
+    from ds_ring.utils.results import write_complete
 
     for config, output in args.then:
         release_memory()
-        measure(RunConfig.load(config), args.references, output, None)
+        document = measure(RunConfig.load(config), args.references, output, None)
+        if options.is_first_rank():
+            write_complete(output, document)  # that of --output is written where it is printed
     return first
 
 

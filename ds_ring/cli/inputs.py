@@ -34,7 +34,7 @@ def check_texts(files: Iterable[str]) -> None:
 
 def check_checkpoint(config: RunConfig) -> None:
     """Raise ConfigError or CheckpointError where there is no checkpoint at all."""
-    if not Path(config.checkpoint, "config.json").is_file():
+    if not os.path.isfile(Path(config.checkpoint, "config.json")):
         from ds_ring.hf.checkpoint import Checkpoint  # imports what takes a second
 
         Checkpoint.open(config.checkpoint)

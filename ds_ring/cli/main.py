@@ -21,11 +21,12 @@ import sys
 from collections.abc import Sequence
 
 from ds_ring.cli import outputs
-from ds_ring.cli.options import DONE, NO_STDOUT, USERS, run_config
+from ds_ring.cli.options import run_config
 from ds_ring.cli.parser import whole
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
 from ds_ring.process.interruption import Interrupted, raise_on_signals
+from ds_ring.process.outcome import DONE, NO_STDOUT, USERS
 from ds_ring.process.supervisor import supervise
 from ds_ring.utils.plain_text import one_line
 from ds_ring.utils.streams import prepare_streams

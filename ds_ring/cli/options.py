@@ -23,13 +23,13 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from ds_ring.cli import outputs
-from ds_ring.cli.parser import Parser
+from ds_ring.cli.parser import Parser, whole
 from ds_ring.config import BenchmarkConfig, DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
 from ds_ring.errors import ConfigError, DsRingError, OutputError, TransportError, UserError, is_out_of_memory
 from ds_ring.process.hostfile import check_hostfile
 from ds_ring.process.interruption import Interrupted, end_rank_on_sigint, raise_on_signals
 from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
-from ds_ring.process.outcome import is_supervised, tell
+from ds_ring.process.outcome import DONE, NO_MEMORY, NO_OUTPUT, NO_STDOUT, OURS, USERS, is_supervised, tell
 from ds_ring.process.parent_watch import end_with_launcher
 from ds_ring.utils import strict_json
 from ds_ring.utils.plain_text import one_line
@@ -37,9 +37,6 @@ from ds_ring.utils.results import COMPLETE, write_complete
 from ds_ring.utils.streams import prepare_streams, print_result
 
 log = logging.getLogger("ds_ring")
-
-DONE, OURS, USERS, NO_MEMORY, NO_OUTPUT, NO_STDOUT = range(6)
-"""Exit codes."""
 
 Check = Callable[[argparse.Namespace], None]
 
@@ -64,7 +61,7 @@ def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) ->
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     group = parser.add_argument_group("overrides of the configuration file")
-    group.add_argument("--tp-size", type=int, metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
+    group.add_argument("--tp-size", type=whole(1), metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
     group.add_argument("--dtype", choices=get_args(DType), help="weights and activations [the checkpoint's]")
     any_field = "any other field of the engine's, see docs/configuration.md"
     group.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=any_field)
@@ -78,11 +75,13 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> 
     text = f"{field.description} [{field.default}]".replace("%", "%%")
     if get_origin(field.annotation) is tuple:
         kind = get_args(field.annotation)[0]
-        group.add_argument(option, nargs="+", type=kind, metavar="N" if kind is int else "FILE", help=field.description)
+        of, metavar = (whole(1), "N") if kind is int else (str, "FILE")
+        group.add_argument(option, nargs="+", type=of, metavar=metavar, help=field.description)
     elif field.annotation is bool:
         group.add_argument(option, action="store_true", default=None, help=field.description)
     elif field.annotation is int:
-        group.add_argument(option, type=int, metavar="N", help=text)
+        least = next(bound.ge for bound in field.metadata if hasattr(bound, "ge"))
+        group.add_argument(option, type=whole(least), metavar="N", help=text)
     else:
         choices = get_args(field.annotation) if str not in get_args(field.annotation) else None
         group.add_argument(option, choices=choices, help=text)
@@ -107,7 +106,7 @@ def _set(assignments: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {assignment} is not NAME=VALUE with a name of {', '.join(sorted(ENGINE))}")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 
@@ -155,7 +154,7 @@ def main(
         beside: suffixes of files that ``work`` writes beside ``--output``.
     """
     prepare_streams()
-    args = None
+    args, begun = None, False
     try:
         if "RANK" in os.environ:
             end_rank_on_sigint()
@@ -168,10 +167,11 @@ def main(
         if is_first_rank():
             outputs.check(args, beside)
             outputs.remove_partial(args)
+        begun = True
         check(args)
         code = _leave_result(args, work(args))
     except BaseException as error:
-        code = _say(args, error)
+        code = _say(args, error, begun)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -181,12 +181,13 @@ def main(
     leave(code)
 
 
-def _say(args: argparse.Namespace | None, error: BaseException) -> int:
-    """Say what went wrong, in one line unless it is our fault; returns the exit code, and tells it."""
+def _say(args: argparse.Namespace | None, error: BaseException, begun: bool) -> int:
+    """Say what went wrong, in one line unless it is our fault, and where rows are; returns the exit code, and tells
+    it."""
     code, lines = _said(args, error)
     for line in lines:
         print(line, file=sys.stderr, flush=True)
-    if kept := outputs.partial(args) if is_first_rank() and code else []:
+    if kept := outputs.partial(args) if begun and code and is_first_rank() else []:
         print(f"rows so far are in {', '.join(kept)}", file=sys.stderr, flush=True)
     with suppress(OSError):
         tell(code)

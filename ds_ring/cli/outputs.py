@@ -61,7 +61,7 @@ def remove_partial(args: argparse.Namespace) -> None:
 def partial(args: argparse.Namespace | None) -> list[str]:
     """Files with the rows of this run so far."""
     outputs = [] if args is None else [output for option, output in _outputs(args) if option in ("--output", "--then")]
-    return [str(file) for output in outputs if (file := partial_of(output)).is_file()]
+    return [str(file) for output in outputs if os.path.isfile(file := partial_of(output))]
 
 
 def _outputs(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from ds_ring.config.sections import MOST
 from ds_ring.errors import ConfigError
+from ds_ring.process.outcome import NO_STDOUT
+from ds_ring.utils.streams import print_result
 
-MOST = 1 << 40
-"""More than any count here can mean; beyond it arithmetic of PyTorch would overflow."""
 MOST_RANKS = 1 << 16
 LARGEST_SEED = (1 << 64) - 1
 LEAST_TEMPERATURE = 1e-6
@@ -24,6 +25,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )  # fmt: skip
+
+    def print_help(self, file: Any = None) -> None:
+        try:
+            print_result(self.format_help().rstrip())
+        except OSError:
+            self.exit(NO_STDOUT)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help lists the options")

@@ -17,7 +17,9 @@ from ds_ring.utils import strict_json
 
 VARIABLE = "DS_RING_OUTCOME"
 """Names the file to ranks of this host. Not set: the ranks were started by another launcher, or by none."""
-RANKED = (3, 2, 4, 5)
+DONE, OURS, USERS, NO_MEMORY, NO_OUTPUT, NO_STDOUT = range(6)
+"""Exit codes; what they mean is in ``cli/options.py``."""
+RANKED = (NO_MEMORY, USERS, NO_OUTPUT, NO_STDOUT)
 """Exit codes that say more than others, the most telling first."""
 
 
@@ -76,7 +78,7 @@ class Outcomes:
 
     def completed(self) -> Told | None:
         """What rank 0 told where it got to its end."""
-        return next((told for told in self.told() if told.rank == 0 and told.code in (0, 4)), None)
+        return next((told for told in self.told() if told.rank == 0 and told.code in (DONE, NO_OUTPUT)), None)
 
     def failed(self) -> int | None:
         """The most telling exit code of a rank that failed; None where none told of a failure."""

@@ -18,14 +18,13 @@ from types import FrameType
 
 from ds_ring.process.interruption import SIGNALS, Interrupted
 from ds_ring.process.keeper import Keeper
-from ds_ring.process.outcome import Outcomes
+from ds_ring.process.outcome import NO_STDOUT, OURS, Outcomes
 from ds_ring.process.run_watch import RunWatch
 from ds_ring.utils.streams import print_result
 
 PERIOD_S, ASK_EVERY_S = 0.2, 1.0
 GRACE_S = 10.0
 """Seconds between asking processes to end and killing them."""
-FAILED, NO_STDOUT = 1, 5
 
 
 def supervise(command: Sequence[str], environment: dict[str, str], timeout_s: float) -> int:
@@ -109,10 +108,10 @@ def _judge(process: subprocess.Popen[bytes], outcomes: Outcomes, why: str) -> in
     if completed is None and failed is None:
         killed = f"the launcher ended {_how(process.returncode)} and without a result: a process of the run was killed"
         print(f"failed: {why or killed}", file=sys.stderr, flush=True)
-        code = FAILED
+        code = OURS
     elif completed is not None and failed is None and process.returncode > 0:
         print(f"failed: after the result the launcher ended {_how(process.returncode)}", file=sys.stderr, flush=True)
-        code = FAILED
+        code = OURS
     if completed is not None and completed.result is not None:
         try:
             print_result(completed.result)

@@ -52,14 +52,18 @@ def collect(document: dict[str, Any], rows: Iterable[dict[str, Any]], output: st
     """``document`` with ``rows``, written to ``output`` when it is complete.
 
     While it is not, the rows so far are in ``partial_of(output)``, written after every row: they are kept where a later
-    one runs out of memory, or the command is interrupted, and so is the result of an earlier run.
+    one runs out of memory, or the command is interrupted, and so is the result of an earlier run. Where ``output``
+    cannot be written the document is returned all the same; ``cli.options.main`` tries again and says so.
     """
     document = {**document, "rows": (found := list[dict[str, Any]]())}
     for row in rows:
         found.append(row)
         if output is not None:
             write_partial(output, document)
-    return write_complete(output, document)
+    try:
+        return write_complete(output, document)
+    except OutputError:
+        return {**document, "status": COMPLETE}
 
 
 def write_partial(output: str | Path, document: dict[str, Any]) -> None:
