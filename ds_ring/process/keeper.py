@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+LEAVING_S = 5.0
+
 
 class Keeper:
     """The keeper of this process; as a context manager. Nothing happens where the block ends by itself."""
@@ -35,7 +37,11 @@ class Keeper:
         assert self._process.stdin is not None
         with suppress(OSError):
             self._process.stdin.close()
-        self._process.wait()
+        try:
+            self._process.wait(LEAVING_S)
+        except subprocess.TimeoutExpired:  # it was stopped
+            self._process.kill()
+            self._process.wait()
 
     @contextmanager
     def group(self, leader: int) -> Iterator[None]:

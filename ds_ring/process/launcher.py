@@ -64,7 +64,7 @@ def launch(
     *,
     log: Path,
     report: Callable[[str], None],
-    timeout_s: float,
+    timeout_s: float = 0.0,
     limit_s: float = threading.TIMEOUT_MAX,
 ) -> None:
     """Run ``launch_command`` to its end.

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ds_ring.process.outcome import Outcomes
 
-LEAVING_S = 30.0
-"""A launcher that has not ended so many seconds after the result is there is ended."""
+LEAVING_S, STOPPED_LEAVING_S = 30.0, 5.0
+"""A launcher that has not ended so many seconds after the result is there is ended; the second: where one of its
+processes is stopped."""
 
 
 class RunWatch:
@@ -31,9 +32,12 @@ class RunWatch:
         now = time.monotonic()
         if self._done_at is None and self._outcomes.completed():
             self._done_at = now
-        if self._done_at is not None and now - self._done_at > LEAVING_S:
-            return f"the launcher did not end in {LEAVING_S:.0f} s after the result"
         self._stopped_at = {pid: self._stopped_at.get(pid, now) for pid in stopped_processes(self.session)}
+        if self._done_at is not None:
+            limit_s = STOPPED_LEAVING_S if self._stopped_at else LEAVING_S
+            return (
+                f"the launcher did not end in {limit_s:.0f} s after the result" if now - self._done_at > limit_s else ""
+            )
         late = [pid for pid, since in self._stopped_at.items() if self.timeout_s and now - since > self.timeout_s]
         return f"process {late[0]} of the run was stopped for {self.timeout_s:.0f} s" if late else ""
 

@@ -106,8 +106,10 @@ def _judge(process: subprocess.Popen[bytes], outcomes: Outcomes, why: str) -> in
     completed, failed = outcomes.completed(), outcomes.failed()
     code = failed or 0
     if completed is None and failed is None:
-        killed = f"the launcher ended {_how(process.returncode)} and without a result: a process of the run was killed"
-        print(f"failed: {why or killed}", file=sys.stderr, flush=True)
+        ended = f"the launcher ended {_how(process.returncode)} and without a result"
+        # It returns 0 where it lost a process of its own, and 256 - n where a rank died of signal n.
+        killed = "" if 0 < process.returncode < 128 else ": a process of the run was killed"
+        print(f"failed: {why or ended + killed}", file=sys.stderr, flush=True)
         code = OURS
     elif completed is not None and failed is None and process.returncode > 0:
         print(f"failed: after the result the launcher ended {_how(process.returncode)}", file=sys.stderr, flush=True)

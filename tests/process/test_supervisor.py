@@ -61,6 +61,7 @@ KILLED = "failed: the launcher ended {} and without a result: a process of the r
         ("pass", 1, "", [KILLED.format("with exit code 0")]),
         ("rank(1, 0)", 1, "", [KILLED.format("with exit code 0")]),
         ("sys.exit(247)", 1, "", [KILLED.format("with exit code 247")]),
+        ("sys.exit(1)", 1, "", ["failed: the launcher ended with exit code 1 and without a result"]),
         ("kill(9)", 1, "", [KILLED.format("by SIGKILL")]),
         (f"{DONE} kill(9)", 0, RESULT, []),
         (f"{DONE} sys.exit(1)", 1, RESULT, ["failed: after the result the launcher ended with exit code 1"]),
