@@ -33,6 +33,10 @@ class OutOfMemory(DsRingError):
     """A launched run ended because a rank's memory did not hold what was asked of it."""
 
 
+class OutputError(DsRingError):
+    """A result, or a file beside it, could not be written: a full disk, a device that fails."""
+
+
 class LaunchError(DsRingError):
     """A launched run failed; ``reason`` is one line, the error's text more."""
 

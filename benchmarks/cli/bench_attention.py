@@ -10,6 +10,7 @@ import argparse
 from typing import Any
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser, number
 from ds_ring.errors import ConfigError
 
 
@@ -41,16 +42,20 @@ def work(args: argparse.Namespace) -> dict[str, Any] | None:
     return document
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--list", action="store_true", help="print the cases' names and do nothing")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with all of these in their name")
     parser.add_argument("--kind", nargs="+", default=[], metavar="WORD", help="cases of a kind with one of these in it")
     parser.add_argument("--impl", nargs="+", default=[], metavar="WORD", help="implementations with one of these in it")
     seconds = "how long each implementation, and the product, is sustained [2]"
-    parser.add_argument("--seconds", type=float, default=2.0, help=seconds)
+    parser.add_argument("--seconds", type=number(above=True), default=2.0, help=seconds)
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

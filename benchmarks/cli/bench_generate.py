@@ -12,9 +12,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ds_ring.cli import options
-from ds_ring.cli.generate import add_options
-from ds_ring.errors import InputError
+from ds_ring.cli import inputs, options
+from ds_ring.cli.generate import add_options, check_prompts
+from ds_ring.cli.parser import Parser, whole
+
+
+def check(args: argparse.Namespace, ranks: int | None = None) -> None:
+    """Raise UserError for options that cannot work, as far as that shows without the model."""
+    check_prompts(args)
+    config = options.run_config(args)
+    inputs.check_degrees(config, ranks)
+    inputs.check_checkpoint(config)
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -23,14 +31,11 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.layouts.decode_floor import floor
     from ds_ring import api
     from ds_ring.cli import prompts
-    from ds_ring.cli.sampling import Sampling, check
+    from ds_ring.cli.sampling import Sampling
     from ds_ring.cli.timed_generation import generate, summary
     from ds_ring.utils import results
 
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed)
-    check(args.max_new_tokens, sampling)
-    if args.passes < 1:
-        raise InputError(f"passes={args.passes} must be at least 1")
     tokenizer, token_ids = prompts.read(config, args.prompt, args.prompt_file, raw=True)
     prompts.check_lengths(config, token_ids, args.max_new_tokens)
     config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens), generating=True)
@@ -48,12 +53,16 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return {**results.provenance(), "config": config.document(), **memory, **found, **floor(engine, found)}
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = options.run_parser(__doc__)
     add_options(parser)
     passes = "how often to generate; the last pass counts [1]"
-    parser.add_argument("--passes", type=int, default=1, metavar="N", help=passes)
-    options.main(work, parser)
+    parser.add_argument("--passes", type=whole(1), default=1, metavar="N", help=passes)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser(), check)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tempfile
 from typing import Any, get_args
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser, number, whole
 from ds_ring.config import DType
 from ds_ring.errors import ConfigError
 
@@ -29,8 +30,6 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.utils.progress import make_console
 
     cases = [_case(*words) for words in args.case or CASES]
-    if args.rounds < 1 or args.seconds <= 0:
-        raise ConfigError(f"rounds={args.rounds} or seconds={args.seconds} is too small")
     gpu = local_device()
     torch.manual_seed(0)
     effort = layer_fusion.Effort(args.seconds, args.rounds, args.backend)
@@ -55,8 +54,8 @@ def _case(model: str, *numbers: str) -> Any:
     return Case(model, batch, length)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     text = "config file or checkpoint directory, sequences, tokens each; may be repeated [the paper's model 2 10000, "
     text += "llama_wide 1 32768]"
     parser.add_argument("--case", nargs=3, action="append", metavar=("MODEL", "BATCH", "LENGTH"), help=text)
@@ -64,10 +63,16 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["default"], help=text)
     parser.add_argument("--backend", default="inductor", help="of torch.compile; aot_eager compiles nothing [inductor]")
     parser.add_argument("--dtype", choices=get_args(DType), default="fp16")
-    parser.add_argument("--seconds", type=float, default=8.0, help="how long each variant is sustained in a case [8]")
-    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="in so many turns [4]")
+    parser.add_argument(
+        "--seconds", type=number(above=True), default=8.0, help="how long each variant is sustained in a case [8]"
+    )
+    parser.add_argument("--rounds", type=whole(1), default=4, metavar="N", help="in so many turns [4]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

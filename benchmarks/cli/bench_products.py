@@ -9,6 +9,7 @@ import argparse
 from typing import Any, get_args
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser, number, whole
 from ds_ring.config import DType
 from ds_ring.errors import ConfigError
 
@@ -23,8 +24,6 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.utils import device, results
     from ds_ring.utils.progress import make_console
 
-    if min([1, *args.panels, *args.rows]) < 1:
-        raise ConfigError(f"rows={args.rows} or panels={args.panels} is too small")
     cases = products.cases(model_dims(read_config(args.model)))
     if not torch.cuda.is_available():
         raise ConfigError("no CUDA GPU; this benchmark needs one")
@@ -40,16 +39,22 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint directory, or a file of ds_configs/models/")
-    parser.add_argument("--rows", type=int, nargs="+", default=[10000], metavar="M", help="tokens at a time [10000]")
+    parser.add_argument(
+        "--rows", type=whole(1), nargs="+", default=[10000], metavar="M", help="tokens at a time [10000]"
+    )
     text = "rows of a panel; inputs of few rows may stay in the L2 cache"
-    parser.add_argument("--panels", type=int, nargs="+", required=True, metavar="M", help=text)
+    parser.add_argument("--panels", type=whole(1), nargs="+", required=True, metavar="M", help=text)
     parser.add_argument("--dtype", choices=[name for name in get_args(DType) if name != "fp32"], default="fp16")
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long each is sustained [2]")
+    parser.add_argument("--seconds", type=number(above=True), default=2.0, help="how long each is sustained [2]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 from typing import Any, get_args
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser, number, whole
 from ds_ring.config import DType
 from ds_ring.errors import ConfigError
 
@@ -25,8 +26,6 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.utils.progress import make_console
 
     dims = model_dims(read_config(args.model))
-    if args.gpus < 2:
-        raise ConfigError(f"gpus={args.gpus}: it takes two to pull from one another")
     if (count := torch.cuda.device_count()) < args.gpus:
         raise ConfigError(f"{count} CUDA GPUs, {args.gpus} are wanted; they must reach each other's memory")
     gpus = [torch.device("cuda", index) for index in range(args.gpus)]
@@ -41,16 +40,26 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return document
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint directory, or a file of ds_configs/models/")
-    parser.add_argument("--gpus", type=int, default=2, metavar="N", help="of one host, each pulls from the next [2]")
-    parser.add_argument("--rows", type=int, default=10000, metavar="M", help="tokens at a time on each GPU [10000]")
+    parser.add_argument(
+        "--gpus", type=whole(2, 1 << 16), default=2, metavar="N", help="of one host, each pulls from the next [2]"
+    )
+    parser.add_argument(
+        "--rows", type=whole(1), default=10000, metavar="M", help="tokens at a time on each GPU [10000]"
+    )
     parser.add_argument("--dtype", choices=[name for name in get_args(DType) if name != "fp32"], default="fp16")
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long each traffic is sustained [6]")
-    parser.add_argument("--warm-s", type=float, default=20.0, help="how long products run alone before [20]")
+    parser.add_argument(
+        "--seconds", type=number(above=True), default=6.0, help="how long each traffic is sustained [6]"
+    )
+    parser.add_argument("--warm-s", type=number(), default=20.0, help="how long products run alone before [20]")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 from typing import Any
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser, whole
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -23,10 +24,14 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return {**results.provenance(), "config": config.document(), **found}
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = options.run_parser(__doc__)
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens an answer [128]")
-    options.main(work, parser)
+    parser.add_argument("--max-new-tokens", type=whole(1), default=128, metavar="N", help="tokens an answer [128]")
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser, whole
 from ds_ring.errors import InputError
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.models import models_page
-    from ds_ring.utils import results
+    from ds_ring.utils import output_file, results
 
     if args.table:
         if missing := [file for file in args.table if not Path(file).is_file()]:
             raise InputError(f"no such file: {', '.join(missing)}")
         documents = [results.read_json(file) for file in args.table]
-        results.write_atomically(args.markdown, models_page.text(documents))
+        output_file.write_atomically(args.markdown, models_page.text(documents))
         return {"page": args.markdown, "layouts": [document["layout"] for document in documents]}
     from ds_ring.config import RunConfig
 
@@ -35,15 +36,19 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return {**results.provenance(), "config": config.document(), **found}
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = options.run_parser(__doc__)
     parser.add_argument("--types", nargs="+", default=[], metavar="TYPE", help="model types [all of transformers']")
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="greedy tokens to compare [64]")
+    parser.add_argument("--new-tokens", type=whole(1), default=64, metavar="N", help="greedy tokens to compare [64]")
     table = "check nothing: make a table of these results, one layout each"
     parser.add_argument("--table", nargs="+", default=[], metavar="FILE.json", help=table)
     markdown = "where to write the table [models.md]"
     parser.add_argument("--markdown", default="models.md", metavar="FILE.md", help=markdown)
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

@@ -9,18 +9,20 @@ takes those of ds_configs/ that fit the hardware. Overrides apply to every layou
 are other projects' implementations. With --micro-batch-sizes: times each layout with each size, and shows the fastest.
 With --there-and-back: times all layouts once more in reverse order and shows the means, so that warm GPUs favour no
 layout; what communication costs is measured the second time. With --latency: times one sequence in each layout, and
-on one GPU alone. Interrupted, it leaves the rows that there are, and "not_run" lists the other layouts.
+on one GPU alone. After each layout the rows so far are in NAME.partial.json beside the output, which stays what it was
+until the end; in that of an interrupted comparison "not_run" lists the other layouts.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser, whole
+from ds_ring.errors import OutputError
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -28,6 +30,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.layouts.run_queue import QueueResults
     from benchmarks.reports import comparison_table, latency_table, plots
     from ds_ring.utils import progress, results
+    from ds_ring.utils.output_file import write_atomically
 
     overrides = options.overrides(args)
     files = args.layouts or ([args.config] if args.config else compare.default_layouts())
@@ -36,31 +39,36 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     else:
         comparison = compare.Comparison.make(files, overrides)
     comparison = replace(comparison, there_and_back=args.there_and_back)
+    options.check_outputs(args, comparison.first)
     if args.baseline is not None:
         comparison.check_baseline(args.baseline)
     output, console, provenance = Path(args.output), progress.make_console(), results.provenance()
 
-    def keep(found: QueueResults) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Write what was found so far as JSON; returns (rows, document)."""
-        failed = found.all_failures
-        options.require([] if found.rows else list(map(_said, failed)), "no layout ran: {}; see the logs by the output")
-        rows = rank_rows.add_ratios(found.rows, args.baseline, found.unchecked)
+    def document_of(found: QueueResults) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """(all rows, what was found so far as JSON)."""
+        failed, rows = found.all_failures, rank_rows.add_ratios(found.rows, args.baseline, found.unchecked)
         if args.latency:
             document = provenance | latency.document(comparison, found, latency.add_ratios(rows))
         else:
             document = provenance | rank_rows.document(comparison, rows, failed)
-        document |= {"not_run": found.not_run} if found.not_run else {}
-        for earlier in (output.with_suffix(".md"), output.with_suffix(".png")):
-            earlier.unlink(missing_ok=True)  # of an earlier comparison: nobody should take them for this one's
-        results.write_json(output, document)
-        return rows, document
+        return rows, document | ({"not_run": found.not_run} if found.not_run else {})
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a time limit leaves what there is
+    def keep(found: QueueResults) -> None:
+        results.write_partial(output, document_of(found)[1])
+
     with progress.steps(console, comparison.steps) as (advance, say):
         checkpoint.ensure(comparison.first, say)
         found = compare.run_all(comparison, output.with_suffix(".logs"), advance, say, keep)
-    failed, (rows, document) = found.all_failures, keep(found)
-    results.write_atomically(
+    failed = found.all_failures
+    options.require([] if found.rows else list(map(_said, failed)), "no layout ran: {}; see the logs by the output")
+    rows, document = document_of(found)
+    try:
+        document = results.write_complete(output, document)
+    except OutputError:
+        return document  # printed all the same; options.main says what went wrong
+    for earlier in (output.with_suffix(".md"), output.with_suffix(".png")):
+        earlier.unlink(missing_ok=True)  # of an earlier comparison: nobody should take them for this one's
+    write_atomically(
         output.with_suffix(".md"), (latency_table if args.latency else comparison_table).markdown(document)
     )
     (plots.draw_latency if args.latency else plots.draw)(document, output.with_suffix(".png"))
@@ -80,7 +88,7 @@ def _said(failure: dict[str, Any]) -> str:
     return f"{failure['layout']} ({failure['reason']})"
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = options.run_parser(__doc__)
     parser.set_defaults(output="results/compare.json")
     parser.add_argument("--layouts", nargs="+", metavar="FILE", help="configurations to compare")
@@ -88,8 +96,12 @@ def main() -> None:
     both = "time each layout once more afterwards, last to first, at its fastest size of micro-batches"
     parser.add_argument("--there-and-back", action="store_true", help=both)
     latencies = "time one sequence of each of these lengths instead; what does not fit is a cell of the table"
-    parser.add_argument("--latency", nargs="+", type=int, metavar="L", help=latencies)
-    options.main(work, parser)
+    parser.add_argument("--latency", nargs="+", type=whole(1), metavar="L", help=latencies)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser(), beside=(".md", ".png", ".logs"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import argparse
 from typing import Any
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser
 from ds_ring.errors import ConfigError
 from ds_ring.process.launcher import ROOT
 
@@ -39,13 +40,17 @@ def work(args: argparse.Namespace) -> dict[str, Any] | None:
     return results.collect(document, rows, args.output)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases with all of these in their name")
     parser.add_argument("--kind", nargs="+", default=[], metavar="WORD", help="cases of a kind with one of these in it")
     parser.add_argument("--calls", action="store_true", help="only make the calls, for the profiler around them")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

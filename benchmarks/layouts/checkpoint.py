@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from ds_ring.cli.seeded_checkpoint import make_checkpoint
 from ds_ring.config import RunConfig
 from ds_ring.process import launcher
+from ds_ring.process.keeper import scratch_folder
 
 
 def source(run: RunConfig) -> Path:
@@ -26,7 +26,7 @@ def ensure(run: RunConfig, report: Callable[[str], None]) -> None:
     report(f"make {directory} from {config}")
     device = "cuda" if launcher.gpu_count() else "cpu"
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        made = Path(scratch) / directory.name
+    with scratch_folder(directory.parent) as scratch:
+        made = scratch / directory.name
         make_checkpoint(config, made, seed=0, dtype=run.dtype, device=device)
         made.rename(directory)

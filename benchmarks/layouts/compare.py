@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 from benchmarks.baselines import rules
 from benchmarks.layouts import checkpoint, counterbalance
 from benchmarks.layouts.micro_batches import missing
-from benchmarks.layouts.run_queue import QueuedRun, QueueResults, Report, rows_written, run_first
+from benchmarks.layouts.run_queue import QueuedRun, QueueResults, Report, remove_rows, rows_written, run_first
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, OutOfMemory
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.parallel.degrees import suggest
 from ds_ring.planning.validation import check_run
 from ds_ring.process import launcher
+from ds_ring.process.keeper import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -111,23 +111,25 @@ def run_all(
     Args:
         logs: a folder for the log, the configuration and the result of every launch.
         advance: called for the reference of each length, after each layout, and after the second half.
-        keep: called with the results so far when this is interrupted and there are any rows.
+        keep: called with the results so far after each launch, and when this is interrupted, if there are any rows.
 
     Raises:
-        ConfigError: a layout of ours was refused. DsRingError: there is no reference to compare with.
+        DsRingError: there is no reference to compare with.
     """
     runs = counterbalance.first_half(comparison.runs) if comparison.there_and_back else comparison.runs
     found, waiting = QueueResults(), [QueuedRun(file, run) for file, run in runs]
     for queued in waiting:  # a result of an earlier comparison must not be taken for this one's
-        queued.output(logs).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        references = _write_references(comparison, Path(scratch), logs, report)
+        remove_rows(queued, logs)
+    with scratch_folder() as scratch:
+        references = _write_references(comparison, scratch, logs, report)
         found.unchecked.extend(comparison.lengths[len(references) :])
         for _ in comparison.lengths:
             advance()
         try:
             while waiting:
                 waiting = run_first(waiting, references, logs, found, advance, report)
+                if waiting and found.rows:
+                    keep(found)
             if comparison.there_and_back:
                 _run_second_half(comparison, logs, found, report)
                 advance()
@@ -147,7 +149,7 @@ def _run_second_half(comparison: Comparison, logs: Path, found: QueueResults, re
     """Time once more the rows that count, in reverse order, and put the means into ``found``."""
     again, waiting = QueueResults(), counterbalance.second_half(comparison.runs, found.rows)
     for queued in waiting:
-        queued.output(logs).unlink(missing_ok=True)
+        remove_rows(queued, logs)
     labels = dict.fromkeys(queued.run.label for queued in waiting)
     try:
         while waiting:

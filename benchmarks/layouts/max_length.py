@@ -28,7 +28,7 @@ from ds_ring.planning.validation import check_run
 from ds_ring.process import launcher
 from ds_ring.utils.corpus import text_windows, token_stream
 from ds_ring.utils.device import device_name, limit_memory, memory_gib
-from ds_ring.utils.results import read_json, write_json
+from ds_ring.utils.results import read_json, write_json, write_partial
 
 Report = Callable[[str], None]
 WARMUP_TOKENS = 1024
@@ -38,7 +38,8 @@ def find(
     config: RunConfig, *, granularity: float, memory_limit_gib: float | None, limit_s: float, output: Path,
     provenance: dict[str, Any], report: Report,
 ) -> dict[str, Any]:  # fmt: skip
-    """Search by launched attempts, from the configuration's ``max_length`` on. ``output`` is written after each.
+    """Search by launched attempts, from the configuration's ``max_length`` on. After each, what was found so
+    far is kept beside ``output``, as a partial result.
 
     Raises:
         ConfigError: a layout or a granularity that cannot work. DsRingError: an attempt that failed otherwise than for
@@ -63,7 +64,7 @@ def find(
         made = attempt_in_a_launch(config, length, memory_limit_gib, limit_s, output.with_suffix(".logs"), report)
         report(f"L = {length:,}: " + (f"{made.seconds:.2f} s" if made.seconds else "does not fit"))
         rows.append(made.row())
-        write_json(output, document)
+        write_partial(output, document)
         return made
 
     most = dims.max_positions or 1 << 40
@@ -71,7 +72,6 @@ def find(
     if longest is None:
         raise DsRingError(f"not even one token fits; see {output.with_suffix('.logs')}")
     document |= {"longest": longest.row(), "shortest_not_fitting": failing.length if failing else None}
-    write_json(output, document)
     return document
 
 
@@ -87,11 +87,12 @@ def attempt_in_a_launch(
     try:
         launcher.launch(
             "benchmarks.cli.longest", config.topology.world_size, options, log=logs / f"{length}.log", report=report,
-            limit_s=limit_s,
+            timeout_s=config.ring.timeout_s, limit_s=limit_s,
         )  # fmt: skip
     except OutOfMemory:
         return Attempt(length)
     found = read_json(output)
+    del found["status"]
     return Attempt(**{**found, "peak_memory_gib": tuple(found["peak_memory_gib"])})
 
 

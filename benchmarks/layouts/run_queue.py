@@ -16,8 +16,10 @@ from typing import Any
 
 from benchmarks.layouts.micro_batches import cases, missing, remaining_after
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory
+from ds_ring.errors import DsRingError, LaunchError, OutOfMemory, in_one_line
 from ds_ring.process import launcher
+from ds_ring.utils.output_file import partial_of
+from ds_ring.utils.plain_text import one_line
 from ds_ring.utils.results import read_json, write_json
 
 Report = Callable[[str], None]
@@ -112,13 +114,13 @@ def run_first(
 
 
 def _note_failure(
-    queued: QueuedRun, rows: list[dict[str, Any]], error: DsRingError, found: QueueResults, report: Report
+    queued: QueuedRun, rows: list[dict[str, Any]], error: Exception, found: QueueResults, report: Report
 ) -> QueuedRun | None:
     """Put into ``found`` why ``queued`` ended after ``rows``. Returns the part of it that is still to be launched."""
     whose = {"layout": queued.run.label, "implementation": queued.run.benchmark.implementation}
     if not isinstance(error, OutOfMemory):
-        report(f"{queued.name} failed: {error}")
-        found.failures.append({**whose, "reason": error.reason if isinstance(error, LaunchError) else str(error)})
+        report(f"{queued.name} failed: {error if isinstance(error, DsRingError) else in_one_line(error)}")
+        found.failures.append({**whose, "reason": _reason(error)})
         return None
     report(f"{queued.name}: {error}")
     absent = missing(queued.run, rows)
@@ -132,34 +134,55 @@ def _note_failure(
     return None if left is None else replace(queued, run=left, launch=queued.launch + 1)
 
 
-def _launch(together: list[QueuedRun], references: list[str], logs: Path, report: Report) -> DsRingError | None:
-    """Launch ``together``. Returns the error that ended it early, if any. Rows are in a file for each queued run."""
+def _reason(error: Exception) -> str:
+    """Why a launch failed, in one line."""
+    if isinstance(error, LaunchError):
+        return one_line(error.reason)
+    return one_line(str(error)) if isinstance(error, DsRingError) else in_one_line(error)
+
+
+def _launch(together: list[QueuedRun], references: list[str], logs: Path, report: Report) -> Exception | None:
+    """Launch ``together``. Returns the error that ended it early, if any, of whatever kind: what was found of other
+    layouts is kept. Rows are in a file for each queued run."""
     first = together[0]
     ranks = first.run.topology.world_size
     report(f"{', '.join(queued.name for queued in together)}: start {ranks} ranks")
-    arguments: list[str] = []
-    for queued in together:
-        config, output = logs / f"{queued.name}.config.json", queued.output(logs)
-        write_json(config, queued.run.document())
-        output.unlink(missing_ok=True)
-        files = [str(config), str(output)]
-        arguments += ["--config", files[0], "--output", files[1]] if queued is first else ["--then", *files]
-    arguments += ["--references", *references] if references else []
     log = logs / f"{first.name}.log"
     try:
-        launcher.launch("benchmarks.cli.bench", ranks, arguments, log=log, report=report)
-    except ConfigError as refusal:
-        if first.run.benchmark.implementation == "ds_ring":
-            raise
-        return refusal
-    except DsRingError as failure:
-        return failure
+        launcher.launch(
+            "benchmarks.cli.bench", ranks, _options(together, references, logs), log=log, report=report,
+            timeout_s=first.run.ring.timeout_s,
+        )  # fmt: skip
+    except Exception as error:
+        return error
     without = [queued.name for queued in together if not queued.output(logs).exists()]
     return DsRingError(f"the launcher ended without a result of {', '.join(without)}; see {log}") if without else None
 
 
+def _options(together: list[QueuedRun], references: list[str], logs: Path) -> list[str]:
+    """Options of ``bench.py`` for one launch of all. Writes their configurations, and removes earlier results."""
+    arguments: list[str] = []
+    for queued in together:
+        config, output = logs / f"{queued.name}.config.json", queued.output(logs)
+        write_json(config, queued.run.document())
+        remove_rows(queued, logs)
+        files = [str(config), str(output)]
+        arguments += ["--config", files[0], "--output", files[1]] if queued is together[0] else ["--then", *files]
+    return arguments + (["--references", *references] if references else [])
+
+
 def rows_written(queued: QueuedRun, logs: Path) -> list[dict[str, Any]]:
-    """The rows that a launch has written; it writes its file after every row."""
-    output = queued.output(logs)
-    rows = read_json(output)["rows"] if output.exists() else []
+    """The rows that a launch has written, whether or not it got to its end; it writes after every row."""
+    files = [file for file in _files(queued, logs) if file.exists()]
+    rows = read_json(files[0], partial=True)["rows"] if files else []
     return [{**row, "config_file": queued.file.name} for row in rows]
+
+
+def remove_rows(queued: QueuedRun, logs: Path) -> None:
+    """Remove what an earlier launch has written: it must not be taken for this one's."""
+    for file in _files(queued, logs):
+        file.unlink(missing_ok=True)
+
+
+def _files(queued: QueuedRun, logs: Path) -> list[Path]:
+    return [queued.output(logs), partial_of(queued.output(logs))]

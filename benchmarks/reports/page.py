@@ -16,7 +16,8 @@ from benchmarks.reports.record_tables import TABLES, Document, Rows, rows_of
 from benchmarks.reports.tables import markdown_table
 from benchmarks.reports.targets import HEADS, Result, evaluate, wanted
 from ds_ring.errors import ConfigError
-from ds_ring.utils.results import read_json, write_atomically
+from ds_ring.utils.output_file import write_atomically
+from ds_ring.utils.results import read_json
 
 MANIFEST = Path("benchmarks/page.json")
 RESULTS = Path("benchmarks/results")
@@ -68,12 +69,15 @@ def read(root: Path) -> tuple[Page, list[RecordedSection]]:
 def write(root: Path) -> dict[str, Any]:
     """Write the page and its pictures. Returns what is on it and what is not."""
     page, found = read(root)
-    for picture in (root / PICTURES).glob("*.png"):
-        picture.unlink()  # some may not be on the page any more
+    shown: set[str] = set()
     for one in found:
         if one.is_measured:
             pictures.draw(one.section, one.documents, one.rows, root / PICTURES)
+            shown |= set(pictures.files(one.section, one.documents, one.rows))
     write_atomically(root / PAGE, text(page, found, root))
+    for picture in (root / PICTURES).glob("*.png"):
+        if picture.name not in shown:
+            picture.unlink()  # not on the page any more
     target_results = [result for one in found if one.is_measured for result in one.results]
     return {
         "page": str(PAGE),

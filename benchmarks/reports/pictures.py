@@ -44,9 +44,7 @@ def draw(section: Section, documents: dict[str, Document], rows: Rows, folder: P
         figure, axis = plt.subplots(layout="constrained")
         figure.set_size_inches(AXES[section.kind](axis, section, rows))
         axis.spines[["top", "right"]].set_visible(False)
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / name, dpi=130)
-        plt.close(figure)
+        plots.save(figure, folder / name)
 
 
 def _forward(axis: Axes, section: Section, rows: Rows) -> Inches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -10,10 +11,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks.reports.comparison_table import caption
 from benchmarks.reports.tables import name_of
+from ds_ring.utils.output_file import write_atomically
 
 KIND_COLOURS = {
     "tensor/pipeline parallel": "#8c8c8c", "data parallel": "#4c72b0", "sequence parallel": "#dd8452",
@@ -63,9 +66,15 @@ def draw(document: dict[str, Any], path: Path) -> None:
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("\n".join(wrap(caption(rows), 85 * panels)), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the picture, completely or not at all, and free it."""
+    made = io.BytesIO()
+    figure.savefig(made, format="png", dpi=130)
     plt.close(figure)
+    write_atomically(path, made.getvalue())
 
 
 def draw_latency(document: dict[str, Any], path: Path) -> None:
@@ -85,6 +94,4 @@ def draw_latency(document: dict[str, Any], path: Path) -> None:
     axis.legend(fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{rows[0]['dtype']}, {rows[0]['device']}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,8 @@ from benchmarks.reports.manifest import Page, Source
 from benchmarks.reports.page import MANIFEST, RESULTS
 from ds_ring.errors import ConfigError, DsRingError, LaunchError
 from ds_ring.process.launcher import VISIBLE_GPUS, gpu_options, run
+from ds_ring.utils.output_file import partial_of, write_atomically
+from ds_ring.utils.results import read_json
 
 
 def gpus_of(command: str) -> int:
@@ -47,7 +48,7 @@ def record(
     """Run the commands of the records ``names``, or of all missing records, one by one, and keep their results.
 
     Commands for which there are too few GPUs, or no time is left, are left out. When a command runs out of time, what
-    it has written is kept where there is no record yet.
+    it has found by then is beside where its result would be, and no record.
 
     Returns:
         ``{"recorded": {file: command}, "left_out": {file: why}}``.
@@ -75,7 +76,8 @@ def record(
 def _make(root: Path, page: Page, source: Source, left_s: float, say: Callable[[str], None]) -> str | None:
     """Run a source's command. Returns why nothing, or not all, was recorded; None: it was."""
     made, recorded = root / "results" / source.file, root / RESULTS / source.file
-    made.unlink(missing_ok=True)
+    for earlier in (made, partial_of(made)):
+        earlier.unlink(missing_ok=True)
     before, log, ends = made.with_suffix(".before.log"), made.with_suffix(".log"), time.monotonic() + left_s
     assert source.command is not None
     try:
@@ -88,15 +90,17 @@ def _make(root: Path, page: Page, source: Source, left_s: float, say: Callable[[
     except LaunchError as error:
         how = f"did not end in {left_s:.0f} s" if time.monotonic() >= ends else f"ended with {error.reason}"
         reason = f"{how}; see {file.relative_to(root)}"
-        if recorded.exists() or not made.is_file():
-            return reason
-        shutil.copyfile(made, recorded)
-        return f"{reason}; what it had by then is kept"
+        had = partial_of(made)
+        return reason + (f"; what it had by then is in {had.relative_to(root)}" if had.is_file() else "")
     except DsRingError as error:
         return str(error)
     if not made.is_file():
         return f"gave no {made.relative_to(root)}"
-    shutil.copyfile(made, recorded)
+    try:
+        read_json(made)
+    except (ConfigError, ValueError) as error:  # partial, or not JSON
+        return str(error)
+    write_atomically(recorded, made.read_bytes())
     return None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
+from ds_ring.utils.plain_text import one_line
+
 
 def name_of(row: dict[str, Any]) -> str:
     """The layout, and the mode where it is not a full forward."""
@@ -43,7 +45,12 @@ def without_empty_columns(heads: list[str], cells: list[list[str]]) -> tuple[lis
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table. All columns but the first are aligned right."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
+    return ["| " + " | ".join(map(_in_a_cell, cells)) + " |" for cells in lines]
+
+
+def _in_a_cell(text: str) -> str:
+    """``text`` on one line and without a bar that would end the cell."""
+    return one_line(text).replace("|", "\\|")
 
 
 def plain_table(

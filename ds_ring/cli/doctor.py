@@ -12,12 +12,12 @@ import argparse
 from typing import Any
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser, whole
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.cli import doctor_checks, findings
-    from ds_ring.errors import ConfigError, UserError
-    from ds_ring.utils import results, strict_json
+    from ds_ring.errors import UserError
 
     run, wrong = None, []
     try:
@@ -28,18 +28,21 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     findings.show(found)
     document = findings.document(found)
     if document["problems"]:
-        if args.output:
-            results.write_json(args.output, document)
-        print(strict_json.dumps(document), flush=True)
-        raise ConfigError(f"{document['problems']} of {len(found)} checks found a problem")
+        raise options.Refused(f"{document['problems']} of {len(found)} checks found a problem", document)
     return document
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = options.run_parser(__doc__)
     parser.add_argument("--hostfile", metavar="FILE", help="as for the deepspeed launcher")
-    parser.add_argument("--master-port", type=int, default=29500, metavar="N", help="the launcher's port [29500]")
-    options.main(work, parser)
+    parser.add_argument(
+        "--master-port", type=whole(1, 65535), default=29500, metavar="N", help="the launcher's port [29500]"
+    )
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def reachable(hosts: Sequence[Host]) -> Iterator[Finding]:
         name = f"host {host.name}"
         try:
             address = socket.gethostbyname(host.name)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the second: a name that DNS cannot have, such as a..b
             yield Finding(name, "problem", f"its name does not resolve: {error}", "mend the name, or DNS")
         else:
             yield Finding(name, "ok", f"{address}, {host.slots} slots")

@@ -7,18 +7,29 @@
 generate, score, bench and bench-generate run under the deepspeed launcher on this host, on all GPUs or on --ranks of
 them; on CPUs with one rank, or --ranks. Several hosts, and other options of the launcher: launch/*.py under deepspeed.
 The others (plan, doctor, make-checkpoint, compare, longest) run in this process; compare and longest launch ranks
-themselves. "ds-ring COMMAND --help" lists a command's options.
+themselves. "ds-ring COMMAND --help" lists a command's options. Exit codes: ds_ring/cli/options.py. Whatever ends this
+process ends the ranks, and the exit code is 0 only where rank 0 has told the result.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import runpy
 import sys
 from collections.abc import Sequence
 
+from ds_ring.cli import outputs
+from ds_ring.cli.options import run_config
+from ds_ring.cli.parser import whole
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
+from ds_ring.process.interruption import Interrupted, raise_on_signals
+from ds_ring.process.outcome import DONE, NO_STDOUT, USERS
+from ds_ring.process.supervisor import supervise
+from ds_ring.utils.plain_text import one_line
+from ds_ring.utils.streams import prepare_streams
 
 LAUNCHED = {
     "generate": "ds_ring.cli.generate",
@@ -33,39 +44,63 @@ HERE = {
     "compare": "benchmarks.cli.compare",
     "longest": "benchmarks.cli.longest",
 }
+MOST_ON_CPUS = 64
+"""Ranks that are started without GPUs."""
 TAKES_MODEL = ("generate", "score", "plan", "doctor", "bench-generate")
 """Commands whose first argument may be the model."""
 
 
 def main() -> None:
+    prepare_streams()
+    raise_on_signals()
     try:
-        _run(sys.argv[1:])
+        code = _run(sys.argv[1:])
+        sys.stdout.flush()
+    except Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        code = interrupted.exit_code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        code = USERS
+    except (OSError, AttributeError):  # sys.stdout, of --help, is full or not there
+        code = NO_STDOUT
+    sys.stderr.flush()
+    os._exit(code)  # what is left in standard output cannot be written
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run(arguments: Sequence[str]) -> int:
+    """The exit code. Commands of ``HERE`` end the process themselves."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return
+        return DONE
     command, *options = arguments
     if command not in LAUNCHED | HERE:
         raise ConfigError(f"there is no command {command}; take one of {', '.join([*LAUNCHED, *HERE])}")
     options = named(command, options)
-    if command in HERE or "-h" in options or "--help" in options:
+    if command in HERE or {"-h", "--help"} & set(options):
         if command in LAUNCHED:
             leading = " DIR FILE…" if command == "score" else " DIR" if command in TAKES_MODEL else ""
             print(f"ds-ring {command}{leading} [--ranks N] and these options:\n")
         sys.argv = [f"ds-ring {command}", *options]
         runpy.run_module((LAUNCHED | HERE)[command], run_name="__main__")
-        return
-    ranks, options = ranks_of(options)
+        return DONE
+    given, options = ranks_of(options)
+    module = importlib.import_module(LAUNCHED[command])
+    args = module.make_parser().parse_args(options)
+    outputs.check(args)
+    module.check(args, given)
+    gpus = launcher.gpu_count()  # imports torch
+    ranks = given or gpus or 1
+    if ranks > (gpus or MOST_ON_CPUS):
+        limit = f"there are {gpus} GPUs" if gpus else f"without GPUs at most {MOST_ON_CPUS} are started"
+        raise ConfigError(f"--ranks {ranks}: {limit}")
+    if given is None:
+        module.check(args, ranks)
+    config = run_config(args)
     with launcher.reserved_port() as port:
         line = launcher.launch_command(LAUNCHED[command], ranks, port, options)
-        sys.stdout.flush()
-        # In place of this process: signals and the exit code are the launcher's.
-        os.execve(line[0], line, launcher.environment_of(ranks, (launcher.VISIBLE_GPUS,)))
+        environment = launcher.environment_of(ranks, (launcher.VISIBLE_GPUS,))
+        return supervise(line, environment, config.ring.timeout_s)
 
 
 def named(command: str, options: Sequence[str]) -> list[str]:
@@ -80,20 +115,22 @@ def named(command: str, options: Sequence[str]) -> list[str]:
     return ["--model", model, *(["--text", *documents] if documents else []), *rest]
 
 
-def ranks_of(options: Sequence[str]) -> tuple[int, list[str]]:
-    """(how many ranks to start, the other options); without ``--ranks`` one on each visible GPU, on CPUs one.
+def ranks_of(options: Sequence[str]) -> tuple[int | None, list[str]]:
+    """(how many ranks to start, the other options); None without ``--ranks``: one on each visible GPU, on CPUs one.
 
     Raises:
         ConfigError: not a whole number of at least 1.
     """
     options = [part for option in options for part in _by_word(option)]
     if "--ranks" not in options:
-        return launcher.gpu_count() or 1, options
+        return None, options
     at = options.index("--ranks")
     value = options[at + 1] if at + 1 < len(options) else ""
-    if not value.isdecimal() or int(value) < 1:
-        raise ConfigError(f"--ranks {value} must be a whole number of at least 1")
-    return int(value), options[:at] + options[at + 2 :]
+    try:
+        ranks = whole(1)(value)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--ranks {error}") from None
+    return ranks, options[:at] + options[at + 2 :]
 
 
 def _by_word(option: str) -> list[str]:

@@ -1,7 +1,10 @@
 """What commands share: options derived from the configuration's fields, exit codes, and the last line of output.
 
-Exit codes: 0 done; 2 an error of the user, in one line; 3 out of memory; 1 an error of ours, with a traceback. The
-result is one JSON document on the last line of standard output. Everything else goes to standard error.
+Exit codes: 0 done; 2 an error of the user, in one line; 3 out of memory; 4 the file of --output (or one beside it)
+could not be written, 5 standard output could not; 128 + n ended by signal n; 1 an error of ours, with a traceback. The
+result is one JSON document on the last line of standard output, without which there was an error. Everything else goes
+to standard error; what cannot be written there is lost, and no failure. The file is written first, and the result is
+printed whether or not that worked.
 """
 
 from __future__ import annotations
@@ -11,26 +14,32 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from errno import EISDIR
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from ds_ring.cli import outputs
+from ds_ring.cli.parser import Parser, whole
 from ds_ring.config import BenchmarkConfig, DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
-from ds_ring.errors import ConfigError, DsRingError, InputError, TransportError, UserError, is_out_of_memory
+from ds_ring.errors import ConfigError, DsRingError, OutputError, TransportError, UserError, is_out_of_memory
 from ds_ring.process.hostfile import check_hostfile
+from ds_ring.process.interruption import Interrupted, end_rank_on_sigint, raise_on_signals
 from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
+from ds_ring.process.outcome import DONE, NO_MEMORY, NO_OUTPUT, NO_STDOUT, OURS, USERS, is_supervised, tell
 from ds_ring.process.parent_watch import end_with_launcher
 from ds_ring.utils import strict_json
 from ds_ring.utils.checkpoint_dtype import AUTO
-from ds_ring.utils.results import write_json
+from ds_ring.utils.plain_text import one_line
+from ds_ring.utils.results import COMPLETE, write_complete
+from ds_ring.utils.streams import prepare_streams, print_result
 
 log = logging.getLogger("ds_ring")
+
+Check = Callable[[argparse.Namespace], None]
 
 _OWN = {n: f for n, f in RingConfig.model_fields.items() if n not in ("parallel", "workload", "benchmark")}
 ENGINE = {**ParallelConfig.model_fields, **WorkloadConfig.model_fields, **_OWN}
@@ -43,17 +52,17 @@ USUAL = (
 """What a user of a model is likely to set."""
 
 
-def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) -> argparse.ArgumentParser:
+def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) -> Parser:
     """A parser with ``--config FILE``, ``--output FILE``, and an option for each of the fields ``names``.
 
     ``--set NAME=VALUE`` overrides any field of the engine's.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--config", help="JSON file of ds_configs/")
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     group = parser.add_argument_group("overrides of the configuration file")
-    group.add_argument("--tp-size", type=int, metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
+    group.add_argument("--tp-size", type=whole(1), metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
     group.add_argument(
         "--dtype", choices=(*get_args(DType), AUTO), help="weights and activations [auto: the checkpoint's]"
     )
@@ -69,11 +78,13 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> 
     text = f"{field.description} [{field.default}]".replace("%", "%%")
     if get_origin(field.annotation) is tuple:
         kind = get_args(field.annotation)[0]
-        group.add_argument(option, nargs="+", type=kind, metavar="N" if kind is int else "FILE", help=field.description)
+        of, metavar = (whole(1), "N") if kind is int else (str, "FILE")
+        group.add_argument(option, nargs="+", type=of, metavar=metavar, help=field.description)
     elif field.annotation is bool:
         group.add_argument(option, action="store_true", default=None, help=field.description)
     elif field.annotation is int:
-        group.add_argument(option, type=int, metavar="N", help=text)
+        least = next(bound.ge for bound in field.metadata if hasattr(bound, "ge"))
+        group.add_argument(option, type=whole(least), metavar="N", help=text)
     else:
         choices = get_args(field.annotation) if str not in get_args(field.annotation) else None
         group.add_argument(option, choices=choices, help=text)
@@ -98,14 +109,33 @@ def _set(assignments: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {assignment} is not NAME=VALUE with a name of {', '.join(sorted(ENGINE))}")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 
 
 def run_config(args: argparse.Namespace) -> RunConfig:
-    """The configuration that the parsed options describe."""
-    return RunConfig.load(args.config, **overrides(args))
+    """The configuration that the parsed options describe; no output is among the files that it names.
+
+    Raises:
+        ConfigError, InputError: what the user can put right.
+    """
+    config = RunConfig.load(args.config, **overrides(args))
+    check_outputs(args, config)
+    return config
+
+
+def check_outputs(args: argparse.Namespace, config: RunConfig) -> None:
+    """Raise InputError for an output that ``config`` reads: the model's folder, or a text."""
+    outputs.check_apart(args, [config.ring.model, *config.benchmark.text])
+
+
+class Refused(ConfigError):
+    """A refusal that has a result, which is printed and written all the same."""
+
+    def __init__(self, text: str, document: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.document = document
 
 
 def require(offenders: list[str], message: str) -> None:
@@ -114,48 +144,113 @@ def require(offenders: list[str], message: str) -> None:
         raise DsRingError(message.format(", ".join(offenders)))
 
 
-def main(work: Callable[[argparse.Namespace], dict[str, Any] | None], parser: argparse.ArgumentParser) -> None:
-    """Parse the options, call ``work``, print and write its result on rank 0, and end the process."""
-    args = parser.parse_args()
-    end_with_launcher()
-    _show_log()
-    code = 0
+def main(
+    work: Callable[[argparse.Namespace], dict[str, Any] | None],
+    parser: argparse.ArgumentParser,
+    check: Check = lambda args: None,
+    beside: Sequence[str] = (),
+) -> None:
+    """Parse the options, call ``check`` and ``work``, print and write the result on rank 0, and end the process.
+
+    Args:
+        check: refuses options that cannot work, reading what is quickly read; see ``cli/main.py``.
+        beside: suffixes of files that ``work`` writes beside ``--output``.
+    """
+    prepare_streams()
+    args, begun = None, False
     try:
+        if "RANK" in os.environ:
+            end_rank_on_sigint()
+        else:
+            raise_on_signals()
+        end_with_launcher()
+        _show_log()
+        args = parser.parse_args()
         check_hostfile()
         if is_first_rank():
-            _check_output(getattr(args, "output", None))
-        document = work(args)
-        if is_first_rank() and document is not None:
-            print(strict_json.dumps(document), flush=True)  # before the file: the disk may be full
-            if args.output:
-                write_json(args.output, document)
-    except UserError as error:
-        if not is_first_rank():
-            time.sleep(2)  # all ranks refuse alike: rank 0 speaks first, and the launcher ends the others
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    except DsRingError as error:
-        if isinstance(error, TransportError):
-            time.sleep(2)  # where it repeats another rank's error, that rank speaks first
-        _say_failed(str(error))
-        code = 1
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        if is_out_of_memory(error):
-            why = "; ".join([first_line.rstrip("."), *getattr(error, "__notes__", [])])
-            print(f"{OUT_OF_MEMORY}rank {os.environ.get('RANK', '0')}: {why}", file=sys.stderr, flush=True)
-            code = 3
-        else:
-            _say_failed(f"{type(error).__name__}: {first_line}")
-            code = 1
-        traceback.print_exc()
-    sys.stdout.flush()
+            outputs.check(args, beside)
+            outputs.remove_partial(args)
+        begun = True
+        check(args)
+        code = _leave_result(args, work(args))
+    except BaseException as error:
+        code = _say(args, error, begun)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # of --help
+        code = code or NO_STDOUT
     sys.stderr.flush()
     leave(code)
 
 
+def _say(args: argparse.Namespace | None, error: BaseException, begun: bool) -> int:
+    """Say what went wrong, in one line unless it is our fault, and where rows are; returns the exit code, and tells
+    it."""
+    code, lines = _said(args, error)
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+    if kept := outputs.partial(args) if begun and code and is_first_rank() else []:
+        print(f"rows so far are in {', '.join(kept)}", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        tell(code)
+    return code
+
+
+def _said(args: argparse.Namespace | None, error: BaseException) -> tuple[int, list[str]]:
+    """(exit code, lines) for ``error``."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, SystemExit):  # of --help
+        return (error.code if isinstance(error.code, int) else 0), []
+    if isinstance(error, Interrupted):
+        return error.exit_code, [str(error)]
+    if isinstance(error, UserError):
+        if not is_first_rank():
+            time.sleep(2)  # all ranks refuse alike: rank 0 speaks first, and the launcher ends the others
+        left = _leave_result(args, error.document) if args is not None and isinstance(error, Refused) else DONE
+        return left or USERS, [f"error: {one_line(str(error))}"]
+    if isinstance(error, TransportError):
+        time.sleep(2)  # where it repeats another rank's error, that rank speaks first
+    if isinstance(error, OutputError):
+        return NO_OUTPUT, [f"{FAILED}{rank}: {one_line(str(error))}"]
+    if isinstance(error, DsRingError):
+        return OURS, [f"{FAILED}{rank}: {one_line(str(error))}"]
+    first_line = str(error).strip().partition("\n")[0]
+    trace = traceback.format_exc().rstrip("\n")
+    if isinstance(error, Exception) and is_out_of_memory(error):
+        why = "; ".join([first_line.rstrip("."), *getattr(error, "__notes__", [])])
+        return NO_MEMORY, [f"{OUT_OF_MEMORY}rank {rank}: {one_line(why)}", trace]
+    return OURS, [f"{FAILED}{rank}: {type(error).__name__}: {one_line(first_line)}", trace]
+
+
+def _leave_result(args: argparse.Namespace, document: dict[str, Any] | None) -> int:
+    """Write and print the result, on rank 0, each whatever becomes of the other. Returns the exit code."""
+    if not is_first_rank():
+        return DONE
+    code, output = DONE, getattr(args, "output", None)
+    if document is None:
+        tell(DONE)
+        return code
+    document = {**document, "status": COMPLETE}
+    line = strict_json.dumps(document)
+    try:
+        write_complete(output if isinstance(output, str) else None, document)
+    except OutputError as error:
+        _say_failed(str(error))
+        code = NO_OUTPUT
+    if is_supervised():
+        tell(code, line)
+        return code
+    try:
+        print_result(line)
+    except OSError as error:
+        _say_failed(f"standard output could not be written: {error.strerror}")
+        code = code or NO_STDOUT
+    return code
+
+
 def _say_failed(why: str) -> None:
-    print(f"{FAILED}{os.environ.get('RANK', '0')}: {why}", file=sys.stderr, flush=True)
+    print(f"{FAILED}{os.environ.get('RANK', '0')}: {one_line(why)}", file=sys.stderr, flush=True)
 
 
 def is_first_rank() -> bool:
@@ -180,23 +275,6 @@ def _show_log() -> None:
     log.addHandler(handler)
     log.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     log.propagate = False
-
-
-def _check_output(output: str | list[str] | None) -> None:
-    """Raise InputError where an output file cannot be written. Called before any work is done."""
-    for name in [output] if isinstance(output, str) else output or []:
-        _check_file(Path(name))
-
-
-def _check_file(file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.is_dir():
-            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-        with tempfile.TemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"--output {file} cannot be written: {error.strerror}") from None
 
 
 def leave(code: int) -> None:

@@ -12,6 +12,7 @@ import argparse
 from typing import Any
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import MOST_RANKS, Parser, whole
 from ds_ring.planning.cards import CARDS
 
 
@@ -33,11 +34,15 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return {**results.provenance(), "chosen": best.config.document(), "reason": reason, "rows": rows}
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = options.run_parser(__doc__)
-    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs, over all hosts")
+    parser.add_argument("--ranks", type=whole(1, MOST_RANKS), required=True, metavar="N", help="GPUs, over all hosts")
     parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="which GPU [H100]")
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

@@ -9,8 +9,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ds_ring.cli import options
+from ds_ring.cli import inputs, options
 from ds_ring.cli.generate import planned_by_default
+from ds_ring.cli.parser import Parser
+from ds_ring.errors import InputError
+
+
+def check(args: argparse.Namespace, ranks: int | None = None) -> None:
+    """Raise UserError for options that cannot work, as far as that shows without the model."""
+    if not args.documents:
+        raise InputError("no documents: give --text FILE…")
+    inputs.check_texts(args.documents)
+    config = planned_by_default(options.run_config(args), ranks)
+    inputs.check_degrees(config, ranks)
+    inputs.check_checkpoint(config)
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -26,11 +38,15 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return {**results.provenance(), "config": config.document(), **scores}
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = options.run_parser(__doc__, (*options.USUAL, "max_length"))
     text = "documents, UTF-8 text"
     parser.add_argument("--text", nargs="+", action="extend", dest="documents", default=[], metavar="FILE", help=text)
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser(), check)
 
 
 if __name__ == "__main__":

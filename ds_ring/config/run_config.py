@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ds_ring.config.sections import (
     BASELINE_DEGREES,
+    MOST,
     BenchmarkConfig,
     DType,
     ParallelConfig,
@@ -109,7 +110,14 @@ class RunConfig(Section):
         """The checkpoint directory, see ``utils.hub``; ConfigError where none was given."""
         if self.ring.model is None:
             raise ConfigError('no model: give a checkpoint directory, "model" in the section "ds_ring", or --model')
-        return str(local_checkpoint(self.ring.model))
+        path = local_checkpoint(self.ring.model)
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # what becomes of that is said by whoever reads it
+        except OSError as error:
+            raise ConfigError(f"model {self.ring.model} cannot be read: {error.strerror}") from None
+        return str(path)
 
     @property
     def dtype(self) -> DType:
@@ -122,7 +130,7 @@ class RunConfig(Section):
     @property
     def tp_size(self) -> int:
         size = _object("tensor_parallel", self.deepspeed.get("tensor_parallel") or {}).get("tp_size", 1)
-        if type(size) is not int or size < 1:
+        if type(size) is not int or not 1 <= size <= MOST:
             raise ConfigError(f"tensor_parallel.tp_size={size!r} must be a whole number of at least 1")
         return size
 
@@ -203,8 +211,12 @@ def _read(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not JSON: it is not UTF-8 text") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply for a configuration") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(document).__name__}")
     return document

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from ds_ring.parallel.layout import RingImpl
 
@@ -23,8 +24,33 @@ BASELINE_DEGREES: dict[Implementation, tuple[str, ...]] = {
 """Over which ranks another implementation shares a sequence."""
 
 
+MOST = 1 << 40
+"""More than any whole number here can mean; far beyond it arithmetic of PyTorch would overflow."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if annotation in (int, tuple[int, ...]) and any(isinstance(each, bool) for each in _each(value)):
+            raise ValueError("true and false are no numbers")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _in_bounds(cls, value: Any) -> Any:
+        if any(type(each) is int and each > MOST for each in _each(value)):
+            raise ValueError(f"at most {MOST}")
+        if isinstance(value, tuple) and any(type(each) is int and each < 1 for each in value):
+            raise ValueError("each must be at least 1")
+        return value
+
+
+def _each(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else [value]
 
 
 class ParallelConfig(Section):

@@ -52,7 +52,7 @@ def _note_beyond(intended: int) -> None:
 def check_layout(config: RunConfig, dims: ModelDims, world_size: int) -> None:
     """The rules of a layout by itself."""
     assert not config.parallel.auto, "plan.with_planned_degrees comes first"
-    _check_axes(config, world_size)
+    check_axes(config, world_size)
     _check_model(dims)
     _check_heads(config, dims)
     _check_tensor_pipeline(config, dims)
@@ -60,7 +60,8 @@ def check_layout(config: RunConfig, dims: ModelDims, world_size: int) -> None:
         raise ConfigError(f"in_flight={config.ring.in_flight} beside interleave=off: leave out one of both")
 
 
-def _check_axes(config: RunConfig, world_size: int) -> None:
+def check_axes(config: RunConfig, world_size: int) -> None:
+    """The rules of the degrees by themselves, whatever the model."""
     t = config.topology
     if t.sp > 1 and t.tp * t.pp > 1:
         raise ConfigError(
@@ -70,8 +71,8 @@ def _check_axes(config: RunConfig, world_size: int) -> None:
     if t.world_size != world_size:
         raise ConfigError(
             f"dp_size={t.dp} x pp_size={t.pp} x ring_degree={t.ring} x ulysses_degree={t.ulysses} x tp_size={t.tp} "
-            f"= {t.world_size} ranks, but {world_size} were launched; launch with --num_gpus {t.world_size} or "
-            f"change the degrees"
+            f"= {t.world_size} ranks, but {world_size} were launched; launch with --num_gpus {t.world_size} "
+            f"(ds-ring: --ranks {t.world_size}) or change the degrees"
         )
 
 

@@ -17,6 +17,8 @@ from ds_ring.process.parent_watch import command_of, parent_of
 LAUNCHERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 """Names of the launcher's command; the last is for ``python -m``."""
 
+MOST_SLOTS = 1024
+
 
 @dataclass(frozen=True)
 class Host:
@@ -36,13 +38,17 @@ def read_hostfile(path: str) -> list[Host]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}; the launcher would use this machine alone") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not text; a hostfile has a line NAME slots=N for each host") from None
     hosts = []
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
         if not words:
             continue
-        if len(words) != 2 or not words[1].startswith("slots=") or not words[1][6:].isdigit():
+        if len(words) != 2 or not words[1].startswith("slots=") or not words[1][6:].isdecimal():
             raise ConfigError(f'{path}, line {number}: "{line.strip()}" is not NAME slots=N')
+        if not 1 <= int(words[1][6:]) <= MOST_SLOTS:
+            raise ConfigError(f"{path}, line {number}: {words[1]} must be at least 1 and at most {MOST_SLOTS}")
         hosts.append(Host(words[0], int(words[1][6:])))
     if not hosts:
         raise ConfigError(f"{path} names no host")

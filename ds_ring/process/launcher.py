@@ -10,10 +10,16 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from ds_ring.errors import ConfigError, LaunchError, OutOfMemory
+from ds_ring.process.interruption import deferred
+from ds_ring.process.keeper import Keeper
+from ds_ring.process.outcome import VARIABLE, Outcomes
+from ds_ring.process.run_watch import RunWatch
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRESS = "[ds_ring] "
@@ -26,6 +32,9 @@ out of memory, the others fail with errors of their own, and any of these may re
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 GRACE_S = 10.0
 """Time between asking a late process to end and killing it."""
+LOOK_EVERY_S = 1.0
+
+Watch = Callable[[int], Callable[[], str]]
 
 
 def gpu_count() -> int:
@@ -55,6 +64,7 @@ def launch(
     *,
     log: Path,
     report: Callable[[str], None],
+    timeout_s: float = 0.0,
     limit_s: float = threading.TIMEOUT_MAX,
 ) -> None:
     """Run ``launch_command`` to its end.
@@ -62,15 +72,21 @@ def launch(
     Args:
         log: the file for the script's output.
         report: called with each line that the script says with ``cli.options.say``.
+        timeout_s: a process of the run that is stopped for longer ends it; 0: never.
         limit_s: seconds after which the script is ended.
 
     Raises:
         ConfigError: the script refused (exit code 2), with its message; or as ``gpu_options``. OutOfMemory: a rank's
-            memory ran out. LaunchError: the script failed, or took longer than ``limit_s``.
+            memory ran out. LaunchError: the script failed, did not get to its end, or took longer than ``limit_s``.
     """
-    with reserved_port() as port:
+    with reserved_port() as port, Outcomes() as outcomes:
         command = launch_command(module, ranks, port, options)
-        run(command, ranks, log=log, report=report, limit_s=limit_s, unset=(VISIBLE_GPUS,))
+        run(
+            command, ranks, log=log, report=report, limit_s=limit_s, unset=(VISIBLE_GPUS,), extra=outcomes.environment,
+            watch=lambda session: RunWatch(session, outcomes, timeout_s).reason_to_end,
+        )  # fmt: skip
+        if outcomes.completed() is None:
+            raise LaunchError(f"{command[0]} ended without a result; see {log}", "a process of the run was killed")
 
 
 def gpu_options(ranks: int) -> list[str]:
@@ -106,74 +122,110 @@ def run(
     limit_s: float = threading.TIMEOUT_MAX,
     folder: Path | None = None,
     unset: Sequence[str] = (),
+    extra: Mapping[str, str] = MappingProxyType({}),
+    watch: Watch | None = None,
 ) -> None:
-    """As ``launch``, for any command that starts ``ranks`` ranks.
+    """As ``launch``, for any command that starts ``ranks`` ranks, and judged by its exit code.
 
     Args:
         folder: working directory of the command.
         unset: environment variables that the command does not get.
+        extra: those that it gets beside this process's.
+        watch: makes of the process's number a function that says why it is to be ended; it is asked every second.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     refusals: list[str] = []
     out_of_memory: list[str] = []
     failures: list[str] = []
-    with log.open("w") as file:
-        # In a session of its own, so that all processes that it starts can be killed together.
-        process = subprocess.Popen(
-            command, env=environment_of(ranks, unset), cwd=folder, text=True, errors="replace",
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-        with _ending(process, limit_s) as late:
-            assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                if line.startswith(PROGRESS):
-                    report(line.removeprefix(PROGRESS).strip())
-                elif line.startswith("error: "):
-                    refusals.append(line.removeprefix("error: ").strip())
-                elif line.startswith(OUT_OF_MEMORY):
-                    out_of_memory.append(line.strip())
-                elif line.startswith(FAILED):
-                    failures.append(line.removeprefix(FAILED).partition(": ")[2].strip())
-            code = process.wait()
+    environment = environment_of(ranks, (*unset, VARIABLE)) | dict(extra)
+    with (
+        log.open("w", encoding="utf-8") as file,
+        _started(command, environment, folder, limit_s, watch) as (process, end),
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            if line.startswith(PROGRESS):
+                report(line.removeprefix(PROGRESS).strip())
+            elif line.startswith("error: "):
+                refusals.append(line.removeprefix("error: ").strip())
+            elif line.startswith(OUT_OF_MEMORY):
+                out_of_memory.append(line.strip())
+            elif line.startswith(FAILED):
+                failures.append(line.removeprefix(FAILED).partition(": ")[2].strip())
+        code = process.wait()
     if code == 2 or (code and refusals):
         raise ConfigError(refusals[0] if refusals else f"refused; see {log}")
     if code and out_of_memory:
         raise OutOfMemory(out_of_memory[0])
     program = Path(command[0]).name
-    if late.is_set():
+    if end.late:
         raise LaunchError(f"{program} did not end in {limit_s:.0f} s; see {log}", f"took longer than {limit_s:.0f} s")
+    if end.why:
+        raise LaunchError(f"{program} was ended: {end.why}; see {log}", end.why)
     if code:
-        tail = "".join(log.read_text().splitlines(keepends=True)[-25:])
+        tail = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-25:])
         reason = failures[0] if failures else f"exit code {code}"
         raise LaunchError(f"{program} ended with exit code {code}; the end of {log}:\n{tail}", reason)
 
 
-@contextlib.contextmanager
-def _ending(process: subprocess.Popen[str], limit_s: float) -> Iterator[threading.Event]:
-    """Kills the process and everything that it started, at the end of the block or after ``limit_s`` seconds.
+@dataclass
+class _End:
+    """How a run was ended by us: because it took too long, or for the reason ``why``."""
 
-    In the second case the event is set, and the process first gets SIGTERM and ``GRACE_S`` seconds, in which it may
-    write its results."""
-    late = threading.Event()
+    late: bool = False
+    why: str = ""
+
+
+@contextlib.contextmanager
+def _started(
+    command: list[str], environment: dict[str, str], folder: Path | None, limit_s: float, watch: Watch | None
+) -> Iterator[tuple[subprocess.Popen[str], _End]]:
+    """A process, which is killed with everything that it started at the end of the block, if this process ends, or
+    after ``limit_s`` seconds.
+
+    In the last case it first gets SIGTERM and ``GRACE_S`` seconds, in which it may write its results. With a watch it
+    is killed, too, when that finds a reason; and what the process leaves behind when it ends, so that its output ends.
+    """
+    end, over = _End(), threading.Event()
 
     def kill() -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
     def end_late() -> None:
-        late.set()
+        end.late = True
         process.terminate()
         grace.start()
 
+    def look() -> None:
+        seen = watch(process.pid) if watch else lambda: ""
+        while not over.wait(LOOK_EVERY_S):
+            # Not reaped: its number, and so the group's, stays its own.
+            try:
+                gone = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            except ChildProcessError:  # it was waited for: its output has ended
+                return
+            end.why = end.why or seen()
+            if gone or end.why:
+                kill()
+                return
+
     timer, grace = threading.Timer(limit_s, end_late), threading.Timer(GRACE_S, kill)
-    timer.start()
-    try:
-        yield late
-    finally:
-        timer.cancel()
-        grace.cancel()
-        kill()
+    looker = threading.Thread(target=look, daemon=True)
+    with Keeper() as keeper, contextlib.ExitStack() as stack:
+        with deferred():  # an interruption before the block that ends the process would leave it running
+            # In a session of its own, so that all processes that it starts can be killed together.
+            process = subprocess.Popen(
+                command, env=environment, cwd=folder, encoding="utf-8", errors="backslashreplace",
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            stack.enter_context(keeper.group(process.pid))
+            for ending in (kill, grace.cancel, timer.cancel, over.set):
+                stack.callback(ending)
+            timer.start()
+            looker.start()
+        yield process, end
 
 
 def environment_of(ranks: int, unset: Sequence[str]) -> dict[str, str]:

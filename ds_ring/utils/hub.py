@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -15,8 +16,8 @@ def local_checkpoint(name: str | Path) -> Path:
     A path, in which ``~`` is expanded, comes before a hub id ``owner/name``, whose snapshot is looked up in the cache
     that ``HF_HOME`` or ``HF_HUB_CACHE`` name. Nothing is downloaded. What is neither is returned as a path.
     """
-    path = Path(name).expanduser()
-    if path.exists() or not HUB_ID.fullmatch(str(name)):
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path) or not HUB_ID.fullmatch(str(name)):
         return path
     from huggingface_hub import try_to_load_from_cache  # a wrong configuration is refused without it
 

@@ -12,8 +12,8 @@ from benchmarks.layouts import checkpoint, compare, rank_rows
 from benchmarks.reports import comparison_table, plots
 from benchmarks.reports.tables import name_of
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError
-from ds_ring.utils import results
+from ds_ring.errors import ConfigError, OutputError
+from ds_ring.utils import output_file, results
 from tests.helpers.comparison_rows import row
 from tests.helpers.limits import HANG_S
 from tests.helpers.pages import tables
@@ -168,8 +168,8 @@ def test_an_interrupted_write_leaves_the_previous_result(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(results.os, "replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(output_file.os, "replace", full_disk)
+    with pytest.raises(OutputError, match=f"^{file} could not be written: No space left on device$"):
         results.write_json(file, {"rows": [2]})
     assert results.read_json(file) == {"rows": [1]}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

@@ -70,18 +70,23 @@ def test_time_ends(recorded):
     assert files == set()
 
 
-def test_what_a_cut_command_had_is_kept_where_there_is_no_record(recorded, tmp_path):
-    write = f"import json, time; json.dump({PROVENANCE!r} | {{'had': 1}}, open('results/cut.json', 'w'))"
+def test_what_a_cut_command_had_is_kept_beside_and_is_no_record(recorded, tmp_path):
+    write = f"import json, time; json.dump({PROVENANCE!r} | {{'had': 1}}, open('results/cut.partial.json', 'w'))"
     cut = source("cut", code=f"{write}; time.sleep(600)")
     reason, kept = r"did not end in \d s; see results/cut\.log", tmp_path / page.RESULTS / "cut.json"
     # Long enough for a busy machine to start the command.
     left_out = recorded([cut], limit_s=6.0)[0]["left_out"]
-    assert re.fullmatch(f"{reason}; what it had by then is kept", left_out["cut.json"])
-    assert json.loads(kept.read_text())["had"] == 1
-    kept.write_text(json.dumps(PROVENANCE))
-    left_out = recorded([cut], names=["cut.json"], limit_s=1.0)[0]["left_out"]
-    assert re.fullmatch(reason, left_out["cut.json"])
-    assert "had" not in json.loads(kept.read_text())
+    assert re.fullmatch(f"{reason}; what it had by then is in results/cut.partial.json", left_out["cut.json"])
+    assert json.loads((tmp_path / "results/cut.partial.json").read_text())["had"] == 1
+    assert not kept.exists()
+
+
+def test_a_partial_result_is_no_record(recorded):
+    partial = source("partial", code="pass")
+    partial["command"] = partial["command"].replace("{", '{"status": "partial", ', 1)
+    found, files, _ = recorded([partial])
+    assert files == set()
+    assert "partial.json is a partial result" in found["left_out"]["partial.json"]
 
 
 def test_what_a_command_needs_is_made_before(recorded, tmp_path):

@@ -1,6 +1,6 @@
 """The launches of a comparison, and what becomes of those that fail or are interrupted."""
 
-import signal
+import io
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from benchmarks.reports import comparison_table
 from ds_ring.cli import options
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, DsRingError, LaunchError, OutOfMemory, UnsupportedModelError
-from ds_ring.utils import results
+from ds_ring.utils import progress, results
 from tests.helpers.comparison_rows import row
 
 
@@ -21,7 +21,7 @@ def two_layouts(tmp_path, monkeypatch):
     ``outcomes["launches"]`` lists what was launched together."""
     outcomes = {"launches": (launches := [])}
 
-    def launch(script, ranks, options, *, log, report):
+    def launch(script, ranks, options, *, log, report, timeout_s):
         files = [tuple(options[options.index(name) + 1] for name in ("--config", "--output"))]
         files += [(options[i + 1], options[i + 2]) for i, option in enumerate(options) if option == "--then"]
         names = [Path(output).stem for _, output in files]
@@ -199,14 +199,13 @@ def test_an_interrupted_second_half_leaves_the_first_and_says_so(two_layouts):
 
 
 @pytest.mark.parametrize("latency", [None, [500, 1000]], ids=["batch", "latency"])
-def test_an_interruption_leaves_no_earlier_table_beside_what_there_is_and_lists_what_is_not(
+def test_an_interruption_leaves_the_earlier_result_and_beside_it_what_there_is_and_is_not(
     two_layouts, latency, monkeypatch
 ):
     comparison, outcomes, logs = two_layouts
     monkeypatch.setattr(checkpoint, "ensure", lambda run, report: None)
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the tests' own stays
     files = [str(compare.launcher.ROOT / "ds_configs" / "cpu4" / file.name) for file, _ in comparison.runs]
-    output = logs.with_name("found.json")
+    output, kept = logs.with_name("found.json"), logs.with_name("found.partial.json")
     args = options.run_parser(None).parse_args(["--output", str(output), *([] if latency else ["--sweep", "500"])])
     vars(args).update(layouts=files, latency=latency, baseline=None, there_and_back=False)
 
@@ -215,19 +214,27 @@ def test_an_interruption_leaves_no_earlier_table_beside_what_there_is_and_lists_
 
     outcomes |= {name: both_lengths(name) for name in ("single", "ring4", "tp2_pp2")}
     assert "not_run" not in work(args)
-    assert left() == ["found.json", "found.md", "found.png"]
+    complete, earlier = ["found.json", "found.md", "found.png"], output.read_text()
+    assert left() == complete
     outcomes["ring4"] = [row("ring4", 1.0, length=500), KeyboardInterrupt()]
     if not latency:
         with pytest.raises(KeyboardInterrupt):  # before any layout is through
             work(args)
-        assert results.read_json(output)["not_run"] == ["ring4", "tp2_pp2"]
+        assert results.read_json(kept, partial=True)["not_run"] == ["ring4", "tp2_pp2"]
     outcomes |= {"ring4": both_lengths("ring4"), "tp2_pp2": [KeyboardInterrupt()]}
     with pytest.raises(KeyboardInterrupt):
         work(args)
-    assert left() == ["found.json"]
-    document = results.read_json(output)
+    assert left() == [*complete[:2], "found.partial.json", complete[2]]
+    assert output.read_text() == earlier
+    with pytest.raises(ConfigError, match=r"found\.partial\.json is a partial result"):
+        results.read_json(kept)
+    document = results.read_json(kept, partial=True)
     assert (document["not_run"], document["failed"]) == (["tp2_pp2"], [])
     assert {r["layout"] for r in document["rows"]} == ({"single", "ring4"} if latency else {"ring4"})
+    outcomes["tp2_pp2"] = both_lengths("tp2_pp2")
+    assert work(args)["status"] == "complete"
+    assert left() == complete
+    assert output.read_text() != earlier
 
 
 def test_an_interruption_before_the_first_row_keeps_nothing(two_layouts):
@@ -301,9 +308,30 @@ def test_a_baseline_that_fails_is_a_line_of_the_table_and_no_failure_of_ours(two
         (line,) = found.all_failures
         assert (line["layout"], line["reason"]) == ("deepspeed_ulysses4", reason)
         assert comparison_table.table(found.rows, [line])[1][1][:2] == ["deepspeed_ulysses4", f"failed: {reason}"]
-    outcomes["ring4"] = [ConfigError("cannot be")]
-    with pytest.raises(ConfigError, match="cannot be"):
-        run_all(comparison, logs)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ConfigError("cannot be"), "cannot be"),
+        (LaunchError("a long story", "RuntimeError: [/__w/pair.cc:537] closed [127.0.0.1]:1\x1b[0m"),
+         "RuntimeError: [/__w/pair.cc:537] closed [127.0.0.1]:1\\x1b[0m"),
+        (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (KeyError("rows"), "KeyError: 'rows'"),
+    ],
+    ids=["refused", "brackets", "full disk", "ours"],
+)  # fmt: skip
+def test_the_death_of_one_layout_costs_no_other_its_rows(two_layouts, error, reason):
+    comparison, outcomes, logs = two_layouts
+    outcomes |= {"ring4": [error], "tp2_pp2": both_lengths("tp2_pp2")}
+    console = progress.PlainConsole(file=io.StringIO(), width=200)
+    with progress.steps(console, comparison.steps) as (advance, say):
+        found = compare.run_all(comparison, logs, advance, say)
+    console.print(comparison_table.terminal_table(found.rows, found.all_failures))
+    assert [(r["layout"], r["length"]) for r in found.rows] == [("tp2_pp2", 500), ("tp2_pp2", 1000)]
+    assert rank_rows.ours(found.failures) == found.failures
+    assert [what["reason"] for what in found.failures] == [reason]
+    assert f"failed: {reason}" in console.file.getvalue()
 
 
 def test_lengths_at_which_the_reference_does_not_fit_are_unchecked(two_layouts, monkeypatch):

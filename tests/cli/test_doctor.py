@@ -52,8 +52,10 @@ def test_a_port_that_is_taken():
 
 def test_hosts_are_reachable_by_name_and_need_pdsh(monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda _: None)
-    by_name = found(doctor.reachable([Host("localhost", 8), Host("no-such-host.invalid", 8)]))
-    assert [one.outcome for one in by_name.values()] == ["problem", "ok", "problem"]
+    hosts = [Host("localhost", 8), Host("no-such-host.invalid", 8), Host("a..b", 8), Host("x" * 64 + ".com", 8)]
+    by_name = found(doctor.reachable(hosts))
+    assert [one.outcome for one in by_name.values()] == ["problem", "ok", *["problem"] * 3]
+    assert by_name["host a..b"].detail.startswith("its name does not resolve: ")
     assert "pdsh" in by_name
 
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from ds_ring.cli import main as command
-from ds_ring.errors import ConfigError
+from ds_ring.errors import UserError
 from ds_ring.process import launcher
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """Lists of words that ``ds-ring`` would have replaced itself with."""
+def started(monkeypatch, tmp_path):
+    """Commands that ``ds-ring`` would have started. It is in a folder with texts and something like a model."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "DIR/config.json"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text("{}")
     found: list[list[str]] = []
-    monkeypatch.setattr(os, "execve", lambda file, line, environment: found.append(line))
+    monkeypatch.setattr(command, "supervise", lambda line, environment, timeout_s: found.append(line) or 0)
     monkeypatch.setattr(launcher, "deepspeed_command", lambda: "deepspeed")
     monkeypatch.setattr(launcher, "gpu_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return found
 
 
-def run(*words: str) -> None:
-    command._run(words)
+def run(*words: str) -> int:
+    return command._run(words)
 
 
 def test_a_model_is_generated_from_by_as_many_ranks_as_there_are_gpus(started):
@@ -49,7 +53,7 @@ def test_ranks_may_be_given(started, ranks):
 
 def test_without_gpus_there_is_one_rank(started, monkeypatch):
     monkeypatch.setattr(launcher, "gpu_count", lambda: 0)
-    run("generate", "DIR")
+    run("generate", "DIR", "--prompt", "a question")
     assert started[0][started[0].index("--num_gpus") + 1] == "1"
 
 
@@ -57,8 +61,8 @@ def test_other_commands_run_here_with_their_own_ranks(monkeypatch):
     ran: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(command.runpy, "run_module", lambda module, run_name: ran.append((module, sys.argv[1:])))
     monkeypatch.setattr(sys, "argv", ["ds-ring"])
-    run("plan", "DIR", "--ranks", "16")
-    run("generate", "--help")
+    assert run("plan", "DIR", "--ranks", "16") == 0
+    assert run("generate", "--help") == 0
     assert ran == [
         ("ds_ring.cli.plan", ["--model", "DIR", "--ranks", "16"]), ("ds_ring.cli.generate", ["--help"]),
     ]  # fmt: skip
@@ -71,11 +75,35 @@ def test_other_commands_run_here_with_their_own_ranks(monkeypatch):
         (["generate", "DIR", "a text"], "a text: generate takes one model"),
         (["generate", "DIR", "--ranks", "0"], "--ranks 0 must be a whole number of at least 1"),
         (["generate", "DIR", "--ranks"], "--ranks  must be"),
+        (["generate", "DIR", "--ranks", "1e3"], "--ranks 1e3 must be a whole number of at least 1"),
+        (["generate", "DIR", "--prompt", "a", "--ranks", "5"], "--ranks 5: there are 4 GPUs"),
+        (["generate", "DIR", "--promt", "a"], "unrecognized arguments: --promt a"),
+        (
+            ["generate", "DIR", "--prompt", "a", "--seed", "-1"],
+            "--seed: -1 must be a whole number from 0 to 1844674407",
+        ),
+        (["generate", "DIR"], "no prompt: give --prompt TEXT"),
+        (["generate", "none", "--prompt", "a"], "none is not a checkpoint directory"),
+        (["generate", "DIR", "--prompt", "a", "--ring-degree", "3"], "= 3 ranks, but 4 were launched"),
+        (["generate", "DIR", "--prompt-file", "none.txt"], "cannot read none.txt: No such file or directory"),
+        (["score", "DIR"], "no documents: give --text FILE"),
+        (["score", "DIR", "a.txt", "--output", "a.txt"], "--output a.txt is what --text names"),
+        (
+            ["bench", "--model", "DIR", "--config", "a.txt", "--output", "a.txt"],
+            "--output a.txt is what --config names",
+        ),
+        (["bench", "--model", "DIR", "--ring-degree", "2", "--ranks", "3"], "= 2 ranks, but 3 were launched"),
+        (["bench", "--model", "DIR", "--ring-degree", "4", "--references", "x"], "cannot read x: no such file"),
+        (
+            ["bench-generate", "DIR", "--prompt", "a", "--passes", "0"],
+            "--passes: 0 must be a whole number of at least 1",
+        ),
     ],
 )
-def test_mistakes_are_refused(started, words, text):
-    with pytest.raises(ConfigError, match=text):
+def test_mistakes_are_refused_before_anything_is_started(started, words, text):
+    with pytest.raises(UserError, match=text):
         run(*words)
+    assert started == []
 
 
 def test_every_command_names_a_module_that_is_there():

@@ -94,7 +94,7 @@ class TestChecks:
     def test_degrees_that_do_not_multiply_to_the_world(self, world_size):
         with refused(
             "dp_size=2 x pp_size=1 x ring_degree=4 x ulysses_degree=2 x tp_size=1 = 16 ranks, but "
-            f"{world_size} were launched; launch with --num_gpus 16 or change the degrees"
+            f"{world_size} were launched; launch with --num_gpus 16 (ds-ring: --ranks 16) or change the degrees"
         ):
             check(dp_size=2, ring_degree=4, ulysses_degree=2, batch_size=2, world_size=world_size)
 

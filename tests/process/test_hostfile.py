@@ -22,6 +22,10 @@ RUNNER = [sys.executable, "/somewhere/bin/deepspeed"]
         ("a slots=2\nb 4\n", 'line 2: "b 4" is not NAME slots=N'),
         ("a slots=two", "is not NAME slots=N"),
         ("a slots=2\na slots=4", "names a host twice"),
+        ("a slots=0", "line 1: slots=0 must be at least 1 and at most 1024"),
+        ("b slots=1\na slots=9999", "line 2: slots=9999 must be at least 1"),
+        ("a slots=²", "is not NAME slots=N"),
+        ("a slots=-1", "is not NAME slots=N"),
     ],
 )
 def test_a_hostfile_that_the_launcher_would_not_understand(text, words, tmp_path):
@@ -38,6 +42,9 @@ def test_a_hostfile_is_read(tmp_path):
         hostfile.Host("localhost", 8),
         hostfile.Host("no-such-host.invalid", 8),
     ]
+    file.write_bytes(bytes(range(256)))
+    with pytest.raises(ConfigError, match=r"hosts is not text; a hostfile has a line NAME slots=N for each host"):
+        hostfile.read_hostfile(str(file))
     with pytest.raises(ConfigError, match=r"cannot read .*; the launcher would use this machine alone"):
         hostfile.read_hostfile(str(tmp_path / "none"))
 
