@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
+from ds_ring.engine.scoring import perplexity
 from ds_ring.errors import InputError
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.dims import model_dims, read_config
@@ -65,7 +65,7 @@ def score(engine: Engine, documents: list[Document], show_progress: bool) -> dic
     Returns:
         ``{"layout", "documents": [{file, tokens, nll, perplexity, log_likelihood}]}``, in the order of ``documents``.
         ``nll`` is the mean negative log-likelihood in nats of a document's tokens after its first, ``perplexity`` its
-        exponential, ``log_likelihood`` the sum.
+        exponential, None where that is above the largest number (nll > 709.7), ``log_likelihood`` the sum.
     """
     replicas = engine.mesh.topology.dp
     at_a_time = replicas * engine.run_config.workload.micro_batch_size
@@ -96,6 +96,5 @@ def entry(file: str, scores: Tensor) -> dict[str, Any]:
     """A document's result from the log-likelihoods of its tokens after the first."""
     total = float(scores.double().sum())
     nll = -total / len(scores)
-    perplexity = math.exp(nll) if nll < 700 else math.inf
-    found = {"file": file, "tokens": len(scores) + 1, "nll": nll, "perplexity": perplexity}
+    found = {"file": file, "tokens": len(scores) + 1, "nll": nll, "perplexity": perplexity(nll)}
     return {**found, "log_likelihood": total}
