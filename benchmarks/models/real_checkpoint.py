@@ -40,7 +40,7 @@ def check(config: RunConfig, new_tokens: int, say: Callable[[str], None]) -> dic
         fp32 (``fp32_``); ``equal_tokens``, of how many, up to the first difference of each answer.
     """
     path, device, tokenizer = config.checkpoint, local_device(), load_tokenizer(config.checkpoint)
-    ids_1L = token_stream(path, config.benchmark.text)[None, : config.workload.max_length]
+    ids_1L = token_stream(path, config.benchmark.text, special_tokens=True)[None, : config.workload.max_length]
     prompts = [tokens_of(tokenizer, question, raw=False) for question in QUESTIONS]
     references: dict[str, dict[str, Any]] = {}
     for name, dtype in (("reference", torch_dtype(config.dtype)), ("fp32", torch.float32)):

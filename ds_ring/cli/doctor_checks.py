@@ -14,6 +14,7 @@ from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.kernels import triton_attention
 from ds_ring.kernels.jit import unavailable
 from ds_ring.planning.validation import check_layout, check_workload
@@ -139,6 +140,7 @@ def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
         path = run.checkpoint
         Checkpoint.open(path)
         dims = model_dims(read_config(path))
+        read_generation_config(path)
     except UserError as error:
         yield Finding("checkpoint", "problem", str(error))
         return

@@ -10,6 +10,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ds_ring.cli.tokenizing import plain, tokenized
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.scoring import perplexity
@@ -23,8 +24,11 @@ Document = tuple[str, list[int]]
 """(file, its token ids)"""
 
 
-def read(config: RunConfig, files: Sequence[str]) -> list[Document]:
+def read(config: RunConfig, files: Sequence[str], special_tokens: bool = True) -> list[Document]:
     """Every file with its tokens, in order.
+
+    Args:
+        special_tokens: with those that the tokenizer adds by itself: what transformers' ``tokenizer(text)`` gives.
 
     Raises:
         InputError: no file, fewer than two tokens (nothing to predict), or more than ``max_length`` where that is
@@ -35,14 +39,19 @@ def read(config: RunConfig, files: Sequence[str]) -> list[Document]:
         raise InputError("no documents: give --text FILE…")
     Checkpoint.open(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint)
-    documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in read_text(files)]
     name, limit, advice = _limit(config)
-    for file, tokens in zip(files, documents, strict=True):
+    documents = list[Document]()
+    for file, text in zip(files, read_text(files), strict=True):
+
+        def check(count: int, file: str = file) -> None:
+            if limit is not None and count > limit:
+                raise InputError(f"{file} has {count} tokens, more than {name}={limit}{advice}")
+
+        tokens = tokenized(plain(tokenizer, special_tokens), text, file, check)
         if len(tokens) < 2:
             raise InputError(f"{file} has {len(tokens)} token(s); at least 2 are needed to predict one from another")
-        if limit is not None and len(tokens) > limit:
-            raise InputError(f"{file} has {len(tokens)} tokens, more than {name}={limit}{advice}")
-    return list(zip(files, documents, strict=True))
+        documents.append((file, tokens))
+    return documents
 
 
 def _limit(config: RunConfig) -> tuple[str, int | None, str]:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, TextStreamer
+from transformers import Cache, GenerationConfig, PretrainedConfig, TextStreamer
 from transformers.generation import BaseStreamer
 
 from ds_ring.engine.batch import pack
@@ -19,6 +20,7 @@ from ds_ring.hf.generation_adapter import GenerationAdapter
 from ds_ring.hf.generation_settings import SPREAD, Asked, admit, check_mode, check_processors
 from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.planning.validation import check_positions
+from ds_ring.transport.solo import SoloTransport
 
 DEFAULT_NEW_TOKENS = 20
 """transformers' own, where nothing says how long."""
@@ -125,6 +127,28 @@ def settings_of(
     check_mode(settings, asked)
     check_processors(adapter, settings, input_ids, options.get("tokenizer"))
     return settings
+
+
+def check_before_loading(
+    config: PretrainedConfig, checkpoint: GenerationConfig, options: dict[str, Any], sequences: int
+) -> None:
+    """What ``check_generate_args`` will say of the settings of such a call, before there is a model.
+
+    Args:
+        config, checkpoint: what the checkpoint's config.json and generation_config.json say.
+        sequences: of the batch.
+
+    Raises:
+        InputError: what is not served, or not usable, by name.
+    """
+    model: Any = SimpleNamespace(config=config, generation_config=checkpoint, dtype=torch.float32)
+    adapter = GenerationAdapter(model, torch.device("cpu"), _no_forward, SoloTransport(), torch.ones(()).bool())
+    settings = settings_of(adapter, checkpoint, None, options, torch.zeros(1, 1, dtype=torch.long), say=False)
+    _check_padding(settings, sequences, config.get_text_config().vocab_size)
+
+
+def _no_forward(*args: Any) -> Tensor:
+    raise AssertionError("there is no model")
 
 
 def _check_ids(input_ids: Tensor) -> None:

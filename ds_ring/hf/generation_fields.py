@@ -69,6 +69,8 @@ def _is_strings(value: Any) -> bool:
 _FLAG = Values("true or false", lambda value: isinstance(value, bool))
 _NUMBER = Values("a finite number", _is_number)
 _POSITIVE = Values("a finite number above 0", lambda value: _is_number(value) and value > 0)
+# Logits are divided by it, in fp32.
+_TEMPERATURE = Values("a finite number of at least 1e-30", lambda value: _is_number(value) and value >= 1e-30)
 _TIME = Values("a finite number of seconds from 0 on", lambda value: _is_number(value) and value >= 0)
 _SHARE = Values("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 _ID = Values("a token id", lambda value: _is_ids(value) and not isinstance(value, list | tuple))
@@ -79,7 +81,7 @@ _STRINGS = Values("a string or a list of strings, none of them empty", _is_strin
 _SERVED: dict[str, Values | None] = {
     "max_length": _at_least(1), "max_new_tokens": _at_least(1), "min_length": _at_least(0),
     "min_new_tokens": _at_least(0), "max_time": _TIME, "stop_strings": _STRINGS,
-    "do_sample": _FLAG, "temperature": _POSITIVE, "top_k": _at_least(0), "top_p": _SHARE, "min_p": _SHARE,
+    "do_sample": _FLAG, "temperature": _TEMPERATURE, "top_k": _at_least(0), "top_p": _SHARE, "min_p": _SHARE,
     "top_h": _SHARE, "typical_p": _SHARE, "epsilon_cutoff": _SHARE, "eta_cutoff": _SHARE,
     "repetition_penalty": _POSITIVE, "encoder_repetition_penalty": _POSITIVE, "no_repeat_ngram_size": _at_least(0),
     "encoder_no_repeat_ngram_size": _at_least(0), "bad_words_ids": None, "renormalize_logits": _FLAG,

@@ -47,19 +47,18 @@ def read_generation_config(directory: str | Path) -> GenerationConfig:
         raise CheckpointError(f"{file} is not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not {fields!r}")
-    wrong = [why for name, value in fields.items() if (why := problem(name, value, fields.get("do_sample") is True))]
-    if wrong:
-        raise CheckpointError(f"{file}: {'; '.join(wrong)}")
-    return _made(directory, file)
+    return _made(directory, file, fields)
 
 
-def _made(directory: str | Path, file: Path, **options: Any) -> GenerationConfig:
+def _made(directory: str | Path, file: Path, fields: dict[str, Any] | None = None, **options: Any) -> GenerationConfig:
     try:
         found: GenerationConfig = GenerationConfig.from_pretrained(
             directory, config_file_name=file.name, local_files_only=True, **options
         )
     except Exception as error:  # settings of a wrong type end in errors of any kind
-        raise CheckpointError(f"transformers cannot use the settings of {file}: {in_one_line(error)}") from None
+        wrong = [why for name, value in (fields or {}).items() if (why := problem(name, value, sampled=False))]
+        why = "; ".join(wrong) or in_one_line(error)
+        raise CheckpointError(f"transformers cannot use the settings of {file}: {why}") from None
     return found
 
 

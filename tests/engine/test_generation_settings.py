@@ -83,7 +83,7 @@ def test_a_setting_that_a_later_transformers_brings_is_refused(monkeypatch):
     asked = generation_settings.Asked.of(config, None, {})
     generation_settings.admit(asked, 100)  # an entry of the checkpoint's own
     monkeypatch.setattr(generation_settings, "GenerationConfig", lambda: config)
-    with pytest.raises(InputError, match="does not serve new_search=3 of the checkpoint's generation_config.json"):
+    with pytest.raises(InputError, match=r"does not serve new_search=3 of the checkpoint's generation_config\.json"):
         generation_settings.admit(asked, 100)
 
 
@@ -241,7 +241,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"bad_words_ids": [[400]]}, {}, "the following tokens were being biased: [400]"),
     ({"suppress_tokens": 3}, {}, "suppress_tokens=3 must be a list of token ids"),
     ({"repetition_penalty": "1.1"}, {}, "repetition_penalty='1.1' must be a finite number above 0"),
-    ({"temperature": float("nan"), "do_sample": True}, {}, "temperature=nan must be a finite number above 0"),
+    ({"temperature": float("nan"), "do_sample": True}, {}, "temperature=nan must be a finite number of at least 1e-30"),
     ({"exponential_decay_length_penalty": [2, 1.9]}, {}, "transformers refuses the options of generate: "),
     ({"stop_strings": []}, {}, "stop_strings=[] must be a string or a list of strings, none of them empty"),
     ({}, {"max_new_tokens": "8"}, "max_new_tokens='8' must be a whole number of at least 1"),
