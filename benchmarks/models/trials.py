@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from benchmarks.models.tiny_models import SEED, SIZES
 from ds_ring.engine.engine import Engine
+from ds_ring.errors import NumericsError
 
 LENGTH = 75
 """Tokens before a generation."""
@@ -68,6 +69,8 @@ def of_unsharded(model: PreTrainedModel, new_tokens: int, use_cache: bool = True
     sequences = [_tokens(n) for n in lengths(model.config)]
     with torch.no_grad():
         alone = [copy.deepcopy(model)(ids, use_cache=False).logits[0] for ids in sequences]
+        if not all(bool(torch.isfinite(logits).all()) for logits in alone):
+            raise NumericsError("the unsharded model's logits are not finite")
         options = {"use_cache": use_cache, "output_logits": True, **GREEDY}
         prompt = _tokens(LENGTH)
         whole = _generate(copy.deepcopy(model), prompt, new_tokens, options)

@@ -11,6 +11,7 @@ from ds_ring.engine.dry_run import dry_run
 from ds_ring.errors import UserError
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.hf.tensor_fit import check_fit
 from ds_ring.utils.corpus import load_tokenizer
 
@@ -24,6 +25,7 @@ def checkpoint_findings(run: RunConfig) -> Iterator[Finding]:
         path = run.checkpoint
         checkpoint, config = Checkpoint.open(path), read_config(path)
         dims = model_dims(config)
+        read_generation_config(path)
         dry_run(config, RunConfig.load({"dtype": run.dtype}))
         check_fit(checkpoint, config)
     except UserError as error:

@@ -66,10 +66,13 @@ def default_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def token_stream(checkpoint: str | Path, paths: Sequence[str]) -> Tensor:
-    """All tokens of the files, or of the default text, in order: [N], int64."""
+def token_stream(checkpoint: str | Path, paths: Sequence[str], special_tokens: bool = False) -> Tensor:
+    """All tokens of the files, or of the default text, in order: [N], int64.
+
+    ``special_tokens``: with those that the tokenizer adds by itself.
+    """
     text = "\n".join(read_text(paths)) if paths else default_text()
-    ids = load_tokenizer(checkpoint)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = load_tokenizer(checkpoint)(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 

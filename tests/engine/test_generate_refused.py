@@ -24,7 +24,7 @@ LIMITED = {"max_position_embeddings": 64}
         (torch.ones(1, 0).long(), None, {}, "at least one of each, not (1, 0)"),
         (torch.ones(1, 40).long(), None, {"max_length": 40}, "nothing to generate"),
         (torch.ones(1, 40).long(), None, {"max_length": 20}, "nothing to generate"),
-        (torch.ones(1, 40).long(), None, {"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
+        (torch.ones(1, 40).long(), None, {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at"),
         (torch.ones(1, 4).long(), torch.tensor([[1, 1, 1, 0]]), {}, "row 0 of the batch ends in padding"),
         (torch.ones(1, 4).long(), torch.ones(1, 5).long(), {}, "attention_mask has 5 columns, input_ids 4"),
         (torch.ones(1, 4).long() * 97, None, {}, "token id 97 is outside the vocabulary of 97"),
