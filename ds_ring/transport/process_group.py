@@ -60,11 +60,16 @@ class ProcessGroupTransport(Transport):
     def _all_gather_bytes(self, data: bytes) -> list[bytes]:
         nccl = torch.distributed.get_backend(self.group) == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        lengths = self._all_gather(torch.tensor([len(data)], device=device))[:, 0].tolist()
+        lengths = [int(length) for length in self._gathered(torch.tensor([len(data)], device=device))]
         own = torch.zeros(max(lengths), dtype=torch.uint8)
         own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        everyone = self._all_gather(own.to(device)).cpu()
-        return [every[:length].numpy().tobytes() for every, length in zip(everyone, lengths, strict=True)]
+        everyone = self._gathered(own.to(device))
+        return [every[:length].cpu().numpy().tobytes() for every, length in zip(everyone, lengths, strict=True)]
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in self._ranks]
+        dist.all_gather(gathered, tensor, group=self.group)
+        return gathered
 
     def barrier(self) -> None:
         if self.size > 1:
