@@ -14,8 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 from ds_ring.config import RunConfig
 from ds_ring.engine.rendezvous import meet
 from ds_ring.errors import ConfigError
+from ds_ring.process import heartbeat
+from ds_ring.process.hosts import rank_names
 from ds_ring.process.network import MeetingPoint, one_host, use_interface
-from ds_ring.process.parent_watch import end_with_launcher
+from ds_ring.process.parent_watch import end_what_is_stopped, end_with_launcher
 from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.process_group import ProcessGroupTransport
@@ -46,6 +48,7 @@ def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bar()  # one bar for all ranks: rank 0's
     process_watchdog.timeout_s = run.ring.timeout_s
+    end_what_is_stopped(run.ring.timeout_s)
     with process_watchdog.watch("connecting"):
         mesh = _connect(run, model or {})
     process_watchdog.activity = mesh.traffic
@@ -83,6 +86,10 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
     if not one_host():
         everyone.place = socket.gethostname()
     everyone.agree(**{"the code of ds_ring": code_digest()}, **run.facts(), **packages, **model)
+    if everyone.size > 1 and "MASTER_ADDR" in os.environ:
+        address = MeetingPoint.of_launch().own_address()
+        gather = everyone.all_gather_objects
+        heartbeat.start(everyone.rank, everyone.size, rank_names(), address, run.ring.timeout_s, gather)
     locations = everyone.all_gather_objects(Location.of(device))
     if device.type == "cuda":
         _share_cores(sum(location.host == locations[everyone.rank].host for location in locations))

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from ds_ring.process.parent_watch import command_of
+from ds_ring.process.processes import command_of
 
 
 def rank_names() -> list[str]:

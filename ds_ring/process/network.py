@@ -117,7 +117,7 @@ def listening(address: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((address, port))
-            listener.listen()
+            listener.listen(socket.SOMAXCONN)
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on port {port} of {address}: {error.strerror}; end the launch that may still run, or "
