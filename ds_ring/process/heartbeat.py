@@ -108,6 +108,7 @@ class Heartbeat:
 
     def tell(self, why: str) -> None:
         """Say on all ranks why this one ends."""
+        self._stopped.set()
         for peer in list(self._peers):
             peer.send("end", f"{named_ranks([self.rank], self.names)} ended: {why}")
         time.sleep(HEARD_S)
@@ -177,7 +178,7 @@ class Heartbeat:
         return None
 
     def _judge(self, verdict: str) -> None:
-        for peer in self._peers:
+        for peer in self._peers if self.rank == 0 else ():
             peer.send("end", verdict)
         time.sleep(HEARD_S)
         self.end(verdict)
