@@ -285,10 +285,12 @@ def leave(code: int) -> None:
     if code == 0 and "ds_ring.engine.connect" in sys.modules:
         from deepspeed import comm
 
+        from ds_ring.process import heartbeat
         from ds_ring.process.watchdog import process_watchdog
 
         if comm.is_initialized():
             with process_watchdog.watch("leaving"):
                 comm.barrier()
+                heartbeat.stop()
                 comm.destroy_process_group()
     os._exit(code)
