@@ -1,42 +1,86 @@
 """Which layout to take: every one that a model, a batch and a number of GPUs allow, with its predicted step and memory.
 
     ds-ring plan checkpoints/paper --ranks 16 --card H100 --batch-size 1024 --max-length 10000
+    ds-ring plan checkpoints/paper --ranks 16 --gpus-per-host 16       one NVLink domain of 16
 
 Needs no GPU and no weights: --model may be a config file of ds_configs/models/. Predictions order layouts;
-launch/compare.py measures them.
+launch/compare.py measures them. Each step is shown as the sum that gives it; what no record has is listed as assumed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+from dataclasses import replace
 from typing import Any
 
 from ds_ring.cli import options
-from ds_ring.planning.cards import CARDS
+from ds_ring.errors import ConfigError
+from ds_ring.planning.cards import CARDS, Card
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.cli.plan_table import plan_table
     from ds_ring.hf.dims import model_dims, read_config
     from ds_ring.hf.flops import linear_parameters
-    from ds_ring.planning import plan
+    from ds_ring.planning import explain, plan
+    from ds_ring.planning.candidates import check_size
     from ds_ring.utils import progress, results
 
-    run = options.run_config(args)
+    run, card = options.run_config(args), card_of(args)
+    check_size(run, args.ranks)
     config = read_config(run.checkpoint)
-    card, weights = CARDS[args.card], linear_parameters(config)
-    plans = plan.plans(run, model_dims(config), weights, args.ranks, card)
-    rows = [plan.row(each) for each in plans]
-    progress.make_console().print(plan_table(rows))
+    dims, weights = model_dims(config), linear_parameters(config)
+    plans = plan.plans(run, dims, weights, args.ranks, card)
+    rows = [explain.row(each, plans, dims, card) for each in plans]
     best, reason = plan.best_of(plans, args.ranks, card)
+    console = progress.make_console()
+    console.print(plan_table(rows))
+    for row in rows:
+        if row["fits"]:
+            console.print(f"{row['layout']}: {row['sum']}", highlight=False, markup=False, soft_wrap=True)
+            if row["why_slower"]:
+                console.print(f"    {row['why_slower']}", highlight=False, markup=False, soft_wrap=True)
+    assumed = explain.used(rows)
+    for text in assumed:
+        options.say(f"assumed: {text}")
     options.say(reason)
-    return {**results.provenance(), "chosen": best.config.document(), "reason": reason, "rows": rows}
+    return {
+        **results.provenance(), "chosen": best.config.document(), "reason": reason, "assumed": assumed, "rows": rows,
+    }  # fmt: skip
+
+
+def card_of(args: argparse.Namespace) -> Card:
+    """The card of ``--card`` on hosts as the options describe them.
+
+    Raises:
+        ConfigError: hosts without GPUs or adapters, or a network without a rate.
+    """
+    card = CARDS[args.card]
+    per_host = card.per_host if args.gpus_per_host is None else args.gpus_per_host
+    adapters = per_host if args.adapters_per_host is None else args.adapters_per_host
+    for name, value in (("--gpus-per-host", per_host), ("--adapters-per-host", adapters)):
+        if value < 1:
+            raise ConfigError(f"{name} {value} must be at least 1")
+    gbps = 8e-9 * card.network_bytes if args.network_gbps is None else args.network_gbps
+    if not (math.isfinite(gbps) and gbps > 0):
+        raise ConfigError(f"--network-gbps {gbps} must be above 0")
+    return replace(card, per_host=per_host, adapters=adapters / per_host, network_bytes=gbps * 1e9 / 8)
 
 
 def main() -> None:
     parser = options.run_parser(__doc__)
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs, over all hosts")
     parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="which GPU [H100]")
+    parser.add_argument(
+        "--gpus-per-host", type=int, metavar="N", help="GPUs that NVLink connects: of a host, or of one domain [8]"
+    )
+    parser.add_argument(
+        "--network-gbps", type=float, metavar="G", help="Gbit/s one way of a GPU's adapter between hosts [400, assumed]"
+    )
+    parser.add_argument(
+        "--adapters-per-host", type=int, metavar="N", help="adapters of a host, which its GPUs share [one a GPU]"
+    )
     options.main(work, parser)
 
 

@@ -56,14 +56,17 @@ share of their datasheets; a small collective is assumed."""
 
 
 def card_of(device: torch.device) -> Card:
-    """The planning card of ``device``: by its name; an unknown GPU is taken for an A100, with its own memory.
+    """The planning card of ``device``, on hosts of as many ranks as the launcher put on this one: by its name; an unknown
+    GPU is taken for an A100, with its own memory.
 
     A CPU's memory is shared by the ranks of this host."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if device.type != "cuda":
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return replace(CARDS["CPU"], memory_gib=memory / 2**30)
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / max(1, here)
+        return replace(CARDS["CPU"], memory_gib=memory / 2**30, per_host=here or CARDS["CPU"].per_host)
     import torch  # here: `plan --help` needs the names of cards only
 
     name = torch.cuda.get_device_name(device)
     known = next((card for key, card in CARDS.items() if key in name), CARDS["A100"])
-    return replace(known, memory_gib=torch.cuda.get_device_properties(device).total_memory / 2**30)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return replace(known, memory_gib=memory / 2**30, per_host=here or known.per_host)

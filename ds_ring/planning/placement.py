@@ -47,7 +47,8 @@ def placement(topology: Topology, axis: Axis, per_host: int) -> AxisPlacement:
     if here is not None:
         hosts = size // here
         return AxisPlacement(size, hosts, here - 1, size - here, here - 1, size - here, hosts - 1)
-    return _counted([tuple(rank // per_host for rank in group) for group in topology.groups(axis)])
+    firsts = (block + i for block in range(0, topology.world_size, size * stride) for i in range(stride))
+    return _counted([tuple((first + i * stride) // per_host for i in range(size)) for first in firsts])
 
 
 def _stride(topology: Topology, axis: Axis) -> int:

@@ -9,8 +9,8 @@
 
 What hides transfers. Micro-batches in flight: all of them, as far as there is computation. A ring alone: what the rank's
 own block takes, by copy engine only. A pipeline: the stage's computation. Nothing hides AutoTP's all-reduces of one
-micro-batch, or an all-to-all's. Transfers take as long as those of the busiest rank and direction; in a host and between
-hosts they go on at the same time where they are hidden, and one after the other where not.
+micro-batch, or an all-to-all's. Transfers take as long as those of the busiest rank and direction
+(``transfer_time.py``).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _in_flight(
     rates, steps = card.rates, config.micro_batches(config.largest_micro_batch)
     bursts = moved.bursts * (math.ceil(steps / lanes) / steps if lanes > 2 else 1)
     beside = rates.beside_copies * moved.by_copy_engine + rates.beside_nccl * moved.by_nccl
-    awake = _links_awake(bursts, moved.near, computed.total, card)
+    awake = _links_awake(bursts, moved.links, computed.total, card)
     busy = computed.total + beside + awake
     # What takes longer than the computation shows; links in a host and adapters work at the same time.
     near, far = max(0.0, moved.near - busy), max(0.0, moved.far - busy)
@@ -112,7 +112,7 @@ def _one_at_a_time(config: RunConfig, computed: Compute, moved: Transfers, card:
     """Each micro-batch's transfers between its layers."""
     hidden = min(moved.pulled_by_ring, computed.attention / config.topology.ring)
     near, far = moved.near - hidden, moved.far
-    awake = _links_awake(moved.bursts, moved.near, computed.total, card)
+    awake = _links_awake(moved.bursts, moved.links, computed.total, card)
     beside = card.rates.beside_copies * hidden
     cooler = _cooler(near + far, 0.0, computed.total + awake, card)
     return StepTime(*computed.parts, 0.0, near, far, beside, awake, cooler)
@@ -123,7 +123,7 @@ def _pipeline(config: RunConfig, computed: Compute, moved: Transfers, card: Card
     stage are not hidden. Hand-overs are, but for those of the first micro-batch; between hosts their receives take
     SMs."""
     stages, steps = config.topology.pp, config.micro_batches(config.largest_micro_batch)
-    awake = _links_awake(moved.bursts, moved.near + moved.handed_near, computed.total, card)
+    awake = _links_awake(moved.bursts, moved.links, computed.total, card)
     beside = card.rates.receiving * computed.total if moved.handed_far else 0.0
     busy, waits = computed.total + awake + beside, moved.near + moved.far
     idle = (busy + waits) * (stages - 1) / steps
@@ -135,11 +135,9 @@ def _pipeline(config: RunConfig, computed: Compute, moved: Transfers, card: Card
     return StepTime(*computed.parts, bubble, near, far, beside, awake, cooler)
 
 
-def _links_awake(bursts: float, near: float, computed: float, card: Card) -> float:
+def _links_awake(bursts: float, busy: float, computed: float, card: Card) -> float:
     """Seconds that links cost which are awake while a rank computes: during traffic, and for a while after it."""
-    if not near:
-        return 0.0
-    return card.rates.awake * min(computed, near + bursts * card.rates.link_sleeps_s)
+    return card.rates.awake * min(computed, busy + bursts * card.rates.link_sleeps_s) if busy else 0.0
 
 
 def _cooler(waits: float, idle: float, busy: float, card: Card) -> float:

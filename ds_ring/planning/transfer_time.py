@@ -21,8 +21,10 @@ class Transfers:
     """Of one forward, on the busiest rank.
 
     Attributes:
-        near, far: seconds in a host and between hosts, of all but a pipeline's hand-overs.
+        near, far: seconds in a host and between hosts, of all but a pipeline's hand-overs. NCCL exchanges with all ranks
+            of a group at once: of an axis that leaves hosts only what takes longer counts.
         by_copy_engine, by_nccl: the same, by what moves them.
+        links: seconds in which links in a host are busy, of all axes.
         pulled_by_ring: seconds that a ring's keys and values take by copy engine.
         handed_near, handed_far: seconds of a pipeline's hand-overs, of one stage.
         bursts: how often links in a host have something to do, with computation in between.
@@ -35,6 +37,7 @@ class Transfers:
     pulled_by_ring: float = 0.0
     handed_near: float = 0.0
     handed_far: float = 0.0
+    links: float = 0.0
     bursts: int = 0
 
 
@@ -47,7 +50,7 @@ def pulled(config: RunConfig, axis: Axis, per_host: int) -> bool:
 def transfers(config: RunConfig, dims: ModelDims, sent: dict[Axis, Sent], card: Card) -> Transfers:
     """What ``sent`` takes, over all micro-batches of a rank."""
     t, steps = config.topology, config.micro_batches(config.largest_micro_batch)
-    near = far = by_copy_engine = by_nccl = pulled_by_ring = 0.0
+    near = far = by_copy_engine = by_nccl = pulled_by_ring = links = 0.0
     handed = 0.0, 0.0
     bursts = 0
     for axis, one in sent.items():
@@ -56,16 +59,19 @@ def transfers(config: RunConfig, dims: ModelDims, sent: dict[Axis, Sent], card: 
         messages = steps * times * (1 if axis == "pp" else dims.num_layers / t.pp)
         inside = _near_seconds(one, axis, t.size(axis), engine, messages, card)
         outside = _far_seconds(one, messages, card)
+        links += inside
         if inside:
             bursts += round(steps if axis == "pp" else steps * dims.num_layers * (2 if axis == "tp" else 1) / t.pp)
         if axis == "pp":
             handed = inside, outside
             continue
+        if outside:
+            inside, outside = (inside, 0.0) if inside > outside else (0.0, outside)
         near, far = near + inside, far + outside
         by_copy_engine += inside if engine else 0.0
         by_nccl += 0.0 if engine else inside + outside
         pulled_by_ring += inside if engine and axis == "ring" else 0.0
-    return Transfers(near, far, by_copy_engine, by_nccl, pulled_by_ring, *handed, bursts)
+    return Transfers(near, far, by_copy_engine, by_nccl, pulled_by_ring, *handed, links, bursts)
 
 
 def _near_seconds(sent: Sent, axis: Axis, ranks: int, engine: bool, messages: float, card: Card) -> float:
