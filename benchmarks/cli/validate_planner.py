@@ -31,7 +31,8 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     document = validation.document()
     for row in document["rows"][:2]:
         options.say(
-            f"{row['of']}: {row['steps']} steps, median error {row['median_error']:.1%}, worst {row['worst_error']:.1%}; "
+            f"{row['of']}: {row['steps']} steps, median error {row['median_error']:.1%}, worst "
+            f"{row['worst_error']:.1%}; "
             f"{row['wrong_order']} of {row['pairs']} pairs in the wrong order"
         )
     return {**results.provenance(), **document}

@@ -40,7 +40,7 @@ def fitted() -> dict[str, float]:
     return dict(zip(names, (scale * factors).tolist(), strict=True))
 
 
-def errors(chosen: Sequence[Case], names: Sequence[str], values: Sequence[float]) -> np.ndarray:
+def errors(chosen: Sequence[Case], names: Sequence[str], values: np.ndarray) -> np.ndarray:
     """Relative errors of ``chosen`` with these constants."""
     given = dict(zip(names, values, strict=True))
     cards = {name: _with(CARDS[name], name, given) for name in OF_CARDS}

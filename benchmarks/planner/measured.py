@@ -29,10 +29,12 @@ def measured() -> dict[str, float]:
 def attention() -> dict[int, tuple[float, float]]:
     """(share, edge) of each head_dim, see ``rates.AttentionRate``.
 
-    ``edge`` from one kernel at 2,500 and 10,000 tokens, causal, and ``share`` from a sustained measurement on an H100 at
-    10,000: the shorter the sequence, the more of its time goes to edges.
+    ``edge`` from one kernel at 2,500 and 10,000 tokens, causal, and ``share`` from a sustained measurement at 10,000 on
+    an H100: the shorter the sequence, the more of its time goes to edges.
     """
-    wide = {row["head_dim"]: row["share"] for row in _rows("attention_h100_wide", impl="ds_ring", causal=True, seq_q=10_000)}
+    wide = {
+        row["head_dim"]: row["share"] for row in _rows("attention_h100_wide", impl="ds_ring", causal=True, seq_q=10_000)
+    }
     wide[512] = _share("attention_h100_d512", "ds_ring", 512, 10_000)
     found = {}
     for head_dim, share in wide.items():
@@ -122,7 +124,7 @@ def _of_all_reduces() -> dict[str, float]:
 
 
 def _copies_among_many(link: float) -> float:
-    """The busiest of four ranks of a zigzag ring receives 2 chunks of each other one, where ranks send 3/2 on average."""
+    """The busiest rank of a zigzag ring receives 2 chunks of each other one, where ranks send 3/2 on average."""
     row = one("gpu4", layout="ring4", micro_batch=4)
     return float(row["bytes_sent_per_rank"] * 4 / 3 / (row["comm_alone_ms"] / 1e3) / link)
 
@@ -152,5 +154,3 @@ def _receiving(awake: float) -> float:
     steps = row["batch"] // row["micro_batch"]
     muted = row["step_ms"] - row["comm_exposed_ms"]
     return float((row["comm_exposed_ms"] - muted / steps) / muted - awake)
-
-

@@ -47,4 +47,6 @@ def paper_rows() -> list[dict[str, Any]]:
 
 def assumed() -> list[str]:
     """What these predictions rest on that no record has."""
-    return used([rows[label] for machine in MACHINES for rows in [planned(machine)] for label in SHOWN if label in rows])
+    return used(
+        [rows[label] for machine in MACHINES for rows in [planned(machine)] for label in SHOWN if label in rows]
+    )

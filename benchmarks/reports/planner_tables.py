@@ -28,7 +28,10 @@ def planner(documents: Sequence[dict[str, Any]], rows: Rows) -> list[str]:
         for row in totals
     ]  # fmt: skip
     lines = [f"Fitted on: {document['fitted_on']}. Held out: all other steps.", "", *markdown_table(heads, cells), ""]
-    lines += ["The paper's workload, predicted (16 H100s, micro-batches of 4); GB: sent by a rank, in a host and between:", ""]
+    lines += [
+        "The paper's workload, predicted (16 H100s, micro-batches of 4); GB: sent by a rank, in a host and between:",
+        "",
+    ]
     heads = ["", "layout", "tok/s", "in a host", "between", "sum"]
     paper = [
         [
@@ -67,7 +70,12 @@ def draw_planner(axis: Axes, section: Section, rows: Rows) -> tuple[float, float
     for share, style in ((0.04, ":"), (0.10, "--")):
         for ratio in (1 - share, 1 + share):
             axis.axhline(ratio, color="black", linewidth=0.6, linestyle=style)
-    named = {"data parallel, one GPU": OTHERS, "ring": COLOURS["ring"], "Ulysses": COLOURS["ulysses"], "TP, PP": COLOURS["tp"]}
+    named = {
+        "data parallel, one GPU": OTHERS,
+        "ring": COLOURS["ring"],
+        "Ulysses": COLOURS["ulysses"],
+        "TP, PP": COLOURS["tp"],
+    }
     for name, colour in named.items():
         axis.scatter([], [], s=22, color=colour, label=name)
     axis.scatter([], [], s=22, edgecolors="black", facecolors="none", label="fitted on")

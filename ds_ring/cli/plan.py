@@ -17,18 +17,18 @@ from typing import Any
 from ds_ring.cli import options
 from ds_ring.errors import ConfigError
 from ds_ring.planning.cards import CARDS, Card
+from ds_ring.planning.limits import check_size
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
+    run, card = options.run_config(args), card_of(args)
+    check_size(run, args.ranks)  # before the imports, which take seconds
     from ds_ring.cli.plan_table import plan_table
     from ds_ring.hf.dims import model_dims, read_config
     from ds_ring.hf.flops import linear_parameters
     from ds_ring.planning import explain, plan
-    from ds_ring.planning.candidates import check_size
     from ds_ring.utils import progress, results
 
-    run, card = options.run_config(args), card_of(args)
-    check_size(run, args.ranks)
     config = read_config(run.checkpoint)
     dims, weights = model_dims(config), linear_parameters(config)
     plans = plan.plans(run, dims, weights, args.ranks, card)
@@ -68,7 +68,7 @@ def card_of(args: argparse.Namespace) -> Card:
     return replace(card, per_host=per_host, adapters=adapters / per_host, network_bytes=gbps * 1e9 / 8)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = options.run_parser(__doc__)
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs, over all hosts")
     parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="which GPU [H100]")
@@ -81,7 +81,11 @@ def main() -> None:
     parser.add_argument(
         "--adapters-per-host", type=int, metavar="N", help="adapters of a host, which its GPUs share [one a GPU]"
     )
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, parser())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.topology import Axis
 from ds_ring.planning.cards import Card
@@ -14,27 +13,9 @@ from ds_ring.planning.memory_estimate import in_flight
 from ds_ring.planning.placement import placement
 from ds_ring.planning.transfer_time import pulled
 
-MOST_RANKS = 4096
-MOST_SEQUENCES = 10**9
-MOST_TOKENS = 10**9
 IN_FLIGHT = (4, 8, 16)
 """Micro-batches that may go through a layer together, instead of the two that are configured by default."""
 SHARING: tuple[Axis, ...] = ("ring", "ulysses")
-
-
-def check_size(run: RunConfig, ranks: int) -> None:
-    """Refuse what no machine is for, before any arithmetic.
-
-    Raises:
-        ConfigError: the value, the limit.
-    """
-    work = run.workload
-    for name, value, most in (
-        ("ranks", ranks, MOST_RANKS), ("batch_size", work.batch_size, MOST_SEQUENCES),
-        ("max_length", work.max_length, MOST_TOKENS), ("micro_batch_size", work.micro_batch_size, MOST_SEQUENCES),
-    ):  # fmt: skip
-        if not 1 <= value <= most:
-            raise ConfigError(f"{name}={value} cannot be planned; take 1 to {most}")
 
 
 def degrees(ranks: int, dims: ModelDims) -> Iterator[dict[str, Any]]:
@@ -66,8 +47,8 @@ def pulls(config: RunConfig, per_host: int) -> bool:
 
 
 def with_lanes(config: RunConfig, card: Card) -> list[RunConfig]:
-    """``config``, and with more micro-batches in flight: two where layers are cut, which ``interleave=auto`` leaves out;
-    more than two where copy engines serve all axes, there are as many, and links may sleep meanwhile."""
+    """``config``, and with more micro-batches in flight: two where layers are cut, which ``interleave=auto`` does
+    not do; more than two where copy engines serve all axes, there are as many, and links may sleep meanwhile."""
     t, ring, micro = config.topology, config.ring, config.largest_micro_batch
     if ring.interleave != "auto":
         return [config]

@@ -51,13 +51,13 @@ CARDS = {
     ),
 }  # fmt: skip
 """Products of H100 and H200: fitted (``rates.py``). Links: transfers_gpu2.json, nbytes over transfer_ms of keys and
-values. The network is assumed to be a 400 Gbit/s adapter a GPU. Memory: H100 by decode_h100.json, the others by the same
-share of their datasheets; a small collective is assumed."""
+values. The network is assumed to be a 400 Gbit/s adapter a GPU. Memory: H100 by decode_h100.json, the others by the
+same share of their datasheets; a small collective is assumed."""
 
 
 def card_of(device: torch.device) -> Card:
-    """The planning card of ``device``, on hosts of as many ranks as the launcher put on this one: by its name; an unknown
-    GPU is taken for an A100, with its own memory.
+    """The planning card of ``device``, on hosts of as many ranks as the launcher put on this one: by its name; an
+    unknown GPU is taken for an A100, with its own memory.
 
     A CPU's memory is shared by the ranks of this host."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))

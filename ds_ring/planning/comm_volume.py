@@ -5,10 +5,10 @@ For a batch of equal lengths. Notation: b rows of a replica, P padded length, R 
 an element, d hidden size, n ranks of a tensor-parallel group. Of a group's other ranks ``near`` are on the rank's own
 host and ``far`` are not (``placement.py``).
 
-- Ring, zigzag: rank r sends each other rank one chunk of P / 2R tokens, and a lower one both of its chunks. Of two ranks
-  one is lower, so a pair sends 3 chunks in both directions together: on average 3/2 chunks for each other rank. The last
-  rank sends, and the first one receives, 2 for each. Contiguous: one chunk of P / R tokens to each later rank, on
-  average 1/2 for each other rank.
+- Ring, zigzag: rank r sends each other rank one chunk of P / 2R tokens, and a lower one both of its chunks. Of two
+  ranks one is lower, so a pair sends 3 chunks in both directions together: on average 3/2 chunks for each other rank.
+  The last rank sends, and the first one receives, 2 for each. Contiguous: one chunk of P / R tokens to each later
+  rank, on average 1/2 for each other rank.
 - Ulysses: equal parts to all others.
 - Tensor parallel: two all-reduces of [b, L, d] a layer and one of the last tokens' logits. In a ring all-reduce every
   rank sends 2 (n-1)/n of the tensor to the next one; of a group on h hosts h of its n links leave a host.

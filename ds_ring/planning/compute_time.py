@@ -49,7 +49,9 @@ def compute(
         flops = 4.0 * dims.num_heads * head_dim * tokens * keys
         slowness = _slowness(attention_rate(head_dim), layout, keys) / rates.attention_in_steps
         attention += flops * slowness / card.product_flops
-    return Compute(products, attention / shared, _through_memory(config, dims, linear_parameters, tokens, itemsize, card))
+    return Compute(
+        products, attention / shared, _through_memory(config, dims, linear_parameters, tokens, itemsize, card)
+    )
 
 
 def mean_keys(length: int, window: int | None) -> float:

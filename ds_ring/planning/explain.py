@@ -57,8 +57,8 @@ def why_slower(plan: Plan, ordered: list[Plan]) -> str:
 
 
 def received_keys(plan: Plan) -> float | None:
-    """Of all keys and values of a head, those that a ring's rank receives: zigzag 3/4 of (R - 1) / R, contiguous half of
-    that share; None without a ring."""
+    """Of all keys and values of a head, those that a rank of the ring receives, mean: zigzag 3/4 of (R - 1) / R,
+    contiguous half of (R - 1) / R; None without a ring."""
     ring = plan.config.topology.ring
     if ring == 1:
         return None
@@ -74,10 +74,12 @@ def assumptions(plan: Plan, dims: ModelDims, card: Card) -> list[str]:
     inside = [
         axis
         for axis in ("ring", "ulysses", "tp")
-        if t.size(axis) > MEASURED_RANKS and placement(t, axis, card.per_host).near >= MEASURED_RANKS  # type: ignore[arg-type]
+        if t.size(axis) > MEASURED_RANKS and placement(t, axis, card.per_host).near >= MEASURED_RANKS
     ]
     if inside:
-        found.append(f"links among more than {MEASURED_RANKS} GPUs of a host ({', '.join(inside)}) as among {MEASURED_RANKS}")
+        found.append(
+            f"links among more than {MEASURED_RANKS} GPUs of a host ({', '.join(inside)}) as among {MEASURED_RANKS}"
+        )
     if plan.sent.far:
         network = 8 * card.network_bytes * min(1.0, card.adapters) / 1e9
         found.append(
@@ -94,5 +96,3 @@ def assumptions(plan: Plan, dims: ModelDims, card: Card) -> list[str]:
 def used(rows: list[dict[str, Any]]) -> list[str]:
     """All assumptions of ``rows``, each once."""
     return list(dict.fromkeys(text for row in rows for text in row["assumed"]))
-
-

@@ -47,9 +47,7 @@ from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.peer_buffers import LARGE, MIN_BUFFERS
 
 
-def peak_bytes(
-    config: RunConfig, dims: ModelDims, linear_parameters: int, micro: int, *, pulls: bool = True
-) -> float:
+def peak_bytes(config: RunConfig, dims: ModelDims, linear_parameters: int, micro: int, *, pulls: bool = True) -> float:
     """Bytes of weights and of one micro-batch of ``micro`` sequences; logits are those of last tokens. ``pulls``: as
     for ``in_flight``."""
     t, p, itemsize = config.topology, config.parallel, 4 if config.dtype == "fp32" else 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from statistics import mean
 
 from ds_ring.parallel.topology import AXES, Axis, Topology
@@ -55,7 +56,7 @@ def _stride(topology: Topology, axis: Axis) -> int:
     """How far neighbours of a group are apart."""
     stride = 1
     for inner in AXES[AXES.index(axis) + 1 :]:
-        stride *= topology.size(inner)  # type: ignore[arg-type]
+        stride *= topology.size(inner)
     return stride
 
 
@@ -73,7 +74,7 @@ def _counted(hosts_of_groups: list[tuple[int, ...]]) -> AxisPlacement:
     near, crossings = [], []
     for hosts in hosts_of_groups:
         near += [hosts.count(host) - 1 for host in hosts]
-        crossings.append(sum(a != b for a, b in zip(hosts, hosts[1:], strict=False)))
+        crossings.append(sum(a != b for a, b in pairwise(hosts)))
     size = len(hosts_of_groups[0])
     far = [size - 1 - n for n in near]
     most_hosts = max(len(set(hosts)) for hosts in hosts_of_groups)
@@ -84,8 +85,8 @@ def describe(topology: Topology, per_host: int) -> str:
     """``ulysses 8 in a host, ring 2 over 2 hosts``, of the axes that have several ranks."""
     parts = []
     for axis in reversed(AXES):
-        if topology.size(axis) > 1:  # type: ignore[arg-type]
-            found = placement(topology, axis, per_host)  # type: ignore[arg-type]
+        if topology.size(axis) > 1:
+            found = placement(topology, axis, per_host)
             where = f"over {found.hosts} hosts" if found.leaves_host else "in a host"
             parts.append(f"{axis} {found.size} {where}")
     return ", ".join(parts) or "one rank"

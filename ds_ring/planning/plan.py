@@ -17,9 +17,10 @@ from ds_ring.errors import ConfigError, UserError
 from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import linear_parameters
 from ds_ring.model_dims import ModelDims
-from ds_ring.planning.candidates import check_size, degrees, pulls, stays_inside, with_lanes
+from ds_ring.planning.candidates import degrees, pulls, stays_inside, with_lanes
 from ds_ring.planning.cards import Card
 from ds_ring.planning.comm_volume import Sent, bytes_by_axis
+from ds_ring.planning.limits import check_size
 from ds_ring.planning.memory_estimate import cache_bytes, in_flight, peak_bytes
 from ds_ring.planning.step_time import StepTime, step_time
 from ds_ring.planning.validation import check_run
@@ -99,7 +100,9 @@ def plans(
             continue
         if stays_inside(candidate, card):
             lanes = with_lanes(candidate, card)
-            found.append(_fewest([predict(each, dims, linear_parameters, card, generating=generating) for each in lanes]))
+            found.append(
+                _fewest([predict(each, dims, linear_parameters, card, generating=generating) for each in lanes])
+            )
     if not found:
         raise ConfigError(f"no layout of {ranks} ranks can run this: {refusal}")
     found.sort(key=lambda plan: (not plan.fits, plan.step_s if plan.fits else plan.memory_gib))

@@ -65,7 +65,7 @@ class Rates:
         waiting: share of a short wait that is lost; the rest is made up for by a higher clock.
         highest_clock: time of a kernel on a GPU that is not limited by power, over its usual time.
         clock_lasts_s: seconds of computation for which the clock is high after a wait.
-        own_copies: time of copies within a GPU, over what its memory's rate allows; of the heads a rank keeps (Ulysses).
+        own_copies: time of copies within a GPU over what its memory's rate allows: of the heads a Ulysses rank keeps.
         receiving: share of a pipeline stage's computation that a receive of NCCL's beside it costs.
         network_reached: share of the network's rate that NCCL reaches.
         network_message_s: seconds of a message between hosts, however small it is.

@@ -7,9 +7,9 @@
          + links awake                                the power that links take
          - cooler                                     what the clock gains from waits
 
-What hides transfers. Micro-batches in flight: all of them, as far as there is computation. A ring alone: what the rank's
-own block takes, by copy engine only. A pipeline: the stage's computation. Nothing hides AutoTP's all-reduces of one
-micro-batch, or an all-to-all's. Transfers take as long as those of the busiest rank and direction
+What hides transfers. Micro-batches in flight: all of them, as far as there is computation. A ring alone: what the
+rank's own block takes, by copy engine only. A pipeline: the stage's computation. Nothing hides AutoTP's all-reduces of
+one micro-batch, or an all-to-all's. Transfers take as long as those of the busiest rank and direction
 (``transfer_time.py``).
 """
 

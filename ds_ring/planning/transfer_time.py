@@ -21,8 +21,8 @@ class Transfers:
     """Of one forward, on the busiest rank.
 
     Attributes:
-        near, far: seconds in a host and between hosts, of all but a pipeline's hand-overs. NCCL exchanges with all ranks
-            of a group at once: of an axis that leaves hosts only what takes longer counts.
+        near, far: seconds in a host and between hosts, of all but a pipeline's hand-overs. NCCL exchanges with all
+            ranks of a group at once: of an axis that leaves hosts only what takes longer counts.
         by_copy_engine, by_nccl: the same, by what moves them.
         links: seconds in which links in a host are busy, of all axes.
         pulled_by_ring: seconds that a ring's keys and values take by copy engine.
