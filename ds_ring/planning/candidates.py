@@ -53,7 +53,8 @@ def with_lanes(config: RunConfig, card: Card) -> list[RunConfig]:
     if ring.interleave != "auto":
         return [config]
     if t.tp > 1:
-        return [config, RunConfig.load(config, interleave="on")] if t.pp == 1 else [config]
+        overlaps = t.pp == 1 and ring.fusion == "auto"
+        return [config, RunConfig.load(config, interleave="on")] if overlaps else [config]
     all_pulled = all(t.size(axis) == 1 or pulled(config, axis, card.per_host) for axis in SHARING)
     if not all_pulled or ring.in_flight > 2 or in_flight(config, micro) == 1:
         return [config]

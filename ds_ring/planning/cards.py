@@ -43,11 +43,14 @@ class Card:
 
 CARDS = {
     "H100": Card(product_flops=667e12, memory_gib=79, link_bytes=353e9, memory_bytes=3.0e12),
-    "H200": Card(product_flops=673e12, memory_gib=139, link_bytes=353e9, memory_bytes=4.0e12),
+    "H200": Card(673e12, 139, 353e9, 4.0e12, assumed="H200: memory at its datasheet's share that an H100 reaches"),
     "A100": Card(250e12, 79, 230e9, 1.7e12, assumed="A100: shares of its datasheet, with an H100's shares and times"),
     "CPU": Card(
         5e10, 16, 2e9, 1e10, per_host=64, collective_s=1e-3, assumed="CPU: only the order of layouts means anything",
-        rates=Rates(awake=0, beside_copies=0, beside_nccl=1, waiting=1, highest_clock=1, message_s=1e-3),
+        rates=Rates(
+            awake=0, beside_copies=0, beside_nccl=1, waiting=1, highest_clock=1,
+            message_s=1e-3, all_reduce_start_s=1e-3,
+        ),
     ),
 }  # fmt: skip
 """Products of H100 and H200: fitted (``rates.py``). Links: transfers_gpu2.json, nbytes over transfer_ms of keys and

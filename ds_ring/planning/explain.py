@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from ds_ring.model_dims import ModelDims
+from ds_ring.parallel.topology import Axis
 from ds_ring.planning.cards import Card
 from ds_ring.planning.compute_time import attention_rate
 from ds_ring.planning.placement import describe, placement
-from ds_ring.planning.plan import Plan
+from ds_ring.planning.plan import RESERVE, Plan
 from ds_ring.planning.rates import OTHER_ATTENTION
 from ds_ring.planning.step_time import TERMS
+from ds_ring.planning.transfer_time import pulled
+from ds_ring.transport.select import PULLED_AXES
 
 MEASURED_RANKS = 4
 """The largest group that a record has."""
@@ -68,18 +71,23 @@ def received_keys(plan: Plan) -> float | None:
 def assumptions(plan: Plan, dims: ModelDims, card: Card) -> list[str]:
     """What this plan rests on that no record has."""
     t, rates = plan.config.topology, card.rates
-    found = [card.assumed] if card.assumed else []
+    found = [f"{1 - RESERVE:.0%} of memory left to the runtime", *([card.assumed] if card.assumed else [])]
     if any(attention_rate(head_dim) is OTHER_ATTENTION for _, head_dim in dims.heads_of_layers):
         found.append(f"attention at this head_dim at {OTHER_ATTENTION.share:.2f} of a product's rate")
+    talking: tuple[Axis, ...] = ("ring", "ulysses", "tp")
     inside = [
         axis
-        for axis in ("ring", "ulysses", "tp")
+        for axis in talking
         if t.size(axis) > MEASURED_RANKS and placement(t, axis, card.per_host).near >= MEASURED_RANKS
     ]
     if inside:
         found.append(
             f"links among more than {MEASURED_RANKS} GPUs of a host ({', '.join(inside)}) as among {MEASURED_RANKS}"
         )
+    if any(
+        placement(t, axis, card.per_host).near and not pulled(plan.config, axis, card.per_host) for axis in PULLED_AXES
+    ):
+        found.append("NCCL's messages in a host at the rate of its all-reduces")
     if plan.sent.far:
         network = 8 * card.network_bytes * min(1.0, card.adapters) / 1e9
         found.append(

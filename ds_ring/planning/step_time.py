@@ -120,18 +120,18 @@ def _one_at_a_time(config: RunConfig, computed: Compute, moved: Transfers, card:
 
 def _pipeline(config: RunConfig, computed: Compute, moved: Transfers, card: Card) -> StepTime:
     """A stage's work on all micro-batches, and a bubble: its work on one of them for each other stage. All-reduces in a
-    stage are not hidden. Hand-overs are, but for those of the first micro-batch; between hosts their receives take
-    SMs."""
+    stage are not hidden. Hand-overs are, but for those of the first micro-batch; NCCL's receives take SMs."""
     stages, steps = config.topology.pp, config.micro_batches(config.largest_micro_batch)
+    handed = moved.handed
     awake = _links_awake(moved.bursts, moved.links, computed.total, card)
-    beside = card.rates.receiving * computed.total if moved.handed_far else 0.0
+    beside = card.rates.receiving * computed.total if not handed.pulls else 0.0
     busy, waits = computed.total + awake + beside, moved.near + moved.far
     idle = (busy + waits) * (stages - 1) / steps
     cooler = _cooler(waits, idle, busy, card)
     stage = busy + waits + cooler
     bubble = stage * (stages - 1) / steps
-    near = moved.near + moved.handed_near * (stages - 1) / steps
-    far = moved.far + max(moved.handed_far * (stages - 1) / steps, moved.handed_far - stage)
+    near = moved.near + handed.near * (stages - 1) / steps
+    far = moved.far + max(handed.far * (stages - 1) / steps, handed.far - stage)
     return StepTime(*computed.parts, bubble, near, far, beside, awake, cooler)
 
 

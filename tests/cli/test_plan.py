@@ -33,7 +33,9 @@ def test_the_network_is_as_the_options_say(capsys):
     shared = document("--network-gbps", "400", "--adapters-per-host", "2")
     assert [row["step_ms"] for row in slow["rows"]] == [row["step_ms"] for row in shared["rows"]]
     shown = capsys.readouterr().err
-    assert re.search(r"^ulysses8_ring2: \d+\.\d+ s = products \d\.\d\d \+ attention ", shown, re.MULTILINE)
+    assert re.search(
+        r"^ulysses8_ring2 \(ulysses 8 in a host, ring 2 over 2 hosts\): \d+\.\d+ s = products ", shown, re.MULTILINE
+    )
     assert "every rank receives 0.70 of all keys and values" in shown
 
 

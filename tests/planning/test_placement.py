@@ -6,10 +6,12 @@ from itertools import pairwise
 from statistics import mean
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_ring.parallel.topology import AXES, Topology
+from ds_ring.planning.cards import CARDS, card_of
 from ds_ring.planning.placement import describe, placement
 
 
@@ -40,3 +42,10 @@ def test_it_is_what_counting_gives(sizes, per_host, axis):
 )
 def test_in_words(topology, per_host, words):
     assert describe(topology, per_host) == words
+
+
+def test_a_launch_has_as_many_ranks_a_host_as_its_launcher_says(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert card_of(torch.device("cpu")).per_host == 4
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert card_of(torch.device("cpu")).per_host == CARDS["CPU"].per_host
