@@ -38,11 +38,12 @@ def compute(
     """Of ``rows`` sequences of a replica, ``micro`` at a time."""
     t, p, rates = config.topology, config.parallel, card.rates
     layout = SequenceLayout(config.workload.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
-    tokens, shared = rows * layout.local_length, t.tp * t.pp
+    tokens = rows * layout.local_length
+    share = -(-dims.num_layers // t.pp) / dims.num_layers / t.tp  # of the stage with the most layers
     at_a_time = micro * layout.local_length
     at_a_time = min(at_a_time, config.workload.block_tokens or at_a_time)
     few = 1 + rates.few_rows / at_a_time
-    products = 2.0 * linear_parameters * tokens / shared * few / card.product_flops
+    products = 2.0 * linear_parameters * tokens * share * few / card.product_flops
     attention = 0.0
     for (_, head_dim), window in zip(dims.heads_of_layers, dims.windows, strict=True):
         keys = mean_keys(layout.length, window)
@@ -50,7 +51,7 @@ def compute(
         slowness = _slowness(attention_rate(head_dim), layout, keys) / rates.attention_in_steps
         attention += flops * slowness / card.product_flops
     return Compute(
-        products, attention / shared, _through_memory(config, dims, linear_parameters, tokens, itemsize, card)
+        products, attention * share, _through_memory(config, dims, linear_parameters, tokens, itemsize, card)
     )
 
 
@@ -90,4 +91,4 @@ def _through_memory(
     if t.ulysses > 1:
         kept = 2 * dims.head_dim * (dims.num_heads + dims.num_kv_heads) / t.ulysses
         width += rates.own_copies * 2 * kept
-    return tokens * dims.num_layers / t.pp * width * itemsize / card.memory_bytes
+    return tokens * -(-dims.num_layers // t.pp) * width * itemsize / card.memory_bytes

@@ -88,13 +88,11 @@ def step_time(config: RunConfig, dims: ModelDims, linear_parameters: int, card: 
     if t.pp > 1:
         return _pipeline(config, computed, moved, card)
     if lanes > 1:
-        return _in_flight(config, dims, computed, moved, lanes, card)
+        return _in_flight(config, computed, moved, lanes, card)
     return _one_at_a_time(config, computed, moved, card)
 
 
-def _in_flight(
-    config: RunConfig, dims: ModelDims, computed: Compute, moved: Transfers, lanes: int, card: Card
-) -> StepTime:
+def _in_flight(config: RunConfig, computed: Compute, moved: Transfers, lanes: int, card: Card) -> StepTime:
     """Transfers of one micro-batch under the layers of others. More than two go through each layer together, and leave
     links asleep until the next one."""
     rates, steps = card.rates, config.micro_batches(config.largest_micro_batch)
