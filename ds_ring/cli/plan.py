@@ -37,9 +37,10 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     console.print(plan_table(rows))
     for row in rows:
         if row["fits"]:
-            said = f"{row['layout']} ({row['placement']}): {row['sum']}"
-            for line in [said, *([f"    {row['why_slower']}"] if row["why_slower"] else [])]:
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            said = [f"{row['layout']} ({row['placement']}): {row['sum']}"]
+            said += [f"    transfers alone: {row['transfers_alone']}"] * bool(row["transfers_alone"])
+            said += [f"    {row['why_slower']}"] * bool(row["why_slower"])
+            console.print("\n".join(said), highlight=False, markup=False, soft_wrap=True)
     assumed = explain.used(rows)
     for text in assumed:
         options.say(f"assumed: {text}")

@@ -35,11 +35,21 @@ def row(plan: Plan, ordered: list[Plan], dims: ModelDims, card: Card) -> dict[st
         "placement": describe(plan.config.topology, card.per_host),
         "stays_gb": plan.sent.near / 1e9,
         "leaves_gb": plan.sent.far / 1e9,
+        "transfers_alone": alone(plan),
         "memory_gib": plan.memory_gib,
         "fits": plan.fits,
         "why_slower": why_slower(plan, ordered),
         "assumed": assumptions(plan, dims, card),
     }
+
+
+def alone(plan: Plan) -> str:
+    """What transfers would take if nothing hid them; empty without any."""
+    moved = plan.transfers
+    parts = [f"{moved.links:.3g} s in hosts"] * bool(moved.links) + [f"{moved.adapters:.3g} s between"] * bool(
+        moved.adapters
+    )
+    return ", ".join(parts)
 
 
 def why_slower(plan: Plan, ordered: list[Plan]) -> str:

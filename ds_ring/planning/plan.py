@@ -23,6 +23,7 @@ from ds_ring.planning.comm_volume import Sent, bytes_by_axis
 from ds_ring.planning.limits import check_size
 from ds_ring.planning.memory_estimate import cache_bytes, in_flight, peak_bytes
 from ds_ring.planning.step_time import StepTime, step_time
+from ds_ring.planning.transfer_time import Transfers, transfers
 from ds_ring.planning.validation import check_run
 
 WORTH = 0.002
@@ -37,7 +38,8 @@ class Plan:
 
     Attributes:
         step: the seconds of one forward of the whole batch, as a sum.
-        sent: bytes by axis, where they travel.
+        sent: bytes of all axes, where they travel.
+        transfers: what they take with nothing beside them.
         lanes: micro-batches in flight.
         memory_gib: of the fullest rank: weights, activations of a micro-batch, K/V in transit (``memory_estimate``).
         fits: whether that is below the card's memory.
@@ -46,6 +48,7 @@ class Plan:
     config: RunConfig
     step: StepTime
     sent: Sent
+    transfers: Transfers
     lanes: int
     memory_gib: float
     fits: bool
@@ -120,10 +123,11 @@ def predict(
         at_a_time = RunConfig.load(config, max_length=min(work.prefill_chunk or work.max_length, work.max_length))
         cache = cache_bytes(config, dims, math.ceil(work.batch_size / t.dp), work.max_length)
         held = peak_bytes(at_a_time, dims, linear_parameters, micro, pulls=engine) + cache
-    sent = bytes_by_axis(config, dims, work.batch_size, work.max_length, itemsize, card.per_host).values()
-    both = Sent(sum(one.near for one in sent), sum(one.far for one in sent))
+    sent = bytes_by_axis(config, dims, work.batch_size, work.max_length, itemsize, card.per_host)
+    both = Sent(sum(one.near for one in sent.values()), sum(one.far for one in sent.values()))
     step, memory = step_time(config, dims, linear_parameters, card), held / 2**30
-    return Plan(config, step, both, in_flight(config, micro, engine), memory, memory <= RESERVE * card.memory_gib)
+    lanes, moved = in_flight(config, micro, engine), transfers(config, dims, sent, card)
+    return Plan(config, step, both, moved, lanes, memory, memory <= RESERVE * card.memory_gib)
 
 
 def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:

@@ -15,7 +15,7 @@ long kernels wait than what else takes power.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 TILE = 128
 """Queries that attention kernels work on at a time (``kernels/attention512.py``)."""
@@ -113,4 +113,3 @@ SOURCES = {
     "network_reached": "assumed",
     "network_message_s": "assumed",
 }
-assert {field.name for field in fields(Rates)} == set(SOURCES)

@@ -82,6 +82,11 @@ class Transfers:
         return sum(one.near for one in self.axes)
 
     @property
+    def adapters(self) -> float:
+        """Seconds in which a rank's adapter is busy."""
+        return sum(one.far for one in self.axes)
+
+    @property
     def bursts(self) -> int:
         return sum(one.bursts for one in self.axes)
 

@@ -34,6 +34,7 @@ def test_ulysses_in_hosts_and_a_ring_between_them():
     assert row["leaves_gb"] == pytest.approx(63, abs=0.5)
     computed = sum(row["terms_ms"][name] for name in ("products", "attention", "memory"))
     assert computed == pytest.approx(7200, rel=0.03)
+    assert row["transfers_alone"] == "0.689 s in hosts, 1.79 s between"  # 1.3 s if both directions were equally busy
     assert row["placement"] == "ulysses 8 in a host, ring 2 over 2 hosts"
     assert row["sum"] in (ROOT / "docs/planning.md").read_text()  # by hand, there
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import fields, replace
 from statistics import median
 
 import pytest
@@ -97,6 +97,7 @@ class TestConstants:
             assert SOURCES[name].startswith("fitted")
 
     def test_every_one_has_a_record_that_exists_or_is_assumed(self):
+        assert set(SOURCES) == {field.name for field in fields(Rates)}
         kinds = {name: source.split(":")[0].split(";")[0] for name, source in SOURCES.items()}
         assert set(kinds.values()) == {"measured", "fitted", "assumed"}
         assert {name for name, kind in kinds.items() if kind == "fitted"} == set(OF_ALL)
