@@ -34,7 +34,7 @@ def text(documents: Sequence[Document]) -> str:
         for row in document["rows"]:
             name = " ".join([row["model_type"], *([f"({row['rope']})"] if "rope" in row else [])])
             models.setdefault((name, row["class"]), {})[document["layout"]] = row
-    layouts = ", ".join(document["layout"] for document in documents)
+    layouts = ", ".join(dict.fromkeys(document["layout"] for document in documents))
     lines = [
         "# transformers' causal LMs, sharded",
         "",
