@@ -38,6 +38,7 @@ the checkpoint chooses neither code nor packages. What was looked at is transfor
 ``hub_kernels``, ``use_kernels``, ``*_implementation`` and ``getattr(config, …)`` in modeling_utils.py,
 configuration_utils.py and integrations/. Models whose own code looks for kernels (Mamba's) are not served."""
 
+DTYPE = ("dtype", "torch_dtype")
 BLAME_S = 3.0
 """How long is looked for the field that is to blame where an error does not name it."""
 
@@ -102,15 +103,16 @@ def _class_of(fields: dict[str, Any]) -> Any:
 
 
 def _what_it_is(value: Any) -> Any:
-    """``value`` of config.json without the fields of ``OURS``, nor a dtype that says nothing."""
+    """``value`` of config.json without the fields of ``OURS``, nor a dtype that says nothing. Some write one with its
+    module, "torch.bfloat16", which transformers does not read."""
     if isinstance(value, list):
         return [_what_it_is(each) for each in value]
     if not isinstance(value, dict):
         return value
     return {
-        name: _what_it_is(each)
+        name: each.removeprefix("torch.") if name in DTYPE and isinstance(each, str) else _what_it_is(each)
         for name, each in value.items()
-        if name not in OURS and not (name in ("dtype", "torch_dtype") and each == AUTO)
+        if name not in OURS and not (name in DTYPE and each == AUTO)
     }
 
 

@@ -87,6 +87,7 @@ def test_words_that_transformers_itself_cannot_read_in_config_json(word, tmp_pat
     saved(llama_gqa(), tmp_path, torch.bfloat16)
     edit(tmp_path, dtype=word)
     assert ours(tmp_path) == torch.bfloat16
+    assert read_config(tmp_path).dtype == (None if word == "auto" else torch.bfloat16)
 
 
 def test_auto_in_config_json_is_read_past(tmp_path):
