@@ -34,9 +34,10 @@ OURS = {
     "output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript",
 }  # fmt: skip
 """Fields of config.json that say how a model is run, not what it is, at any depth: left out when it is read, so that
-the checkpoint chooses neither code nor packages. What was looked at is transformers 5.17 to 5.23: every use of
-``hub_kernels``, ``use_kernels``, ``*_implementation`` and ``getattr(config, …)`` in modeling_utils.py,
-configuration_utils.py and integrations/. Models whose own code looks for kernels (Mamba's) are not served."""
+the checkpoint chooses neither code nor packages. Looked for in transformers 5.23: ``hub_kernels``, ``get_kernel``,
+``lazy_load_kernel``, ``use_kernels``, ``*_implementation``, ``fusion_config``. Its only other kernels of the hub are
+those of quantised weights and of models that are not served (RWKV, MRA, YOSO), which are refused, and of
+``use_kernels=True``, which is an argument and never given."""
 
 DTYPE = ("dtype", "torch_dtype")
 BLAME_S = 3.0
