@@ -10,9 +10,9 @@ import pytest
 
 from ds_ring.cli import doctor as doctor_command
 from ds_ring.cli import doctor_checks as doctor
+from ds_ring.cli import options
 from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.config import RunConfig
-from ds_ring.errors import ConfigError
 from ds_ring.process.hostfile import Host
 from ds_ring.process.launcher import reserved_port
 from tests.helpers.tiny_models import build, llama_gqa
@@ -121,16 +121,16 @@ class TestConfiguration:
         assert broken.outcome == "problem"
         assert broken.detail.startswith(f"{tmp_path}/tokenizer.json cannot be read by tokenizers ")
 
-    def test_a_dtype_of_the_checkpoint_s_that_no_run_can_have(self, checkpoint, tmp_path, capsys):
+    def test_a_dtype_of_the_checkpoint_s_that_no_run_can_have(self, checkpoint, tmp_path):
         shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
         file = tmp_path / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float64"}))
         args = argparse.Namespace(
             config=None, model=str(tmp_path), set=[], hostfile=None, master_port=29500, output=None
         )
-        with pytest.raises(ConfigError, match="checks found a problem"):
+        with pytest.raises(options.Refused, match="checks found a problem") as refused:
             doctor_command.work(args)
-        checks = json.loads(capsys.readouterr().out.splitlines()[-1])["checks"]
+        checks = refused.value.document["checks"]
         (found,) = [check for check in checks if check["what"] == "configuration"]
         assert found["detail"].startswith(f'dtype="float64", which the checkpoint {tmp_path} says, is not supported')
 
