@@ -123,8 +123,8 @@ class RunConfig(Section):
     def dtype(self) -> DType:
         name = str(self.deepspeed.get("dtype", self.checkpoint_dtype or "fp32"))
         if name not in DTYPE_NAMES:
-            whose = "" if "dtype" in self.deepspeed else f"the checkpoint {self.ring.model} says "
-            raise ConfigError(f'{whose}dtype="{name}" is not supported; take one of fp32, fp16, bf16, auto')
+            whose = "" if "dtype" in self.deepspeed else f", which the checkpoint {self.ring.model} says,"
+            raise ConfigError(f'dtype="{name}"{whose} is not supported; take one of fp32, fp16, bf16, auto')
         return DTYPE_NAMES[name]
 
     @property

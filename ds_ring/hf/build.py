@@ -8,7 +8,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ds_ring.errors import CheckpointError, UnsupportedModelError, in_one_line, is_out_of_memory
-from ds_ring.utils.model_config import file_of
+from ds_ring.utils.model_config import blame, file_of
 
 ATTENTION = None
 """What models are made with, whatever a config says: PyTorch's attention or, where a class has none, the plain one.
@@ -24,19 +24,26 @@ def build(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrai
         CheckpointError: a field of the config that no layer can have; names the file, where it is of one, and
             transformers' reason.
     """
+    given = {} if dtype is None else {"dtype": dtype}
     try:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UnsupportedModelError(f"transformers makes no causal LM of this {type(config).__name__}")
-        given = {} if dtype is None else {"dtype": dtype}
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), attn_implementation=ATTENTION, trust_remote_code=False, **given
-        )
+        return _made(copy.deepcopy(config), given)
     except UnsupportedModelError:
         raise
     except Exception as error:  # values that no layer can have end in errors of any kind
         if is_out_of_memory(error):
             raise
+        reason = in_one_line(error)
+        # All that differs from the defaults: the others have not broken anything.
+        blamed = blame(reason, config.to_diff_dict(), lambda fields: _made(type(config).from_dict(fields), given))
         raise CheckpointError(
-            f"{file_of(config)}: transformers makes no causal LM of this {type(config).__name__}: {in_one_line(error)}"
+            f"{file_of(config)}: transformers makes no causal LM of this {type(config).__name__}: {blamed}{reason}"
         ) from None
+
+
+def _made(config: PretrainedConfig, given: dict[str, torch.dtype]) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, attn_implementation=ATTENTION, trust_remote_code=False, **given
+    )
     return model.eval()

@@ -34,6 +34,10 @@ def model_dims(config: PretrainedConfig) -> ModelDims:
         text: Any = config.get_text_config()
     except ValueError as error:  # a model with several decoders
         raise UnsupportedModelError(f"{type(config).__name__}: {in_one_line(error)}") from None
+    if not isinstance(text, PretrainedConfig):
+        raise CheckpointError(f"{file_of(config)}: the language model's part is {text!r} instead of an object")
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{file_of(config)} is of an encoder and a decoder (is_encoder_decoder)")
     try:
         return _checked(_shape(text, _heads_of_layers(text)), config)
     except UserError:
@@ -103,9 +107,6 @@ def _checked(dims: ModelDims, config: PretrainedConfig) -> ModelDims:
         least = 0 if field == "sliding_window" else 1  # some write 0 for none
         if not (value is None and field in OPTIONAL) and (type(value) is not int or value < least):
             raise CheckpointError(f"{file_of(config)}: {name}={value!r} must be a whole number of at least {least}")
-    cap: Any = dims.softcap
-    if cap is not None and not (type(cap) in (int, float) and math.isfinite(cap) and cap > 0):
-        raise CheckpointError(f"{file_of(config)}: attn_logit_softcapping={cap!r} must be a number above 0")
     return dims
 
 

@@ -1,6 +1,6 @@
 """The number of weights that every token is multiplied with."""
 
-from accelerate import init_empty_weights
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -18,7 +18,7 @@ def linear_parameters(config: PretrainedConfig) -> int:
 
 def layer_parameters(config: PretrainedConfig) -> list[int]:
     """As ``linear_parameters``, layer by layer, from the model on the meta device."""
-    with init_empty_weights():
+    with torch.device("meta"):
         model = build(config)
     return [matrix_elements(layer) for layer in Decoder.of(model).layers]
 

@@ -41,7 +41,6 @@ def check_fit(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
     """
     with torch.device("meta"):
         model = build(config, torch.float32)
-    _check_frequencies(checkpoint.directory, model)
     tensors = {
         name: torch.empty(part.get_shape(), dtype=str_to_torch_dtype[part.get_dtype()], device="meta")
         for name, part in checkpoint.lazy_tensors().items()
@@ -64,6 +63,7 @@ def check_fit(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
     model._adjust_missing_and_unexpected_keys(info)
     refuse_unfit(checkpoint.directory, info.missing_keys, info.mismatched_keys)
     _refuse_dropped(checkpoint.directory, model, info.unexpected_keys)
+    _check_frequencies(checkpoint.directory, model)
 
 
 def refuse_unfit(path: str | Path, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
@@ -119,17 +119,21 @@ def _has_parameters(model: PreTrainedModel, name: str) -> bool:
 
 def _check_frequencies(path: Path, model: PreTrainedModel) -> None:
     for module in model.modules():
-        if hasattr(module, "inv_freq") and not _frequencies(module).isfinite().all():
-            raise CheckpointError(f"{path}/config.json: its RoPE parameters give frequencies that are not finite")
+        for name, buffer in _frequencies(module).items():
+            if not buffer.isfinite().all():
+                raise CheckpointError(f"{path}/config.json: its RoPE parameters give a {name} that is not finite")
 
 
-def _frequencies(module: nn.Module) -> Tensor:
-    """Those of a rotary embedding on the meta device. Of classes that take more than a config they are left out."""
+def _frequencies(module: nn.Module) -> dict[str, Tensor]:
+    """Those of a rotary embedding on the meta device, computed. Of classes that take more than a config they are left
+    out."""
+    if not any("inv_freq" in name for name, _ in module.named_buffers(recurse=False)):
+        return {}
     try:
-        found: Any = type(module)(module.config)
-        return torch.as_tensor(found.inv_freq)
+        made: Any = type(module)(module.config)
     except (AttributeError, TypeError):
-        return torch.zeros(0)
+        return {}
+    return {name: buffer for name, buffer in made.named_buffers() if "inv_freq" in name}
 
 
 def _some(names: list[str]) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -33,11 +35,30 @@ def load_tokenizer(checkpoint: str | Path) -> Any:
     # Given, since transformers would read it by rules of its own.
     config = read_config(folder) if (folder / CONFIG).is_file() else None
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True
+        )
+        tokenizer("text", verbose=False)  # some of its settings are looked at here only
     except Exception as error:  # files of another version or form end in errors of any kind
         raise CheckpointError(
-            f"{checkpoint} holds no tokenizer that transformers can read: {in_one_line(error)}"
+            _unreadable(folder / "tokenizer.json")
+            or f"{checkpoint} holds no tokenizer that transformers can read: {in_one_line(error)}"
         ) from None
+    return tokenizer
+
+
+def _unreadable(file: Path) -> str | None:
+    """What is wrong with a tokenizer.json by itself, where there is one."""
+    if not file.is_file():
+        return None
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:
+        return (
+            f"{file} cannot be read by tokenizers {tokenizers.__version__}: {in_one_line(error)}; it is damaged, or of "
+            f"a newer version of that package"
+        )
+    return None
 
 
 def read_text(paths: Sequence[str]) -> list[str]:

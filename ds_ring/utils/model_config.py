@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +26,22 @@ OURS = {
     # from_pretrained patches the model's class by it, from_config does not (fusion_mapping.register_fusion_patches).
     "fusion_config",
     # Arguments of from_pretrained, which config.json may not give today; taken out so that no release reads them.
-    "use_kernels", "kernel_config", "distributed_config", "device_map", "tp_plan",
+    "use_kernels", "kernel_config", "distributed_config", "device_map", "tp_plan", "base_model_tp_plan",
+    "base_model_pp_plan", "base_model_ep_plan", "base_model_fsdp_plan",
     # Which file holds the weights: ``utils.weight_files`` has read it.
     "transformers_weights",
     # What a forward returns. An engine asks for what it needs, by name.
     "output_attentions", "output_hidden_states", "return_dict", "use_return_dict", "torchscript",
 }  # fmt: skip
 """Fields of config.json that say how a model is run, not what it is, at any depth: left out when it is read, so that
-the checkpoint chooses neither code nor packages. What was looked at is transformers 5.17 to 5.23: every use of
-``hub_kernels``, ``use_kernels``, ``*_implementation`` and ``getattr(config, …)`` in modeling_utils.py,
-configuration_utils.py and integrations/. Models whose own code looks for kernels (Mamba's) are not served."""
+the checkpoint chooses neither code nor packages. Looked for in transformers 5.23: ``hub_kernels``, ``get_kernel``,
+``lazy_load_kernel``, ``use_kernels``, ``*_implementation``, ``fusion_config``. Its only other kernels of the hub are
+those of quantised weights and of models that are not served (RWKV, MRA, YOSO), which are refused, and of
+``use_kernels=True``, which is an argument and never given."""
+
+DTYPE = ("dtype", "torch_dtype")
+BLAME_S = 3.0
+"""How long is looked for the field that is to blame where an error does not name it."""
 
 
 def read_config(path: str | Path) -> PretrainedConfig:
@@ -43,10 +53,11 @@ def read_config(path: str | Path) -> PretrainedConfig:
     file = Path(path) / CONFIG if Path(path).is_dir() else Path(path)
     fields = _what_it_is(read_fields(path))
     try:
-        _refuse_methods(fields)
-        config: PretrainedConfig = _class_of(fields).from_dict(fields)
+        config = _config_of(fields)
     except Exception as error:  # fields of a wrong type or size end in errors of any kind
-        raise CheckpointError(f"{file} holds no config that transformers can read: {in_one_line(error)}") from None
+        reason = in_one_line(error)
+        blamed = blame(reason, fields, _config_of)
+        raise CheckpointError(f"{file} holds no config that transformers can read: {blamed}{reason}") from None
     config.name_or_path = str(path)
     return config
 
@@ -57,31 +68,60 @@ def file_of(config: PretrainedConfig) -> str:
     return str(path / CONFIG if path.is_dir() else path)
 
 
+def blame(reason: str, fields: dict[str, Any], attempt: Callable[[dict[str, Any]], object]) -> str:
+    """``NAME=VALUE: `` of the field without which ``attempt`` goes well, or nothing: where ``reason`` names it, where
+    it is not one alone, or where it is not found in ``BLAME_S``."""
+    names, ends = [name for name in fields if name != "model_type"], time.monotonic() + BLAME_S
+    if any(name in reason for name in names):
+        return ""
+    found = [name for name in names if time.monotonic() < ends and _goes_well(attempt, fields, name)]
+    return f"{found[0]}={fields[found[0]]!r}: " if len(found) == 1 else ""
+
+
+def _goes_well(attempt: Callable[[dict[str, Any]], object], fields: dict[str, Any], without: str) -> bool:
+    try:
+        attempt({name: value for name, value in fields.items() if name != without})
+    except Exception:
+        return False
+    return True
+
+
+def _config_of(fields: dict[str, Any]) -> PretrainedConfig:
+    kind = _class_of(fields)
+    _refuse_hidden(kind, fields)
+    config: PretrainedConfig = kind.from_dict(dict(fields))
+    return config
+
+
 def _class_of(fields: dict[str, Any]) -> Any:
     """The class that ``AutoConfig.from_pretrained`` takes; it reads nothing but files."""
     kind = fields.get("model_type")
     if kind == "mistral" and "layer_types" in fields:
         kind = "ministral"
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type={kind!r} is none that transformers {transformers.__version__} has")
     return CONFIG_MAPPING[kind]
 
 
 def _what_it_is(value: Any) -> Any:
-    """``value`` of config.json without the fields of ``OURS``, nor a dtype that says nothing."""
+    """``value`` of config.json without the fields of ``OURS``, nor a dtype that says nothing. Some write one with its
+    module, "torch.bfloat16", which transformers does not read."""
     if isinstance(value, list):
         return [_what_it_is(each) for each in value]
     if not isinstance(value, dict):
         return value
     return {
-        name: _what_it_is(each)
+        name: each.removeprefix("torch.") if name in DTYPE and isinstance(each, str) else _what_it_is(each)
         for name, each in value.items()
-        if name not in OURS and not (name in ("dtype", "torch_dtype") and each == AUTO)
+        if name not in OURS and not (name in DTYPE and each == AUTO)
     }
 
 
-def _refuse_methods(fields: dict[str, Any]) -> None:
-    """transformers makes an attribute of every field, also where that hides one of its own methods."""
+def _refuse_hidden(kind: type, fields: dict[str, Any]) -> None:
+    """transformers makes an attribute of every field, also where that hides a part of its class, or cannot."""
+    settable = {"model_type", *(field.name for field in dataclasses.fields(kind))}
     for name in fields:
-        if name.startswith("__") or callable(getattr(PretrainedConfig, name, None)):
-            raise ValueError(f"the field {name!r} is a method of transformers' configs")
+        own = inspect.getattr_static(kind, name, None)
+        fixed = own.fset is None if isinstance(own, property) else callable(own) or hasattr(PretrainedConfig, name)
+        if name.startswith("__") or (fixed and name not in settable):
+            raise ValueError(f"the field {name!r} is a part of {kind.__name__} that no file sets")

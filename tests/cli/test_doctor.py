@@ -1,10 +1,17 @@
 """Doctor's checks: problems are found before anything is started."""
 
+import argparse
+import json
+import re
+import shutil
 import socket
 
 import pytest
 
+from ds_ring.cli import doctor as doctor_command
 from ds_ring.cli import doctor_checks as doctor
+from ds_ring.cli import options
+from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.config import RunConfig
 from ds_ring.process.hostfile import Host
 from ds_ring.process.launcher import reserved_port
@@ -81,6 +88,51 @@ class TestConfiguration:
     def test_a_batch_smaller_than_the_replicas(self, checkpoint):
         broken = self.examined(checkpoint, dp_size=2)["configuration"]
         assert "batch_size=1 leaves some of dp_size=2 replicas without a sequence" in broken.detail
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"num_hidden_layers": 2}, "has layers up to number 2 (model.layers.2.self_attn.v_proj.weight), but its"),
+            ({"hidden_size": "64"}, "holds no config that transformers can read: .*'hidden_size'"),
+            ({"hidden_act": "x"}, "makes no causal LM of this LlamaConfig: hidden_act='x'"),
+            ({"transformers_weights": "other.safetensors"}, "lacks the file that its config.json names"),
+            ({"head_dim": 3}, "LlamaForCausalLM fails at its first forward with this config: "),
+        ],
+        ids=str,
+    )
+    def test_a_checkpoint_that_no_run_would_take(self, checkpoint, change, words, tmp_path):
+        shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        by_name = self.examined(str(tmp_path))
+        assert list(by_name) == ["checkpoint"]
+        assert by_name["checkpoint"].outcome == "problem"
+        assert re.search(words.replace("(", r"\(").replace(")", r"\)"), by_name["checkpoint"].detail)
+
+    def test_what_a_checkpoint_holds(self, checkpoint, tmp_path):
+        by_name = self.examined(checkpoint)
+        assert by_name["checkpoint"].detail == f"{checkpoint}: llama, 3 layers, fp32, 1 file(s) of weights"
+        assert by_name["tokenizer"].detail == "none, which generate and score need"
+        shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+        byte_tokenizer().save_pretrained(tmp_path)
+        assert self.examined(str(tmp_path))["tokenizer"].outcome == "ok"
+        (tmp_path / "tokenizer.json").write_text("{}")
+        broken = self.examined(str(tmp_path))["tokenizer"]
+        assert broken.outcome == "problem"
+        assert broken.detail.startswith(f"{tmp_path}/tokenizer.json cannot be read by tokenizers ")
+
+    def test_a_dtype_of_the_checkpoint_s_that_no_run_can_have(self, checkpoint, tmp_path):
+        shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float64"}))
+        args = argparse.Namespace(
+            config=None, model=str(tmp_path), set=[], hostfile=None, master_port=29500, output=None
+        )
+        with pytest.raises(options.Refused, match="checks found a problem") as refused:
+            doctor_command.work(args)
+        checks = refused.value.document["checks"]
+        (found,) = [check for check in checks if check["what"] == "configuration"]
+        assert found["detail"].startswith(f'dtype="float64", which the checkpoint {tmp_path} says, is not supported')
 
     def test_a_checkpoint_that_is_not_there(self, tmp_path):
         assert self.examined(str(tmp_path / "none"))["checkpoint"].outcome == "problem"

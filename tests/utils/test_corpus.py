@@ -1,5 +1,7 @@
 """Text as tokens, and the checkpoints that carry the tokenizer."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,3 +66,58 @@ def test_files_that_are_no_text_are_refused_by_name(tmp_path):
 def test_a_checkpoint_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
+    with pytest.raises(CheckpointError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path / "none")
+
+
+class TestTokenizersThatCannotBeRead:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        byte_tokenizer().save_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        load_tokenizer(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ({"version": "2.0"}, "Exception: Unknown tokenizer version '2.0'"),
+            ({"model": {"type": "Newer", "vocab": {}}}, "Exception: "),
+            ({"pre_tokenizer": {"type": "Newer"}}, "Exception: data did not match any variant"),
+            ([], "Exception: "),
+        ],
+    )
+    def test_one_of_a_newer_version(self, folder, content, words):
+        file = folder / "tokenizer.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | content if content else content))
+        with pytest.raises(CheckpointError, match=rf"^{file} cannot be read by tokenizers \d+\.") as found:
+            load_tokenizer(folder)
+        assert words in str(found.value)
+        assert str(found.value).endswith("it is damaged, or of a newer version of that package")
+        assert "\n" not in str(found.value)
+
+    @pytest.mark.parametrize("content", ["[]", "{", '{"model_max_length": {}}', '{"tokenizer_class": 5}'])
+    def test_wrong_settings(self, folder, content):
+        (folder / "tokenizer_config.json").write_text(content)
+        with pytest.raises(
+            CheckpointError, match=f"^{folder} holds no tokenizer that transformers can read: "
+        ) as found:
+            load_tokenizer(folder)
+        assert "\n" not in str(found.value)
+
+    @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt"])
+    def test_a_git_lfs_pointer(self, folder, name):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+        with pytest.raises(CheckpointError, match=rf"^{folder / name} is a Git LFS pointer, .*`git lfs pull`"):
+            load_tokenizer(folder)
+
+    @pytest.mark.parametrize("fields", [{"dtype": "auto"}, {"attn_implementation": "x/y"}])
+    def test_the_config_beside_it_is_read_as_for_weights(self, folder, fields):
+        """transformers looks into config.json for a tokenizer as well, and fails at what a run takes."""
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **fields}))
+        assert len(load_tokenizer(folder)("ab")["input_ids"]) == 2
+
+    def test_a_config_that_cannot_be_read_is_named_itself(self, folder):
+        (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": "x"}')
+        with pytest.raises(CheckpointError, match=r"config\.json holds no config .*'vocab_size'"):
+            load_tokenizer(folder)
