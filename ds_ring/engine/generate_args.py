@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers.generation import BaseStreamer
 from ds_ring.engine.batch import pack
 from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
-from ds_ring.hf.cache import ShardedCache
+from ds_ring.hf.cache import BROKEN, ShardedCache
 from ds_ring.hf.generation_adapter import GenerationAdapter
 from ds_ring.hf.generation_settings import SPREAD, Asked, admit, check_mode, check_processors
 from ds_ring.kv_cache.shard import KVCacheShard
@@ -82,8 +83,8 @@ def check_generate_args(
             # It would raise on rank 0 alone, with the others on their way.
             raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BC.shape[0]}")
         digest = _digest(runner, input_ids, mask_BC, cache)
-        if cache.get_seq_length():
-            cache.revise(mask_BC[:, : cache.get_seq_length()])
+        if past := cache.get_seq_length():
+            cache.revise(mask_BC[:, :past].repeat_interleave(settings.num_return_sequences or 1, 0))
     except InputError as error:
         # Where only some ranks refuse, the others must hear of it rather than wait for them.
         world.agree(input_ids=f"unusable ones: {error}")
@@ -203,10 +204,7 @@ def _cache(
     if not isinstance(given, ShardedCache) or given.owner is not runner:
         raise InputError(f"past_key_values is a {type(given).__name__} that another model made; give this engine's own")
     if not given.whole:
-        raise InputError(
-            "past_key_values is broken: the generate that last wrote to it was interrupted or failed; begin "
-            "without it, from the whole conversation"
-        )
+        raise InputError(BROKEN)
     past = given.get_seq_length()
     if past and given.mask_BC.shape[0] != sequences:
         raise InputError(f"past_key_values holds {given.mask_BC.shape[0]} rows, the batch {sequences}")
@@ -220,7 +218,19 @@ def _cache(
             f"input_ids have {input_ids.shape[1]} columns, where attention_mask has {columns} and past_key_values "
             f"{past}: give all {columns}, or the last {columns - past}"
         )
+    if past and input_ids.shape[1] == columns:
+        _check_same_text(given, *(t[:, :past].repeat_interleave(copies, 0) for t in (input_ids.cpu(), mask_BC)))
     return given
+
+
+def _check_same_text(cache: ShardedCache, ids_BC: Tensor, mask_BC: Tensor) -> None:
+    """Raise InputError where the cache is of another conversation than the whole one that is given."""
+    if (difference := cache.first_difference(ids_BC, mask_BC)) is not None:
+        row, column, held, given = difference
+        raise InputError(
+            f"past_key_values is of another text: in column {column} of row {row} it holds token {held}, and input_ids "
+            f"{given}; give the conversation as it was, crop the cache to {column} columns, or begin without it"
+        )
 
 
 def _max_length(
@@ -254,4 +264,5 @@ def _digest(runner: CachedRunner, input_ids: Tensor, mask_BC: Tensor, cache: Sha
     new = slice(cache.get_seq_length(), None)
     ids_BC = input_ids.cpu()[:, -mask_BC[:, new].shape[1] :]
     batch, _ = pack(ids_BC, mask_BC[:, new], None, runner.dims)
-    return f"{batch.digest()} behind {cache.get_seq_length()} columns"
+    hidden = sha256((~mask_BC[:, : new.start]).numpy().tobytes()).hexdigest()[:12] if new.start else "none"
+    return f"{batch.digest()} behind {new.start} columns, hidden among them: {hidden}"

@@ -61,8 +61,8 @@ class GenerationForward:
             is_step = False
         if is_step:
             assert self._decoding is not None
-            logits_bV = self._decoding(ids_BC[cache.sequences.start : cache.sequences.stop])
             cache.extend(ids_BC, new_BC)
+            logits_bV = self._decoding(ids_BC[cache.sequences.start : cache.sequences.stop])
         else:
             logits_bV = self._prefill(ids_BC.cpu(), new_BC, cache)
         self._held_B = self._held_B + new_BC.sum(1)

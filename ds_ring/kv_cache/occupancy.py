@@ -5,6 +5,7 @@ A query that comes after all of a sequence's cached tokens sees every such slot,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 
 SlotRanges = tuple[slice, ...]
@@ -37,6 +38,19 @@ class Occupancy:
         """Some tokens of these sequences were hidden."""
         for sequence in sequences:
             self._slot_ranges[sequence] = None
+
+    def selected(self, sequences: Iterable[int]) -> Occupancy:
+        """Of these sequences, in this order."""
+        found = copy.copy(self)
+        found._slot_ranges = [copy.deepcopy(self._slot_ranges[sequence]) for sequence in sequences]
+        return found
+
+    def crop(self, used: Sequence[int]) -> None:
+        """Every rank has but the first ``used`` of its slots."""
+        for by_rank in self._slot_ranges:
+            for rank, slot_ranges in enumerate(by_rank or ()):
+                kept = [slice(r.start, min(r.stop, used[rank])) for r in slot_ranges if r.start < used[rank]]
+                slot_ranges[:] = kept
 
     def of(self, sequences: slice, rank: int) -> SlotRanges:
         """The slots in which each of ``sequences`` has a token, up to the first in which only some of them have one."""

@@ -3,6 +3,8 @@
 # Shapes: B sequences, S filled slots, T tokens written at once, K key/value heads, D head_dim.
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +56,42 @@ class KVCacheShard:
     def emptied(self) -> KVCacheShard:
         """A shard for as many sequences and layers, which holds nothing."""
         return KVCacheShard(len(self._positions_BS), len(self._layers), self.rank, len(self.used), self.device)
+
+    def selected(self, sequences: Sequence[int]) -> KVCacheShard:
+        """A shard that holds these sequences, in this order, in memory of its own."""
+        sequences_N = torch.tensor(sequences, device=self.device)
+        found = copy.copy(self)
+        found.used, found.occupancy = list(self.used), self.occupancy.selected(sequences)
+        found._positions_BS = self._positions_BS.index_select(0, sequences_N)
+        found._layers = [
+            None if pair is None else (pair[0].index_select(0, sequences_N), pair[1].index_select(0, sequences_N))
+            for pair in self._layers
+        ]
+        found._windows = {window: slots.selected(sequences_N) for window, slots in self._windows.items()}
+        found._window_of = dict(self._window_of)
+        return found
+
+    @property
+    def windows(self) -> set[int]:
+        """The windows of the layers that have one."""
+        return set(self._windows)
+
+    def crop(self, used: Sequence[int], limits_B: Tensor, partly: bool) -> None:
+        """Forget tokens at positions from ``limits_B`` on, on the CPU, and free the slots behind the first ``used`` of
+        every rank.
+
+        Args:
+            partly: in the slots that are left there are tokens to forget.
+        """
+        limits_B1 = limits_B[:, None].to(self.device)
+        self._positions_BS[:, used[self.rank] :] = EMPTY
+        self.used = list(used)
+        self.occupancy.crop(used)
+        if partly:
+            self._positions_BS.masked_fill_(self._positions_BS >= limits_B1, EMPTY)
+            self.occupancy.lose(range(len(limits_B)))
+        for slots in self._windows.values():
+            slots.crop(limits_B1)
 
     @property
     def nbytes(self) -> int:

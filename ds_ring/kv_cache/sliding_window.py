@@ -3,6 +3,7 @@
 # Shapes: B sequences, S slots, T tokens on this rank.
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,22 @@ class SlidingWindowSlots:
             return False
         self.positions_BS = grown(self.positions_BS, wanted)
         return True
+
+    def selected(self, sequences_N: Tensor) -> SlidingWindowSlots:
+        """Slots of these sequences, in this order, in memory of their own."""
+        found = copy.copy(self)
+        found.positions_BS = self.positions_BS.index_select(0, sequences_N)
+        found._count_B1 = self._count_B1.index_select(0, sequences_N)
+        return found
+
+    def crop(self, limits_B1: Tensor) -> None:
+        """Forget tokens at positions from ``limits_B1`` on. No token of a sequence may have been replaced so far, so
+        that number n is in slot 1 + n."""
+        gone_BS = self.positions_BS >= limits_B1
+        self.positions_BS.masked_fill_(gone_BS, EMPTY)
+        slots_S = torch.arange(gone_BS.shape[1], device=gone_BS.device)
+        # A slot's number and the numbers before it have entered; those behind the last that is left come again.
+        self._count_B1 = torch.where(gone_BS, 0, slots_S).amax(1, keepdim=True)
 
     def enter(self, sequences: slice, positions_BT: Tensor) -> Entry:
         """Give slots to the tokens of a chunk. ``EMPTY`` is padding; positions ascend."""
