@@ -26,8 +26,10 @@ from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.decoder import Decoder, own_configs
 from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.hf.stage import keep_stage
+from ds_ring.hf.tensor_fit import check_fit
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import stage_layers
 from ds_ring.planning import plan
@@ -72,10 +74,12 @@ def from_pretrained(
     checkpoint = Checkpoint.open(path)
     run = with_planned_degrees(run)
     config_of_model = read_config(path)
+    read_generation_config(path)
     dims = model_dims(config_of_model)
     kind = _checked_runner(run, dims, runner)
     if runner is None:
         dry_run(config_of_model, run)
+    check_fit(checkpoint, config_of_model)
     _log_stages(run, dims)
     mesh = connect(run, {**fingerprint.of_config(config_of_model), **fingerprint.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()

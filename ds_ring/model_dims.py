@@ -11,6 +11,8 @@ class ModelDims:
 
     Attributes:
         num_kv_heads, head_dim: of every layer or, where layers differ, the fewest and the largest.
+        max_positions: how many positions the model has an encoding for; None: rotary ones have no end.
+        intended_positions: how many it was made for, as far as its config says.
         unlike_layers: where layers differ, (key/value heads, head_dim) of each.
     """
 
@@ -27,6 +29,7 @@ class ModelDims:
     sliding_window: int | None = None
     softcap: float | None = None
     unlike_layers: tuple[tuple[int, int], ...] = ()
+    intended_positions: int | None = None
 
     @property
     def heads_of_layers(self) -> tuple[tuple[int, int], ...]:

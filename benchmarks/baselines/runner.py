@@ -123,6 +123,7 @@ class BaselineRunner(ModelRunner):
         self._calls = 0
         with (
             self.decoder.captured_hidden() as hidden,
+            self.rope.of(batch.rope_lengths),
             self._shared(*given) as (ids_BT, position_ids_BT),
         ):
             out = self.model(

@@ -32,12 +32,12 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring import api
     from ds_ring.cli import prompts
     from ds_ring.cli.sampling import Sampling
-    from ds_ring.cli.timed_generation import generate, summary
+    from ds_ring.cli.timed_generation import check_settings, generate, summary
     from ds_ring.utils import results
 
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed)
-    tokenizer, token_ids = prompts.read(config, args.prompt, args.prompt_file, raw=True)
-    prompts.check_lengths(config, token_ids, args.max_new_tokens)
+    tokenizer, token_ids = prompts.read(config, args.prompt, args.prompt_file, args.max_new_tokens, raw=True)
+    check_settings(config, tokenizer, token_ids, args.max_new_tokens, sampling)
     config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens), generating=True)
     engine = api.from_pretrained(config=config)
     recorded, held_gib = held_memory.recorded_passes(args.passes), {}

@@ -13,7 +13,7 @@ from benchmarks.replaced import replaced
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.sequence_parallel import SequenceParallelRunner
 from ds_ring.parallel.topology import Axis
-from ds_ring.transport.base import Message, Pending, T, Transport
+from ds_ring.transport.base import Message, Pending, Transport
 from ds_ring.transport.mesh import Mesh
 
 
@@ -68,8 +68,8 @@ class WrappedTransport(Transport):
     def send_buffer(self, shape: Sequence[int], like: Tensor) -> Tensor:
         return self.inner.send_buffer(shape, like)
 
-    def all_gather_objects(self, value: T) -> list[T]:
-        return self.inner.all_gather_objects(value)
+    def _all_gather_bytes(self, data: bytes) -> list[bytes]:
+        return self.inner._all_gather_bytes(data)
 
     def barrier(self) -> None:
         self.inner.barrier()

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 import ds_ring
 from benchmarks.kernels.attention_timing import Timed, stopwatch, sustain
@@ -32,6 +32,7 @@ from benchmarks.kernels.compiled_layers import Compilations, compile_layers, for
 from benchmarks.layouts.gpu_telemetry import watched_gpu
 from ds_ring.engine.batch import Batch, pack
 from ds_ring.engine.engine import Engine
+from ds_ring.hf.build import build
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.utils.device import release_memory, synchronize
 
@@ -108,7 +109,7 @@ def run(
 def random_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Made on ``device``, with biases and norms that do something."""
     with torch.device(device), torch.no_grad():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model: PreTrainedModel = build(config, dtype)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))

@@ -14,13 +14,14 @@ alone are scaled by the number of sequences.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.communication.engines import muted
 from benchmarks.layouts import parity
@@ -28,8 +29,10 @@ from benchmarks.layouts.gpu_telemetry import watched_gpu
 from benchmarks.layouts.profile_trace import trace_step
 from benchmarks.layouts.timing import Timing, count_bytes, time_passes
 from ds_ring.config import Mode, RunConfig
+from ds_ring.engine import nan_check
 from ds_ring.engine.batch import Batch, pack
 from ds_ring.engine.engine import Engine
+from ds_ring.engine.model_runner import Shard
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.hf.flops import layer_parameters
@@ -145,14 +148,15 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     warmup_batch = batch.split(range(warmup_sequences(engine.run_config)))
     scale = len(batch.sequences) / len(warmup_batch.sequences)
 
+    last: Sequence[Shard | Tensor | None] = []
+
     def step(taken: Batch = batch) -> None:
-        if mode == "full":
-            engine.prefill(taken, "last")
-        else:
-            engine.prefill_only(taken)
+        nonlocal last
+        last = engine.prefill(taken, "last") if mode == "full" else engine.prefill_only(taken)
 
     report(f"{label}: count bytes")
     bytes_sent, journal = count_bytes(engine, lambda: step(warmup_batch))
+    nan_check.require(engine.runner, all(map(_finite, last)), lambda: step(warmup_batch))
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
 
@@ -163,6 +167,7 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     report(f"{label}: {how.repeats} timed passes{sustained}")
     with watched_gpu(engine.device) as gpu:
         timing = time_passes(engine, step, how.repeats, how.sustain_s)
+    nan_check.require(engine.runner, all(map(_finite, last)), step)
     # GPUs with equal power limits have unequal clocks, and all wait for the slowest.
     clocks = [clock for clock in engine.gather(gpu.get("sm_clock_mhz")) if clock is not None]
     figures = _of_a_pass(gpu, timing) | ({"sm_clock_mhz_by_rank": _each(clocks)} if clocks else {})
@@ -186,6 +191,10 @@ def _measure_length(engine: Engine, batch: Batch, mode: Mode, report: Report) ->
     figures |= {f"muted_{name}": x for name, x in _of_a_pass(muted_gpu, without_comm).items()}
     alone = Timing([scale * s for s in alone.samples_s])
     return _Measured(bytes_sent * scale, peak_memory_gib, timing, without_comm, alone, figures)
+
+
+def _finite(result: Shard | Tensor | None) -> bool:
+    return nan_check.finite_shard(result) if isinstance(result, Shard) else nan_check.all_finite(result)
 
 
 def _each(values: Iterable[float]) -> str:

@@ -18,11 +18,11 @@ from benchmarks.layouts import checkpoint
 from benchmarks.layouts.length_search import Attempt, search
 from benchmarks.layouts.timing import time_passes
 from ds_ring.config import RunConfig
+from ds_ring.engine import nan_check
 from ds_ring.engine.batch import pack
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import Shard
-from ds_ring.engine.nan_check import all_finite
-from ds_ring.errors import ConfigError, DsRingError, NumericsError, OutOfMemory
+from ds_ring.errors import ConfigError, DsRingError, OutOfMemory
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.planning.validation import check_run
 from ds_ring.process import launcher
@@ -116,7 +116,6 @@ def attempt_here(engine: Engine, memory_limit_gib: float | None) -> Attempt:
         torch.cuda.reset_peak_memory_stats(device)
     shards: list[Shard] = []
     timing = time_passes(engine, lambda: shards.extend(engine.prefill(whole, "last")), 1)
-    if not all(all_finite(shard.logits_BkV) for shard in shards):
-        raise NumericsError(f"logits after {length} tokens are not finite")
+    nan_check.require(engine.runner, all(map(nan_check.finite_shard, shards)), lambda: engine.prefill(whole, "last"))
     held = tuple(engine.gather(engine.runner.peak_memory_gib))
     return Attempt(length, timing.median_s, held, memory_gib(device, memory_limit_gib), device_name(device))

@@ -21,10 +21,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ds_ring.cli import options
+from ds_ring.engine import nan_check
 from ds_ring.engine.batch import pack
 from ds_ring.engine.connect import local_device
 from ds_ring.engine.engine import Engine
-from ds_ring.errors import ConfigError
+from ds_ring.errors import ConfigError, NumericsError
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import read_config
@@ -66,7 +67,11 @@ def load_reference(checkpoint: str, dtype: torch.dtype, device: torch.device) ->
 
 
 def write_reference(model: PreTrainedModel, input_ids_BL: Tensor, path: str | Path) -> None:
-    """Write the unsharded model's final hidden states [B, L, d] and logits, and their tokens, to ``path``."""
+    """Write the unsharded model's final hidden states [B, L, d] and logits, and their tokens, to ``path``.
+
+    Raises:
+        NumericsError: some are not finite, so that nothing can be compared with them.
+    """
     every = input_ids_BL.shape[1] * model.config.get_text_config().vocab_size <= ALL_LOGITS_LIMIT
     hidden, logits = [], []
     with torch.inference_mode(), Decoder.of(model).captured_hidden() as found:
@@ -74,6 +79,8 @@ def write_reference(model: PreTrainedModel, input_ids_BL: Tensor, path: str | Pa
             out = model(input_ids=ids_L[None].to(model.device), use_cache=False, logits_to_keep=0 if every else 1)
             hidden.append(found.pop().cpu())
             logits.append(out.logits.cpu())
+            if not nan_check.all_finite(hidden[-1], logits[-1]):
+                raise NumericsError(f"the unsharded model gave NaN or infinity; {nan_check.CHECK}")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file({"input_ids": input_ids_BL, "hidden": torch.cat(hidden), "logits": torch.cat(logits)}, path)
 
@@ -88,12 +95,19 @@ def compare(engine: Engine, path: str | Path) -> Difference:
     """Run the reference's sequences through ``engine``. Collective; every rank gets the same result.
 
     Every rank compares what it holds: hidden states of its tokens, and logits where it has them.
+
+    Raises:
+        NumericsError: the engine gave NaN or infinity.
     """
     tally = _Tally()
     with safe_open(path, framework="pt") as file:
         batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
         every = file.get_slice("logits").get_shape()[1] == batch.length
-        for shard in engine.prefill(batch, "all" if every else "last", want_hidden=True):
+        for shard in nan_check.checked(
+            engine.runner,
+            lambda: engine.prefill(batch, "all" if every else "last", want_hidden=True),
+            nan_check.finite_shard,
+        ):
             own, hidden = shard.batch.sequences, shard.hidden_BTd is not None
             if shard.hidden_BTd is not None:
                 real = shard.positions_T < batch.length
@@ -113,7 +127,7 @@ def compare_last(engine: Engine, path: str | Path) -> Difference:
         batch, _ = pack(file.get_tensor("input_ids"), None, None, engine.runner.dims)
         logits, first = file.get_slice("logits"), engine.runner.sequences_of_replica(len(batch.sequences)).start
         last = logits.get_shape()[1] - 1
-        for part_BV in engine.prefill_only(batch):
+        for part_BV in nan_check.checked(engine.runner, lambda: engine.prefill_only(batch), nan_check.all_finite):
             if part_BV is not None:
                 tally.add(part_BV, logits[first : first + len(part_BV)][:, last])
                 first += len(part_BV)
@@ -135,8 +149,6 @@ class _Tally:
         self._worst = max(self._worst, float((difference / size).max().sqrt()))
         if not worst_only:
             self._squares += torch.stack((difference.sum(), size.sum()))
-        if not torch.isfinite(difference).all():
-            self._worst = float("inf")
 
     def of_all_ranks(self, engine: Engine) -> Difference:
         everyone = engine.gather((self._squares.tolist(), self._worst))

@@ -10,53 +10,61 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from benchmarks.models.tiny_models import SEED, SIZES, architectures, tiny_config, tiny_model
+from benchmarks.models import trials
+from benchmarks.models.tiny_models import SIZES, architectures, ropes_of, tiny_config, tiny_model
 from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.engine.connect import connect
 from ds_ring.errors import InputError, UserError
+from ds_ring.hf.dims import read_config
 from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.base import Transport
 
-LENGTH = 75
 TOLERANCE = 1e-4
 """On the worst token's relative error, fp32. A token at a wrong position gives errors near 1."""
+WITHOUT_CACHE = "equal to transformers' own without its cache"
+"""Where transformers' generation with its cache is at odds with its forward."""
 TIE = 1e-3
 """If the two best logits are nearer than this, sums in another order may prefer either."""
 
 
 def check(config: RunConfig, names: list[str], new_tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Check every model type of ``names``, or all if there are none. Collective.
+    """Check every model type of ``names``, or all if there are none; rotary ones also with the kinds of RoPE that
+    depend on the length. Collective.
 
     Returns:
-        ``{"layout", …, "rows": [{model_type, class, outcome, detail, max_rel_error, same_tokens}]}``.
+        ``{"layout", …, "rows": [{model_type, class, rope, outcome, detail, max_rel_error, same_tokens}]}``.
 
     Raises:
         InputError: an unknown name, or more tokens than the small models have positions for.
     """
-    room = SIZES["max_position_embeddings"] - LENGTH
+    room = SIZES["max_position_embeddings"] - trials.LENGTH
     if not 0 < new_tokens <= room:
         raise InputError(f"new_tokens={new_tokens} must be from 1 to {room}")
     known = architectures()
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"transformers has no causal LM of type {', '.join(unknown)}")
     everyone = connect(config)["world"]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in names or known:
-        rows.append(_row(name, config, new_tokens, everyone))
-        say(f"{name}: {rows[-1]['outcome']} {rows[-1]['detail']}")
-    return {"layout": config.topology.label(), "length": LENGTH, "new_tokens": new_tokens, "rows": rows}
+        for kind in ("", *ropes_of(name)):
+            if kind and WITHOUT_CACHE in rows[-1]["detail"]:
+                break  # nothing to hold a longer text's cached keys against
+            rows.append(_row(name, kind, config, new_tokens if not kind else trials.FEW, everyone))
+            say(f"{name} {kind}: {rows[-1]['outcome']} {rows[-1]['detail']}")
+    return {"layout": config.topology.label(), "length": trials.LENGTH, "new_tokens": new_tokens, "rows": rows}
 
 
-def _row(model_type: str, config: RunConfig, new_tokens: int, everyone: Transport) -> dict[str, Any]:
+def _row(model_type: str, kind: str, config: RunConfig, new_tokens: int, everyone: Transport) -> dict[str, Any]:
     row: dict[str, Any] = {"model_type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
+    row |= {"rope": kind} if kind else {}
     with _shared_folder(everyone) as folder:
         try:
             if everyone.rank == 0:
-                tiny_model(tiny_config(model_type)).save_pretrained(folder)
+                tiny_model(tiny_config(model_type, kind)).save_pretrained(folder)
             problem = None
         except Exception as error:  # configs and models raise errors of any kind for sizes that they cannot have
             problem = _first_line(error)
@@ -65,62 +73,71 @@ def _row(model_type: str, config: RunConfig, new_tokens: int, everyone: Transpor
             problem = everyone.all_gather_objects(problem)[0]
         if problem is None:
             try:
-                want, tokens, margins = _unsharded(folder, new_tokens)
+                want = trials.of_unsharded(_load(folder), new_tokens)
             except Exception as error:
                 problem = _first_line(error)
         if problem is not None:
             return {**row, "outcome": "not tried", "detail": problem}
         try:
-            got, new = _sharded(folder, config, new_tokens)
+            got = trials.of_sharded(api.from_pretrained(folder, config=_with_room(config, folder)), new_tokens)
         except UserError as error:
             return {**row, "outcome": "refused", "detail": str(error)}
         except Exception as error:
             return {**row, "outcome": "failed", "detail": _first_line(error)}
-        uncached = tokens if torch.equal(new, tokens) else _unsharded(folder, new_tokens, use_cache=False)[1]
-    difference = float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
-    same = int((new == tokens).long().cumprod(1).sum()) - LENGTH
-    detail = ""
-    if same < new_tokens:
-        detail = f"token {same + 1} differs, where the best two logits are {margins[same]:.1e} apart"
-        if torch.equal(new, uncached):
-            detail += "; all equal transformers' own without its cache"
-    works = difference < TOLERANCE and (torch.equal(new, uncached) or margins[same] < TIE)
+        details = [_differing(name, got, want) for name in want.generated]
+        if any(details):
+            uncached = trials.of_unsharded(_load(folder), new_tokens, use_cache=False)
+    errors = [_worst(*pair) for pair in zip(got.logits, want.logits, strict=True)]
+    errors += [_relative(*pair) for pair in zip(got.scores, want.scores, strict=True)]
+    works = max(errors) < TOLERANCE
+    for name, detail in zip(want.generated, tuple(details), strict=True):
+        if detail and not _differing(name, got, uncached):
+            details.append(WITHOUT_CACHE)
+        elif detail:
+            at = _same_tokens(name, got, want)
+            works = works and want.generated[name].margins[at] < TIE
     return {
-        **row, "outcome": "works" if works else "differs", "detail": detail, "max_rel_error": difference,
-        "same_tokens": same,
+        **row, "outcome": "works" if works else "differs", "detail": "; ".join(dict.fromkeys(filter(None, details))),
+        "max_rel_error": max(errors), "same_tokens": _same_tokens("", got, want),
     }  # fmt: skip
 
 
-def _prompt() -> Tensor:
-    return torch.randint(3, SIZES["vocab_size"], (1, LENGTH), generator=torch.Generator().manual_seed(SEED))
+def _with_room(config: RunConfig, folder: Path) -> RunConfig:
+    """``config`` with enough sequences in a batch for all lengths of the model."""
+    return RunConfig.load(config, batch_size=len(trials.lengths(read_config(folder))))
 
 
-def _options(new_tokens: int) -> dict[str, Any]:
-    return {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-
-
-def _unsharded(folder: Path, new_tokens: int, use_cache: bool = True) -> tuple[Tensor, Tensor, list[float]]:
-    """(logits, greedy tokens, the distance of each step's two best logits), on the CPU."""
+def _load(folder: Path) -> PreTrainedModel:
     # Eager, because older releases silently drop soft-capping under SDPA.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    ids = _prompt()
-    with torch.no_grad():
-        logits = model(ids, use_cache=False).logits
-        found = model.generate(
-            ids, attention_mask=torch.ones_like(ids), use_cache=use_cache, return_dict_in_generate=True,
-            output_logits=True, **_options(new_tokens),
-        )  # fmt: skip
-    best_two = torch.cat(found.logits).topk(2).values
-    return logits, found.sequences, (best_two[:, 0] - best_two[:, 1]).tolist()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
 
 
-def _sharded(folder: Path, config: RunConfig, new_tokens: int) -> tuple[Tensor, Tensor]:
-    engine, ids = api.from_pretrained(folder, config=config), _prompt()
-    logits = engine(ids).logits
-    assert logits is not None
-    tokens = engine.generate(ids, torch.ones_like(ids), **_options(new_tokens))
-    assert isinstance(tokens, Tensor)
-    return logits.cpu(), tokens.cpu()
+def _same_tokens(name: str, got: trials.Answers, want: trials.Answers) -> int:
+    """How many new tokens of a generation are the same before the first that differs."""
+    own, other = got.generated[name].tokens, want.generated[name].tokens
+    given = other.shape[1] - len(want.generated[name].margins)
+    return int((own == other).long().cumprod(1).sum()) - given
+
+
+def _differing(name: str, got: trials.Answers, want: trials.Answers) -> str:
+    """Which token of a generation differs, and how near the two best logits are there; empty where none does."""
+    margins, same = want.generated[name].margins, _same_tokens(name, got, want)
+    if same == len(margins):
+        return ""
+    where = f" {name}" if name else ""
+    return f"token {same + 1}{where} differs, where the best two logits are {margins[same]:.1e} apart"
+
+
+def _worst(got: Tensor, want: Tensor) -> float:
+    """The relative error of the worst token."""
+    return float(((got - want).norm(dim=-1) / want.norm(dim=-1)).max())
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
 
 
 @contextmanager

@@ -32,13 +32,17 @@ def text(documents: Sequence[Document]) -> str:
     models: dict[tuple[str, str], Found] = {}
     for document in documents:
         for row in document["rows"]:
-            models.setdefault((row["model_type"], row["class"]), {})[document["layout"]] = row
+            name = " ".join([row["model_type"], *([f"({row['rope']})"] if "rope" in row else [])])
+            models.setdefault((name, row["class"]), {})[document["layout"]] = row
     layouts = ", ".join(document["layout"] for document in documents)
     lines = [
         "# transformers' causal LMs, sharded",
         "",
-        f"Each in small with random weights, fp32, on {layouts}: logits of {first['length']} tokens and "
-        f"{first['new_tokens']} greedy tokens after them, against the unsharded model.",
+        f"Each in small with random weights, fp32, on {layouts}, against the unsharded model: logits and scores of "
+        f"{first['length']} tokens and of texts on both sides of every length at which the model changes (windows, "
+        f"rotary frequencies), alone and in one batch; {first['new_tokens']} greedy tokens, and a few after a prompt "
+        "in chunks and in a second turn. Rotary models also with LongRoPE and dynamic NTK scaling, whose frequencies "
+        "depend on the length.",
     ]
     for section, meaning in SECTIONS.items():
         cells = [[*name, _last(section, found)] for name, found in models.items() if _section(found) == section]

@@ -4,7 +4,6 @@ answers."""
 # Shapes: L tokens, V vocabulary.
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ds_ring import api
 from ds_ring.cli.prompts import tokens_of
 from ds_ring.config import RunConfig
 from ds_ring.engine.connect import local_device
 from ds_ring.engine.engine import Engine
+from ds_ring.engine.scoring import perplexity
 from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.loading import load_model
 from ds_ring.utils.corpus import load_tokenizer, token_stream
 from ds_ring.utils.device import device_name, release_memory
 
@@ -40,12 +41,12 @@ def check(config: RunConfig, new_tokens: int, say: Callable[[str], None]) -> dic
         fp32 (``fp32_``); ``equal_tokens``, of how many, up to the first difference of each answer.
     """
     path, device, tokenizer = config.checkpoint, local_device(), load_tokenizer(config.checkpoint)
-    ids_1L = token_stream(path, config.benchmark.text)[None, : config.workload.max_length]
+    ids_1L = token_stream(path, config.benchmark.text, special_tokens=True)[None, : config.workload.max_length]
     prompts = [tokens_of(tokenizer, question, raw=False) for question in QUESTIONS]
     references: dict[str, dict[str, Any]] = {}
     for name, dtype in (("reference", torch_dtype(config.dtype)), ("fp32", torch.float32)):
         say(f"transformers in {dtype}: {ids_1L.shape[1]:,} tokens of text, {len(prompts)} questions")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
+        model = load_model(path, dtype, device)
         references[name] = _of_transformers(model, ids_1L, prompts, new_tokens)
         del model
         release_memory()
@@ -88,7 +89,7 @@ def _of_engine(engine: Engine, ids_1L: Tensor, prompts: Sequence[list[int]], new
     for prompt in prompts:
         sequences: Any = engine.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, **GREEDY)
         tokens.append(sequences[0, len(prompt) :].tolist())
-    return {"perplexity": math.exp(-float(likelihoods.double().mean())), "tokens": tokens, "score_s": score_s}
+    return {"perplexity": perplexity(-float(likelihoods.double().mean())), "tokens": tokens, "score_s": score_s}
 
 
 @torch.inference_mode()
@@ -107,7 +108,7 @@ def _of_transformers(
         options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, **GREEDY}
         sequences: Any = model.generate(ids, **options)
         tokens.append(sequences[0, len(prompt) :].tolist())
-    return {"perplexity": math.exp(nll), "tokens": tokens, "score_s": score_s}
+    return {"perplexity": perplexity(nll), "tokens": tokens, "score_s": score_s}
 
 
 def _common_start(one: Sequence[int], other: Sequence[int]) -> int:

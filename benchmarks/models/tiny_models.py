@@ -22,6 +22,8 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 """Fields that are set where a config has them."""
+SWITCH = 32
+"""The greatest length with the usual frequencies, of rotary positions that depend on the length."""
 NEVER_NONE = {"head_dim", "num_key_value_heads", "n_routed_experts", "num_experts_per_tok"}
 """Fields that are set even where their default is None, which some models can only replace from a checkpoint."""
 LATENT_ATTENTION = {
@@ -35,9 +37,42 @@ def architectures() -> list[str]:
     return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """The architecture's default config with ``SIZES``, and one layer of each kind where it has several."""
-    return _tiny(CONFIG_MAPPING[model_type])
+def tiny_config(model_type: str, rope: str = "") -> PretrainedConfig:
+    """The architecture's default config with ``SIZES``, and one layer of each kind where it has several; ``rope``: one
+    of ``ropes_of`` in place of its own kind of rotary positions."""
+    config = _tiny(CONFIG_MAPPING[model_type])
+    return _with_rope(config, rope) if rope else config
+
+
+def ropes_of(model_type: str) -> tuple[str, ...]:
+    """Kinds of rotary positions that depend on a text's length, for models that may have them."""
+    try:
+        text: Any = tiny_config(model_type).get_text_config()
+    except Exception:  # as ``check_models`` says of a type that has no small config
+        return ()
+    return ("longrope", "dynamic") if getattr(text, "rope_parameters", None) else ()
+
+
+def _with_rope(config: PretrainedConfig, kind: str) -> PretrainedConfig:
+    text: Any = config.get_text_config()
+    by_layer_type = {name: part for name, part in text.rope_parameters.items() if isinstance(part, dict)}
+    parts = list(by_layer_type.values()) or [text.rope_parameters]
+    if kind == "dynamic":
+        text.max_position_embeddings = SWITCH
+    elif hasattr(text, "original_max_position_embeddings"):
+        text.original_max_position_embeddings = SWITCH
+    for part in parts:
+        width = int(text.head_dim if getattr(text, "head_dim", None) else text.hidden_size // text.num_attention_heads)
+        # NTK scaling divides by the number of rotated elements less 2.
+        part["partial_rotary_factor"] = max(part.get("partial_rotary_factor", 1.0), 4 / width)
+        half = range(int(width * part["partial_rotary_factor"]) // 2)
+        part |= {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": SWITCH}
+        if kind == "longrope":
+            part["short_factor"] = [1.0 + 0.05 * i for i in half]
+            part["long_factor"] = [2.0 + 3.0 * i for i in half]
+            if text.model_type == "phimoe":
+                part |= {"short_mscale": 1.1, "long_mscale": 1.3}
+    return config
 
 
 def _tiny(kind: type[PretrainedConfig]) -> PretrainedConfig:

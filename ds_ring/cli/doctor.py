@@ -17,9 +17,14 @@ from ds_ring.cli.parser import Parser, whole
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.cli import doctor_checks, findings
+    from ds_ring.errors import UserError
 
-    run = options.run_config(args) if args.config or args.model else None
-    found = doctor_checks.examine(run, args.hostfile, args.master_port)
+    run, wrong = None, []
+    try:
+        run = options.run_config(args) if args.config or args.model else None
+    except UserError as error:
+        wrong = [findings.Finding("configuration", "problem", str(error))]
+    found = [*doctor_checks.examine(run, args.hostfile, args.master_port), *wrong]
     findings.show(found)
     document = findings.document(found)
     if document["problems"]:

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ds_ring.cli.doctor_checkpoint import checkpoint_findings
 from ds_ring.cli.findings import Finding
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UserError
-from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.dims import model_dims, read_config
 from ds_ring.kernels import triton_attention
 from ds_ring.kernels.jit import unavailable
@@ -135,14 +135,11 @@ def configuration(run: RunConfig, slots: int | None) -> Iterator[Finding]:
 
     ``slots``: how many ranks can be started. None: any number, on CPUs.
     """
-    try:
-        path = run.checkpoint
-        Checkpoint.open(path)
-        dims = model_dims(read_config(path))
-    except UserError as error:
-        yield Finding("checkpoint", "problem", str(error))
+    found = list(checkpoint_findings(run))
+    yield from found
+    if any(finding.outcome == "problem" for finding in found):
         return
-    yield Finding("checkpoint", "ok", f"{path}: {dims.model_type}, {dims.num_layers} layers")
+    dims = model_dims(read_config(run.checkpoint))
     if run.parallel.auto:
         return
     wanted = run.topology.world_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,10 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ds_ring.cli.tokenizing import plain, tokenized
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
+from ds_ring.engine.scoring import perplexity
 from ds_ring.errors import InputError
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.dims import model_dims, read_config
@@ -23,8 +24,11 @@ Document = tuple[str, list[int]]
 """(file, its token ids)"""
 
 
-def read(config: RunConfig, files: Sequence[str]) -> list[Document]:
+def read(config: RunConfig, files: Sequence[str], special_tokens: bool = True) -> list[Document]:
     """Every file with its tokens, in order.
+
+    Args:
+        special_tokens: with those that the tokenizer adds by itself: what transformers' ``tokenizer(text)`` gives.
 
     Raises:
         InputError: no file, fewer than two tokens (nothing to predict), or more than ``max_length`` where that is
@@ -35,14 +39,19 @@ def read(config: RunConfig, files: Sequence[str]) -> list[Document]:
         raise InputError("no documents: give --text FILE…")
     Checkpoint.open(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint)
-    documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in read_text(files)]
     name, limit, advice = _limit(config)
-    for file, tokens in zip(files, documents, strict=True):
+    documents = list[Document]()
+    for file, text in zip(files, read_text(files), strict=True):
+
+        def check(count: int, file: str = file) -> None:
+            if limit is not None and count > limit:
+                raise InputError(f"{file} has {count} tokens, more than {name}={limit}{advice}")
+
+        tokens = tokenized(plain(tokenizer, special_tokens), text, file, check)
         if len(tokens) < 2:
             raise InputError(f"{file} has {len(tokens)} token(s); at least 2 are needed to predict one from another")
-        if limit is not None and len(tokens) > limit:
-            raise InputError(f"{file} has {len(tokens)} tokens, more than {name}={limit}{advice}")
-    return list(zip(files, documents, strict=True))
+        documents.append((file, tokens))
+    return documents
 
 
 def _limit(config: RunConfig) -> tuple[str, int | None, str]:
@@ -65,7 +74,7 @@ def score(engine: Engine, documents: list[Document], show_progress: bool) -> dic
     Returns:
         ``{"layout", "documents": [{file, tokens, nll, perplexity, log_likelihood}]}``, in the order of ``documents``.
         ``nll`` is the mean negative log-likelihood in nats of a document's tokens after its first, ``perplexity`` its
-        exponential, ``log_likelihood`` the sum.
+        exponential, None where that is above the largest number (nll > 709.7), ``log_likelihood`` the sum.
     """
     replicas = engine.mesh.topology.dp
     at_a_time = replicas * engine.run_config.workload.micro_batch_size
@@ -96,6 +105,5 @@ def entry(file: str, scores: Tensor) -> dict[str, Any]:
     """A document's result from the log-likelihoods of its tokens after the first."""
     total = float(scores.double().sum())
     nll = -total / len(scores)
-    perplexity = math.exp(nll) if nll < 700 else math.inf
-    found = {"file": file, "tokens": len(scores) + 1, "nll": nll, "perplexity": perplexity}
+    found = {"file": file, "tokens": len(scores) + 1, "nll": nll, "perplexity": perplexity(nll)}
     return {**found, "log_likelihood": total}

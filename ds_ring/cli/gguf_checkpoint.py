@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ds_ring.errors import CheckpointError, in_one_line
 from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.build import ATTENTION, build
 
 
 def convert(file: str | Path, directory: str | Path, *, dtype: str) -> int:
@@ -19,13 +20,15 @@ def convert(file: str | Path, directory: str | Path, *, dtype: str) -> int:
     folder, name = Path(file).parent, Path(file).name
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
-        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, local_files_only=True)
+        read = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=name, local_files_only=True, attn_implementation=ATTENTION
+        )
     except Exception as error:  # a file of another form, or an architecture that transformers does not convert
         raise CheckpointError(f"{file} cannot be read as GGUF: {in_one_line(error)}") from None
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # weights are plain numbers by now
-    model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
+    model = build(config, torch_dtype(dtype))
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.generation_config = read.generation_config

@@ -32,6 +32,7 @@ from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
 from ds_ring.process.outcome import DONE, NO_MEMORY, NO_OUTPUT, NO_STDOUT, OURS, USERS, is_supervised, tell
 from ds_ring.process.parent_watch import end_with_launcher
 from ds_ring.utils import strict_json
+from ds_ring.utils.checkpoint_dtype import AUTO
 from ds_ring.utils.plain_text import one_line
 from ds_ring.utils.results import COMPLETE, write_complete
 from ds_ring.utils.streams import prepare_streams, print_result
@@ -62,7 +63,9 @@ def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) ->
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     group = parser.add_argument_group("overrides of the configuration file")
     group.add_argument("--tp-size", type=whole(1), metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
-    group.add_argument("--dtype", choices=get_args(DType), help="weights and activations [the checkpoint's]")
+    group.add_argument(
+        "--dtype", choices=(*get_args(DType), AUTO), help="weights and activations [auto: the checkpoint's]"
+    )
     any_field = "any other field of the engine's, see docs/configuration.md"
     group.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=any_field)
     for name in names:
@@ -282,10 +285,12 @@ def leave(code: int) -> None:
     if code == 0 and "ds_ring.engine.connect" in sys.modules:
         from deepspeed import comm
 
+        from ds_ring.process import heartbeat
         from ds_ring.process.watchdog import process_watchdog
 
         if comm.is_initialized():
             with process_watchdog.watch("leaving"):
                 comm.barrier()
+                heartbeat.stop()
                 comm.destroy_process_group()
     os._exit(code)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_ring.cli.tokenizing import plain, tokenized
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError, in_one_line
 from ds_ring.hf.checkpoint import Checkpoint
@@ -17,25 +18,34 @@ from ds_ring.utils.corpus import load_tokenizer, read_text
 
 
 def read(
-    config: RunConfig, texts: Sequence[str], files: Sequence[str], *, raw: bool = False
+    config: RunConfig, texts: Sequence[str], files: Sequence[str], max_new_tokens: int, *, raw: bool = False
 ) -> tuple[Any, list[list[int]]]:
-    """(tokenizer, token ids of each of ``texts`` and then of each of ``files``).
+    """(tokenizer, token ids of each of ``texts`` and then of each of ``files``). Reads no weights.
 
     Each is a message of a user in the tokenizer's chat template, where it has one and ``raw`` is not set.
 
     Raises:
-        InputError: no prompt, an empty one, or a file that cannot be read. CheckpointError: no checkpoint, or no
-            tokenizer in it.
+        InputError: no prompt, an empty one, one for which the model has too few positions, or a file that cannot be
+            read. CheckpointError: no checkpoint, or no tokenizer in it.
     """
+    names = [*(f"prompt {number}" for number in range(1, len(texts) + 1)), *files]
     texts = [*texts, *read_text(files)]
     if not texts:
         raise InputError("no prompt: give --prompt TEXT… or --prompt-file FILE…")
     Checkpoint.open(config.checkpoint)
     tokenizer = load_tokenizer(config.checkpoint)
-    prompts = [tokens_of(tokenizer, text, raw=raw) for text in texts]
-    for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
-        if not text.strip() or not prompt:  # a tokenizer may put a token of its own even before an empty text
-            raise InputError(f"prompt {number + 1} of {len(prompts)} is empty")
+    dims, prompts = model_dims(read_config(config.checkpoint)), list[list[int]]()
+    for number, (name, text) in enumerate(zip(names, texts, strict=True)):
+        prompts.append(
+            tokenized(
+                lambda part: tokens_of(tokenizer, part, raw=raw),
+                text,
+                name,
+                lambda count: check_positions(count, max_new_tokens, dims),
+            )
+        )
+        if not text.strip() or not prompts[-1]:  # a tokenizer may put a token of its own even before an empty text
+            raise InputError(f"prompt {number + 1} of {len(texts)} is empty")
     return tokenizer, prompts
 
 
@@ -44,7 +54,7 @@ def tokens_of(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
     ``raw``."""
     found: Any
     if raw or not tokenizer.chat_template:
-        found = tokenizer(text, verbose=False)["input_ids"]
+        found = plain(tokenizer)(text)
     else:
         messages = [{"role": "user", "content": text}]
         try:
@@ -54,11 +64,6 @@ def tokens_of(tokenizer: Any, text: str, *, raw: bool) -> list[int]:
                 f"the tokenizer's chat template fails: {in_one_line(error)}; --raw leaves it out"
             ) from None
     return list(found)
-
-
-def check_lengths(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise InputError where the model has too few positions. Reads no weights."""
-    check_positions(max(map(len, prompts)), max_new_tokens, model_dims(read_config(config.checkpoint)))
 
 
 def sized(config: RunConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> RunConfig:

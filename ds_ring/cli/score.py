@@ -31,7 +31,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.cli import documents
     from ds_ring.utils import results
 
-    texts = documents.read(config, args.documents)
+    texts = documents.read(config, args.documents, special_tokens=not args.no_special_tokens)
     config = api.with_planned_degrees(documents.sized(config, texts))
     engine = api.from_pretrained(config=config)
     scores = documents.score(engine, texts, show_progress=options.is_first_rank())
@@ -42,6 +42,8 @@ def make_parser() -> Parser:
     parser = options.run_parser(__doc__, (*options.USUAL, "max_length"))
     text = "documents, UTF-8 text"
     parser.add_argument("--text", nargs="+", action="extend", dest="documents", default=[], metavar="FILE", help=text)
+    without = "leave out the special tokens that the tokenizer adds, such as one that begins every text"
+    parser.add_argument("--no-special-tokens", action="store_true", help=without)
     return parser
 
 

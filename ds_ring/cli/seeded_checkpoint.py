@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ds_ring.errors import ConfigError
 from ds_ring.hf.attention import torch_dtype
+from ds_ring.hf.build import build
 from ds_ring.hf.dims import read_config
 
 END_OF_TEXT = "<|endoftext|>"
@@ -23,7 +24,8 @@ def make_checkpoint(config_file: str | Path, directory: str | Path, *, seed: int
     The same seed gives the same weights on the same kind of device.
 
     Raises:
-        CheckpointError: a config that cannot be read. ConfigError: a vocabulary smaller than ``VOCABULARY``.
+        CheckpointError: a config that cannot be read, or of which no model can be made.
+        ConfigError: a vocabulary smaller than ``VOCABULARY``.
     """
     config = read_config(config_file)
     vocab_size = config.get_text_config().vocab_size
@@ -31,7 +33,7 @@ def make_checkpoint(config_file: str | Path, directory: str | Path, *, seed: int
         raise ConfigError(f"vocab_size={vocab_size} is too small for bytes; it must be at least {VOCABULARY}")
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype))
+        model = build(config, torch_dtype(dtype))
     model.save_pretrained(directory, max_shard_size="2GB")
     byte_tokenizer().save_pretrained(directory)
     return sum(p.numel() for p in model.parameters())

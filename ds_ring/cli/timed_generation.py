@@ -7,13 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, StopStringCriteria
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ds_ring.cli.generation_clock import GenerationClock, StderrText
 from ds_ring.cli.prompts import left_padded
 from ds_ring.cli.sampling import Sampling
+from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
+from ds_ring.engine.generate_args import check_before_loading
 from ds_ring.engine.model_runner import CachedRunner
+from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
+from ds_ring.hf.dims import read_config
+from ds_ring.hf.generation_fields import problem
+from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.utils.device import device_name
 
 
@@ -42,8 +51,8 @@ def generate(
     """
     topology = engine.mesh.topology
     assert isinstance(engine.runner, CachedRunner)
-    ends = _ids(engine.model.generation_config.eos_token_id) or _ids(tokenizer.eos_token_id)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    options = _options(engine.model.generation_config, engine.config, tokenizer, max_new_tokens, sampling)
+    ends, pad_id = set(options["eos_token_id"] or ()), options["pad_token_id"]
     # A replica without a prompt of its own repeats the first; its results are dropped.
     ids, mask = left_padded(prompts + prompts[:1] * (topology.dp - len(prompts)), pad_id)
     text = StderrText(tokenizer) if stream and len(ids) == 1 else None
@@ -55,13 +64,16 @@ def generate(
     engine.meet()
     clock.start()
     found: Any = engine.generate(
-        ids, mask, max_new_tokens=max_new_tokens, pad_token_id=pad_id, eos_token_id=sorted(ends) or None,
-        streamer=clock, progress=clock.prefilled, return_dict_in_generate=True, **sampling.options(),
-    )  # fmt: skip
+        ids, mask, streamer=clock, progress=clock.prefilled, return_dict_in_generate=True, **options
+    )
     engine.settle()
     total_s = time.perf_counter() - clock.started
     new = found.sequences[: len(prompts), ids.shape[1] :].tolist()
-    completions = [_completion(tokenizer, prompt, tokens, ends) for prompt, tokens in zip(prompts, new, strict=True)]
+    stopped = _stopped(tokenizer, engine.model.generation_config.stop_strings, found.sequences, ids.shape[1])
+    completions = [
+        _completion(tokenizer, prompt, tokens[:end], ends)
+        for prompt, tokens, end in zip(prompts, new, stopped, strict=False)
+    ]
     new_tokens, steps = sum(len(c["token_ids"]) for c in completions), len(new[0])
     assert isinstance(found.past_key_values, ShardedCache)
     cache_bytes = found.past_key_values.memory_bytes()
@@ -100,7 +112,48 @@ def _completion(tokenizer: Any, prompt: list[int], new: list[int], ends: set[int
     return {"prompt_tokens": len(prompt), "token_ids": new[:length], "text": text}
 
 
-def _ids(value: int | list[int] | None) -> set[int]:
+def _stopped(tokenizer: Any, strings: str | list[str] | None, sequences: Tensor, prompt: int) -> list[int]:
+    """How many new tokens of each sequence come before it is filled up behind a stop string, that string's included."""
+    rows, columns = sequences.shape
+    ends = [columns - prompt] * rows
+    if strings is not None:
+        stop = StopStringCriteria(tokenizer, strings)
+        for end in range(columns, prompt, -1):
+            found = stop(sequences[:, :end].cpu(), None).tolist()
+            ends = [end - prompt if hit else before for hit, before in zip(found, ends, strict=True)]
+    return ends
+
+
+def _options(
+    checkpoint: GenerationConfig, config: PretrainedConfig, tokenizer: Any, max_new_tokens: int, sampling: Sampling
+) -> dict[str, Any]:
+    """Arguments for ``Engine.generate``. What ends a text, and what fills it up then, is the checkpoint's, else the
+    tokenizer's."""
+    ends = _ids(checkpoint.eos_token_id) or _ids(tokenizer.eos_token_id)
+    # A tokenizer may have a padding token that the model does not have.
+    vocabulary = range(config.get_text_config().vocab_size)
+    pad_id = next(i for i in (*_ids(tokenizer.pad_token_id), *ends, 0) if i in vocabulary)
+    stop = {} if checkpoint.stop_strings is None else {"tokenizer": tokenizer}
+    chosen = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, "eos_token_id": ends or None}
+    return {**chosen, **stop, **sampling.options()}
+
+
+def check_settings(
+    run: RunConfig, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling
+) -> None:
+    """Refuse, before weights load, what the checkpoint's own settings ask for and ``generate`` does not serve.
+
+    Raises:
+        CheckpointError, InputError: with the setting and its file.
+    """
+    checkpoint, config = read_generation_config(run.checkpoint), read_config(run.checkpoint)
+    if (why := problem("eos_token_id", checkpoint.eos_token_id, sampled=False)) is not None:
+        raise InputError(f"{why} of the checkpoint's {GENERATION_CONFIG_NAME}")
+    options = _options(checkpoint, config, tokenizer, max_new_tokens, sampling)
+    check_before_loading(config, checkpoint, options, max(len(prompts), run.parallel.dp_size))
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
     if value is None:
-        return set()
-    return set(value) if isinstance(value, list) else {value}
+        return []
+    return list(value) if isinstance(value, list) else [value]

@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from ds_ring.config.run_config import DTYPE_NAMES
 from ds_ring.config.sections import BenchmarkConfig, ParallelConfig, RingConfig, Section, WorkloadConfig
 from ds_ring.utils import strict_json
+from ds_ring.utils.checkpoint_dtype import AUTO
 
 SECTIONS: dict[str, type[Section]] = {
     "parallel": ParallelConfig, "workload": WorkloadConfig, "benchmark": BenchmarkConfig,
@@ -54,7 +55,7 @@ allows them is checked before weights are read, and the error says what would be
 
 | key | default | meaning |
 | --- | --- | --- |
-| `dtype` | the checkpoint's | of weights and activations: {dtypes} |
+| `dtype` | `auto`, the checkpoint's | of weights and activations: {dtypes} |
 | `tensor_parallel`: `tp_size` | `1` | ranks that share each layer's weights, by DeepSpeed's AutoTP |
 
 Any other key is handed to `deepspeed.init_inference` as it is.
@@ -64,7 +65,7 @@ Any other key is handed to `deepspeed.init_inference` as it is.
 def text() -> str:
     """The whole page."""
     example = strict_json.dumps(EXAMPLE, indent=1, ensure_ascii=False)
-    parts = [TEXT.format(example=example, dtypes=", ".join(f"`{name}`" for name in sorted(DTYPE_NAMES)))]
+    parts = [TEXT.format(example=example, dtypes=", ".join(f"`{name}`" for name in sorted([*DTYPE_NAMES, AUTO])))]
     own = {name: field for name, field in RingConfig.model_fields.items() if name not in SECTIONS}
     parts.append(_section("Section `ds_ring`", "", own))
     for name, section in SECTIONS.items():

@@ -28,6 +28,7 @@ from ds_ring.config.sections import (
 from ds_ring.errors import ConfigError
 from ds_ring.parallel.topology import Topology
 from ds_ring.utils import strict_json
+from ds_ring.utils.checkpoint_dtype import AUTO, checkpoint_dtype
 from ds_ring.utils.hub import local_checkpoint
 
 DTYPE_NAMES: dict[str, DType] = {
@@ -54,8 +55,9 @@ class RunConfig(Section):
             overrides: any field of our section, or of its ``parallel``, ``workload`` or ``benchmark``; ``tp_size``;
                 ``dtype``; ``parallelism_config``, accelerate's. None means "as in the file".
 
-        A dtype that neither gives is the checkpoint's own, else fp32, as in transformers. In a RunConfig, too, it
-        counts as not given, so that another ``model`` brings its own.
+        A dtype that neither gives, or "auto", is the checkpoint's own, else fp32, as in transformers
+        (``utils.checkpoint_dtype``). In a RunConfig, too, it counts as not given, so that another ``model`` brings its
+        own.
 
         Raises:
             ConfigError: unreadable file, unknown key, wrong type or a value out of range.
@@ -71,7 +73,9 @@ class RunConfig(Section):
             _override(document, section, name, value)
         for place, value in strict_json.not_finite({**document, "ds_ring": section}):
             raise ConfigError(f"{place}={value} is not a finite number, as JSON has them")
-        own = None if "dtype" in document else _checkpoint_dtype(section.get("model"))
+        if document.get("dtype") == AUTO:
+            del document["dtype"]
+        own = None if "dtype" in document else checkpoint_dtype(section.get("model"))
         try:
             config = cls(ring=RingConfig.model_validate(section), deepspeed=document, checkpoint_dtype=own)
         except ValidationError as error:
@@ -119,7 +123,8 @@ class RunConfig(Section):
     def dtype(self) -> DType:
         name = str(self.deepspeed.get("dtype", self.checkpoint_dtype or "fp32"))
         if name not in DTYPE_NAMES:
-            raise ConfigError(f'dtype="{name}" is not supported; take one of fp32, fp16, bf16')
+            whose = "" if "dtype" in self.deepspeed else f"the checkpoint {self.ring.model} says "
+            raise ConfigError(f'{whose}dtype="{name}" is not supported; take one of fp32, fp16, bf16, auto')
         return DTYPE_NAMES[name]
 
     @property
@@ -221,19 +226,6 @@ def _object(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{name} must be a JSON object, not {value!r}")
     return value
-
-
-def _checkpoint_dtype(model: object) -> str | None:
-    """What the config of a checkpoint directory, or a config file, says its weights are; None where there is no such
-    file or word."""
-    if not isinstance(model, str):
-        return None
-    path = local_checkpoint(model)
-    try:
-        config = json.loads((path / "config.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-        return str(config.get("dtype") or config.get("torch_dtype") or "") or None
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None  # what is wrong with the file is said where it is read for its own sake
 
 
 def _override(document: dict[str, Any], section: dict[str, Any], name: str, value: Any) -> None:

@@ -175,6 +175,12 @@ class RingConfig(Section):
         ge=0,
         description="seconds in a call without a new communication after which a launched rank ends; 0: never",
     )
+    start_timeout_s: int = Field(
+        60,
+        ge=1,
+        description="seconds from the first rank that is ready to connect to the last; some may take longer to read "
+        "their packages",
+    )
     decode_graph: Literal["auto", "on", "off"] = Field(
         "auto",
         description="steps of a generation as CUDA graphs; auto: where the model allows, except with tp_size or "

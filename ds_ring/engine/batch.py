@@ -38,6 +38,10 @@ class Batch:
     def length(self) -> int:
         return self.ids_BL.shape[1]
 
+    def rope_lengths(self) -> tuple[int, ...]:
+        """The length of each whole sequence as its position encoding takes it: the highest position + 1."""
+        return tuple((self.position_ids_BL.max(1).values + 1).tolist())
+
     def split(self, sequences: range) -> Batch:
         """These ``sequences``, counted in this batch, cut to the longest of them."""
         chosen = slice(sequences.start, sequences.stop)

@@ -29,6 +29,7 @@ class PrefillChunk(Batch):
         starts, held: slots filled on every rank before and after.
         seen: of the slots before, the ranges in which every sequence has a token; between them none has.
         is_first: nothing is cached yet.
+        prompts: the whole of what these sequences are given, of which this is a chunk.
     """
 
     cache_positions_BL: Tensor
@@ -38,8 +39,12 @@ class PrefillChunk(Batch):
     held: tuple[int, ...]
     seen: tuple[SlotRanges, ...]
     is_first: bool
+    prompts: Batch
 
     in_order: ClassVar[bool] = True
+
+    def rope_lengths(self) -> tuple[int, ...]:
+        return self.prompts.rope_lengths()
 
     def step(self, positions_T: Tensor, device: torch.device) -> Step | None:
         beyond = max(0, int(positions_T.max()) + 1 - self.length)
@@ -100,6 +105,7 @@ def chunks(
                     held=held,
                     seen=seen,
                     is_first=is_first,
+                    prompts=micro_batch,
                 )
             )
         cache_shard.used = [s + max(slots(m.length) for m in found) for s in starts]

@@ -12,12 +12,17 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from ds_ring.config import RunConfig
+from ds_ring.engine.rendezvous import meet
 from ds_ring.errors import ConfigError
-from ds_ring.process.parent_watch import end_with_launcher
+from ds_ring.process import heartbeat
+from ds_ring.process.hosts import rank_names
+from ds_ring.process.network import MeetingPoint, one_host, use_interface
+from ds_ring.process.parent_watch import end_what_is_stopped, end_with_launcher
 from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.mesh import Mesh
 from ds_ring.transport.process_group import ProcessGroupTransport
 from ds_ring.transport.select import Location, select_transports, sharing_a_gpu
+from ds_ring.utils.code_digest import code_digest
 from ds_ring.utils.results import versions
 
 log = logging.getLogger("ds_ring")
@@ -43,6 +48,7 @@ def connect(run: RunConfig, model: dict[str, Any] | None = None) -> Mesh:
     if os.environ.get("RANK", "0") != "0":
         disable_progress_bar()  # one bar for all ranks: rank 0's
     process_watchdog.timeout_s = run.ring.timeout_s
+    end_what_is_stopped(run.ring.timeout_s)
     with process_watchdog.watch("connecting"):
         mesh = _connect(run, model or {})
     process_watchdog.activity = mesh.traffic
@@ -69,16 +75,21 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
         os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     if not deepspeed.comm.is_initialized():
         timeout = _group_timeout(run.ring.timeout_s)
-        if sharing_a_gpu():
-            # NCCL takes no two ranks on one GPU, and DeepSpeed would give each rank a GPU of its own.
-            torch.distributed.init_process_group("gloo", timeout=timeout)
+        # NCCL takes no two ranks on one GPU.
         backend = "nccl" if device.type == "cuda" and not sharing_a_gpu() else "gloo"
+        _init_process_group(backend, device, timeout, run.ring.start_timeout_s)
         deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     # Before any group is made: ranks with different degrees would wait for different ranks.
     world = range(deepspeed.comm.get_world_size())
     everyone = ProcessGroupTransport(deepspeed.comm.get_world_group(), world, deepspeed.comm.get_rank())
     packages = {f"the version of {name}": value for name, value in versions().items()}
-    everyone.agree(**run.facts(), **packages, **model)
+    if not one_host():
+        everyone.place = socket.gethostname()
+    everyone.agree(**{"the code of ds_ring": code_digest()}, **run.facts(), **packages, **model)
+    if everyone.size > 1 and "MASTER_ADDR" in os.environ:
+        address = MeetingPoint.of_launch().own_address()
+        gather = everyone.all_gather_objects
+        heartbeat.start(everyone.rank, everyone.size, rank_names(), address, run.ring.timeout_s, gather)
     locations = everyone.all_gather_objects(Location.of(device))
     if device.type == "cuda":
         _share_cores(sum(location.host == locations[everyone.rank].host for location in locations))
@@ -90,6 +101,20 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
         log.info("transport: %s", choice.describe())
     insist = run.ring.transport == "copy_engine"
     return Mesh.from_process_groups(run.topology, choice.pulled, device, insist, _messages(device))
+
+
+def _init_process_group(backend: str, device: torch.device, timeout: timedelta, start_timeout_s: int) -> None:
+    """PyTorch's default group, over one interface; DeepSpeed's own call would listen on all of them."""
+    # NCCL connects at once with a device, as it does under DeepSpeed, and later groups take over what it has.
+    options: dict[str, Any] = {"device_id": device} if backend == "nccl" and world_size() > 1 else {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent serves the store, and binds it
+        torch.distributed.init_process_group(backend, timeout=timeout, **options)
+        return
+    point = MeetingPoint.of_launch()
+    use_interface(point.own_address())
+    rank, size = int(os.environ["RANK"]), world_size()
+    store = meet(point, rank, size, start_timeout_s, timeout)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, **options)
 
 
 def _messages(device: torch.device) -> type[ProcessGroupTransport]:

@@ -13,18 +13,20 @@ from deepspeed.module_inject.auto_tp import AutoTP
 from deepspeed.module_inject.fusedqkv_utils import prepare_tp_fused_qkvw
 from deepspeed.module_inject.layers import LinearAllreduce, TensorParallel_Layer, fused_LinearLayer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_ring.attention.spec import AttentionSpec
 from ds_ring.config import RunConfig
 from ds_ring.engine.deepspeed_backend import cannot_cut, refuse_misread
-from ds_ring.errors import UnsupportedModelError, UserError, in_one_line
+from ds_ring.errors import CheckpointError, UnsupportedModelError, UserError, in_one_line
 from ds_ring.hf.attention import inject
 from ds_ring.hf.attention_context import Attend, AttentionContext
+from ds_ring.hf.build import build
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import model_dims
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
+from ds_ring.utils.model_config import file_of
 
 LENGTH = 2
 
@@ -35,13 +37,20 @@ def dry_run(config: PretrainedConfig, run: RunConfig) -> None:
 
     Raises:
         UnsupportedModelError: what the first forward would refuse or fail at, by name.
+        CheckpointError: a config of which no model can be made, or one whose layers do not fit together.
     """
-    model = _without_weights(config)
+    with torch.device("meta"):
+        model = build(config, torch.bfloat16)  # products of experts have no other on the meta device
     decoder, heads = Decoder.of(model), model_dims(config).num_heads
     # Its part in a tensor-parallel group is what the second pass is about.
     context = AttentionContext(Mesh(replace(run.topology, tp=1), 0, {}), run.parallel, heads, tile_tokens=0)
     inject(model, context)
     stopped = _forward(decoder, context, _nothing)
+    if stopped is not None and not _asks_for_numbers(stopped):
+        raise CheckpointError(
+            f"{file_of(config)}: {type(model).__name__} fails at its first forward with this config: "
+            f"{in_one_line(stopped)}"
+        )
     if run.tp_size == 1:
         return
     try:
@@ -56,19 +65,8 @@ def dry_run(config: PretrainedConfig, run: RunConfig) -> None:
         raise _uncut(model, found)
 
 
-def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # values that no layer can have end in errors of any kind
-        raise UnsupportedModelError(
-            f"transformers makes no causal LM of this {type(config).__name__}: {in_one_line(error)}"
-        ) from None
-    return model.eval()
-
-
 def _forward(decoder: Decoder, context: AttentionContext, attend: Attend) -> Exception | None:
-    """What stopped it: a model may ask the device for numbers, such as which experts are met, and there are none. What
+    """What stopped it. A model may ask the device for numbers, such as which experts are met, and there are none: what
     comes behind is left to the engine's own forwards."""
     ids_BT = torch.zeros(1, LENGTH, dtype=torch.long, device="meta")
     try:
@@ -83,6 +81,11 @@ def _forward(decoder: Decoder, context: AttentionContext, attend: Attend) -> Exc
     except Exception as error:
         return error
     return None
+
+
+def _asks_for_numbers(error: Exception) -> bool:
+    """Whether ``error`` comes of the meta device alone."""
+    return isinstance(error, NotImplementedError) or (isinstance(error, RuntimeError) and "meta" in str(error))
 
 
 def _nothing(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ from ds_ring.engine.generation import generate
 from ds_ring.engine.model_runner import NO_POSITIONS, CachedRunner, ModelRunner, Shard
 from ds_ring.engine.oom import explain_oom
 from ds_ring.errors import InputError
+from ds_ring.planning.validation import note_positions
 from ds_ring.process.watchdog import Watchdog, watched
 from ds_ring.transport.mesh import Mesh
 from ds_ring.utils.device import synchronize
@@ -94,6 +95,7 @@ class Engine:
             self.mesh["world"].agree(input_ids=f"unusable ones: {error}")
             raise
         self.mesh["world"].agree(input_ids=batch.digest())
+        note_positions(int(batch.position_ids_BL.max()) + 1, self.runner.dims)
         return batch, columns_BL
 
     def _refuse_unserved(self, options: dict[str, Any]) -> None:
@@ -219,18 +221,24 @@ class Engine:
         batch, _ = self.prepare(input_ids, attention_mask, None)
         micro_batches, mine = self.runner.micro_batches(batch)
         scores_BL = torch.zeros(len(mine), batch.length, device=self.device)
-        nothing = [NO_POSITIONS for _ in micro_batches]
-        for shard in nan_check.checked_run(self.runner, micro_batches, nothing, want_hidden=True):
-            local_BT = None
-            if shard.hidden_BTd is not None:
-                local_BT = scoring.next_token_log_likelihoods(
-                    self.runner.decoder, shard.batch, shard.positions_T, shard.hidden_BTd
-                )[:, shard.positions_T < shard.batch.length]
+        for shard, local_BT in nan_check.checked(
+            self.runner,
+            lambda: self._scored(micro_batches),
+            lambda scored: nan_check.finite_shard(scored[0]) and nan_check.all_finite(scored[1]),
+        ):
             length, start = shard.batch.length, shard.batch.sequences.start - mine.start
             whole_BL = self.runner.assemble(local_BT, shard.batch, torch.arange(length), ())
             scores_BL[start : start + len(shard.batch.sequences), :length] = whole_BL
         scores_BL = gather_replicas(scores_BL, len(batch.sequences), self.mesh["dp"])
         return [scores[: n - 1].cpu() for scores, n in zip(scores_BL, batch.lengths, strict=True)]
+
+    def _scored(self, micro_batches: list[Batch]) -> list[tuple[Shard, Tensor | None]]:
+        """One forward, and what this rank holds of the log-likelihoods, [B, T] of the tokens that are no padding."""
+        nothing = [NO_POSITIONS for _ in micro_batches]
+        return [
+            (shard, scoring.of_shard(self.runner.decoder, shard))
+            for shard in self.runner.run_micro_batches(micro_batches, nothing, want_hidden=True)
+        ]
 
     @watched
     @explain_oom

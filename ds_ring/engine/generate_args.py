@@ -4,31 +4,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, TextStreamer
-from transformers.generation import BaseStreamer, GenerationMode
+from transformers import Cache, GenerationConfig, PretrainedConfig, TextStreamer
+from transformers.generation import BaseStreamer
 
 from ds_ring.engine.batch import pack
 from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
 from ds_ring.hf.generation_adapter import GenerationAdapter
+from ds_ring.hf.generation_settings import SPREAD, Asked, admit, check_mode, check_processors
 from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.planning.validation import check_positions
+from ds_ring.transport.solo import SoloTransport
 
 DEFAULT_NEW_TOKENS = 20
 """transformers' own, where nothing says how long."""
 REFUSED = (
-    "assistant_model", "custom_generate", "negative_prompt_ids", "negative_prompt_attention_mask", "guidance_scale",
-    "prompt_lookup_num_tokens", "cache_implementation", "inputs_embeds", "position_ids", "token_type_ids",
-    "synced_gpus", "output_attentions", "output_hidden_states", "token_healing",
+    "assistant_model", "assistant_tokenizer", "custom_generate", "negative_prompt_ids",
+    "negative_prompt_attention_mask", "inputs_embeds", "position_ids", "token_type_ids", "synced_gpus",
 )  # fmt: skip
-
-
+"""Arguments of transformers' ``generate`` beside its settings, which are in ``hf/generation_fields.py``."""
 OF_GENERATE = ("stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn", "tokenizer")
-"""Arguments of transformers' ``generate`` that neither its settings nor a model's forward have."""
+"""Those of them that are served, and that a model's forward does not have."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,12 @@ def check_generate_args(
     """
     world = runner.mesh["world"]
     try:
-        settings = _settings(adapter, generation_config, options)
+        _check_ids(input_ids)
+        settings = settings_of(
+            adapter, runner.model.generation_config, generation_config, options, input_ids.cpu(), world.rank == 0
+        )
         mask_BC = _mask(adapter, settings, input_ids, attention_mask)
+        _check_padding(settings, (settings.num_return_sequences or 1) * len(mask_BC), runner.dims.vocab_size)
         cache = _cache(runner, past_key_values, mask_BC, input_ids, settings)
         max_length = _max_length(adapter, generation_config, options)
         new_tokens = _check_length(runner, mask_BC, input_ids, settings.max_new_tokens, max_length)
@@ -82,53 +88,93 @@ def check_generate_args(
         # Where only some ranks refuse, the others must hear of it rather than wait for them.
         world.agree(input_ids=f"unusable ones: {error}")
         raise
-    plain = {k: v for k, v in vars(settings).items() if isinstance(v, int | float | str | list | None)}
+    plain = {k: v if isinstance(v, int | float | str | list | None) else repr(v) for k, v in vars(settings).items()}
     prefill_chunk = adapter.prefill_chunk_size or runner.run_config.workload.prefill_chunk
     plain |= {"max_new_tokens": new_tokens, "prefill_chunk_size": prefill_chunk}
     world.agree(input_ids=digest, **{f"generate's {name}": value for name, value in plain.items()})
     return GenerateArgs(settings, mask_BC, cache, new_tokens, prefill_chunk)
 
 
-def _settings(
-    adapter: GenerationAdapter, generation_config: GenerationConfig | None, options: dict[str, Any]
+def settings_of(
+    adapter: GenerationAdapter,
+    checkpoint: GenerationConfig,
+    generation_config: GenerationConfig | None,
+    options: dict[str, Any],
+    input_ids: Tensor,
+    say: bool,
 ) -> GenerationConfig:
-    """Everything transformers will go by, as far as we serve it."""
-    given = {**(generation_config.to_dict() if generation_config is not None else {}), **options}
+    """Everything transformers will go by, with every default filled in.
+
+    Args:
+        checkpoint: what the checkpoint itself asks for.
+        say: whether this rank says what is left out.
+
+    Raises:
+        InputError: what is not served, or not usable, by name.
+    """
     # By identity: tensors that are compared answer with tensors.
-    asked = [name for name in REFUSED if given.get(name) is not None and given[name] is not False]
-    if asked:
-        raise InputError(f"generate does not serve {', '.join(asked)} with a cache that is spread over ranks")
+    if named := [name for name in REFUSED if options.get(name) is not None and options[name] is not False]:
+        raise InputError(f"generate does not serve {', '.join(named)} {SPREAD}")
+    asked = Asked.of(checkpoint, generation_config, options)
+    admit(asked, adapter.config.get_text_config().vocab_size, say)
     settings: GenerationConfig
     try:
         settings, others = adapter._prepare_generation_config(generation_config, **options)
         adapter._validate_model_kwargs({k: v for k, v in others.items() if k not in (*OF_GENERATE, *REFUSED)})
+        adapter._prepare_special_tokens(settings, True, device=torch.device("cpu"), batch_size=input_ids.shape[0])
     except ValueError as error:
         raise InputError(f"transformers refuses the options of generate: {error}") from None
-    mode = settings.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise InputError(
-            f"generate does not serve {mode.value} (num_beams={settings.num_beams}) with a cache that is spread over "
-            f"ranks; it serves greedy search and sampling: num_beams=1"
-        )
-    if settings.use_cache is False:
-        raise InputError("use_cache=False: without a cache every token would cost a forward of the whole text")
-    if (chunk := adapter.prefill_chunk_size) is not None and (type(chunk) is not int or chunk < 1):
-        raise InputError(f"prefill_chunk_size={chunk!r} must be a whole number of at least 1")
+    check_mode(settings, asked)
+    check_processors(adapter, settings, input_ids, options.get("tokenizer"))
     return settings
+
+
+def check_before_loading(
+    config: PretrainedConfig, checkpoint: GenerationConfig, options: dict[str, Any], sequences: int
+) -> None:
+    """What ``check_generate_args`` will say of the settings of such a call, before there is a model.
+
+    Args:
+        config, checkpoint: what the checkpoint's config.json and generation_config.json say.
+        sequences: of the batch.
+
+    Raises:
+        InputError: what is not served, or not usable, by name.
+    """
+    model: Any = SimpleNamespace(config=config, generation_config=checkpoint, dtype=torch.float32)
+    adapter = GenerationAdapter(model, torch.device("cpu"), _no_forward, SoloTransport(), torch.ones(()).bool())
+    settings = settings_of(adapter, checkpoint, None, options, torch.zeros(1, 1, dtype=torch.long), say=False)
+    _check_padding(settings, sequences, config.get_text_config().vocab_size)
+
+
+def _no_forward(*args: Any) -> Tensor:
+    raise AssertionError("there is no model")
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
+        raise InputError(
+            f"input_ids must be whole numbers of shape [batch, length], at least one of each, not "
+            f"{tuple(input_ids.shape)} {input_ids.dtype}"
+        )
+
+
+def _check_padding(settings: GenerationConfig, sequences: int, vocab_size: int) -> None:
+    """Raise InputError where rows that end early would be filled with what is no token."""
+    pad = settings._pad_token_tensor  # where none is given, the first that ends a row
+    if sequences > 1 and settings._eos_token_tensor is not None and not 0 <= int(pad) < vocab_size:
+        raise InputError(
+            f"pad_token_id={int(pad)} is outside the vocabulary of {vocab_size}, and rows that end early are filled "
+            f"with it; give a pad_token_id"
+        )
 
 
 def _mask(
     adapter: GenerationAdapter, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor | None
 ) -> Tensor:
     """[B, all columns], bool, on the CPU; where none is given, as transformers infers it from padding tokens."""
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
-        raise InputError(
-            f"input_ids must be whole numbers of shape [batch, length], at least one of each, not "
-            f"{tuple(input_ids.shape)} {input_ids.dtype}"
-        )
     if attention_mask is None:
-        adapter._prepare_special_tokens(settings, True, device=input_ids.device, batch_size=input_ids.shape[0])
-        attention_mask = adapter._prepare_attention_mask_for_generation(input_ids, settings, {})
+        attention_mask = adapter._prepare_attention_mask_for_generation(input_ids.cpu(), settings, {})
     if attention_mask.dim() != 2 or attention_mask.shape[0] != input_ids.shape[0]:
         raise InputError(f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
     mask_BC = attention_mask.cpu() != 0

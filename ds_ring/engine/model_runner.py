@@ -24,6 +24,7 @@ from ds_ring.fusion.fuse import Fusion
 from ds_ring.hf.attention import inject
 from ds_ring.hf.attention_context import AttentionContext
 from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.rope import RopeLengths
 from ds_ring.kv_cache.step import Step
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
@@ -68,6 +69,7 @@ class ModelRunner(ABC):
     ) -> None:
         self.run_config, self.mesh, self.dims, self.device = run_config, mesh, dims, device
         self._inject(model)
+        self.rope = RopeLengths(model)
         self.decoder = Decoder.of(model)
         self.fusion: Fusion | None = None
         self.watchdog = Watchdog(mesh.traffic, run_config.ring.timeout_s)
@@ -193,5 +195,9 @@ class CachedRunner(ModelRunner):
         """How many of them get a token, on each of those ranks, in a row that has ``tokens``: the first ones."""
 
     @abstractmethod
-    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
-        """One token more in each row of this replica; their logits [B, V], the same on every rank of the replica."""
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step, lengths: Sequence[int]) -> Tensor:
+        """One token more in each sequence of this replica; their logits [B, V], the same on every rank of the replica.
+
+        Args:
+            lengths: tokens of each sequence, this one included.
+        """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -16,14 +16,16 @@ from ds_ring.hf.decoder import Decoder
 
 T = TypeVar("T")
 
+CHECK = "check the weights, or, if activations overflow fp16, take dtype bf16 or fp32"
+
 
 def all_finite(*tensors: Tensor | None) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in tensors if t is not None)
 
 
 @contextmanager
-def bad_layers(decoder: Decoder) -> Iterator[list[int]]:
-    """Inside the block, collects the numbers (within ``Decoder.layers``) of layers whose output is not finite."""
+def bad_parts(decoder: Decoder, layers: range) -> Iterator[list[int]]:
+    """Inside the block, collects what gives NaN or infinity: numbers of ``layers``, ``_norm`` or ``_head``."""
     found: list[int] = []
 
     def watch(number: int) -> Any:
@@ -33,7 +35,11 @@ def bad_layers(decoder: Decoder) -> Iterator[list[int]]:
 
         return hook
 
-    handles = [layer.register_forward_hook(watch(i)) for i, layer in enumerate(decoder.layers)]
+    watched: dict[int, nn.Module] = dict(zip(layers, decoder.layers, strict=True))
+    watched[_NORM] = decoder.module
+    if (head := decoder.model.get_output_embeddings()) is not None:
+        watched[_HEAD] = head
+    handles = [module.register_forward_hook(watch(number)) for number, module in watched.items()]
     try:
         yield found
     finally:
@@ -41,25 +47,28 @@ def bad_layers(decoder: Decoder) -> Iterator[list[int]]:
             handle.remove()
 
 
-def describe(bad: list[int | None], num_layers: int) -> str:
-    """A sentence made of every rank's first bad layer (None: all its layers are finite)."""
-    first = min((layer for layer in bad if layer is not None), default=None)
+_NORM, _HEAD = 1 << 30, 1 << 31
+"""In place of a layer's number: what comes behind all layers."""
+
+
+def describe(bad: Sequence[int | None], num_layers: int) -> str:
+    """A sentence made of what is bad first on every rank (None: nothing)."""
+    first = min((part for part in bad if part is not None), default=None)
     if first is None:
-        return f"the model gave NaN or infinity behind its last layer ({num_layers} layers are finite)"
-    ranks = ", ".join(str(rank) for rank, layer in enumerate(bad) if layer == first)
-    return (
-        f"layer {first} of {num_layers} gave NaN or infinity, on rank {ranks}; check the weights, or, if "
-        f"activations overflow fp16, take dtype bf16 or fp32"
-    )
+        return f"the model gave NaN or infinity, though none of its {num_layers} layers, nor its head, when run again"
+    ranks = ", ".join(str(rank) for rank, part in enumerate(bad) if part == first)
+    behind = f", behind {num_layers} layers that are finite"
+    what = {_NORM: "the last norm", _HEAD: "the head"}.get(first, f"layer {first} of {num_layers}")
+    return f"{what} gave NaN or infinity, on rank {ranks}{behind if first >= _NORM else ''}; {CHECK}"
 
 
 def checked_run(runner: ModelRunner, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
     """``runner.run_micro_batches``, refusing results that are not finite."""
-    return checked(
-        runner,
-        lambda: runner.run_micro_batches(micro_batches, keep, want_hidden),
-        lambda shard: all_finite(shard.logits_BkV, shard.hidden_BTd),
-    )
+    return checked(runner, lambda: runner.run_micro_batches(micro_batches, keep, want_hidden), finite_shard)
+
+
+def finite_shard(shard: Shard) -> bool:
+    return all_finite(shard.logits_BkV, shard.hidden_BTd)
 
 
 def checked(runner: ModelRunner, run: Callable[[], list[T]], fine: Callable[[T], bool]) -> list[T]:
@@ -69,14 +78,20 @@ def checked(runner: ModelRunner, run: Callable[[], list[T]], fine: Callable[[T],
         NumericsError: some result is not ``fine`` on some rank.
     """
     results = run()
-    if all(runner.mesh["world"].all_gather_objects(all(map(fine, results)))):
-        return results
-    raise located(runner, run)
+    require(runner, all(map(fine, results)), run)
+    return results
+
+
+def require(runner: ModelRunner, fine: bool, run: Callable[[], object]) -> None:
+    """Raise NumericsError on every rank where what ``run`` gave is not ``fine`` on one of them. Collective."""
+    if not all(runner.mesh["world"].all_gather_objects(fine)):
+        raise located(runner, run)
 
 
 def located(runner: ModelRunner, run: Callable[[], object]) -> NumericsError:
     """What to raise where ``run`` gave NaN or infinity: every rank runs it once more, to name where it began."""
-    with bad_layers(runner.decoder) as found:
+    with bad_parts(runner.decoder, runner.layers) as found:
         run()
-    own = runner.layers[min(found)] if found else None
-    return NumericsError(describe(runner.mesh["world"].all_gather_objects(own), runner.dims.num_layers))
+    return NumericsError(
+        describe(runner.mesh["world"].all_gather_objects(min(found, default=None)), runner.dims.num_layers)
+    )

@@ -3,16 +3,35 @@
 # Shapes: B sequences, L tokens of the batch, T of them on this rank, k of those at a time, V vocabulary, d hidden size.
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
 from ds_ring.engine.batch import Batch
+from ds_ring.engine.model_runner import Shard
 from ds_ring.hf.decoder import Decoder, head_logits
 from ds_ring.utils.device import to_device
 
 CHUNK = 1024
 """Tokens of a sequence whose logits exist at the same time."""
+
+
+def perplexity(nll: float) -> float | None:
+    """exp(nll), nll in nats a token; None where that is above the largest number (nll > 709.7)."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return None
+
+
+def of_shard(decoder: Decoder, shard: Shard) -> Tensor | None:
+    """[B, T] fp32 of the tokens of ``shard`` that are no padding; None where it has no hidden states."""
+    if shard.hidden_BTd is None:
+        return None
+    scores_BT = next_token_log_likelihoods(decoder, shard.batch, shard.positions_T, shard.hidden_BTd)
+    return scores_BT[:, shard.positions_T < shard.batch.length]
 
 
 @torch.inference_mode()

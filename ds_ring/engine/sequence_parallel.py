@@ -4,7 +4,7 @@ replica of data parallelism."""
 # Shapes: B sequences, L tokens of the batch, P padded to the layout, T tokens on this rank.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import product
@@ -121,7 +121,10 @@ class SequenceParallelRunner(CachedRunner):
         layout = self.layout(batch.length)
         ids_BT, position_ids_BT = (self._own(t, layout) for t in (batch.ids_BL, batch.position_ids_BL))
         step = batch.step(positions_T, self.device)
-        with self._context.forward(layout, len(self.decoder.layers), type(self.model).__name__, step):
+        with (
+            self._context.forward(layout, len(self.decoder.layers), type(self.model).__name__, step),
+            self.rope.of(batch.rope_lengths),
+        ):
             out = self._deepspeed(
                 input_ids=ids_BT,
                 position_ids=position_ids_BT,
@@ -141,9 +144,10 @@ class SequenceParallelRunner(CachedRunner):
         return tokens_BP.index_select(1, _positions_on(self.device, layout, *ring_and_ulysses))
 
     @torch.inference_mode()
-    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step, lengths: Sequence[int]) -> Tensor:
         with (
             self._context.forward(ONE_TOKEN, len(self.decoder.layers), type(self.model).__name__, step),
+            self.rope.of(lambda: lengths),
             nullcontext() if self.slices is None else in_slices(self.decoder, self.slices),
         ):
             out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)

@@ -4,7 +4,7 @@ stages pass hidden states on while several micro-batches are in flight."""
 # Shapes: B sequences of a micro-batch, L tokens, d hidden size.
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -130,7 +130,7 @@ class TensorPipelineRunner(CachedRunner):
         stages.finish()
 
     @torch.inference_mode()
-    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step) -> Tensor:
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step, lengths: Sequence[int]) -> Tensor:
         pp, sequences = self.mesh["pp"], ids_B1.shape[0]
         dtype = torch_dtype(self.run_config.dtype)
         hidden_in: Tensor | None = None
@@ -140,6 +140,7 @@ class TensorPipelineRunner(CachedRunner):
         inputs = {"input_ids": ids_B1} if hidden_in is None else {"inputs_embeds": hidden_in}
         with (
             self._context.forward(ONE_TOKEN, len(self.decoder.layers), type(self.model).__name__, step),
+            self.rope.of(lambda: lengths),
             spliced(self.decoder, hidden_in) as after_layers,
         ):
             out = self._deepspeed(**inputs, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
@@ -159,6 +160,7 @@ class TensorPipelineRunner(CachedRunner):
         layout, step = SequenceLayout(batch.length), batch.step(torch.arange(batch.length), self.device)
         with (
             self._context.forward(layout, len(self.decoder.layers), type(self.model).__name__, step),
+            self.rope.of(batch.rope_lengths),
             spliced(self.decoder, hidden_in) as after_layers,
         ):
             out = self._deepspeed(

@@ -32,6 +32,7 @@ class ShardedCache(Cache):
         self.owner, self.cache_shard, self.sequences = owner, cache_shard, sequences
         self.first_B = torch.empty(0, dtype=torch.long)
         self._masks: list[Tensor] = []
+        self._ids: list[Tensor] = []
         self._columns = 0
         self.whole = True
 
@@ -51,12 +52,26 @@ class ShardedCache(Cache):
         """Which columns hold a token, of all sequences of the batch; bool, on the CPU."""
         return torch.cat(self._masks, dim=1)
 
-    def extend(self, mask_BC: Tensor) -> None:
-        """Count new columns; ``mask_BC`` is bool, on the CPU, with a token in every sequence."""
+    @property
+    def ids_BC(self) -> Tensor:
+        """The token ids in all columns, of all sequences of the batch; on the CPU. What the caller gave in columns that
+        are padding counts for nothing."""
+        self._ids = [torch.cat([ids_BC.cpu() for ids_BC in self._ids], dim=1)]
+        return self._ids[0]
+
+    def extend(self, ids_BC: Tensor, mask_BC: Tensor) -> None:
+        """Count new columns; ``mask_BC`` is bool, on the CPU, with a token in every sequence. The ids are copied, on
+        their device: nothing waits for it."""
         if not self._masks:
             self.first_B = mask_BC.int().argmax(1)
         self._masks.append(mask_BC)
+        self._ids.append(ids_BC.clone())
         self._columns += mask_BC.shape[1]
+
+    def clear(self) -> None:
+        """Forget everything: no column has been seen."""
+        self.cache_shard = self.cache_shard.emptied()
+        self._masks, self._ids, self._columns = [], [], 0
 
     @torch.inference_mode()
     def revise(self, mask_BC: Tensor) -> None:

@@ -97,9 +97,17 @@ class Decoder:
             setattr(self.parent, self.name, module)
 
 
+class _HiddenStates(BaseModelOutputWithPast):
+    """What else a model's own decoder gives, such as router logits, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _Bypass(nn.Module):
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        return _HiddenStates(last_hidden_state=inputs_embeds)
 
 
 def own_configs(model: PreTrainedModel) -> None:

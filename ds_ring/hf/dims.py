@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
-from transformers.utils import CONFIG_NAME
+from transformers import PretrainedConfig
 
-from ds_ring.errors import CheckpointError, UnsupportedModelError, in_one_line
+from ds_ring.errors import CheckpointError, UnsupportedModelError, UserError, in_one_line
 from ds_ring.model_dims import ModelDims
+from ds_ring.utils.model_config import file_of, read_config
 
+__all__ = ["model_dims", "read_config"]
 
-def read_config(path: str | Path) -> PretrainedConfig:
-    """The transformers config of a checkpoint directory or of a config file; runs no code of the checkpoint.
-
-    Raises:
-        CheckpointError: transformers cannot read the config; the error has the file and transformers' own message.
-    """
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # fields of a wrong type or size end in errors of any kind
-        file = Path(path) / CONFIG_NAME if Path(path).is_dir() else path
-        raise CheckpointError(f"{file} holds no config that transformers can read: {in_one_line(error)}") from None
-    return config
+WHOLE = {
+    "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "intermediate_size": "intermediate_size",
+    "vocab_size": "vocab_size", "max_positions": "max_position_embeddings", "sliding_window": "sliding_window",
+    "intended_positions": "max_position_embeddings",
+}  # fmt: skip
+"""Whole numbers among the dimensions, and what most configs call them."""
+OPTIONAL = {"max_positions", "sliding_window", "intended_positions"}
 
 
 def model_dims(config: PretrainedConfig) -> ModelDims:
@@ -31,17 +28,24 @@ def model_dims(config: PretrainedConfig) -> ModelDims:
 
     Raises:
         UnsupportedModelError: the config has no attention heads, or its layers differ in something else.
+        CheckpointError: a dimension that none can be.
     """
-    text: Any = config.get_text_config()
     try:
-        heads_of_layers = _heads_of_layers(text)
-        return _shape(text, heads_of_layers)
+        text: Any = config.get_text_config()
+    except ValueError as error:  # a model with several decoders
+        raise UnsupportedModelError(f"{type(config).__name__}: {in_one_line(error)}") from None
+    try:
+        return _checked(_shape(text, _heads_of_layers(text)), config)
+    except UserError:
+        raise
     except (AttributeError, RuntimeError) as error:  # transformers raises the latter for what differs between layers
         reason = str(error).partition(". ")[0]
         raise UnsupportedModelError(
             f"{type(text).__name__}: {reason}; only decoders whose layers have attention, and equally many query "
             f"heads, can be sharded"
         ) from None
+    except Exception as error:  # wrong types, where transformers lets them through
+        raise CheckpointError(f"{file_of(config)} has dimensions that none can be: {in_one_line(error)}") from None
 
 
 def _heads_of_layers(text: Any) -> list[tuple[int, int]]:
@@ -59,22 +63,50 @@ def _heads_of_layers(text: Any) -> list[tuple[int, int]]:
 
 
 def _shape(text: Any, heads_of_layers: list[tuple[int, int]]) -> ModelDims:
-    heads = text.num_attention_heads
+    heads, positions = text.num_attention_heads, _first(text, "max_position_embeddings", default=None)
+    is_rotary = bool(getattr(text, "rope_parameters", None))
+    wide = _first(text, "intermediate_size", "ffn_dim", "n_inner", default=4 * text.hidden_size)
     return ModelDims(
         model_type=text.model_type,
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         num_heads=heads,
-        num_kv_heads=min(kv_heads for kv_heads, _ in heads_of_layers),
-        head_dim=max(head_dim for _, head_dim in heads_of_layers),
-        intermediate_size=_first(text, "intermediate_size", "ffn_dim", "n_inner", default=4 * text.hidden_size),
+        num_kv_heads=min((kv_heads for kv_heads, _ in heads_of_layers), default=heads),
+        head_dim=max((head_dim for _, head_dim in heads_of_layers), default=1),
+        intermediate_size=max(wide) if isinstance(wide, list) else wide,
         vocab_size=text.vocab_size,
-        max_positions=_first(text, "max_position_embeddings", default=None),
+        max_positions=None if is_rotary else positions,
         layer_types=tuple(getattr(text, "layer_types", None) or ()),
         sliding_window=_first(text, "sliding_window", default=None),
         unlike_layers=tuple(heads_of_layers) if len(set(heads_of_layers)) > 1 else (),
         softcap=_first(text, "attn_logit_softcapping", default=None),
+        intended_positions=_intended_positions(text, positions) if type(positions) is int else positions,
     )
+
+
+def _intended_positions(text: Any, positions: int) -> int:
+    """What scaled rotary positions reach to, if that is more: ``max_position_embeddings`` is often left at what a model
+    was trained on, as the cards of Qwen 2.5 have it with YaRN."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    scaled = [
+        math.ceil(float(part["factor"]) * (part.get("original_max_position_embeddings") or positions))
+        for part in by_layer_type
+        if part.get("factor") and part.get("rope_type") != "llama3"  # which says what it was trained on and for
+    ]
+    return max([positions, *scaled])
+
+
+def _checked(dims: ModelDims, config: PretrainedConfig) -> ModelDims:
+    for field, name in WHOLE.items():
+        value = getattr(dims, field)
+        least = 0 if field == "sliding_window" else 1  # some write 0 for none
+        if not (value is None and field in OPTIONAL) and (type(value) is not int or value < least):
+            raise CheckpointError(f"{file_of(config)}: {name}={value!r} must be a whole number of at least {least}")
+    cap: Any = dims.softcap
+    if cap is not None and not (type(cap) in (int, float) and math.isfinite(cap) and cap > 0):
+        raise CheckpointError(f"{file_of(config)}: attn_logit_softcapping={cap!r} must be a number above 0")
+    return dims
 
 
 def _first(config: Any, *names: str, default: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
+from ds_ring.hf.build import build
 from ds_ring.hf.decoder import Decoder
 
 
@@ -18,7 +19,7 @@ def linear_parameters(config: PretrainedConfig) -> int:
 def layer_parameters(config: PretrainedConfig) -> list[int]:
     """As ``linear_parameters``, layer by layer, from the model on the meta device."""
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = build(config)
     return [matrix_elements(layer) for layer in Decoder.of(model).layers]
 
 

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sto
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ds_ring.hf.cache import ShardedCache
+from ds_ring.hf.generation_settings import LEFT_OUT, without_left_out
 from ds_ring.transport.base import Transport
 
 Forward = Callable[[Tensor, Tensor | None, ShardedCache], Tensor]
@@ -37,7 +38,7 @@ class GenerationAdapter(GenerationMixin):
             finite: a bool on the device. ``forward`` clears it where logits are not finite; generation then ends.
         """
         self._model, self._forward, self._everyone, self._finite = model, forward, everyone, finite
-        self.config, self.generation_config = model.config, model.generation_config
+        self.config, self.generation_config = model.config, without_left_out(model.generation_config)
         self.device, self.dtype = device, model.dtype
         self.prefill_chunk_size: int | None = None
         """transformers' argument of the last ``generate``. Its own loop over chunks would not know of ranks."""
@@ -61,7 +62,9 @@ class GenerationAdapter(GenerationMixin):
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
-        settings, rest = super()._prepare_generation_config(generation_config, **kwargs)
+        given = None if generation_config is None else without_left_out(generation_config)
+        kwargs = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
+        settings, rest = super()._prepare_generation_config(given, **kwargs)
         self.prefill_chunk_size, settings.prefill_chunk_size = settings.prefill_chunk_size, None
         return settings, rest
 

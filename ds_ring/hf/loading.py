@@ -4,38 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ds_ring.errors import CheckpointError, is_out_of_memory
+from ds_ring.errors import is_out_of_memory
+from ds_ring.hf.build import ATTENTION, build
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import read_config
 from ds_ring.hf.stage import keep_stage, strip
+from ds_ring.hf.tensor_fit import refuse_unfit
+from ds_ring.utils.config_file import CONFIG
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The whole model on ``device``; shards are memory-mapped, so ranks of a host share one copy in host memory."""
+    """The whole model on ``device``; shards are memory-mapped, so ranks of a host share one copy in host memory.
+
+    Config and tensors are handed to transformers, which would choose files by rules of its own.
+    """
     checkpoint = Checkpoint.open(path)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        checkpoint.directory,
+    with torch.device("meta"):
+        empty = build(read_config(path), dtype)
+    model, info = type(empty).from_pretrained(
+        None,
+        config=empty.config,
+        state_dict=checkpoint.lazy_tensors(),
         dtype=dtype,
         device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
+        attn_implementation=ATTENTION,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, by name
     )
-    _refuse(path, info["missing_keys"], info["mismatched_keys"])
+    refuse_unfit(path, info["missing_keys"], info["mismatched_keys"])
     assert isinstance(model, PreTrainedModel)
+    model.name_or_path = model.config.name_or_path = str(path)
+    _own_generation_config(model, checkpoint.directory)
     return model.eval()
 
 
@@ -58,9 +67,8 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
         model.tie_weights()
     _raise_out_of_memory(info.conversion_errors.values())
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    _refuse(path, missing, info.mismatched_keys)
-    if (checkpoint.directory / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory)
+    refuse_unfit(path, missing, info.mismatched_keys)
+    _own_generation_config(model, checkpoint.directory)
     keep_stage(decoder, layers)
     return model.to(device).eval()
 
@@ -75,7 +83,7 @@ def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range
     """The model with parameters on the meta device, stripped to the stage of ``layers``; whether its head is tied to an
     embedding here."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = build(config, dtype)
     decoder = Decoder.of(model)
     last = layers.stop == len(decoder.layers)
     # Whether the head is tied is not read from a config: a model of several parts has several. Tied weights were
@@ -88,6 +96,16 @@ def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range
     return decoder, tied
 
 
+def _own_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    """The checkpoint's defaults of a generation, from its file or, in old checkpoints, from config.json."""
+    if (directory / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    else:
+        model.generation_config = GenerationConfig.from_pretrained(
+            directory, config_file_name=CONFIG, _from_model_config=True, local_files_only=True
+        )
+
+
 def _raise_out_of_memory(conversion_errors: Iterable[str]) -> None:
     """Raise an out-of-memory error that transformers only noted while it converted tensors.
 
@@ -98,20 +116,3 @@ def _raise_out_of_memory(conversion_errors: Iterable[str]) -> None:
         error = RuntimeError(*note.splitlines()[-2:-1])
         if is_out_of_memory(error):
             raise error
-
-
-def _refuse(path: str | Path, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
-    """Raise CheckpointError for tensors that are missing or of another shape.
-
-    Args:
-        mismatched: (name, shape on disk, shape needed).
-    """
-    if mismatched := sorted(mismatched):
-        name, found, needed = mismatched[0]
-        raise CheckpointError(f"{path} has {name} of shape {tuple(found)}, but its config needs {tuple(needed)}")
-    if missing := sorted(missing):
-        raise CheckpointError(f"{path} lacks {_some(missing)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

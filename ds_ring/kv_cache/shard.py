@@ -51,6 +51,10 @@ class KVCacheShard:
         self._windows: dict[int, SlidingWindowSlots] = {}
         self._window_of: dict[int, int | None] = {}
 
+    def emptied(self) -> KVCacheShard:
+        """A shard for as many sequences and layers, which holds nothing."""
+        return KVCacheShard(len(self._positions_BS), len(self._layers), self.rank, len(self.used), self.device)
+
     @property
     def nbytes(self) -> int:
         """Bytes held on this rank, empty slots included."""

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from functools import cache
+
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, InputError, UnsupportedModelError
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import suggest, valid_degrees
+
+log = logging.getLogger("ds_ring")
 
 SHARDABLE_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -27,6 +33,20 @@ def check_positions(longest: int, new: int, dims: ModelDims) -> None:
             f"{longest} tokens of input + max_new_tokens={new} exceed the model's max_position_embeddings={limit}; "
             f"shorten either"
         )
+    note_positions(longest + new, dims)
+
+
+def note_positions(length: int, dims: ModelDims) -> None:
+    """Say, once a process and on rank 0, where ``length`` is more than the model was made for. Rotary positions have no
+    end, and what transformers would run is run."""
+    intended = dims.intended_positions
+    if dims.max_positions is None and intended is not None and length > intended and os.environ.get("RANK", "0") == "0":
+        _note_beyond(intended)
+
+
+@cache
+def _note_beyond(intended: int) -> None:
+    log.warning("the model was made for %d positions; longer texts run as in transformers, at lower quality", intended)
 
 
 def check_layout(config: RunConfig, dims: ModelDims, world_size: int) -> None:
@@ -118,9 +138,9 @@ def check_workload(config: RunConfig, dims: ModelDims) -> None:
     if dims.max_positions is not None and longest > dims.max_positions:
         name = "max_length" if longest == work.max_length else "sweep"
         raise ConfigError(
-            f"{name}={longest} exceeds the model's max_position_embeddings={dims.max_positions}; "
-            f"shorten it or extend the model's positions"
+            f"{name}={longest} exceeds the model's max_position_embeddings={dims.max_positions}; shorten it"
         )
+    note_positions(longest, dims)
     if work.batch_size < dp:
         raise ConfigError(
             f"batch_size={work.batch_size} leaves some of dp_size={dp} replicas without a sequence; "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_ring.errors import ConfigError
-from ds_ring.process.parent_watch import command_of, parent_of
+from ds_ring.process.processes import command_of, parent_of
 
 LAUNCHERS = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 """Names of the launcher's command; the last is for ``python -m``."""

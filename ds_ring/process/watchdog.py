@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 
-from ds_ring.process.parent_watch import siblings
+from ds_ring.process import heartbeat
+from ds_ring.process.processes import siblings
 
 PERIOD_S = 1.0
+VERDICT_S = 3 * heartbeat.PERIOD_S
+"""A rank of another host that is silent is named by the heartbeat, which comes to that about now."""
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -92,6 +95,8 @@ class Watchdog:
         while not self.timeout_s or self.stalled_s() <= self.timeout_s:
             time.sleep(min(PERIOD_S, self.timeout_s or PERIOD_S))
         stopped = [sibling for sibling in siblings() if sibling.stopped]
+        if not stopped and heartbeat.running():
+            time.sleep(VERDICT_S)
         who = ", ".join(f"rank {sibling.rank}" for sibling in stopped)
         why = f"{who} of this host is stopped" if who else "another rank hangs: look for one whose last number is lower"
         print(f"failed on rank {os.environ.get('RANK', '0')}: {self.describe()}; {why}", file=sys.stderr, flush=True)

@@ -177,7 +177,11 @@ class ThreadedTransport(Transport):
         self._group.wait_for_all()
         return gathered
 
-    def all_gather_objects(self, value: T) -> list[T]:
+    def _all_gather_bytes(self, data: bytes) -> list[bytes]:
+        return self.hand_round(data)
+
+    def hand_round(self, value: T) -> list[T]:
+        """Every rank's ``value`` itself, in rank order: what threads can do and processes cannot."""
         self._group.slots[self.rank] = value
         self._group.wait_for_all()
         values: list[T] = list(self._group.slots)  # type: ignore[arg-type]

@@ -17,7 +17,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ds_ring import errors
 from ds_ring.errors import DisagreementError, TransportError, UserError, reason_of
+from ds_ring.transport import wire
 from ds_ring.transport.shared import Pending, SentTensor, SharedTensor, ViewOf
 
 __all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport"]
@@ -25,6 +27,17 @@ __all__ = ["Done", "Message", "Pending", "T", "Traffic", "Transport"]
 T = TypeVar("T")
 Message = tuple[int, Tensor]
 """(peer, tensor): what goes to, or comes from, one peer."""
+
+
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, UserError)
+} | {"TransportError": TransportError}
+"""The errors that one rank may repeat of another, by name."""
+
+
+def _kind_to_repeat(error: Exception) -> str:
+    """The name of the nearest kind of ``error`` that others can raise: TransportError, unless a user can mend it."""
+    return next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS), "TransportError")
 
 
 class Done:
@@ -65,6 +78,8 @@ class Transport(ABC):
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+        self.place = ""
+        """Where this rank is, for messages about it; empty where that says nothing."""
         self.traffic = Traffic()
         self.beforehand: Callable[[], None] | None = None
         """Called when transfers could begin: time for other micro-batches to come as far, so that all go at once."""
@@ -169,15 +184,16 @@ class Transport(ABC):
 
     def agree(self, **facts: object) -> None:
         """Raise the same DisagreementError on every rank unless all hold the same facts; it names one and a rank."""
-        everyone = self.all_gather_objects({name: str(value) for name, value in facts.items()})
-        first = everyone[0]
-        for rank, other in enumerate(everyone):
+        own = {name: str(value) for name, value in facts.items()}
+        everyone = self.all_gather_objects((own, f" ({self.place})" if self.place else ""))
+        first, first_place = everyone[0]
+        for rank, (other, place) in enumerate(everyone):
             # In an order of their own: that of a set of strings is another in every process.
             for name in {**first, **other}:
                 if first.get(name) != other.get(name):
                     raise DisagreementError(
-                        f"ranks disagree on {name}: rank 0 has {first.get(name)}, rank {rank} has {other.get(name)}; "
-                        f"make it the same on all ranks"
+                        f"ranks disagree on {name}: rank 0{first_place} has {first.get(name)}, rank {rank}{place} has "
+                        f"{other.get(name)}; make it the same on all ranks"
                     )
 
     @contextmanager
@@ -195,20 +211,24 @@ class Transport(ABC):
         try:
             yield
         except Exception as error:
-            kind = type(error) if isinstance(error, UserError) else TransportError
             named = isinstance(error, TransportError)
+            told = (_kind_to_repeat(error), reason_of(error) if named else f"rank {self.rank}: {reason_of(error)}")
             with waiting:
-                self.all_gather_objects((kind, reason_of(error) if named else f"rank {self.rank}: {reason_of(error)}"))
+                self.all_gather_objects(told)
             raise
         with waiting:
-            everyone: list[tuple[type[Exception], str] | None] = self.all_gather_objects(None)
-        for told in everyone:
-            if told is not None:
-                raise told[0](told[1])
+            everyone: list[tuple[str, str] | None] = self.all_gather_objects(None)
+        for failed in everyone:
+            if failed is not None:
+                raise _KINDS[failed[0]](failed[1])
+
+    def all_gather_objects(self, value: T) -> list[T]:
+        """Every rank's small Python value, in rank order; of the kinds that ``wire`` can send."""
+        return [wire.decode(data) for data in self._all_gather_bytes(wire.encode(value))]
 
     @abstractmethod
-    def all_gather_objects(self, value: T) -> list[T]:
-        """Every rank's small Python value, in rank order."""
+    def _all_gather_bytes(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order; lengths may differ."""
 
     @abstractmethod
     def barrier(self) -> None: ...

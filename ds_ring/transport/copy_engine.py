@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_ring.errors import TransportError
-from ds_ring.transport.base import Done, Message, T, Transport
+from ds_ring.transport.base import Done, Message, Transport
 from ds_ring.transport.peer_buffers import MIN_BUFFERS, BufferPool, PeerBuffer, nbytes, pieces
 from ds_ring.transport.peer_memory import Device
 from ds_ring.transport.shared import PeerPart, Pending, SharedTensor, ViewOf
@@ -87,8 +87,8 @@ class CopyEngineTransport(Transport):
         self._lent[own.data_ptr()] = buffer
         return own
 
-    def all_gather_objects(self, value: T) -> list[T]:
-        return self._control.all_gather_objects(value)
+    def _all_gather_bytes(self, data: bytes) -> list[bytes]:
+        return self._control._all_gather_bytes(data)
 
     def barrier(self) -> None:
         self._control.barrier()

@@ -9,7 +9,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from ds_ring.transport.base import Message, Pending, T, Transport
+from ds_ring.transport.base import Message, Pending, Transport
 
 
 class _Requests:
@@ -57,10 +57,19 @@ class ProcessGroupTransport(Transport):
         dist.broadcast(received, src=self._ranks[source], group=self.group)
         return received
 
-    def all_gather_objects(self, value: T) -> list[T]:
-        values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+    def _all_gather_bytes(self, data: bytes) -> list[bytes]:
+        nccl = torch.distributed.get_backend(self.group) == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+        lengths = [int(length) for length in self._gathered(torch.tensor([len(data)], device=device))]
+        own = torch.zeros(max(lengths), dtype=torch.uint8)
+        own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        everyone = self._gathered(own.to(device))
+        return [every[:length].cpu().numpy().tobytes() for every, length in zip(everyone, lengths, strict=True)]
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in self._ranks]
+        dist.all_gather(gathered, tensor, group=self.group)
+        return gathered
 
     def barrier(self) -> None:
         if self.size > 1:

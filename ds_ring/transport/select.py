@@ -13,6 +13,7 @@ import torch
 from ds_ring.config import TransportName
 from ds_ring.errors import ConfigError
 from ds_ring.parallel.topology import Axis, Topology
+from ds_ring.transport.wire import sendable
 
 SHARE_GPU = "DS_RING_SHARE_GPU"
 """Set to 1, tests may put several ranks on one GPU; never wanted otherwise."""
@@ -20,6 +21,7 @@ PULLED_AXES: tuple[Axis, ...] = ("ring", "ulysses", "pp")
 """What copy engines can serve: K/V, heads, and hidden states from stage to stage."""
 
 
+@sendable
 @dataclass(frozen=True)
 class Location:
     """Where a rank is.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ds_ring.transport.base import Done, Message, Pending, T, Transport
+from ds_ring.transport.base import Done, Message, Pending, Transport
 
 
 class SoloTransport(Transport):
@@ -29,8 +29,8 @@ class SoloTransport(Transport):
     def _all_gather(self, tensor: Tensor) -> Tensor:
         return tensor.unsqueeze(0)
 
-    def all_gather_objects(self, value: T) -> list[T]:
-        return [value]
+    def _all_gather_bytes(self, data: bytes) -> list[bytes]:
+        return [data]
 
     def barrier(self) -> None:
         return None

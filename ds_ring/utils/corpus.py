@@ -10,15 +10,34 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ds_ring.errors import CheckpointError, InputError
+from ds_ring.errors import CheckpointError, InputError, in_one_line
+from ds_ring.utils.config_file import CONFIG
+from ds_ring.utils.lfs import refuse_pointer
+from ds_ring.utils.model_config import read_config
+
+TEXTS = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
+"""Endings of the files that a tokenizer may be in."""
 
 
 def load_tokenizer(checkpoint: str | Path) -> Any:
-    """The checkpoint's tokenizer. Raises CheckpointError where there is none that transformers can read."""
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: none that transformers can read, one whose files Git LFS has not fetched, or a config that
+            cannot be read.
+    """
+    folder = Path(checkpoint)
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix in TEXTS and file.is_file():
+            refuse_pointer(file)
+    # Given, since transformers would read it by rules of its own.
+    config = read_config(folder) if (folder / CONFIG).is_file() else None
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} holds no tokenizer that transformers can read: {error}") from None
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # files of another version or form end in errors of any kind
+        raise CheckpointError(
+            f"{checkpoint} holds no tokenizer that transformers can read: {in_one_line(error)}"
+        ) from None
 
 
 def read_text(paths: Sequence[str]) -> list[str]:
@@ -47,10 +66,13 @@ def default_text() -> str:
     return "\n".join(topics[name] for name in sorted(topics))
 
 
-def token_stream(checkpoint: str | Path, paths: Sequence[str]) -> Tensor:
-    """All tokens of the files, or of the default text, in order: [N], int64."""
+def token_stream(checkpoint: str | Path, paths: Sequence[str], special_tokens: bool = False) -> Tensor:
+    """All tokens of the files, or of the default text, in order: [N], int64.
+
+    ``special_tokens``: with those that the tokenizer adds by itself.
+    """
     text = "\n".join(read_text(paths)) if paths else default_text()
-    ids = load_tokenizer(checkpoint)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = load_tokenizer(checkpoint)(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 

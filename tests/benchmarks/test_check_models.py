@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from benchmarks.models import models_page
-from benchmarks.models.tiny_models import SIZES, architectures, tiny_config
+from benchmarks.models import models_page, trials
+from benchmarks.models.tiny_models import SIZES, architectures, ropes_of, tiny_config
 from ds_ring.errors import InputError
 from tests.helpers.pages import tables
 
@@ -43,6 +43,22 @@ def test_a_table_of_several_layouts():
     assert "## works: 1" in text.splitlines()
     with pytest.raises(InputError, match="tp2_pp2 and ring2 differ in new_tokens"):
         models_page.text([ring, shared | {"new_tokens": 1}])
+
+
+def test_a_kind_of_rope_has_a_line_of_its_own():
+    rows = document("ring2", a=("works", ""))
+    rows["rows"].append(rows["rows"][0] | {"rope": "longrope", "max_rel_error": 2e-6})
+    (works,) = tables(models_page.text([rows]))
+    assert [(line["type"], line["max error"]) for line in works] == [("a", "1.0e-06"), ("a (longrope)", "2.0e-06")]
+
+
+def test_lengths_are_on_both_sides_of_every_threshold():
+    assert trials.thresholds(tiny_config("gpt2")) == []
+    assert trials.lengths(tiny_config("gpt2")) == [75]
+    assert trials.thresholds(tiny_config("mistral")) == [24]  # its window
+    assert trials.lengths(tiny_config("mistral")) == [12, 24, 25, 72, 75]
+    for kind in ropes_of("mistral"):
+        assert trials.thresholds(tiny_config("mistral", kind)) == [24, 32]
 
 
 def test_small_configs_keep_one_layer_of_each_kind():

@@ -1,17 +1,22 @@
 """The generate command around the engine: prompts, options, completions, times."""
 
+import json
+
 import pytest
 import torch
 
 from benchmarks.layouts import decode_floor
 from benchmarks.layouts.held_memory import growth, recorded_passes
+from ds_ring import api
 from ds_ring.cli import documents, generation_clock, prompts
+from ds_ring.cli import generate as generate_command
+from ds_ring.cli import options as cli_options
 from ds_ring.cli.generate import planned_by_default
 from ds_ring.cli.sampling import Sampling, check
 from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.cli.timed_generation import generate, summary
 from ds_ring.config import RunConfig
-from ds_ring.errors import CheckpointError, InputError
+from ds_ring.errors import CheckpointError, InputError, UserError
 from tests.helpers.launching import save
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import build, llama_gqa
@@ -29,23 +34,23 @@ def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path, monk
     file = tmp_path / "a.txt"
     file.write_text("from a file\n")
     config = RunConfig.load({"dtype": "fp32"}, model=str(checkpoint))
-    tokenizer, found = prompts.read(config, ["first", "second one"], [str(file)])
+    tokenizer, found = prompts.read(config, ["first", "second one"], [str(file)], 8)
     assert [tokenizer.decode(tokens) for tokens in found] == ["first", "second one", "from a file\n"]
     with pytest.raises(InputError, match="no prompt: give --prompt TEXT… or --prompt-file FILE…"):
-        prompts.read(config, [], [])
+        prompts.read(config, [], [], 8)
     with pytest.raises(InputError, match="prompt 2 of 2 is empty"):
-        prompts.read(config, ["x", ""], [])
+        prompts.read(config, ["x", ""], [], 8)
     nowhere = RunConfig.load(config, model=str(tmp_path / "none"))
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
-        prompts.read(nowhere, ["x"], [])
+        prompts.read(nowhere, ["x"], [], 8)
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
         documents.read(nowhere, [str(file)])
     begins_with_a_token.chat_template = None
     monkeypatch.setattr(prompts, "load_tokenizer", lambda checkpoint: begins_with_a_token)
     with pytest.raises(InputError, match="prompt 2 of 3 is empty"):
-        prompts.read(config, ["x", "", "y"], [])
+        prompts.read(config, ["x", "", "y"], [], 8)
     with pytest.raises(InputError, match="cannot read"):
-        prompts.read(config, [], [str(tmp_path / "none.txt")])
+        prompts.read(config, [], [str(tmp_path / "none.txt")], 8)
 
 
 TEMPLATE = (
@@ -64,9 +69,9 @@ def instruct(tmp_path):
 
 
 def test_a_prompt_is_a_users_message_in_the_chat_template(instruct):
-    tokenizer, (tokens,) = prompts.read(instruct, ["a question"], [])
+    tokenizer, (tokens,) = prompts.read(instruct, ["a question"], [], 8)
     assert tokenizer.decode(tokens) == "<user>a question</><a>"
-    _, (raw,) = prompts.read(instruct, ["a question"], [], raw=True)
+    _, (raw,) = prompts.read(instruct, ["a question"], [], 8, raw=True)
     assert tokenizer.decode(raw) == "a question"
 
 
@@ -75,7 +80,7 @@ def test_a_chat_template_that_fails_is_an_error_of_the_users(instruct):
     tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
     tokenizer.save_pretrained(instruct.checkpoint)
     with pytest.raises(InputError, match=r"chat template fails: .*only two turns; --raw leaves it out"):
-        prompts.read(instruct, ["a question"], [])
+        prompts.read(instruct, ["a question"], [], 8)
 
 
 def test_a_layout_is_planned_where_several_ranks_are_given_no_degree(monkeypatch):
@@ -228,3 +233,64 @@ def test_the_floor_of_a_step_is_what_all_stages_read_one_after_the_other(tied, m
     for found_s, _ in split:
         assert found_s == pytest.approx((sum(slowest) + 3000) / 1e9)
         assert weights / 3 < sum(slowest) < weights  # AutoTP cuts unevenly
+
+
+def ask(checkpoint, monkeypatch, *options):
+    """The command up to the point where weights would load; what it would ask of the engine then."""
+    monkeypatch.setattr(api, "from_pretrained", lambda **options: pytest.fail("weights would load"))
+    parser = cli_options.run_parser("", cli_options.USUAL)
+    generate_command.add_options(parser)
+    generate_command.work(parser.parse_args(["--model", str(checkpoint), "--prompt", "x", *options]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "words"),
+    [
+        ({"guidance_scale": 1.5}, (), "generate does not serve guidance_scale=1.5 of the checkpoint's generation_conf"),
+        ({"eos_token_id": "2"}, (), "eos_token_id='2' must be a token id or a list of them of the checkpoint's gener"),
+        ({"repetition_penalty": -1}, (), "repetition_penalty=-1 must be a finite number above 0 of the checkpoint's"),
+        (
+            {"typical_p": 0.0},
+            ("--temperature", "1"),
+            "transformers refuses the options of generate: `typical_p` has",
+        ),
+        ("{", (), "generation_config.json is not JSON: Expecting property name"),
+    ],
+    ids=str,
+)
+def test_what_a_checkpoint_asks_for_and_is_not_served_is_refused_before_weights_load(
+    tmp_path, monkeypatch, settings, options, words
+):
+    folder = save(tmp_path / "model", llama_gqa(vocab_size=257))
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        ask(folder, monkeypatch, *options)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 4}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_what_the_command_decides_itself_or_no_token_depends_on_is_no_reason_to_refuse(tmp_path, monkeypatch, settings):
+    folder = save(tmp_path / "model", llama_gqa(vocab_size=257))
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    with pytest.raises(pytest.fail.Exception, match="weights would load"):
+        ask(folder, monkeypatch)
+
+
+def test_a_stop_string_of_the_checkpoint_ends_a_completion():
+    model, tokenizer, prompt = build(llama_gqa(vocab_size=257)), byte_tokenizer(), [1, 2, 3]
+    sampling = Sampling()
+
+    def work(engine):
+        return generate(
+            engine, tokenizer, [prompt, prompt[:2]], max_new_tokens=8, sampling=sampling, say=lambda _: None,
+            stream=False,
+        )  # fmt: skip
+
+    model.generation_config.update(eos_token_id=None)
+    first, second = [c["token_ids"] for c in serve(model, work)[0]["completions"]]
+    characters = [tokenizer.decode([token]) for token in first]
+    at = next(i for i, c in enumerate(characters[:-1]) if c.isascii() and first[i] not in [*first[:i], *second])
+    model.generation_config.stop_strings = [characters[at]]
+    for found in serve(model, work, ring_degree=2, batch_size=2):
+        assert [c["token_ids"] for c in found["completions"]] == [first[: at + 1], second]

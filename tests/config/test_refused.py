@@ -90,7 +90,7 @@ class TestRefusedFiles:
         ({"tensor_parallel": {"tp_size": 0}}, "tensor_parallel.tp_size=0 must be a whole number of at least 1"),
         ({"tensor_parallel": {"tp_size": "2"}}, "tensor_parallel.tp_size='2' must be a whole number of at least 1"),
         ({"tensor_parallel": {"tp_size": True}}, "tensor_parallel.tp_size=True must be a whole number of at least 1"),
-        ({"dtype": "int8"}, 'dtype="int8" is not supported; take one of fp32, fp16, bf16'),
+        ({"dtype": "int8"}, 'dtype="int8" is not supported; take one of fp32, fp16, bf16, auto'),
     ],
 )  # fmt: skip
 def test_refused_documents(document, text):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_ring.cli.seeded_checkpoint import byte_tokenizer
-from ds_ring.engine import generation
+from ds_ring.engine import generation_forward
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import InputError
 from tests.helpers.generation import GREEDY, assert_same, llama, on_all_ranks_alike, tokens, unsharded
@@ -68,13 +68,13 @@ def test_a_misspelt_option_of_generate_is_refused_by_name(model):
 
 @pytest.mark.parametrize("layout", [RING, {"pp_size": 2}], ids=str)
 def test_transformers_prefill_chunk_size_is_the_size_of_a_chunk(layout, monkeypatch):
-    sizes, chunks = [], generation.chunks
+    sizes, chunks = [], generation_forward.chunks
 
     def spied(*args, size, **options):
         sizes.append(size)
         return chunks(*args, size=size, **options)
 
-    monkeypatch.setattr(generation, "chunks", spied)
+    monkeypatch.setattr(generation_forward, "chunks", spied)
     ids = tokens(1, 37)
     want = unsharded(llama(), ids, max_new_tokens=4)
     work = lambda engine: engine.generate(ids, max_new_tokens=4, prefill_chunk_size=8, **GREEDY)  # noqa: E731

@@ -20,11 +20,11 @@ import ds_ring
 from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.engine.dry_run import dry_run
-from ds_ring.errors import UnsupportedModelError
+from ds_ring.errors import CheckpointError, UnsupportedModelError
 from ds_ring.hf.dims import model_dims
 from tests.helpers.architectures import BYPASSES, NO_TENSOR_PARALLEL, SMALL, bert
 from tests.helpers.mocked_world import serve
-from tests.helpers.tiny_models import ARCHITECTURES, build, gpt2, llama_gqa, phi3, tokens
+from tests.helpers.tiny_models import ARCHITECTURES, build, gpt2, llama_gqa, mixtral, phi3, tokens
 
 
 def rehearsed(config: PretrainedConfig, **layout: Any) -> None:
@@ -66,14 +66,27 @@ def test_what_the_first_forward_would_refuse(layout):
         rehearsed(latent, **layout)
     with pytest.raises(UnsupportedModelError, match="makes no causal LM of this T5Config"):
         rehearsed(T5Config(), **layout)
-    with pytest.raises(UnsupportedModelError, match="no causal LM of this LlamaConfig: KeyError: 'nonsense'"):
-        rehearsed(llama_gqa(hidden_act="nonsense"), **layout)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (llama_gqa(hidden_act="nonsense"), "transformers makes no causal LM of this LlamaConfig: KeyError: 'nonsense'"),
+        (mixtral(num_experts_per_tok=9), "MixtralForCausalLM fails at its first forward with this config: .*k "),
+    ],
+    ids=["building", "forward"],
+)  # fmt: skip
+def test_configs_that_make_no_model(config, words):
+    with pytest.raises(CheckpointError, match=f"^config.json: {words}"):
+        rehearsed(config, ring_degree=2)
 
 
 CONFIGS: dict[str, tuple[Callable[[], PretrainedConfig], str]] = {
     "Conv1D": (gpt2, "AutoTP not supported"),
     "query, key and value in one": (phi3, "a rank attends with 5 heads instead of 3"),
-    "norms over all heads, before experts": (lambda: OlmoeConfig(**SMALL, num_experts=4), "of length 16"),
+    "norms over all heads, before experts": (
+        lambda: OlmoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2), "of length 16",
+    ),
     "names that AutoTP does not know": (
         lambda: NanoChatConfig(**SMALL, intermediate_size=64), r"layers\.0\.mlp\.fc2 takes 64 elements .* given 32",
     ),

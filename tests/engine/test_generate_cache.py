@@ -56,6 +56,25 @@ def test_a_conversation_goes_on_from_its_cache(name, layout):
         assert_as_alone(model, ids, seen, got)
 
 
+@by_name("ring3", "dp2_ring2", "pp2")
+def test_a_cache_knows_the_tokens_that_it_holds(layout):
+    (ids, mask), more = padded([20, 9]), tokens(2, 5, seed=1)
+
+    def work(engine: Engine) -> list[tuple[Tensor, Tensor, Tensor]]:
+        begun = engine.generate(ids, mask, max_new_tokens=4, **GREEDY)
+        told = [(begun.sequences, begun.past_key_values.ids_BC, begun.past_key_values.mask_BC)]
+        whole, seen = torch.cat((begun.sequences, more), 1), torch.cat((mask, torch.ones(2, 9).long()), 1)
+        after = engine.generate(whole, seen, past_key_values=begun.past_key_values, max_new_tokens=3, **GREEDY)
+        return [*told, (after.sequences, after.past_key_values.ids_BC, after.past_key_values.mask_BC)]
+
+    for turns in serve(llama(), work, batch_size=2, micro_batch_size=2, **layout):
+        for sequences, held, shown in turns:
+            assert torch.equal(held, sequences[:, :-1])  # nothing has run the last token yet
+            assert torch.equal(shown[:, :20], mask.bool())
+            assert shown[:, 20:].all()
+            assert shown.shape == held.shape
+
+
 def test_the_new_part_of_a_conversation_alone_under_a_mask_of_the_whole():
     first, more = tokens(1, 20), tokens(1, 7, seed=1)
 

@@ -13,7 +13,7 @@ from ds_ring.engine.engine import Engine
 from ds_ring.errors import DisagreementError, DsRingError, InputError, NumericsError
 from tests.helpers.generation import GREEDY, Heard, llama, tokens
 from tests.helpers.mocked_world import outcome, serve
-from tests.helpers.tiny_models import build, llama_gqa
+from tests.helpers.tiny_models import build, gpt2, llama_gqa
 
 LIMITED = {"max_position_embeddings": 64}
 
@@ -22,11 +22,9 @@ LIMITED = {"max_position_embeddings": 64}
     ("ids", "mask", "options", "words"),
     [
         (torch.ones(1, 0).long(), None, {}, "at least one of each, not (1, 0)"),
-        (torch.ones(1, 40).long(), None, {"max_new_tokens": 25}, "40 tokens of input + max_new_tokens=25 exceed the "
-         "model's max_position_embeddings=64"),
         (torch.ones(1, 40).long(), None, {"max_length": 40}, "nothing to generate"),
         (torch.ones(1, 40).long(), None, {"max_length": 20}, "nothing to generate"),
-        (torch.ones(1, 40).long(), None, {"max_new_tokens": 0}, "`max_new_tokens` must be greater than 0"),
+        (torch.ones(1, 40).long(), None, {"max_new_tokens": 0}, "max_new_tokens=0 must be a whole number of at"),
         (torch.ones(1, 4).long(), torch.tensor([[1, 1, 1, 0]]), {}, "row 0 of the batch ends in padding"),
         (torch.ones(1, 4).long(), torch.ones(1, 5).long(), {}, "attention_mask has 5 columns, input_ids 4"),
         (torch.ones(1, 4).long() * 97, None, {}, "token id 97 is outside the vocabulary of 97"),
@@ -49,6 +47,17 @@ def test_what_cannot_work_is_refused_by_name_on_every_rank(layout, ids, mask, op
         model, lambda engine: outcome(lambda: engine.generate(ids, mask, **options)), max_length=64, **layout
     )
     for error in errors:
+        assert isinstance(error, InputError)
+        assert words in str(error)
+
+
+RING_64 = {"ring_degree": 2, "max_length": 64}
+
+
+def test_more_tokens_than_learned_positions_are_refused():
+    model, ids = build(gpt2(n_positions=64)), torch.ones(1, 40).long()
+    words = "40 tokens of input + max_new_tokens=25 exceed the model's max_position_embeddings=64; shorten either"
+    for error in serve(model, lambda engine: outcome(lambda: engine.generate(ids, max_new_tokens=25)), **RING_64):
         assert isinstance(error, InputError)
         assert words in str(error)
 

@@ -59,10 +59,54 @@ def test_the_rank_it_began_on_is_named_though_it_spreads_to_all():
         assert "layer 1 of 3 gave NaN or infinity, on rank 2;" in text
 
 
-def test_a_spoilt_head_is_told_from_spoilt_layers():
+CALLS = {
+    "logits": lambda engine, ids: engine(ids),
+    "scores": lambda engine, ids: engine.token_log_likelihoods(ids),
+    "next_token_logits": lambda engine, ids: engine.next_token_logits(ids),
+    "generate": lambda engine, ids: engine.generate(ids, max_new_tokens=3, do_sample=False),
+}
+CHECK = "check the weights, or, if activations overflow fp16, take dtype bf16 or fp32"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layout", [{"ulysses_degree": 2}, {"pp_size": 2}, {"dp_size": 2}], ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_a_spoilt_head_is_told_from_spoilt_layers(call, layout, value):
+    """Hidden states are finite then, and only what is made of them is not."""
+
     def work(engine: Engine) -> object:
-        engine.model.get_output_embeddings().weight.data[0, 0] = float("nan")
+        head = engine.model.get_output_embeddings()
+        if isinstance(head, nn.Linear):  # the last stage of a pipeline has it
+            head.weight.data[0, 0] = value
+        return CALLS[call](engine, tokens(2, 33))
+
+    # Where only the last token's logits are made, the rank that holds it makes them.
+    alone = "pp_size" in layout or (call == "generate" and "ulysses_degree" in layout)
+    for text in refusals(work, batch_size=2, **layout):
+        ranks = "1" if alone else "0, 1"
+        assert text == f"the head gave NaN or infinity, on rank {ranks}, behind 3 layers that are finite; {CHECK}"
+
+
+def test_the_last_norm_is_named():
+    def work(engine: Engine) -> object:
+        if engine.mesh.rank == 1:
+            engine.model.get_submodule("gpt_neox.final_layer_norm").weight.data[0] = float("nan")
+        return engine.token_log_likelihoods(tokens(1, 33))
+
+    for text in refusals(work, ring_degree=2):
+        assert text == f"the last norm gave NaN or infinity, on rank 1, behind 3 layers that are finite; {CHECK}"
+
+
+def test_what_does_not_come_again_is_said_too():
+    def work(engine: Engine) -> object:
+        calls = []
+
+        def once(module: nn.Module, args: Any, out: Any) -> Any:
+            calls.append(0)
+            return out * float("nan") if len(calls) == 1 else out
+
+        engine.model.get_output_embeddings().register_forward_hook(once)
         return engine(tokens(1, 33))
 
-    for text in refusals(work, ulysses_degree=2):
-        assert text == "the model gave NaN or infinity behind its last layer (3 layers are finite)"
+    for text in refusals(work, ring_degree=2):
+        assert text == "the model gave NaN or infinity, though none of its 3 layers, nor its head, when run again"

@@ -95,7 +95,7 @@ def save(directory: Path, config: PretrainedConfig) -> Path:
     return directory
 
 
-def save_llama(directory: Path, **sizes: float) -> Path:
+def save_llama(directory: Path, **sizes: Any) -> Path:
     """A checkpoint of two layers with two key/value heads of four."""
     config = LlamaConfig(
         **{

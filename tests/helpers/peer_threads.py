@@ -160,9 +160,9 @@ class ThreadDevice:
         self.meet()
         with self._control.together():
             own = self.own_bytes(nbytes)
-        data = self._control.all_gather_objects(own)
+        data = self._control.hand_round(own)
         assert all(other.numel() == nbytes for other in data), "ranks allocate alike"
-        shared = self._control.all_gather_objects(_Shared(data, flags))[0]
+        shared = self._control.hand_round(_Shared(data, flags))[0]
         self.allocated.append(nbytes)
         self.held += nbytes
         self.peak = max(self.peak, self.held)

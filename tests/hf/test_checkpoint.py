@@ -79,10 +79,6 @@ class TestGood:
     def test_shards_with_an_index(self, sharded):
         assert Checkpoint.open(sharded).files == {"embed": sharded / FIRST, "head": sharded / SECOND}
 
-    def test_an_index_goes_before_a_single_file(self, sharded):
-        save_file({"stale": EMBED}, sharded / SINGLE)
-        assert set(Checkpoint.open(sharded).files) == {"embed", "head"}
-
     @pytest.mark.parametrize("layout", ["single", "sharded"])
     def test_tensors_are_read_when_they_are_indexed(self, layout, request):
         tensors = Checkpoint.open(request.getfixturevalue(layout)).lazy_tensors()
@@ -141,7 +137,7 @@ class TestRefused:
             ({"hidden_size": 65}, "The hidden size (65) is not a multiple of the number of attention heads (4)"),
             ({"num_attention_heads": 0}, "ZeroDivisionError: "),
             ({"dtype": "float17"}, "has no attribute 'float17'"),
-            ({"model_type": "nonsense"}, "has model type `nonsense`"),
+            ({"model_type": "nonsense"}, "model_type='nonsense' is none that transformers 5."),
         ],
         ids=str,
     )
@@ -181,7 +177,7 @@ class TestRefused:
             Checkpoint.open(directory)
 
     def test_a_file_that_is_not_safetensors(self, single):
-        (single / SINGLE).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        (single / SINGLE).write_bytes(b"no tensors at all\n")
         with refused(f"{single / SINGLE} is damaged or truncated: "):
             Checkpoint.open(single)
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from tests.helpers.launching import deepspeed, last_line, run, save_llama
+from tests.helpers.rope_models import longrope
 
 pytestmark = pytest.mark.launch
 
@@ -13,12 +14,14 @@ RING = {"implementation": "context_parallel", "ring_degree": 2}
 
 
 def test_deepspeeds_ulysses_is_compared_in_the_same_table(tmp_path):
-    """Odd lengths, a last micro-batch of another size, and sizes swept."""
+    """Odd lengths, a last micro-batch of another size, and sizes swept; rotary frequencies that depend on the length,
+    of which a rank has a half."""
     file, output = tmp_path / "baseline.json", tmp_path / "compare.json"
     workload = {"batch_size": 3, "max_length": 101, "micro_batch_size": 1}
     benchmark = {"implementation": "deepspeed_ulysses", "micro_batch_sizes": [1, 2], "repeats": 1}
     section = {"parallel": {"ulysses_degree": 2}, "workload": workload, "benchmark": benchmark}
-    file.write_text(json.dumps({"dtype": "fp32", "ds_ring": {"model": str(save_llama(tmp_path / "llama")), **section}}))
+    llama = save_llama(tmp_path / "llama", rope_parameters=longrope(head_dim=16, original_max_position_embeddings=60))
+    file.write_text(json.dumps({"dtype": "fp32", "ds_ring": {"model": str(llama), **section}}))
     run([sys.executable, "launch/compare.py", "--layouts", str(file), "--output", str(output)])
     document = json.loads(output.read_text())
     (best,), rows = document["rows"], document["micro_batches"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPTNeoXConfig, LlamaConfig
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig
 
 from ds_ring import api
 from ds_ring.config import RunConfig
@@ -217,8 +217,9 @@ def test_a_cache_has_to_fit_as_well():
 
 def test_a_length_that_the_model_lacks_is_the_reason():
     """And not how few sequences there are for replicas."""
+    config = RunConfig.load({"ds_ring": {"parallel": "auto"}}, max_length=5000)
     with pytest.raises(ConfigError, match="can run this: max_length=5000 exceeds the model"):
-        with_planned_degrees(RunConfig.load({"ds_ring": {"parallel": "auto"}}, max_length=5000), SMALL, 16, H100)
+        with_planned_degrees(config, GPT2Config(n_positions=4096), 16, H100)
 
 
 def test_other_implementations_are_not_planned():

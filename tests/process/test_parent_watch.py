@@ -2,7 +2,7 @@
 
 import os
 
-from ds_ring.process.parent_watch import parent_of
+from ds_ring.process.processes import parent_of
 
 
 def test_parent_of_a_process():

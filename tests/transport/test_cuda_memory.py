@@ -47,8 +47,8 @@ class _Memory:
 
     def rendezvous(self, own, rank):
         group = self.world.transport("rendezvous", range(SIZE), rank)
-        handle = _Handle(rank, group.all_gather_objects(own))
-        group.all_gather_objects(None)  # the group holds what was gathered last
+        handle = _Handle(rank, group.hand_round(own))
+        group.hand_round(None)  # the group holds what was gathered last
         self._fail("rendezvous", rank)
         return handle
 

@@ -1,0 +1,36 @@
+"""Run a command on the first of several hosts that this machine plays, with a hostfile of all of them.
+
+    python launch/local_hosts.py --hosts 2 --slots 2 -- deepspeed --quiet --hostfile HOSTFILE launch/score.py …
+
+HOSTFILE stands for the hostfile's path. Hosts are network namespaces with an sshd each; Linux, root, openssh-server,
+pdsh and iproute2 are needed. When the command ends, they and all that runs on them are gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from ds_ring.errors import UserError
+from ds_ring.testing.local_hosts import LocalHosts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, default=2, metavar="N", help="hosts, named host1 and so on [2]")
+    parser.add_argument("--slots", type=int, default=1, metavar="N", help="ranks of each host [1]")
+    parser.add_argument("command", nargs="+", metavar="WORD", help="the command, after --")
+    args = parser.parse_args()
+    try:
+        with LocalHosts([f"host{number + 1}" for number in range(args.hosts)], args.slots) as hosts:
+            words = [str(hosts.hostfile) if word == "HOSTFILE" else word for word in args.command]
+            code = subprocess.run(hosts.command(hosts.names[0], words)).returncode
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

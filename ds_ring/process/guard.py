@@ -1,0 +1,73 @@
+"""Ends what a signal has stopped for too long. Run as a process of its own, beside the ranks of a host.
+
+    python guard.py LIMIT_S LAUNCH_PID PID…
+
+A stopped process reacts to nothing but SIGKILL, and whoever waits for it waits for ever: ``launch.py`` for a rank, a
+host for its ``launch.py``. Others may notice; where all ranks of a host are stopped, only this process is left to act.
+It watches the children of ``launch.py``, ``launch.py`` itself and the other ``PID``s, and ends with its parent.
+
+Imports nothing of this package: it starts in milliseconds and needs little memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+PERIOD_S = 0.5
+PR_SET_PDEATHSIG = 1
+
+
+def watch(limit_s: float, launch: int, others: list[int]) -> None:
+    """Until this process is ended, kill what has been seen stopped for ``limit_s`` seconds."""
+    seen: dict[int, int] = {}
+    while True:
+        # Counted in looks, not by the clock: whoever stops a whole launch, this process too, may continue it later.
+        for pid in (launch, *others, *_children(launch)):
+            seen[pid] = seen.get(pid, 0) + 1 if _is_stopped(pid) else 0
+            if seen[pid] * PERIOD_S > limit_s:
+                print(f"process {pid} was stopped for {limit_s:g} s, ending it: {_command(pid)}", file=sys.stderr)
+                sys.stderr.flush()
+                _kill(pid)
+        time.sleep(PERIOD_S)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:
+        return []
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", errors="replace") as file:
+            return file.read().replace("\0", " ")[:200]
+    except OSError:
+        return "?"
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == parent != 1:
+        watch(float(sys.argv[1]), int(sys.argv[2]), [int(word) for word in sys.argv[3:]])

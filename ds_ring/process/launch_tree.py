@@ -1,0 +1,78 @@
+"""The processes that a rank owes its start to, as far as this host shows them.
+
+    on one host          deepspeed ► launch.py ► rank
+    on several, by pdsh  deepspeed ► pdsh ► ssh   ···   sshd ► (shell ►) launch.py ► rank
+
+In the second case the first half is on the launcher's host only, and no ancestor of a rank. It is found by what
+``launch.py`` and pdsh have in common: the hosts and the port in their command lines.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_ring.process.processes import all_processes, command_of, name_of, parent_of
+
+LAUNCH = "deepspeed.launcher.launch"
+FARTHEST = 6
+"""Steps up to an sshd, at most."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A process that must go on, and the parent that it must keep."""
+
+    pid: int
+    parent: int
+
+    def holds(self) -> bool:
+        return parent_of(self.pid) == self.parent
+
+
+def links() -> list[Link]:
+    """The links whose end means that nobody waits for this rank any longer; on other systems than Linux none.
+
+    Above another launcher than DeepSpeed's nothing counts: there may be a shell, whose end means nothing.
+    """
+    pid, parent = os.getpid(), os.getppid()
+    if parent_of(pid) is None:
+        return []
+    chain = [Link(pid, parent)]
+    if LAUNCH not in command_of(parent):
+        return chain
+    above = _ancestors(parent)
+    servers = [number for number, ancestor in enumerate(above) if name_of(ancestor).startswith("sshd")]
+    # Up to sshd; without one the launcher itself is the next.
+    kept = above[: servers[0] + 1 if servers else 1]
+    chain += [Link(child, ancestor) for child, ancestor in zip([parent, *kept], kept, strict=False)]
+    pdsh = find_pdsh()
+    return [*chain, Link(pdsh, parent_of(pdsh) or 0)] if pdsh is not None else chain
+
+
+def find_pdsh() -> int | None:
+    """The pdsh of this launch, where it runs on this host."""
+    own = {word for word in command_of(os.getppid()) if word.startswith(("--world_info=", "--master_port="))}
+    for pid in all_processes():
+        command = command_of(pid)
+        if len(own) == 2 and command and Path(command[0]).name == "pdsh" and own <= set(command):
+            return pid
+    return None
+
+
+def runner() -> int | None:
+    """The ``deepspeed`` of this launch, where it runs on this host."""
+    parent = os.getppid()
+    if LAUNCH not in command_of(parent):
+        return None
+    pdsh = find_pdsh()
+    return parent_of(parent if pdsh is None else pdsh)
+
+
+def _ancestors(pid: int) -> list[int]:
+    found: list[int] = []
+    while len(found) < FARTHEST and (above := parent_of(found[-1] if found else pid)) not in (None, 0, 1):
+        assert above is not None
+        found.append(above)
+    return found

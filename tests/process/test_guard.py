@@ -1,0 +1,72 @@
+"""What a signal has stopped is ended by the guard beside it; what runs is left alone."""
+
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from ds_ring.process import guard
+from tests.helpers.limits import HANG_S
+
+LAUNCH = f"""
+import subprocess, sys, time
+ranks = [subprocess.Popen(["sleep", "3600"]) for _ in range(2)]
+guard = subprocess.Popen([sys.executable, "-I", "-S", {guard.__file__!r}, sys.argv[1], str(__import__("os").getpid())])
+print(ranks[0].pid, ranks[1].pid, guard.pid, flush=True)
+for child in (*ranks, guard):
+    child.wait()
+"""
+
+
+@pytest.fixture
+def launched():
+    """As launch.py: (itself, its two ranks, the guard); all are ended with the test."""
+    started = []
+
+    def start(limit_s):
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, str(limit_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        found = [psutil.Process(process.pid), *(psutil.Process(int(pid)) for pid in process.stdout.readline().split())]
+        started.extend(found)
+        return process, found
+
+    yield start
+    for process in started:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def ended(process):
+    try:
+        process.wait(HANG_S)
+    except psutil.ZombieProcess:
+        return True
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_stopped_rank_is_ended_and_its_sibling_is_not(launched):
+    launch, (_, stopped, running, _) = launched(1)
+    stopped.send_signal(signal.SIGSTOP)
+    said = launch.stderr.readline()
+    assert said == f"process {stopped.pid} was stopped for 1 s, ending it: sleep 3600 \n"
+    assert ended(stopped)
+    assert running.status() == psutil.STATUS_SLEEPING
+
+
+def test_a_stopped_launcher_is_ended(launched):
+    launch, (itself, *_) = launched(1)
+    itself.send_signal(signal.SIGSTOP)
+    assert launch.wait(HANG_S) == -signal.SIGKILL
+
+
+def test_the_guard_ends_with_its_parent(launched):
+    launch, (itself, _, _, watching) = launched(3600)
+    itself.kill()
+    launch.wait(HANG_S)
+    assert ended(watching)
