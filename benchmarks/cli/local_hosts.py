@@ -8,21 +8,25 @@ pdsh and iproute2 are needed. When the command ends, they and all that runs on t
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 
+from ds_ring.cli.parser import Parser, whole
 from ds_ring.errors import UserError
 from ds_ring.testing.local_hosts import LocalHosts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, default=2, metavar="N", help="hosts, named host1 and so on [2]")
-    parser.add_argument("--slots", type=int, default=1, metavar="N", help="ranks of each host [1]")
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--hosts", type=whole(1, 64), default=2, metavar="N", help="hosts, named host1 and so on [2]")
+    parser.add_argument("--slots", type=whole(1, 64), default=1, metavar="N", help="ranks of each host [1]")
     parser.add_argument("command", nargs="+", metavar="WORD", help="the command, after --")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
     try:
+        args = make_parser().parse_args()
         with LocalHosts([f"host{number + 1}" for number in range(args.hosts)], args.slots) as hosts:
             words = [str(hosts.hostfile) if word == "HOSTFILE" else word for word in args.command]
             code = subprocess.run(hosts.command(hosts.names[0], words)).returncode

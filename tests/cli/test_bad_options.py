@@ -71,9 +71,10 @@ def numeric(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 def required(parser: argparse.ArgumentParser, but: str = "") -> list[str]:
     """Options without which a parser refuses everything, with values that it takes."""
     words = {"--ranks": "2", "--directory": "new", "--model": "model", "--panels": "8"}
-    given = [(a.option_strings[0], words[a.option_strings[0]]) for a in parser._actions if a.required and a.dest != but]
+    needed = [action for action in parser._actions if action.required and action.dest != but]
     one_of = ["--config", "c.json"] if parser._mutually_exclusive_groups else []
-    return [*one_of, *(word for pair in given for word in pair)]
+    given = [[a.option_strings[0], words[a.option_strings[0]]] if a.option_strings else ["word"] for a in needed]
+    return [*one_of, *(word for each in given for word in each)]
 
 
 CASES = [
@@ -106,7 +107,7 @@ def test_a_number_is_refused_in_one_line_or_can_be_meant(name, dest):
         assert refused > 15
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "local_hosts"])  # it takes any words
 def test_what_is_no_option_is_refused(name):
     parser = MODULES[name].make_parser()
     needed = required(parser)
