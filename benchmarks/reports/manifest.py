@@ -11,7 +11,7 @@ from ds_ring.errors import ConfigError
 
 Kind = Literal[
     "forward", "products", "transfers", "attention", "profile", "generation", "comparison", "latency", "longest",
-    "scaling", "layer_fusion", "checkpoint",
+    "scaling", "layer_fusion", "checkpoint", "planner",
 ]  # fmt: skip
 SummaryKind = Literal["throughput", "one_sequence", "implementations"]
 Selector = dict[str, str | int | bool]

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.reports import plots
 from benchmarks.reports.manifest import Kind, Section
+from benchmarks.reports.planner_tables import draw_planner
 from benchmarks.reports.record_tables import TRACE_PARTS, Document, Rows, best_per_gpu, forward_name
 
 Inches = tuple[float, float]
@@ -29,6 +30,7 @@ def files(section: Section, documents: dict[str, Document], rows: Rows) -> list[
     drawable = {
         "forward": any(r.get("trace_window_ms") for r in rows),
         "attention": any(r.get("share") and not r.get("gbps") for r in rows),
+        "planner": True,
     }
     return [f"{first}.png"] if drawable.get(section.kind) else []
 
@@ -91,5 +93,5 @@ def _scaling(axis: Axes, section: Section, rows: Rows) -> Inches:
 
 
 AXES: dict[Kind, Callable[[Axes, Section, Rows], Inches]] = {
-    "forward": _forward, "attention": _attention, "scaling": _scaling,
+    "forward": _forward, "attention": _attention, "scaling": _scaling, "planner": draw_planner,
 }  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.reports import comparison_table, latency_table
 from benchmarks.reports.kernel_record_tables import attention, layer_fusion, products, profile, transfers
 from benchmarks.reports.manifest import Kind
+from benchmarks.reports.planner_tables import planner
 from benchmarks.reports.tables import clock_and_power, given, markdown_table, without_empty_columns
 
 Document = dict[str, Any]
@@ -158,7 +159,7 @@ def checkpoint(documents: Sequence[Document], rows: Rows) -> list[str]:
 TABLES: dict[Kind, Callable[[Sequence[Document], Rows], list[str]]] = {
     "forward": forward, "products": products, "transfers": transfers, "attention": attention, "profile": profile,
     "generation": generation, "comparison": compared, "latency": one_sequence, "longest": longest, "scaling": scaling,
-    "layer_fusion": layer_fusion, "checkpoint": checkpoint,
+    "layer_fusion": layer_fusion, "checkpoint": checkpoint, "planner": planner,
 }  # fmt: skip
 
 

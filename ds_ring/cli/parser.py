@@ -12,7 +12,6 @@ from ds_ring.errors import ConfigError
 from ds_ring.process.outcome import NO_STDOUT
 from ds_ring.utils.streams import print_result
 
-MOST_RANKS = 1 << 16
 LARGEST_SEED = (1 << 64) - 1
 LEAST_TEMPERATURE = 1e-6
 """Below it, logits divided by the temperature leave fp32's range."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 Axis = Literal["dp", "pp", "ring", "ulysses", "tp", "sp", "world"]
 
-AXES = ("dp", "pp", "ring", "ulysses", "tp")
+AXES: tuple[Axis, ...] = ("dp", "pp", "ring", "ulysses", "tp")
 COMBINED: dict[str, tuple[str, ...]] = {"sp": ("ring", "ulysses"), "world": AXES}
 
 

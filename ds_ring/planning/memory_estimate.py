@@ -47,14 +47,15 @@ from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.peer_buffers import LARGE, MIN_BUFFERS
 
 
-def peak_bytes(config: RunConfig, dims: ModelDims, linear_parameters: int, micro: int) -> float:
-    """Bytes of weights and of one micro-batch of ``micro`` sequences; logits are those of last tokens."""
+def peak_bytes(config: RunConfig, dims: ModelDims, linear_parameters: int, micro: int, *, pulls: bool = True) -> float:
+    """Bytes of weights and of one micro-batch of ``micro`` sequences; logits are those of last tokens. ``pulls``: as
+    for ``in_flight``."""
     t, p, itemsize = config.topology, config.parallel, 4 if config.dtype == "fp32" else 2
     layout = SequenceLayout(config.workload.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
     rows, d = micro * layout.local_length, dims.hidden_size
     block = min(rows, config.workload.block_tokens or rows)
     q, kv = (n * dims.head_dim / t.tp for n in (dims.num_heads, 2 * dims.num_kv_heads))
-    slots, projected, lanes = 0.0, t.ring > 1 and t.ulysses == 1 and block == rows, in_flight(config, micro)
+    slots, projected, lanes = 0.0, t.ring > 1 and t.ulysses == 1 and block == rows, in_flight(config, micro, pulls)
     if t.ring > 1:
         shared = rows * (q + kv if projected else kv)
         slots = shared * max(lanes, 1 if shared * itemsize >= LARGE else MIN_BUFFERS)
@@ -70,7 +71,7 @@ def peak_bytes(config: RunConfig, dims: ModelDims, linear_parameters: int, micro
         slots += rows * (lanes * (q + kv) if lanes > 1 else q + kv + q)
         foreign += rows * (q + kv)
         attending = held + rows * q + slots + foreign + running
-    wide = _wide(dims, linear_parameters) / t.tp
+    wide = mlp_width(dims, linear_parameters) / t.tp
     behind = rows * 2 * (d + dims.head_dim) + embedding + block * (2 * d + wide) + slots
     waiting = (lanes - 1) * (rows * (5 * d + 2 * dims.head_dim) + (block * wide if t.tp > 1 else foreign))
     summed_or_sent = rows * d * (MIN_BUFFERS + 1 if t.pp > 1 else 1 if t.tp > 1 else 0)
@@ -102,11 +103,11 @@ def _weights(config: RunConfig, dims: ModelDims, linear_parameters: int) -> floa
     return linear_parameters / (t.pp * t.tp) + (table if t.pp > 1 else table + table / t.tp)
 
 
-def in_flight(config: RunConfig, micro: int) -> int:
-    """How many micro-batches of ``micro`` sequences are: ``auto`` is taken to find the copy engine, as on GPUs of one
-    host."""
+def in_flight(config: RunConfig, micro: int, pulls: bool = True) -> int:
+    """How many micro-batches of ``micro`` sequences are. ``pulls``: whether a copy engine serves an axis that shares
+    sequences, as on GPUs of one host, which ``interleave=auto`` asks for."""
     t, ring = config.topology, config.ring
-    by_copy_engine = ring.interleave == "auto" and t.sp > 1 and ring.transport != "process_group"
+    by_copy_engine = ring.interleave == "auto" and t.sp > 1 and pulls and ring.transport != "process_group"
     if t.pp > 1 or t.sp * t.tp == 1 or not (ring.interleave == "on" or by_copy_engine):
         return 1
     return min(ring.in_flight if t.sp > 1 else 2, config.micro_batches(micro))
@@ -121,7 +122,7 @@ def _arriving(config: RunConfig, dims: ModelDims, own: float, out: float, itemsi
     return own * min(ring - 1, 2), 0.0 if in_one_call or ring == 1 else out * 4 / itemsize
 
 
-def _wide(dims: ModelDims, linear_parameters: int) -> float:
+def mlp_width(dims: ModelDims, linear_parameters: int) -> float:
     """Width of what an MLP holds beside its input and its result: one intermediate, or a gated one's three."""
     attention = 2 * dims.hidden_size * dims.head_dim * (dims.num_heads + dims.num_kv_heads)
     products = (linear_parameters / dims.num_layers - attention) / (dims.hidden_size * dims.intermediate_size)

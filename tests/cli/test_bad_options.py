@@ -13,8 +13,9 @@ import pytest
 
 from ds_ring.cli import outputs
 from ds_ring.cli.options import run_config
-from ds_ring.cli.parser import MOST, MOST_RANKS
+from ds_ring.cli.parser import MOST
 from ds_ring.errors import UserError
+from ds_ring.planning.limits import MOST_RANKS
 from ds_ring.process.launcher import ROOT
 from ds_ring.utils.plain_text import one_line
 

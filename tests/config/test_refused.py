@@ -54,7 +54,7 @@ class TestRefusedFiles:
     [
         ({"ds_ring": {"paralel": {}}},
          "ds_ring.paralel is not a known key; known here: benchmark, decode_graph, fusion, in_flight, interleave, "
-         "model, parallel, timeout_s, transport, workload"),
+         "model, parallel, start_timeout_s, timeout_s, transport, workload"),
         ({"ds_ring": {"workload": {"length": 5}}},
          "ds_ring.workload.length is not a known key; known here: batch_size, block_tokens, max_length, "
          "micro_batch_size, prefill_chunk"),
@@ -83,7 +83,7 @@ class TestRefusedFiles:
         ({"ds_ring": {"benchmark": {"repeats": 0}, "modle": "x"}},
          "ds_ring.benchmark.repeats=0: Input should be greater than or equal to 1; "
          "ds_ring.modle is not a known key; known here: benchmark, decode_graph, fusion, in_flight, interleave, "
-         "model, parallel, timeout_s, transport, workload"),
+         "model, parallel, start_timeout_s, timeout_s, transport, workload"),
         ({"ds_ring": 3}, "ds_ring must be a JSON object, not 3"),
         ({"ds_ring": None}, "ds_ring must be a JSON object, not None"),
         ({"tensor_parallel": 2}, "tensor_parallel must be a JSON object, not 2"),

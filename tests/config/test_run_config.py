@@ -63,7 +63,7 @@ class TestLoading:
                 "transport": "auto",
                 "interleave": "auto",
                 "in_flight": 2,
-                "timeout_s": 1800,
+                "timeout_s": 1800, "start_timeout_s": 60,
                 "decode_graph": "auto",
                 "fusion": "auto",
             },

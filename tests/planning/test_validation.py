@@ -113,8 +113,8 @@ class TestChecks:
         ("sweep", "text"),
         [
             ([5000, 100], "sweep=5000 exceeds the model's max_position_embeddings=4096; shorten it"),
-            ([100, 0], "sweep=0 must be at least 1"),
-            ([-3], "sweep=-3 must be at least 1"),
+            ([100, 0], "ds_ring.benchmark.sweep=[100, 0]: Value error, each must be at least 1"),
+            ([-3], "ds_ring.benchmark.sweep=[-3]: Value error, each must be at least 1"),
         ],
     )  # fmt: skip
     def test_a_length_of_the_sweep_that_cannot_run(self, sweep, text):
