@@ -13,6 +13,7 @@ import argparse
 from typing import Any
 
 from ds_ring.cli import options
+from ds_ring.cli.parser import Parser
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -38,11 +39,15 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     return {**results.provenance(), **document}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
     parser.add_argument("--fit", action="store_true", help="print the constants that the records give instead")
-    options.main(work, parser)
+    return parser
+
+
+def main() -> None:
+    options.main(work, make_parser())
 
 
 if __name__ == "__main__":

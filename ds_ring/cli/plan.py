@@ -16,7 +16,7 @@ from typing import Any
 from ds_ring.cli import options
 from ds_ring.cli.parser import Parser, number, whole
 from ds_ring.planning.cards import CARDS, Card
-from ds_ring.planning.limits import check_size
+from ds_ring.planning.limits import MOST_RANKS, check_size
 
 
 def work(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def card_of(args: argparse.Namespace) -> Card:
 
 def make_parser() -> Parser:
     parser = options.run_parser(__doc__)
-    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="GPUs, over all hosts")
+    parser.add_argument("--ranks", type=whole(1, MOST_RANKS), required=True, metavar="N", help="GPUs, over all hosts")
     parser.add_argument("--card", choices=sorted(CARDS), default="H100", help="which GPU [H100]")
     parser.add_argument(
         "--gpus-per-host", type=whole(1), metavar="N", help="GPUs that NVLink connects: of a host, or of one domain [8]"

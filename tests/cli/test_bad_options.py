@@ -35,6 +35,7 @@ FLOATS = {
     "temperature": lambda x: x == 0 or x >= 1e-6, "top_p": lambda x: 0 < x <= 1, "granularity": lambda x: 0 < x <= 1,
     "limit": lambda x: 0 < x < 2**40, "memory_limit": lambda x: x > 0, "limit_s": lambda x: 0 <= x < 2**40,
     "seconds": lambda x: x > 0, "warm_s": lambda x: x >= 0,
+    "network_gbps": lambda x: x > 0,
 }  # fmt: skip
 FROM_0 = {
     "top_k", "gather_limit_mib", "block_tokens", "prefill_chunk", "warmup", "warmup_batch_size", "sustain_s",
