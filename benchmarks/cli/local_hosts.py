@@ -15,11 +15,16 @@ from ds_ring.cli.parser import Parser, whole
 from ds_ring.errors import UserError
 from ds_ring.testing.local_hosts import LocalHosts
 
+MOST_HOSTS = 250
+"""Hosts of one network of 8 bits."""
+
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("--hosts", type=whole(1, 64), default=2, metavar="N", help="hosts, named host1 and so on [2]")
-    parser.add_argument("--slots", type=whole(1, 64), default=1, metavar="N", help="ranks of each host [1]")
+    parser.add_argument(
+        "--hosts", type=whole(1, MOST_HOSTS), default=2, metavar="N", help="hosts, named host1 and so on [2]"
+    )
+    parser.add_argument("--slots", type=whole(1), default=1, metavar="N", help="ranks of each host [1]")
     parser.add_argument("command", nargs="+", metavar="WORD", help="the command, after --")
     return parser
 

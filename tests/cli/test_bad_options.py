@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cli.local_hosts import MOST_HOSTS
 from ds_ring.cli import outputs
 from ds_ring.cli.options import run_config
 from ds_ring.cli.parser import MOST
@@ -34,8 +35,7 @@ NUMBERS = [
 FLOATS = {
     "temperature": lambda x: x == 0 or x >= 1e-6, "top_p": lambda x: 0 < x <= 1, "granularity": lambda x: 0 < x <= 1,
     "limit": lambda x: 0 < x < 2**40, "memory_limit": lambda x: x > 0, "limit_s": lambda x: 0 <= x < 2**40,
-    "seconds": lambda x: x > 0, "warm_s": lambda x: x >= 0,
-    "network_gbps": lambda x: x > 0,
+    "seconds": lambda x: x > 0, "network_gbps": lambda x: x > 0, "warm_s": lambda x: x >= 0,
 }  # fmt: skip
 FROM_0 = {
     "top_k", "gather_limit_mib", "block_tokens", "prefill_chunk", "warmup", "warmup_batch_size", "sustain_s",
@@ -44,6 +44,7 @@ FROM_0 = {
 WHOLE = {
     "seed": lambda n: 0 <= n < 2**64, "master_port": lambda n: 1 <= n < 65536, "ranks": lambda n: 1 <= n <= MOST_RANKS,
     "in_flight": lambda n: 2 <= n <= MOST, "gpus": lambda n: 2 <= n <= 65536,
+    "hosts": lambda n: 1 <= n <= MOST_HOSTS,
     **{name: lambda n: 0 <= n <= MOST for name in FROM_0},
 }  # fmt: skip
 
@@ -73,10 +74,11 @@ def numeric(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 def required(parser: argparse.ArgumentParser, but: str = "") -> list[str]:
     """Options without which a parser refuses everything, with values that it takes."""
     words = {"--ranks": "2", "--directory": "new", "--model": "model", "--panels": "8"}
-    needed = [action for action in parser._actions if action.required and action.dest != but]
+    required = [action for action in parser._actions if action.required and action.dest != but]
+    named = [(a.option_strings[0], words[a.option_strings[0]]) for a in required if a.option_strings]
+    after = [word for action in required if not action.option_strings for word in ("--", "command")]
     one_of = ["--config", "c.json"] if parser._mutually_exclusive_groups else []
-    given = [[a.option_strings[0], words[a.option_strings[0]]] if a.option_strings else ["word"] for a in needed]
-    return [*one_of, *(word for each in given for word in each)]
+    return [*one_of, *(word for pair in named for word in pair), *after]
 
 
 CASES = [
@@ -95,7 +97,7 @@ def test_a_number_is_refused_in_one_line_or_can_be_meant(name, dest):
     action = next(action for action in parser._actions if action.dest == dest)
     refused = 0
     for text in NUMBERS:
-        found = refusal(parser, [*required(parser, dest), f"{action.option_strings[0]}={text}"])
+        found = refusal(parser, [f"{action.option_strings[0]}={text}", *required(parser, dest)])
         if isinstance(found, str):
             refused += 1
             assert action.option_strings[0] in found
@@ -109,14 +111,15 @@ def test_a_number_is_refused_in_one_line_or_can_be_meant(name, dest):
         assert refused > 15
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name != "local_hosts"])  # it takes any words
+@pytest.mark.parametrize("name", MODULES)
 def test_what_is_no_option_is_refused(name):
     parser = MODULES[name].make_parser()
     needed = required(parser)
     options = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
     misspelt = {option[:-1] for option in options if len(option) > 5} - set(options)
-    for word in [*misspelt, "--no-such", "-x", "--=", "--\udc80", "a word"]:
-        found = refusal(parser, [*needed, word, "1"])
+    takes_words = any(not action.option_strings for action in parser._actions)
+    for word in [*misspelt, "--no-such", "-x", "--=", "--\udc80", *([] if takes_words else ["a word"])]:
+        found = refusal(parser, [word, "1", *needed])
         assert isinstance(found, str), word
         assert found.endswith("; --help lists the options")
 

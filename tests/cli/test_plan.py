@@ -45,9 +45,9 @@ HELP = "; --help lists the options"
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--ranks", "0"], "ranks=0 cannot be planned; take 1 to 4096"),
-        (["--ranks", "-8"], "ranks=-8 cannot be planned; take 1 to 4096"),
-        (["--ranks", "1000000000000"], "ranks=1000000000000 cannot be planned; take 1 to 4096"),
+        (["--ranks", "0"], f"argument --ranks: 0 must be a whole number from 1 to 4096{HELP}"),
+        (["--ranks", "-8"], f"argument --ranks: -8 must be a whole number from 1 to 4096{HELP}"),
+        (["--ranks", "1000000000000"], f"argument --ranks: 1000000000000 must be a whole number from 1 to 4096{HELP}"),
         (["--batch-size", "1000000000000"], "batch_size=1000000000000 cannot be planned; take 1 to 1000000000"),
         (["--max-length", "1000000000000"], "max_length=1000000000000 cannot be planned; take 1 to 1000000000"),
         (["--gpus-per-host", "0"], f"argument --gpus-per-host: 0 must be a whole number of at least 1{HELP}"),

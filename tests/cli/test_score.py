@@ -8,7 +8,7 @@ from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
 from tests.helpers.launching import save
 from tests.helpers.mocked_world import serve
-from tests.helpers.tiny_models import build, gpt_neox, tokens
+from tests.helpers.tiny_models import build, gpt2, gpt_neox, tokens
 
 
 @pytest.mark.parametrize("layout", [{"dp_size": 2}, {"ring_degree": 2}], ids=str)
@@ -28,7 +28,7 @@ def test_documents_keep_their_order_and_a_file_given_twice_is_scored_twice(layou
 
 
 def test_documents_may_be_as_long_as_the_model_has_positions_unless_a_limit_is_given(tmp_path):
-    folder = save(tmp_path / "model", gpt_neox(heads=2, layers=1, vocab_size=257, max_position_embeddings=100))
+    folder = save(tmp_path / "model", gpt2(n_layer=1, vocab_size=257, n_positions=100))
     short, long = tmp_path / "short.txt", tmp_path / "long.txt"
     short.write_text("x" * 100)
     long.write_text("x" * 101)

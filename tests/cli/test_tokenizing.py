@@ -15,7 +15,7 @@ from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
 from tests.helpers.launching import save
 from tests.helpers.mocked_world import serve
-from tests.helpers.tiny_models import llama_gqa
+from tests.helpers.tiny_models import gpt2, llama_gqa
 
 TEXT = "a text that ends here"
 BOS = 256
@@ -79,8 +79,9 @@ def test_a_long_text_is_refused_by_its_beginning(with_bos, tmp_path, monkeypatch
         f"the first 8,000 of 100,000 characters of {file} are too many: {file} has 7537 tokens, more than "
         "max_length=5000; raise --max-length"
     )
-    with pytest.raises(InputError, match=r"^the first 1,000 of 2,100 characters of prompt 1 are too many: 887 tokens"):
-        prompts.read(RunConfig.load(config), ["x" * 2100], [], 5000)
+    learned = RunConfig.load({}, model=str(save(tmp_path / "gpt2", gpt2(vocab_size=257, n_positions=2048))))
+    with pytest.raises(InputError, match=r"^the first 1,000 of 2,100 characters of prompt 1 are too many: 886 tokens"):
+        prompts.read(learned, ["x" * 2100], [], 5000)
 
 
 def test_a_long_text_that_fits_says_how_long_it_takes(caplog, short_parts):
