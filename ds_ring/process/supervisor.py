@@ -105,7 +105,8 @@ def _judge(process: subprocess.Popen[bytes], outcomes: Outcomes, why: str) -> in
     """Print the result, if there is one, and what went wrong; returns the exit code."""
     completed, failed = outcomes.completed(), outcomes.failed()
     code = failed or 0
-    if completed is None and failed is None:
+    # Ranks that lose their launcher may tell of a failure of theirs: the reason is the launcher.
+    if completed is None and (failed is None or (failed == OURS and process.returncode <= 0)):
         ended = f"the launcher ended {_how(process.returncode)} and without a result"
         # It returns 0 where it lost a process of its own, and 256 - n where a rank died of signal n.
         killed = "" if 0 < process.returncode < 128 else ": a process of the run was killed"

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,17 +54,18 @@ def collect(document: dict[str, Any], rows: Iterable[dict[str, Any]], output: st
 
     While it is not, the rows so far are in ``partial_of(output)``, written after every row: they are kept where a later
     one runs out of memory, or the command is interrupted, and so is the result of an earlier run. Where ``output``
-    cannot be written the document is returned all the same; ``cli.options.main`` tries again and says so.
+    cannot be written the document is returned all the same; ``cli.options.main`` tries again and says so. It alone
+    writes into what is no regular file, whose reader gets one document.
     """
     document = {**document, "rows": (found := list[dict[str, Any]]())}
     for row in rows:
         found.append(row)
         if output is not None:
             write_partial(output, document)
-    try:
-        return write_complete(output, document)
-    except OutputError:
-        return {**document, "status": COMPLETE}
+    with suppress(OutputError):
+        if found and output is not None and not is_special(output):
+            return write_complete(output, document)
+    return {**document, "status": COMPLETE}
 
 
 def write_partial(output: str | Path, document: dict[str, Any]) -> None:

@@ -107,6 +107,16 @@ def test_a_file_that_cannot_be_written_does_not_touch_standard_output(run):
     assert (code, out, said[-2:-1]) == (4, [], [said_of_file])
 
 
+def test_a_fifo_gets_one_document(start, tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    process = start("--output", "fifo")
+    assert json.loads(fifo.read_text()) == RESULT
+    out, _ = process.communicate(timeout=HANG_S)
+    assert (process.returncode, json.loads(out)) == (0, RESULT)
+    assert fifo.is_fifo()
+
+
 def test_help_that_cannot_be_printed(run):
     assert run("--help")[0] == 0
     assert run("--help", shell=">/dev/full") == (5, [], [])

@@ -68,6 +68,8 @@ KILLED = "failed: the launcher ended {} and without a result: a process of the r
         (f"{DONE} time.sleep(3600)", 0, RESULT, []),
         ("rank(1, 1); rank(2, 3); rank(0, 1); sys.exit(1)", 3, "", []),
         ("rank(0, 2); rank(1, 2); kill(9)", 2, "", []),
+        ("rank(0, 1); rank(1, 1)", 1, "", [KILLED.format("with exit code 0")]),
+        ("rank(0, 1); sys.exit(1)", 1, "", []),
         ("""rank(0, 4, '{"ring": 2}'); sys.exit(4)""", 4, RESULT, []),
         ("""open(os.environ["DS_RING_OUTCOME"], "a").write('{"rank": 0, "co')""", 1, "",
          [KILLED.format("with exit code 0")]),

@@ -131,6 +131,11 @@ class TestCollect:
                 results.write_complete(tmp_path / "out.json", {"rows": []})
         assert "rows so far are not kept: out.partial.json could not be written: No space left" in caplog.text
 
+    def test_no_row_at_all_replaces_nothing(self, tmp_path):
+        results.write_complete(tmp_path / "out.json", {"rows": ["before"]})
+        assert results.collect({}, [], tmp_path / "out.json") == {"rows": [], "status": "complete"}
+        assert results.read_json(tmp_path / "out.json")["rows"] == ["before"]
+
     def test_a_device_has_nothing_beside_it(self):
         assert results.collect({}, [{"row": 1}], "/dev/null")["status"] == "complete"
         assert not Path("/dev/null.partial.json").exists()
