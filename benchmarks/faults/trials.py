@@ -52,7 +52,8 @@ def references(hosts: LocalHosts, inputs: Inputs, folder: Path) -> dict[str, Any
         output = folder / "reference.json"
         words = command_line(command, hosts, inputs, output)
         done = subprocess.run(
-            hosts.command(hosts.names[0], words, ROOT), env=environment(), capture_output=True, text=True, timeout=START_S
+            hosts.command(hosts.names[0], words, ROOT), env=environment(), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=START_S,
         )  # fmt: skip
         if done.returncode:
             raise LaunchError(f"{' '.join(words)} fails undisturbed: {done.stderr[-2000:]}", "an undisturbed run fails")
