@@ -25,6 +25,8 @@ LOADING_S, RUNNING_S = 6.0, 3.0
 """Over which time after a phase began the signals of its trials are spread."""
 BEYOND_S = 10.0
 """After ``timeout_s`` and so many seconds nothing may be left."""
+CONNECT_S = 10.0
+"""What a rank that still reads its packages may take until it connects, from where its time-out counts."""
 RUNNING = ("[ds_ring] fused",)
 """A line that says that the model is loaded."""
 
@@ -46,9 +48,10 @@ class Inputs:
 def command_line(command: Command, hosts: LocalHosts, inputs: Inputs, output: Path) -> list[str]:
     """The words of a run of two ranks that writes ``output``."""
     what, script = command.split()
-    options = ["--model", inputs.checkpoint, "--ring-degree", RANKS, "--output", output, "--dtype", "fp32",
-               "--timeout-s", inputs.timeout_s, "--max-length", 4000]  # fmt: skip
-    options += ["--text", *[inputs.text] * 6] if script == "score" else ["--max-length", 300, "--sweep", 400]
+    limits = ["--timeout-s", inputs.timeout_s, "--set", f"start_timeout_s={inputs.timeout_s}"]
+    options = ["--model", inputs.checkpoint, "--ring-degree", RANKS, "--dtype", "fp32", "--max-length", 4000]
+    options += ["--output", output, *limits]
+    options += ["--text", *[inputs.text] * 6] if script == "score" else ["--max-length", 300, "--repeats", 20]
     several = len(hosts.names) > 1
     if what == "ds-ring":
         where = ["--hostfile", hosts.hostfile] if several else ["--ranks", RANKS]
@@ -128,7 +131,7 @@ def try_once(trial: Trial, hosts: LocalHosts, inputs: Inputs, folder: Path) -> d
         hit = _hit(trial, run)
         record |= {"hit": hit}
         begun = time.monotonic()
-        limit_s = inputs.timeout_s + BEYOND_S
+        limit_s = inputs.timeout_s + BEYOND_S + (CONNECT_S if trial.phase == "loading" else 0)
         gone = _until(lambda: not run.left(), limit_s, lambda: False)
         record["gone_s"] = round(time.monotonic() - begun, 1) if gone else None
         record["left"] = list(run.left().values())

@@ -53,21 +53,20 @@ def links() -> list[Link]:
 
 def find_pdsh() -> int | None:
     """The pdsh of this launch, where it runs on this host."""
+    return next(iter(find("pdsh")), None)
+
+
+def find(*programs: str) -> list[int]:
+    """Processes of this host, of programs by these names, that start ``launch.py`` on this launch's hosts and port."""
     own = {word for word in command_of(os.getppid()) if word.startswith(("--world_info=", "--master_port="))}
-    for pid in all_processes():
-        command = command_of(pid)
-        if len(own) == 2 and command and Path(command[0]).name == "pdsh" and own <= set(command):
-            return pid
-    return None
-
-
-def runner() -> int | None:
-    """The ``deepspeed`` of this launch, where it runs on this host."""
-    parent = os.getppid()
-    if LAUNCH not in command_of(parent):
-        return None
-    pdsh = find_pdsh()
-    return parent_of(parent if pdsh is None else pdsh)
+    if len(own) < 2:
+        return []
+    commands = {pid: command_of(pid) for pid in all_processes()}
+    return [
+        pid
+        for pid, command in commands.items()
+        if command and Path(command[0]).name in programs and own <= set(" ".join(command).split())
+    ]
 
 
 def _ancestors(pid: int) -> list[int]:
