@@ -16,8 +16,6 @@ from pathlib import Path
 from ds_ring.process.processes import all_processes, command_of, name_of, parent_of
 
 LAUNCH = "deepspeed.launcher.launch"
-FARTHEST = 6
-"""Steps up to an sshd, at most."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,7 @@ def links() -> list[Link]:
     chain = [Link(pid, parent)]
     if LAUNCH not in command_of(parent):
         return chain
-    above = _ancestors(parent)
-    servers = [number for number, ancestor in enumerate(above) if name_of(ancestor).startswith("sshd")]
-    # Up to sshd; without one the launcher itself is the next.
-    kept = above[: servers[0] + 1 if servers else 1]
+    kept = _above(parent)
     chain += [Link(child, ancestor) for child, ancestor in zip([parent, *kept], kept, strict=False)]
     pdsh = find_pdsh()
     return [*chain, Link(pdsh, parent_of(pdsh) or 0)] if pdsh is not None else chain
@@ -69,9 +64,14 @@ def find(*programs: str) -> list[int]:
     ]
 
 
-def _ancestors(pid: int) -> list[int]:
-    found: list[int] = []
-    while len(found) < FARTHEST and (above := parent_of(found[-1] if found else pid)) not in (None, 0, 1):
-        assert above is not None
-        found.append(above)
-    return found
+def _above(launch: int) -> list[int]:
+    """What counts above ``launch.py``: its runner; or an sshd, with the shell that it started if there is one."""
+    first = parent_of(launch) or 0
+    if any(LAUNCH in word for word in command_of(first)) and (server := parent_of(first)) and _is_sshd(server):
+        return [first, server]
+    # Not what is above a runner: a user may start it in an ssh session, and leave that.
+    return [first]
+
+
+def _is_sshd(pid: int) -> bool:
+    return name_of(pid).startswith("sshd")
