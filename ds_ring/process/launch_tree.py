@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_ring.process.hosts import world_of
 from ds_ring.process.processes import all_processes, command_of, name_of, parent_of
 
 LAUNCH = "deepspeed.launcher.launch"
@@ -49,6 +50,15 @@ def links() -> list[Link]:
 def find_pdsh() -> int | None:
     """The pdsh of this launch, where it runs on this host."""
     return next(iter(find("pdsh")), None)
+
+
+def lost_hosts() -> list[str]:
+    """Hosts of this launch on which everything has ended: pdsh is here and goes on, and its ssh to them does not."""
+    hosts = world_of(command_of(os.getppid()))
+    if len(hosts) < 2 or find_pdsh() is None:
+        return []
+    reached = {word for pid in find("ssh") for word in command_of(pid)}
+    return [host for host in hosts if host not in reached]
 
 
 def find(*programs: str) -> list[int]:

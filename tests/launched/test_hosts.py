@@ -29,7 +29,8 @@ from ds_ring.engine.connect import connect
 what = sys.argv[1]
 if what == "fails" and os.environ["RANK"] == "1":
     sys.exit("no GPU on this host")
-connect(RunConfig.load({{"dtype": "fp32"}}, ring_degree=2, timeout_s={TIMEOUT_S}, start_timeout_s=3))
+timeout_s = 60 if what == "fails" else {TIMEOUT_S}
+connect(RunConfig.load({{"dtype": "fp32"}}, ring_degree=2, timeout_s=timeout_s))
 print("ready", flush=True)
 time.sleep(3600)
 """
@@ -115,7 +116,7 @@ def test_a_host_that_fails_to_start_is_named_by_the_other(hosts, script, tmp_pat
     with Launch(hosts, tmp_path / "log", *deepspeed(hosts, script, "fails")) as launch:
         launch.wait(lambda: not launch.left())
         assert launch.process.wait(HANG_S) != 0
-        said = "rank 1 of host2 did not start within 3 s of the others"
+        said = "host2 ended before all ranks had started; see what was said there"
         assert re.search(said, launch.text()), launch.text()[-3000:]
 
 

@@ -1,9 +1,11 @@
 """Which processes a rank must keep above it, from what Linux shows of them."""
 
+import base64
+
 import pytest
 
 from ds_ring.process import launch_tree
-from ds_ring.process.launch_tree import Link, find, find_pdsh, links
+from ds_ring.process.launch_tree import Link, find, find_pdsh, links, lost_hosts
 
 RANK, LAUNCH, RUNNER, SHELL, PDSH, SSH, SSHD, LISTENER = range(10, 18)
 WORLD = ["--world_info=abc=", "--master_port=29500"]
@@ -68,3 +70,19 @@ def test_by_ssh_all_up_to_its_server_counts_and_pdsh_where_it_is_here(on_the_lau
 def test_an_sshd_may_start_the_launcher_without_a_shell(table):
     table({RANK: (LAUNCH, ["python", "x.py"]), LAUNCH: (SSHD, LAUNCH_WORDS), SSHD: (1, ["sshd-session: root@notty"])})
     assert links() == [Link(RANK, LAUNCH), Link(LAUNCH, SSHD)]
+
+
+def test_a_host_is_lost_when_its_ssh_has_ended_and_pdsh_goes_on(table):
+    world = base64.urlsafe_b64encode(b'{"a": [0], "b": [0]}').decode()
+    words = [*LAUNCH_WORDS[:4], f"--world_info={world}", WORLD[1], "x.py"]
+    shown = {
+        RANK: (LAUNCH, ["python", "x.py"]), LAUNCH: (SSHD, words), SSHD: (1, ["sshd: root@notty"]),
+        PDSH: (RUNNER, ["pdsh", "-w", "a,b", *words]), SSH: (PDSH, ["ssh", "-x", "a", " ".join(words)]),
+        98: (PDSH, ["ssh", "-x", "b", " ".join(words)]),
+    }  # fmt: skip
+    table(shown)
+    assert lost_hosts() == []
+    del shown[98]
+    assert lost_hosts() == ["b"]
+    del shown[PDSH], shown[SSH]
+    assert lost_hosts() == []
