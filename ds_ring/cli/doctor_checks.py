@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 import socket
@@ -83,7 +84,9 @@ def reachable(hosts: Sequence[Host]) -> Iterator[Finding]:
         except (OSError, UnicodeError) as error:  # the second: a name that DNS cannot have, such as a..b
             yield Finding(name, "problem", f"its name does not resolve: {error}", "mend the name, or DNS")
         else:
-            yield Finding(name, "ok", f"{address}, {host.slots} slots")
+            here_alone = len(hosts) > 1 and ipaddress.ip_address(address).is_loopback
+            note = ", which other hosts do not reach: --master_addr must be an address" if here_alone else ""
+            yield Finding(name, "ok", f"{address}{note}, {host.slots} slots")
 
 
 def gpus() -> Iterator[Finding]:

@@ -5,7 +5,8 @@
     ds-ring plan DIR --ranks 16 --card H100 --max-length 131072
 
 generate, score, bench and bench-generate run under the deepspeed launcher on this host, on all GPUs or on --ranks of
-them; on CPUs with one rank, or --ranks. Several hosts, and other options of the launcher: launch/*.py under deepspeed.
+them; on CPUs with one rank, or --ranks. With --hostfile FILE they run on its hosts, of which this is the first. Other
+options of the launcher: launch/*.py under deepspeed.
 The others (plan, doctor, make-checkpoint, compare, longest) run in this process; compare and longest launch ranks
 themselves. "ds-ring COMMAND --help" lists a command's options. Exit codes: ds_ring/cli/options.py. Whatever ends this
 process ends the ranks, and the exit code is 0 only where rank 0 has told the result.
@@ -19,6 +20,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 from ds_ring.cli import outputs
 from ds_ring.cli.options import run_config
@@ -84,10 +86,21 @@ def _run(arguments: Sequence[str]) -> int:
         sys.argv = [f"ds-ring {command}", *options]
         runpy.run_module((LAUNCHED | HERE)[command], run_name="__main__")
         return DONE
+    hostfile, options = value_of("--hostfile", options)
     given, options = ranks_of(options)
     module = importlib.import_module(LAUNCHED[command])
     args = module.make_parser().parse_args(options)
     outputs.check(args)
+    if hostfile is not None:
+        if given is not None:
+            raise ConfigError("--ranks and --hostfile exclude each other: the hostfile's slots are the ranks")
+        hosts = launcher.check_hosts(hostfile)
+        module.check(args, sum(host.slots for host in hosts))
+        config = run_config(args)
+        with launcher.reserved_port() as port:
+            environment = launcher.hosts_environment(hosts[0].slots)
+            of = partial(launcher.hosts_command, LAUNCHED[command], hostfile, port, options)
+            return supervise(lambda told: of(environment | dict(told)), environment, config.ring.timeout_s)
     module.check(args, given)
     gpus = launcher.gpu_count()  # imports torch
     ranks = given or gpus or 1
@@ -121,20 +134,25 @@ def ranks_of(options: Sequence[str]) -> tuple[int | None, list[str]]:
     Raises:
         ConfigError: not a whole number of at least 1.
     """
-    options = [part for option in options for part in _by_word(option)]
-    if "--ranks" not in options:
+    value, options = value_of("--ranks", options)
+    if value is None:
         return None, options
-    at = options.index("--ranks")
-    value = options[at + 1] if at + 1 < len(options) else ""
     try:
         ranks = whole(1)(value)
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"--ranks {error}") from None
-    return ranks, options[:at] + options[at + 2 :]
+    return ranks, options
 
 
-def _by_word(option: str) -> list[str]:
-    return option.split("=", 1) if option.startswith("--ranks=") else [option]
+def value_of(name: str, options: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(the value of an option of ours, empty where it is missing; the other options); None where it is not given."""
+    words = [
+        part for option in options for part in (option.split("=", 1) if option.startswith(f"{name}=") else [option])
+    ]
+    if name not in words:
+        return None, words
+    at = words.index(name)
+    return (words[at + 1] if at + 1 < len(words) else ""), words[:at] + words[at + 2 :]
 
 
 if __name__ == "__main__":

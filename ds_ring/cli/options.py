@@ -26,6 +26,7 @@ from ds_ring.cli import outputs
 from ds_ring.cli.parser import Parser, whole
 from ds_ring.config import BenchmarkConfig, DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
 from ds_ring.errors import ConfigError, DsRingError, OutputError, TransportError, UserError, is_out_of_memory
+from ds_ring.process.arguments import check_arguments
 from ds_ring.process.hostfile import check_hostfile
 from ds_ring.process.interruption import Interrupted, end_rank_on_sigint, raise_on_signals
 from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
@@ -167,6 +168,7 @@ def main(
         _show_log()
         args = parser.parse_args()
         check_hostfile()
+        check_arguments()
         if is_first_rank():
             outputs.check(args, beside)
             outputs.remove_partial(args)

@@ -15,9 +15,10 @@ from torch._C._distributed_c10d import TCPStore
 
 from ds_ring.errors import ConfigError, TransportError
 from ds_ring.process.hosts import named_ranks, rank_names
+from ds_ring.process.launch_tree import lost_hosts
 from ds_ring.process.network import MeetingPoint, listening
 
-PERIOD_S = 0.1
+PERIOD_S, LOOK_S = 0.1, 1.0
 
 
 def meet(point: MeetingPoint, rank: int, size: int, start_timeout_s: float, timeout: timedelta) -> TCPStore:
@@ -37,13 +38,24 @@ def meet(point: MeetingPoint, rank: int, size: int, start_timeout_s: float, time
             f"port {point.port} of {point.address} is used by another launch that has a rank {rank}; give the launcher "
             f"--master_port N"
         )
-    missing = list(range(size))
-    while missing := [other for other in missing if not store.check([f"start/{other}"])]:
+    missing, look_at = list(range(size)), 0.0
+    while missing := _still_missing(store, missing):
         if time.monotonic() > deadline:
             raise TransportError(absent(missing, rank_names(), start_timeout_s))
+        if time.monotonic() > look_at:
+            look_at = time.monotonic() + LOOK_S
+            if lost := lost_hosts():
+                raise TransportError(f"{', '.join(lost)} ended before all ranks had started; see what was said there")
         time.sleep(PERIOD_S)
     store.set_timeout(timeout)
     return store
+
+
+def _still_missing(store: TCPStore, ranks: Sequence[int]) -> list[int]:
+    try:
+        return [rank for rank in ranks if not store.check([f"start/{rank}"])]
+    except RuntimeError:  # PyTorch's errors of a connection that ends
+        raise TransportError("rank 0 ended before all ranks had started; see what was said there") from None
 
 
 def absent(missing: Sequence[int], names: Sequence[str], start_timeout_s: float) -> str:

@@ -1,6 +1,6 @@
 """Ends what a signal has stopped for too long. Run as a process of its own, beside the ranks of a host.
 
-    python guard.py LIMIT_S LAUNCH_PID PID…
+    python guard.py LAUNCH_PID PID…      and LIMIT_S on standard input, when it is known
 
 A stopped process reacts to nothing but SIGKILL, and whoever waits for it waits for ever: ``launch.py`` for a rank, a
 host for its ``launch.py``. Others may notice; where all ranks of a host are stopped, only this process is left to act.
@@ -12,7 +12,9 @@ Imports nothing of this package: it starts in milliseconds and needs little memo
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import select
 import signal
 import sys
 import time
@@ -21,10 +23,13 @@ PERIOD_S = 0.5
 PR_SET_PDEATHSIG = 1
 
 
-def watch(limit_s: float, launch: int, others: list[int]) -> None:
-    """Until this process is ended, kill what has been seen stopped for ``limit_s`` seconds."""
+def watch(launch: int, others: list[int]) -> None:
+    """Until this process is ended, kill what has been seen stopped for as long as standard input says, in seconds."""
     seen: dict[int, int] = {}
+    limit_s = math.inf
     while True:
+        if limit_s == math.inf and select.select([0], [], [], 0)[0]:
+            limit_s = float(os.read(0, 100) or "inf")
         # Counted in looks, not by the clock: whoever stops a whole launch, this process too, may continue it later.
         for pid in (launch, *others, *_children(launch)):
             seen[pid] = seen.get(pid, 0) + 1 if _is_stopped(pid) else 0
@@ -70,4 +75,4 @@ if __name__ == "__main__":
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() == parent != 1:
-        watch(float(sys.argv[1]), int(sys.argv[2]), [int(word) for word in sys.argv[3:]])
+        watch(int(sys.argv[1]), [int(word) for word in sys.argv[2:]])

@@ -77,6 +77,27 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
         yield Path(name)
 
 
+def tree_of(group: int) -> list[int]:
+    """The processes of a group and what they started, in whatever group that is: pdsh gives its ssh others. Empty on
+    other systems than Linux."""
+    found: dict[int, tuple[int, int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            # pid (name) state parent group …; the name may contain anything, parentheses and blanks included.
+            _, parent, own, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+            found[int(folder.name)] = int(parent), int(own)
+    tree = {pid for pid, (_, own) in found.items() if own == group}
+    while more := {pid for pid, (parent, _) in found.items() if parent in tree and pid not in tree}:
+        tree |= more
+    return sorted(tree)
+
+
+def kill_all(processes: list[int]) -> None:
+    for pid in processes:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def clear_up() -> None:
     """Read orders to their end, and clear up unless the last is to leave."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -92,8 +113,7 @@ def clear_up() -> None:
                 kept[what, name] = None
     for what, name in kept:
         if what == "group":
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(int(name), signal.SIGKILL)
+            kill_all(tree_of(int(name)))
     for what, name in kept:
         if what == "folder":
             shutil.rmtree(os.fsdecode(bytes.fromhex(name)), ignore_errors=True)

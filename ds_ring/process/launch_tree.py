@@ -13,11 +13,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_ring.process.hosts import world_of
 from ds_ring.process.processes import all_processes, command_of, name_of, parent_of
 
 LAUNCH = "deepspeed.launcher.launch"
-FARTHEST = 6
-"""Steps up to an sshd, at most."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,7 @@ def links() -> list[Link]:
     chain = [Link(pid, parent)]
     if LAUNCH not in command_of(parent):
         return chain
-    above = _ancestors(parent)
-    servers = [number for number, ancestor in enumerate(above) if name_of(ancestor).startswith("sshd")]
-    # Up to sshd; without one the launcher itself is the next.
-    kept = above[: servers[0] + 1 if servers else 1]
+    kept = _above(parent)
     chain += [Link(child, ancestor) for child, ancestor in zip([parent, *kept], kept, strict=False)]
     pdsh = find_pdsh()
     return [*chain, Link(pdsh, parent_of(pdsh) or 0)] if pdsh is not None else chain
@@ -53,26 +49,39 @@ def links() -> list[Link]:
 
 def find_pdsh() -> int | None:
     """The pdsh of this launch, where it runs on this host."""
+    return next(iter(find("pdsh")), None)
+
+
+def lost_hosts() -> list[str]:
+    """Hosts of this launch on which everything has ended: pdsh is here and goes on, and its ssh to them does not."""
+    hosts = world_of(command_of(os.getppid()))
+    if len(hosts) < 2 or find_pdsh() is None:
+        return []
+    reached = {word for pid in find("ssh") for word in command_of(pid)}
+    return [host for host in hosts if host not in reached]
+
+
+def find(*programs: str) -> list[int]:
+    """Processes of this host, of programs by these names, that start ``launch.py`` on this launch's hosts and port."""
     own = {word for word in command_of(os.getppid()) if word.startswith(("--world_info=", "--master_port="))}
-    for pid in all_processes():
-        command = command_of(pid)
-        if len(own) == 2 and command and Path(command[0]).name == "pdsh" and own <= set(command):
-            return pid
-    return None
+    if len(own) < 2:
+        return []
+    commands = {pid: command_of(pid) for pid in all_processes()}
+    return [
+        pid
+        for pid, command in commands.items()
+        if command and Path(command[0]).name in programs and own <= set(" ".join(command).split())
+    ]
 
 
-def runner() -> int | None:
-    """The ``deepspeed`` of this launch, where it runs on this host."""
-    parent = os.getppid()
-    if LAUNCH not in command_of(parent):
-        return None
-    pdsh = find_pdsh()
-    return parent_of(parent if pdsh is None else pdsh)
+def _above(launch: int) -> list[int]:
+    """What counts above ``launch.py``: its runner; or an sshd, with the shell that it started if there is one."""
+    first = parent_of(launch) or 0
+    if any(LAUNCH in word for word in command_of(first)) and (server := parent_of(first)) and _is_sshd(server):
+        return [first, server]
+    # Not what is above a runner: a user may start it in an ssh session, and leave that.
+    return [first]
 
 
-def _ancestors(pid: int) -> list[int]:
-    found: list[int] = []
-    while len(found) < FARTHEST and (above := parent_of(found[-1] if found else pid)) not in (None, 0, 1):
-        assert above is not None
-        found.append(above)
-    return found
+def _is_sshd(pid: int) -> bool:
+    return name_of(pid).startswith("sshd")

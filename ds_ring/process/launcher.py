@@ -16,6 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ds_ring.errors import ConfigError, LaunchError, OutOfMemory
+from ds_ring.process import network
+from ds_ring.process.arguments import encode
+from ds_ring.process.hostfile import Host, read_hostfile
 from ds_ring.process.interruption import deferred
 from ds_ring.process.keeper import Keeper
 from ds_ring.process.outcome import VARIABLE, Outcomes
@@ -30,6 +33,7 @@ OUT_OF_MEMORY = "out of memory on "
 """Prefix of the line in which a script says that memory ran out. The line counts, not the exit code: when one rank runs
 out of memory, the others fail with errors of their own, and any of these may reach the launcher first."""
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+KEEP_ALIVE = "-oBatchMode=yes -oConnectTimeout=20 -oServerAliveInterval=3 -oServerAliveCountMax=3"
 GRACE_S = 10.0
 """Time between asking a late process to end and killing it."""
 LOOK_EVERY_S = 1.0
@@ -55,6 +59,46 @@ def launch_command(module: str, ranks: int, port: int, options: Sequence[str]) -
     """
     launcher = [deepspeed_command(), "--quiet", "--no_local_rank", "--master_port", str(port), *gpu_options(ranks)]
     return [*launcher, "--module", module, *options]
+
+
+def check_hosts(hostfile: str) -> list[Host]:
+    """The hosts of a hostfile, of which this must be the first.
+
+    Raises:
+        ConfigError: the hostfile is not one, another host is the first, or pdsh is not installed.
+    """
+    hosts = read_hostfile(hostfile)
+    if not network.is_this_host(hosts[0].name):
+        raise ConfigError(
+            f"{hosts[0].name}, the first host of {hostfile}, is another one; start there, where rank 0 runs"
+        )
+    if shutil.which("pdsh") is None:
+        raise ConfigError("pdsh, by which DeepSpeed's launcher starts other hosts, is not installed")
+    return hosts
+
+
+def hosts_command(
+    module: str, hostfile: str, port: int, options: Sequence[str], environment: Mapping[str, str]
+) -> list[str]:
+    """As ``launch_command``, on every slot of a hostfile's hosts.
+
+    Options travel as letters that no shell evaluates, with the variables of ``environment`` that ranks need.
+    """
+    # -N: lines as they are, without the host's name in front; -b: an interrupt ends pdsh at once.
+    launcher = [deepspeed_command(), "--quiet", "--no_local_rank", "--master_port", str(port), "--hostfile", hostfile]
+    letters = encode(module, options, environment)
+    return [*launcher, "--launcher_args", "-N -b", "--module", "ds_ring.cli.encoded", letters]
+
+
+def hosts_environment(ranks: int) -> dict[str, str]:
+    """The environment of ``hosts_command``: ssh gives up on a host that does not answer, and asks for no password.
+
+    ``ranks``: how many this host starts.
+    """
+    environment = environment_of(ranks, (VISIBLE_GPUS,))
+    given = environment.get("PDSH_SSH_ARGS_APPEND", "")
+    environment["PDSH_SSH_ARGS_APPEND"] = f"{given} {KEEP_ALIVE}".strip()
+    return environment
 
 
 def launch(

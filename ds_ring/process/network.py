@@ -94,6 +94,13 @@ def address_of(name: str) -> str:
     return str(found[0][4][0])
 
 
+def is_this_host(name: str) -> bool:
+    """Whether a host's name, or its address, is one of this host's."""
+    own = {found.address.partition("%")[0] for addresses in psutil.net_if_addrs().values() for found in addresses}
+    address = address_of(name)
+    return address in own or ipaddress.ip_address(address).is_loopback
+
+
 def loopback_name(name: str, address: str) -> str:
     """What to say of a host's name that is ``address`` on the host itself."""
     return (

@@ -12,30 +12,33 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 
 from ds_ring.process.interruption import SIGNALS, Interrupted
-from ds_ring.process.keeper import Keeper
+from ds_ring.process.keeper import Keeper, kill_all, tree_of
 from ds_ring.process.outcome import NO_STDOUT, OURS, Outcomes
 from ds_ring.process.run_watch import RunWatch
 from ds_ring.utils.streams import print_result
 
+CommandOf = Callable[[Mapping[str, str]], Sequence[str]]
 PERIOD_S, ASK_EVERY_S = 0.2, 1.0
 GRACE_S = 10.0
 """Seconds between asking processes to end and killing them."""
 
 
-def supervise(command: Sequence[str], environment: dict[str, str], timeout_s: float) -> int:
+def supervise(command: Sequence[str] | CommandOf, environment: dict[str, str], timeout_s: float) -> int:
     """Run ``command`` to its end, print the result, and return this process's exit code.
 
     Args:
+        command: its words, or what makes them of the environment variables by which ranks tell how they end.
         timeout_s: a process of the run that is stopped for longer ends it; 0: never.
     """
     with Outcomes() as outcomes, Keeper() as keeper:
         received = _Received()
-        process = subprocess.Popen(command, env=environment | outcomes.environment, stdout=2, start_new_session=True)
+        words = command(outcomes.environment) if callable(command) else command
+        process = subprocess.Popen(words, env=environment | outcomes.environment, stdout=2, start_new_session=True)
         received.group = process.pid
         with keeper.group(process.pid):
             why = _wait(process, RunWatch(process.pid, outcomes, timeout_s), received)
@@ -87,11 +90,13 @@ def _wait(process: subprocess.Popen[bytes], watch: RunWatch, received: _Received
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End the launcher and all that it started; where it still runs, after ``GRACE_S`` seconds in which it may."""
+    started = tree_of(process.pid)  # while it is there: what it leaves has other parents
     if process.returncode is None:
         _send(process.pid, signal.SIGTERM, signal.SIGCONT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
     _send(process.pid, signal.SIGKILL)
+    kill_all([pid for pid in started if pid != process.pid])
     process.wait()
 
 

@@ -64,6 +64,11 @@ def test_hosts_are_reachable_by_name_and_need_pdsh(monkeypatch):
     assert [one.outcome for one in by_name.values()] == ["problem", "ok", *["problem"] * 3]
     assert by_name["host a..b"].detail.startswith("its name does not resolve: ")
     assert "pdsh" in by_name
+    assert by_name["host localhost"].detail == (
+        "127.0.0.1, which other hosts do not reach: --master_addr must be an address, 8 slots"
+    )
+    (alone,) = doctor.reachable([Host("localhost", 8)])
+    assert alone.detail == "127.0.0.1, 8 slots"
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from ds_ring.cli import main as command
-from ds_ring.errors import UserError
+from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
+from ds_ring.process.arguments import decode
 
 
 @pytest.fixture
@@ -55,6 +56,42 @@ def test_without_gpus_there_is_one_rank(started, monkeypatch):
     monkeypatch.setattr(launcher, "gpu_count", lambda: 0)
     run("generate", "DIR", "--prompt", "a question")
     assert started[0][started[0].index("--num_gpus") + 1] == "1"
+
+
+def test_the_hosts_of_a_hostfile_get_letters_that_no_shell_evaluates(started, monkeypatch, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\nother slots=2\n")
+    Path("$(x).txt").write_text("text")
+    monkeypatch.setattr(launcher.shutil, "which", lambda _: "pdsh")
+    run("score", "DIR", "$(x).txt", "--hostfile", str(hosts), "--ring-degree", "4")
+    (command_of,) = started
+    *words, letters = command_of({"DS_RING_OUTCOME": "a file"})
+    assert words[words.index("--hostfile") + 1] == str(hosts)
+    assert words[-2:] == ["--module", "ds_ring.cli.encoded"]
+    module, arguments, environment = decode(letters)
+    assert environment["DS_RING_OUTCOME"] == "a file"
+    assert (module, arguments) == (
+        "ds_ring.cli.score", ["--model", "DIR", "--text", "$(x).txt", "--ring-degree", "4"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hosts", "options", "text"),
+    [
+        ("localhost slots=2\n", ["--ranks", "2"], "--ranks and --hostfile exclude each other"),
+        ("", [], "names no host"),
+        (None, [], "cannot read .*hosts"),
+        ("192.0.2.1 slots=2\nlocalhost slots=2\n", [], "192.0.2.1, the first host of .*, is another one; start there"),
+        ("localhost slots=2\n", [], "pdsh, by which DeepSpeed's launcher starts other hosts, is not installed"),
+    ],
+)
+def test_hostfiles_that_cannot_work_are_refused(hosts, options, text, started, monkeypatch, tmp_path):
+    monkeypatch.setattr(launcher.shutil, "which", lambda _: None)
+    if hosts is not None:
+        (tmp_path / "hosts").write_text(hosts)
+    with pytest.raises(ConfigError, match=text):
+        run("score", "DIR", "a.txt", "--hostfile", str(tmp_path / "hosts"), *options)
+    assert started == []
 
 
 def test_other_commands_run_here_with_their_own_ranks(monkeypatch):

@@ -69,3 +69,9 @@ def test_a_second_launch_on_a_port_is_refused_and_the_first_is_unharmed(point):
     assert f"port {point.port} of 127.0.0.1 is used by another launch that has a rank 1" in str(errors[1])
     first[1].set("said", "later")
     assert first[0].get("said") == b"later"
+
+
+def test_a_host_that_ends_meanwhile_is_named_at_once(point, monkeypatch):
+    monkeypatch.setattr(rendezvous, "lost_hosts", lambda: ["host2"])
+    errors = outcomes(point, [0], 2, HANG_S)
+    assert str(errors[0]) == "host2 ended before all ranks had started; see what was said there"

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -13,7 +14,7 @@ from tests.helpers.limits import HANG_S
 LAUNCH = f"""
 import subprocess, sys, time
 ranks = [subprocess.Popen(["sleep", "3600"]) for _ in range(2)]
-guard = subprocess.Popen([sys.executable, "-I", "-S", {guard.__file__!r}, sys.argv[1], str(__import__("os").getpid())])
+guard = subprocess.Popen([sys.executable, "-I", "-S", {guard.__file__!r}, str(__import__("os").getpid())])
 print(ranks[0].pid, ranks[1].pid, guard.pid, flush=True)
 for child in (*ranks, guard):
     child.wait()
@@ -27,8 +28,12 @@ def launched():
 
     def start(limit_s):
         process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, str(limit_s)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", LAUNCH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        if limit_s is not None:
+            process.stdin.write(str(limit_s))
+            process.stdin.close()
         started.append(process)
         found = [psutil.Process(process.pid), *(psutil.Process(int(pid)) for pid in process.stdout.readline().split())]
         started.extend(found)
@@ -70,3 +75,15 @@ def test_the_guard_ends_with_its_parent(launched):
     itself.kill()
     launch.wait(HANG_S)
     assert ended(watching)
+
+
+def test_nothing_is_ended_before_a_limit_is_known_and_the_time_until_then_counts(launched):
+    launch, (_, stopped, *_) = launched(None)
+    stopped.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    assert stopped.status() == psutil.STATUS_STOPPED
+    told = time.monotonic()
+    launch.stdin.write("1")
+    launch.stdin.close()
+    assert ended(stopped)
+    assert time.monotonic() - told < 1

@@ -229,14 +229,6 @@ class TestAgreement:
         text = "ranks disagree on tokens: rank 0 has abc, rank 2 has xyz; make it the same on all ranks"
         assert in_group(4, work) == [text] * 4
 
-    def test_hosts_are_named_where_ranks_say_on_which_they_are(self):
-        def work(transport):
-            transport.place = f"host{transport.rank}"
-            return error_of(lambda: transport.agree(code=transport.rank))
-
-        text = "ranks disagree on code: rank 0 (host0) has 0, rank 1 (host1) has 1; make it the same on all ranks"
-        assert in_group(2, work) == [text] * 2
-
     def test_of_several_the_first_is_named_and_not_that_of_a_sets_order(self):
         def work(transport):
             return error_of(lambda: transport.agree(dtype="fp16", **{f"fact{i}": transport.rank for i in range(50)}))

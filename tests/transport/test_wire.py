@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from ds_ring.errors import DisagreementError
+from ds_ring.testing.threaded import ThreadedWorld
 from ds_ring.transport import wire
 from ds_ring.transport.select import Location
 
 VALUES = [
     None, True, -3, 2**80, 0.1, float("inf"), "", 'a "quoted" $(name)\n', "\udcff", b"\x00\xff", [1, [2.5, None]], (),
-    ("rank", 3), {"a": (1, 2), 3: b"x", (4, 5): None}, {"dict": [1], "tensor": "x"}, frozenset({"one", "two"}), {1, 2},
+    ("rank", 3), {"a": (1, 2), 3: b"x", (4, 5): None}, {"dict": [1], "tensor": "x"}, frozenset({1, 2, 3}), {1, 2},
     Location("host boot", "GPU-1", frozenset({"GPU-2"})), [(Location("host"), {"x": 1.5})],
 ]  # fmt: skip
 
@@ -77,3 +79,17 @@ def test_bytes_of_others_are_never_run(tmp_path):
     with pytest.raises(ValueError, match="a tensor of load, which is no dtype"):
         wire.decode(json.dumps({"tensor": ["load", [1], ""]}).encode())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hosts_are_named_where_ranks_disagree_and_say_on_which_they_are():
+    world = ThreadedWorld(2)
+
+    def on_rank(rank):
+        transport = world.transport("world", range(2), rank)
+        transport.place = f"host{rank}"
+        with pytest.raises(DisagreementError) as caught:
+            transport.agree(code=rank)
+        return str(caught.value)
+
+    text = "ranks disagree on code: rank 0 (host0) has 0, rank 1 (host1) has 1; make it the same on all ranks"
+    assert world.run(on_rank) == [text] * 2

@@ -1,0 +1,56 @@
+"""Kill or stop one process of a run at a random moment, many times, on one and on two hosts that this machine plays.
+
+    python launch/kill_trials.py --model DIR --trials 100 --output results/kill_trials.json
+
+Targets are a rank, launch.py, the runner, pdsh and our own command; signals KILL, STOP, TERM and INT; moments while the
+model loads, runs, or its result is written. After --timeout-s and 10 seconds no process may be left; our own commands
+may not exit with 0 without a complete result; a previous result may not be lost. The record has every trial; the exit
+code is 1 where a bar is broken. Linux, root, openssh-server, pdsh and iproute2 are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from ds_ring.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a small checkpoint with a tokenizer")
+    parser.add_argument("--trials", type=int, default=100, metavar="N", help="[100]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="[0]")
+    parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of hosts [1 2]")
+    parser.add_argument("--timeout-s", type=int, default=15, metavar="N", help="of every run [15]")
+    parser.add_argument("--output", required=True, metavar="FILE.json", help="where to write the record")
+    args = parser.parse_args()
+    try:
+        found = _run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(json.dumps(found), flush=True)
+    from benchmarks.faults.judge import BARS
+
+    sys.exit(1 if any(found[bar] for bar in BARS) else 0)
+
+
+def _run(args: argparse.Namespace) -> dict[str, object]:
+    from benchmarks.faults.judge import summary
+    from benchmarks.faults.trials import run_all
+    from ds_ring.utils import results
+
+    with tempfile.TemporaryDirectory(prefix="kill-trials-") as folder:
+        document = results.provenance()
+        document = results.collect(document, run_all(args, Path(folder)), args.output)
+    found = summary(document["rows"])
+    results.write_json(args.output, {**document, "summary": found})
+    return found
+
+
+if __name__ == "__main__":
+    main()
