@@ -11,12 +11,12 @@ code is 1 where a bar is broken. Linux, root, openssh-server, pdsh and iproute2 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 from ds_ring.errors import UserError
+from ds_ring.utils import strict_json
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(found), flush=True)
+    print(strict_json.dumps(found), flush=True)
     from benchmarks.faults.judge import BARS
 
     sys.exit(1 if any(found[bar] for bar in BARS) else 0)

@@ -18,6 +18,7 @@ from benchmarks.faults.plan import Command, Target, Trial
 from ds_ring.process.launcher import ROOT
 from ds_ring.process.processes import command_of, rank_of
 from ds_ring.testing.local_hosts import LocalHosts
+from ds_ring.utils import strict_json
 
 RANKS = 2
 START_S = 180.0
@@ -90,7 +91,7 @@ class Run:
     def __init__(self, trial: Trial, hosts: LocalHosts, inputs: Inputs, folder: Path) -> None:
         self.hosts, self.folder, self.output = hosts, folder, folder / "out.json"
         folder.mkdir(parents=True)
-        self.previous = json.dumps({"status": "complete", "of": "the run before", "number": trial.number})
+        self.previous = strict_json.dumps({"status": "complete", "of": "the run before", "number": trial.number})
         self.output.write_text(self.previous)
         self._inode = self.output.stat().st_ino
         words = command_line(trial.command, hosts, inputs, self.output)

@@ -19,6 +19,7 @@ from benchmarks.faults.run import START_S, Inputs, command_line, environment, es
 from ds_ring.errors import LaunchError
 from ds_ring.process.launcher import ROOT
 from ds_ring.testing.local_hosts import LocalHosts
+from ds_ring.utils import strict_json
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
@@ -40,7 +41,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
             record = try_once(trial, machines[trial.hosts], inputs, own)
             record["broken"] = broken(record)
             shutil.rmtree(own)
-            print(json.dumps(record), file=sys.stderr, flush=True)
+            print(strict_json.dumps(record), file=sys.stderr, flush=True)
             yield record
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from ds_ring.errors import ConfigError
 from ds_ring.process.launch_tree import find_pdsh
 from ds_ring.process.processes import command_of, parent_of
+from ds_ring.utils import strict_json
 
 LONGEST = 100_000
 """Letters of an encoded argument; Linux takes 131,072 in one, and pdsh puts all of a command into one."""
@@ -59,7 +60,7 @@ def encode(module: str, arguments: Sequence[str], environment: Mapping[str, str]
         ConfigError: too long for a command line.
     """
     kept = {name: value for name, value in environment.items() if name.startswith(PASSED_ON)}
-    text = json.dumps({"module": module, "arguments": list(arguments), "environment": kept})
+    text = strict_json.dumps({"module": module, "arguments": list(arguments), "environment": kept})
     encoded = base64.urlsafe_b64encode(zlib.compress(text.encode())).decode().rstrip("=")
     if len(encoded) > LONGEST:
         raise ConfigError(

@@ -219,10 +219,11 @@ def test_the_engine_on_a_shared_gpu_agrees_with_the_unsharded_model(ranks, layou
         hidden_size=1024, num_attention_heads=4, intermediate_size=2048, num_hidden_layers=4, vocab_size=300,
         use_parallel_residual=False, hidden_act="gelu_pytorch_tanh", max_position_embeddings=4096,
     )  # fmt: skip
+    checkpoint = tmp_path / "checkpoint"
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    model, reference = ["--model", tmp_path, "--dtype", "fp16"], tmp_path / "reference.safetensors"
+    AutoModelForCausalLM.from_config(config).save_pretrained(checkpoint)
+    byte_tokenizer().save_pretrained(checkpoint)
+    model, reference = ["--model", checkpoint, "--dtype", "fp16"], tmp_path / "reference.safetensors"
     _python("-m", "benchmarks.layouts.parity", *model, "--rows", 4, "--length", 2001, "--output", reference)
     workload = ["--batch-size", 4, "--max-length", 2001, "--references", reference, "--trace", tmp_path / "trace.json"]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
