@@ -30,10 +30,13 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.config import RunConfig
 
     config = RunConfig.load(args.config, **{**options.overrides(args), "dtype": "fp32"})
-    from benchmarks.models import check_models
+    from benchmarks.models import check_models, trials
 
-    found = check_models.check(config, args.types, args.new_tokens, options.say)
-    return {**results.provenance(), "config": config.document(), **found}
+    check_models.check_names(args.types, args.new_tokens)
+    general = {"layout": config.topology.label(), "length": trials.LENGTH, "new_tokens": args.new_tokens}
+    document = {**results.provenance(), "config": config.document(), **general}
+    rows = check_models.rows(config, args.types, args.new_tokens, options.say)
+    return results.collect(document, rows, args.output if options.is_first_rank() else None)
 
 
 def make_parser() -> Parser:

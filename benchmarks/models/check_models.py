@@ -31,31 +31,30 @@ TIE = 1e-3
 """If the two best logits are nearer than this, sums in another order may prefer either."""
 
 
-def check(config: RunConfig, names: list[str], new_tokens: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Check every model type of ``names``, or all if there are none; rotary ones also with the kinds of RoPE that
-    depend on the length. Collective.
-
-    Returns:
-        ``{"layout", …, "rows": [{model_type, class, rope, outcome, detail, max_rel_error, same_tokens}]}``.
-
-    Raises:
-        InputError: an unknown name, or more tokens than the small models have positions for.
-    """
+def check_names(names: list[str], new_tokens: int) -> None:
+    """Raise InputError for an unknown name, or more tokens than the small models have positions for."""
     room = SIZES["max_position_embeddings"] - trials.LENGTH
     if not 0 < new_tokens <= room:
         raise InputError(f"new_tokens={new_tokens} must be from 1 to {room}")
-    known = architectures()
-    if unknown := [name for name in names if name not in known]:
+    if unknown := [name for name in names if name not in architectures()]:
         raise InputError(f"transformers has no causal LM of type {', '.join(unknown)}")
+
+
+def rows(config: RunConfig, names: list[str], new_tokens: int, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Check every model type of ``names``, or all if there are none; rotary ones also with the kinds of RoPE that
+    depend on the length. Collective.
+
+    Yields:
+        {model_type, class, rope, outcome, detail, max_rel_error, same_tokens} of each.
+    """
     everyone = connect(config)["world"]
-    rows: list[dict[str, Any]] = []
-    for name in names or known:
+    for name in names or architectures():
         for kind in ("", *ropes_of(name)):
-            if kind and WITHOUT_CACHE in rows[-1]["detail"]:
+            row = _row(name, kind, config, trials.FEW if kind else new_tokens, everyone)
+            say(f"{name} {kind}: {row['outcome']} {row['detail']}")
+            yield row
+            if WITHOUT_CACHE in row["detail"]:
                 break  # nothing to hold a longer text's cached keys against
-            rows.append(_row(name, kind, config, new_tokens if not kind else trials.FEW, everyone))
-            say(f"{name} {kind}: {rows[-1]['outcome']} {rows[-1]['detail']}")
-    return {"layout": config.topology.label(), "length": trials.LENGTH, "new_tokens": new_tokens, "rows": rows}
 
 
 def _row(model_type: str, kind: str, config: RunConfig, new_tokens: int, everyone: Transport) -> dict[str, Any]:
