@@ -5,7 +5,7 @@
 A stopped process reacts to nothing but SIGKILL, and whoever waits for it waits for ever: ``launch.py`` for a rank, a
 host for its ``launch.py``. Others may notice; where all ranks of a host are stopped, only this process is left to act.
 It watches the children of ``launch.py``, ``launch.py`` itself and the other ``PID``s, and ends with ``launch.py``, not
-with the rank that started it: a stopped ``launch.py`` outlives its ranks.
+with the rank that started it: what is stopped outlives the ranks, a stopped runner ``launch.py`` too.
 
 Imports nothing of this package: it starts in milliseconds and needs little memory.
 """
@@ -23,10 +23,10 @@ PERIOD_S = 0.5
 
 
 def watch(launch: int, others: list[int]) -> None:
-    """Until ``launch`` ends, kill what has been seen stopped for as long as standard input says, in seconds."""
+    """Until ``launch`` has ended and none of the others is stopped, kill what has been seen stopped for as long as standard input says, in seconds."""
     seen: dict[int, int] = {}
     limit_s = math.inf
-    while _state(launch) not in ("", "Z"):
+    while _state(launch) not in ("", "Z") or any(_state(pid) == "T" for pid in others):
         if limit_s == math.inf and select.select([0], [], [], 0)[0]:
             limit_s = float(os.read(0, 100) or "inf")
         # Counted in looks, not by the clock: whoever stops a whole launch, this process too, may continue it later.
