@@ -23,7 +23,8 @@ PERIOD_S = 0.5
 
 
 def watch(launch: int, others: list[int]) -> None:
-    """Until ``launch`` has ended and none of the others is stopped, kill what has been seen stopped for as long as standard input says, in seconds."""
+    """Kill what has been seen stopped for as many seconds as standard input says, until ``launch`` has ended and none of
+    the others is stopped."""
     seen: dict[int, int] = {}
     limit_s = math.inf
     while _state(launch) not in ("", "Z") or any(_state(pid) == "T" for pid in others):
