@@ -23,7 +23,7 @@ PERIOD_S = 0.5
 
 
 def watch(launch: int, others: list[int]) -> None:
-    """Kill what has been seen stopped for as many seconds as standard input says, until ``launch`` has ended and none of
+    """Kill what has been stopped for as many seconds as standard input says, until ``launch`` has ended and none of
     the others is stopped."""
     seen: dict[int, int] = {}
     limit_s = math.inf
