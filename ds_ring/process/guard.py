@@ -4,14 +4,14 @@
 
 A stopped process reacts to nothing but SIGKILL, and whoever waits for it waits for ever: ``launch.py`` for a rank, a
 host for its ``launch.py``. Others may notice; where all ranks of a host are stopped, only this process is left to act.
-It watches the children of ``launch.py``, ``launch.py`` itself and the other ``PID``s, and ends with its parent.
+It watches the children of ``launch.py``, ``launch.py`` itself and the other ``PID``s, and ends with ``launch.py``, not
+with the rank that started it: what is stopped outlives the ranks, a stopped runner ``launch.py`` too.
 
 Imports nothing of this package: it starts in milliseconds and needs little memory.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import select
@@ -20,19 +20,19 @@ import sys
 import time
 
 PERIOD_S = 0.5
-PR_SET_PDEATHSIG = 1
 
 
 def watch(launch: int, others: list[int]) -> None:
-    """Until this process is ended, kill what has been seen stopped for as long as standard input says, in seconds."""
+    """Kill what has been stopped for as many seconds as standard input says, until ``launch`` has ended and none of
+    the others is stopped."""
     seen: dict[int, int] = {}
     limit_s = math.inf
-    while True:
+    while _state(launch) not in ("", "Z") or any(_state(pid) == "T" for pid in others):
         if limit_s == math.inf and select.select([0], [], [], 0)[0]:
             limit_s = float(os.read(0, 100) or "inf")
         # Counted in looks, not by the clock: whoever stops a whole launch, this process too, may continue it later.
         for pid in (launch, *others, *_children(launch)):
-            seen[pid] = seen.get(pid, 0) + 1 if _is_stopped(pid) else 0
+            seen[pid] = seen.get(pid, 0) + 1 if _state(pid) == "T" else 0
             if seen[pid] * PERIOD_S > limit_s:
                 print(f"process {pid} was stopped for {limit_s:g} s, ending it: {_command(pid)}", file=sys.stderr)
                 sys.stderr.flush()
@@ -48,12 +48,13 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def _is_stopped(pid: int) -> bool:
+def _state(pid: int) -> str:
+    """The letter of a process's state; empty where it is gone."""
     try:
         with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] == "T"
+            return file.read().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""
 
 
 def _command(pid: int) -> str:
@@ -72,7 +73,4 @@ def _kill(pid: int) -> None:
 
 
 if __name__ == "__main__":
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == parent != 1:
-        watch(int(sys.argv[1]), [int(word) for word in sys.argv[2:]])
+    watch(int(sys.argv[1]), [int(word) for word in sys.argv[2:]])

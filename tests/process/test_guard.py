@@ -70,7 +70,7 @@ def test_a_stopped_launcher_is_ended(launched):
     assert launch.wait(HANG_S) == -signal.SIGKILL
 
 
-def test_the_guard_ends_with_its_parent(launched):
+def test_the_guard_ends_with_the_launcher(launched):
     launch, (itself, _, _, watching) = launched(3600)
     itself.kill()
     launch.wait(HANG_S)
