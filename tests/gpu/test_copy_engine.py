@@ -209,7 +209,7 @@ def _python(*command: object) -> str:
         (2, ["--ring-degree", 2], "ring: copy engine"),
         (2, ["--ulysses-degree", 2], "ulysses: copy engine"),
         (3, ["--ring-degree", 3, "--interleave", "off"], "ring: copy engine"),
-        (2, ["--ring-degree", 2, "--block-rows", 300], "ring: copy engine"),
+        (2, ["--ring-degree", 2, "--block-tokens", 300], "ring: copy engine"),
         (2, ["--pp-size", 2], "pp: copy engine"),
     ],
     ids=["ring2", "ulysses2", "ring3_one_at_a_time", "ring2_in_blocks", "pp2"],
