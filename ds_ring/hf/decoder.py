@@ -87,14 +87,20 @@ class Decoder:
     def bypassed(self) -> Iterator[None]:
         """Inside the block the model is its head alone: ``inputs_embeds`` are taken as the decoder's output.
 
-        So each architecture's own code computes logits from hidden states, scaling and soft-capping included.
+        So each architecture's own code computes logits from hidden states, scaling and soft-capping included. Of a
+        model of several parts the decoder is inside a module that would embed images; that one is left out as a whole.
         """
-        module = self.module
-        setattr(self.parent, self.name, _Bypass())
+        name, outer = next((n, child) for n, child in self.model.named_children() if self.module in child.modules())
+        bypass = inner = _Bypass()
+        for part in filter(None, next(n for n, child in outer.named_modules() if child is self.module).split(".")):
+            # OPT calls its decoder inside the outer module itself.
+            setattr(inner, part, _Bypass())
+            inner = getattr(inner, part)
+        setattr(self.model, name, bypass)
         try:
             yield
         finally:
-            setattr(self.parent, self.name, module)
+            setattr(self.model, name, outer)
 
 
 class _HiddenStates(BaseModelOutputWithPast):
