@@ -78,7 +78,7 @@ def _last(section: str, found: Found) -> str:
         return f"{', '.join(working)}. {_details(found)}"
     if section == "failed":
         return _details(found)
-    return next(iter(found.values()))["detail"].replace("|", "\\|")
+    return next(iter(found.values()))["detail"]
 
 
 def _details(found: Found) -> str:
@@ -86,5 +86,5 @@ def _details(found: Found) -> str:
     by_detail: dict[str, list[str]] = {}
     for layout, row in found.items():
         if row["detail"]:
-            by_detail.setdefault(row["detail"].replace("|", "\\|"), []).append(layout)
+            by_detail.setdefault(row["detail"], []).append(layout)
     return "; ".join(f"{', '.join(layouts)}: {detail}" for detail, layouts in by_detail.items())

@@ -24,6 +24,7 @@ from ds_ring.hf.attention_context import Attend, AttentionContext
 from ds_ring.hf.build import build
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import model_dims
+from ds_ring.hf.rope import compute_on_host
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.mesh import Mesh
 from ds_ring.utils.model_config import file_of
@@ -45,6 +46,7 @@ def dry_run(config: PretrainedConfig, run: RunConfig) -> None:
     # Its part in a tensor-parallel group is what the second pass is about.
     context = AttentionContext(Mesh(replace(run.topology, tp=1), 0, {}), run.parallel, heads, tile_tokens=0)
     inject(model, context)
+    compute_on_host(model)
     stopped = _forward(decoder, context, _nothing)
     if stopped is not None and not _asks_for_numbers(stopped):
         raise CheckpointError(

@@ -30,6 +30,26 @@ Regime = tuple[int, ...]
 """What of a length decides the frequencies."""
 
 
+def compute_on_host(model: PreTrainedModel) -> None:
+    """Let the rotary modules of a model on the meta device that compare lengths compute on the CPU, where there are
+    lengths, and give results on the meta device."""
+    for module in model.modules():
+        if _length_dependent(module):
+            with torch.device("cpu"):
+                real = type(module)(module.config)
+            module.forward = _OnHost(real)
+
+
+class _OnHost:
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        own, positions = x.new_empty(0, device="cpu"), torch.zeros_like(position_ids, device="cpu")
+        out = self._module(own, positions, *args, **kwargs)
+        return tuple(t.to("meta") for t in out) if isinstance(out, tuple) else out.to("meta")
+
+
 class RopeLengths:
     """The rotary modules of one model, and the lengths of the sequences that its current call has parts of.
 

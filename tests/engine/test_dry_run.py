@@ -10,6 +10,7 @@ from transformers import (
     DeepseekV3Config,
     HunYuanDenseV1Config,
     NanoChatConfig,
+    Olmo2Config,
     OlmoeConfig,
     PersimmonConfig,
     PretrainedConfig,
@@ -24,6 +25,7 @@ from ds_ring.errors import CheckpointError, UnsupportedModelError
 from ds_ring.hf.dims import model_dims
 from tests.helpers.architectures import BYPASSES, NO_TENSOR_PARALLEL, SMALL, bert
 from tests.helpers.mocked_world import serve
+from tests.helpers.rope_models import DYNAMIC, longrope
 from tests.helpers.tiny_models import ARCHITECTURES, build, gpt2, llama_gqa, mixtral, phi3, tokens
 
 
@@ -46,6 +48,14 @@ def test_models_that_work_pass_in_every_layout(name):
         rehearsed(config, **layout)
     if name not in NO_TENSOR_PARALLEL:
         rehearsed(config, tp_size=2 if model_dims(config).num_kv_heads % 2 == 0 else 3)
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, longrope()], ids=["dynamic", "longrope"])
+def test_what_autotp_cannot_cut_is_found_behind_rotary_modules_that_compare_lengths(rope):
+    config = Olmo2Config(**SMALL, intermediate_size=64, rope_parameters=rope)
+    rehearsed(config, ring_degree=2)
+    with pytest.raises(UnsupportedModelError, match="Olmo2ForCausalLM cannot be sharded by DeepSpeed's AutoTP"):
+        rehearsed(config, tp_size=2)
 
 
 @pytest.mark.parametrize("name", BYPASSES)

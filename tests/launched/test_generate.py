@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 from ds_ring.cli.prompts import left_padded
 from tests.helpers.launching import in_one_start, last_line, run, save
@@ -97,9 +97,10 @@ def test_what_passes_leave_in_memory_is_told(llama):
     assert completion["text"] in done.stderr
 
 
-def test_what_cannot_work_is_refused_in_one_line(llama):
+def test_what_cannot_work_is_refused_in_one_line(tmp_path):
+    gpt2 = save(tmp_path, GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=300, n_positions=256))
     # What two ranks would hold is refused for one as well, but only where the engine is made.
-    options = ["--model", str(llama), "--dtype", "fp32", "--ring-degree", "2", "--prompt", "x" * 250]
+    options = ["--model", str(gpt2), "--dtype", "fp32", "--ring-degree", "2", "--prompt", "x" * 250]
     done = run([sys.executable, "launch/generate.py", *options], expect=2)
     assert "250 tokens of input + max_new_tokens=64 exceed the model's max_position_embeddings=256" in done.stderr
     assert "Traceback" not in done.stderr

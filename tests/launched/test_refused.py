@@ -15,9 +15,9 @@ BAD = {
         ["--ring-degree", 3],
         "ring_degree=3 x ulysses_degree=1 x tp_size=1 = 3 ranks, but 2 were launched",
     ),
-    "length": (
-        ["--ring-degree", 2, "--max-length", 5000],
-        "max_length=5000 exceeds the model's max_position_embeddings=4096",
+    "batch": (
+        ["--dp-size", 2, "--batch-size", 1],
+        "batch_size=1 leaves some of dp_size=2 replicas without a sequence",
     ),
 }
 
