@@ -54,7 +54,8 @@ class GenerationForward:
         else:
             new_BC = _new_columns(ids_BC, mask_BC)
             self._held_B = cache.mask_BC.sum(1) if cache.get_seq_length() else torch.zeros(len(ids_BC)).long()
-        if self._refills(self._held_B, self._held_B + new_BC.sum(1)):
+        tokens_B = self._held_B + new_BC.sum(1)
+        if self._refills(self._held_B, tokens_B):
             ids_BC, new_BC = torch.cat((cache.ids_BC, ids_BC.cpu()), 1), torch.cat((cache.mask_BC, new_BC), 1)
             cache.clear()
             self._held_B = torch.zeros_like(self._held_B)
@@ -65,7 +66,7 @@ class GenerationForward:
             logits_bV = self._decoding(ids_BC[cache.sequences.start : cache.sequences.stop])
         else:
             logits_bV = self._prefill(ids_BC.cpu(), new_BC, cache)
-        self._held_B = self._held_B + new_BC.sum(1)
+        self._held_B = tokens_B
         logits_BV = gather_replicas(logits_bV, ids_BC.shape[0], self._runner.mesh["dp"])
         self.fine &= torch.isfinite(logits_BV).all()
         # Sampling from NaN fails; on a GPU that error ends the process.
