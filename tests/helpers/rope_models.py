@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -36,6 +37,15 @@ def _phimoe() -> PhimoeConfig:
 
 USUAL = "llama_longrope", "llama_dynamic", "phi3"
 OTHERS = "phimoe", "gemma3_dynamic"
+
+
+def reference_is_right(name: str) -> bool:
+    """Whether transformers' own generation is a reference across the switch. In releases about 5.17, Phi-3 and PhiMoE
+    drop their cache there and go on with the last token alone, as if it were the whole text."""
+    if name not in ("phi3", "phimoe"):
+        return True
+    prepare = type(rope_model(name)).prepare_inputs_for_generation
+    return "next_sequence_length" in inspect.getsource(prepare)
 
 
 @cache

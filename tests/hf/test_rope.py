@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ds_ring.engine.engine import Engine
 from tests.helpers.generation import GREEDY, assert_same, on_all_ranks_alike, padded
 from tests.helpers.mocked_world import relative_error, serve
-from tests.helpers.rope_models import OTHERS, SWITCH, USUAL, rope_model
+from tests.helpers.rope_models import OTHERS, SWITCH, USUAL, reference_is_right, rope_model
 from tests.helpers.tiny_models import logits, tokens
 
 TOLERANCE = 1e-5
@@ -89,6 +89,7 @@ def test_a_prompt_in_chunks_has_the_frequencies_of_the_whole(name, chunk, layout
 @cases("one_rank", "ring2", "ring3_contiguous", "ulysses3", "pp2", "hybrid")
 def test_generation_across_the_switch(name, layout):
     """Phi-3 runs the whole text anew there, as others do not; both as transformers does."""
+    skip_without_reference(name)
     model, ids = rope_model(name), tokens(1, SWITCH - 4, seed=5).clamp(min=1)
     want = generated(model, ids, 12)
 
@@ -100,6 +101,7 @@ def test_generation_across_the_switch(name, layout):
 
 @cases("one_rank", "pp2", "hybrid")
 def test_sequences_of_a_batch_cross_the_switch_one_by_one(name, layout):
+    skip_without_reference(name)
     model, (ids, mask) = rope_model(name), padded([SWITCH - 7, SWITCH - 2, SWITCH + 5])
 
     def work(engine: Engine) -> Any:
@@ -117,6 +119,8 @@ def test_sequences_of_a_batch_cross_the_switch_one_by_one(name, layout):
 @cases("one_rank", "ulysses3", "pp2", "ring2")
 @pytest.mark.parametrize(("first", "more"), [(20, 8), (26, 40), (40, 9)])
 def test_a_second_turn_across_the_switch(name, first, more, layout):
+    if first + 4 <= SWITCH < first + more + 8:
+        skip_without_reference(name)
     model = rope_model(name)
     ids, question = tokens(1, first, seed=7).clamp(min=1), tokens(1, more, seed=8).clamp(min=1)
 
@@ -134,6 +138,11 @@ def test_a_second_turn_across_the_switch(name, first, more, layout):
     turns = zip(*serve(model, converse, max_length=128, **layout), strict=True)
     for got, expected in zip(turns, want, strict=True):
         assert_same(on_all_ranks_alike(list(got)), expected)
+
+
+def skip_without_reference(name: str) -> None:
+    if not reference_is_right(name):
+        pytest.skip("this release of transformers drops its cache there, and all tokens but the last with it")
 
 
 def generated(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Any:
