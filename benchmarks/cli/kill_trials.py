@@ -12,23 +12,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 
+from ds_ring.cli import outputs
+from ds_ring.cli.parser import LARGEST_SEED, Parser, whole
 from ds_ring.errors import UserError
 from ds_ring.utils import strict_json
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="a small checkpoint with a tokenizer")
-    parser.add_argument("--trials", type=int, default=100, metavar="N", help="[100]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="[0]")
-    parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of hosts [1 2]")
-    parser.add_argument("--timeout-s", type=int, default=15, metavar="N", help="of every run [15]")
+    parser.add_argument("--trials", type=whole(1), default=100, metavar="N", help="[100]")
+    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="[0]")
+    hosts = "numbers of hosts, which two ranks share [1 2]"
+    parser.add_argument("--hosts", type=whole(1, 2), nargs="+", default=[1, 2], metavar="N", help=hosts)
+    parser.add_argument("--timeout-s", type=whole(1), default=15, metavar="N", help="of every run [15]")
     parser.add_argument("--output", required=True, metavar="FILE.json", help="where to write the record")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
     try:
+        args = make_parser().parse_args()
+        outputs.check(args)
         found = _run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,13 +48,13 @@ def main() -> None:
 def _run(args: argparse.Namespace) -> dict[str, object]:
     from benchmarks.faults.judge import summary
     from benchmarks.faults.trials import run_all
+    from ds_ring.process.keeper import scratch_folder
     from ds_ring.utils import results
 
-    with tempfile.TemporaryDirectory(prefix="kill-trials-") as folder:
-        document = results.provenance()
-        document = results.collect(document, run_all(args, Path(folder)), args.output)
+    with scratch_folder() as folder:
+        document = results.collect(results.provenance(), run_all(args, folder), args.output)
     found = summary(document["rows"])
-    results.write_json(args.output, {**document, "summary": found})
+    results.write_complete(args.output, {**document, "summary": found})
     return found
 
 

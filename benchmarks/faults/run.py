@@ -19,6 +19,7 @@ from ds_ring.process.launcher import ROOT
 from ds_ring.process.processes import command_of, rank_of
 from ds_ring.testing.local_hosts import LocalHosts
 from ds_ring.utils import strict_json
+from ds_ring.utils.output_file import UNFINISHED
 
 RANKS = 2
 START_S = 180.0
@@ -113,7 +114,7 @@ class Run:
         return sorted(pid for pid in self.left() if role_of(pid) == target)
 
     def writes(self) -> bool:
-        beside = any(name.startswith((".out.json", "out.json.")) for name in os.listdir(self.folder))
+        beside = any(name.startswith(UNFINISHED) for name in os.listdir(self.folder))
         return beside or not self.output.exists() or self.output.stat().st_ino != self._inode
 
     def end(self) -> None:

@@ -33,7 +33,7 @@ def check(args: argparse.Namespace, ranks: int | None = None) -> None:
 
 def check_prompts(args: argparse.Namespace) -> None:
     """Raise InputError for prompts and sampling that no model could follow."""
-    sampling.check(args.max_new_tokens, _sampling(args))
+    sampling.check(_sampling(args))
     if not [*args.prompt, *args.prompt_file]:
         raise InputError("no prompt: give --prompt TEXT… or --prompt-file FILE…")
     inputs.check_texts(args.prompt_file)

@@ -6,30 +6,20 @@ Ranks check the same things again, for those that another launcher starts.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable
 from pathlib import Path
 
 from ds_ring.config import RunConfig
-from ds_ring.errors import InputError
 from ds_ring.planning.validation import check_axes
+from ds_ring.utils.text_file import read_text_file
 
 
 def check_texts(files: Iterable[str]) -> None:
     """Raise InputError for a file that cannot be read as text. What is no regular file is only looked for."""
     for file in files:
-        try:
-            if stat.S_ISREG(mode := os.stat(file).st_mode):
-                text = Path(file).read_bytes()
-                text.decode("utf-8")
-                if not text.strip():
-                    raise InputError(f"{file} is empty")
-            elif stat.S_ISDIR(mode):
-                raise InputError(f"cannot read {file}: Is a directory")
-        except OSError as error:
-            raise InputError(f"cannot read {file}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        # A FIFO gives its text once, to the ranks.
+        if not os.path.exists(file) or os.path.isfile(file) or os.path.isdir(file):
+            read_text_file(file)
 
 
 def check_checkpoint(config: RunConfig) -> None:

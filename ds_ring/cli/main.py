@@ -19,6 +19,7 @@ import importlib
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 
@@ -28,10 +29,10 @@ from ds_ring.cli.parser import whole
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
 from ds_ring.process.interruption import Interrupted, raise_on_signals
-from ds_ring.process.outcome import DONE, NO_STDOUT, USERS
+from ds_ring.process.outcome import DONE, NO_STDOUT, OURS, USERS
 from ds_ring.process.supervisor import supervise
 from ds_ring.utils.plain_text import one_line
-from ds_ring.utils.streams import prepare_streams
+from ds_ring.utils.streams import prepare_streams, print_result
 
 LAUNCHED = {
     "generate": "ds_ring.cli.generate",
@@ -57,15 +58,15 @@ def main() -> None:
     raise_on_signals()
     try:
         code = _run(sys.argv[1:])
-        sys.stdout.flush()
     except Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         code = interrupted.exit_code
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         code = USERS
-    except (OSError, AttributeError):  # sys.stdout, of --help, is full or not there
-        code = NO_STDOUT
+    except Exception:
+        traceback.print_exc()
+        code = OURS
     sys.stderr.flush()
     os._exit(code)  # what is left in standard output cannot be written
 
@@ -73,8 +74,7 @@ def main() -> None:
 def _run(arguments: Sequence[str]) -> int:
     """The exit code. Commands of ``HERE`` end the process themselves."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return DONE
+        return _print(__doc__ or "")
     command, *options = arguments
     if command not in LAUNCHED | HERE:
         raise ConfigError(f"there is no command {command}; take one of {', '.join([*LAUNCHED, *HERE])}")
@@ -82,7 +82,8 @@ def _run(arguments: Sequence[str]) -> int:
     if command in HERE or {"-h", "--help"} & set(options):
         if command in LAUNCHED:
             leading = " DIR FILE…" if command == "score" else " DIR" if command in TAKES_MODEL else ""
-            print(f"ds-ring {command}{leading} [--ranks N] and these options:\n")
+            if failed := _print(f"ds-ring {command}{leading} [--ranks N] and these options:\n"):
+                return failed
         sys.argv = [f"ds-ring {command}", *options]
         runpy.run_module((LAUNCHED | HERE)[command], run_name="__main__")
         return DONE
@@ -114,6 +115,15 @@ def _run(arguments: Sequence[str]) -> int:
         line = launcher.launch_command(LAUNCHED[command], ranks, port, options)
         environment = launcher.environment_of(ranks, (launcher.VISIBLE_GPUS,))
         return supervise(line, environment, config.ring.timeout_s)
+
+
+def _print(text: str) -> int:
+    """Print help; returns the exit code."""
+    try:
+        print_result(text)
+    except OSError:
+        return NO_STDOUT
+    return DONE
 
 
 def named(command: str, options: Sequence[str]) -> list[str]:

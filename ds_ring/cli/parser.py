@@ -7,14 +7,12 @@ import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ds_ring.config.sections import MOST
+from ds_ring.config.sections import LEAST_TEMPERATURE, MOST
 from ds_ring.errors import ConfigError
 from ds_ring.process.outcome import NO_STDOUT
 from ds_ring.utils.streams import print_result
 
 LARGEST_SEED = (1 << 64) - 1
-LEAST_TEMPERATURE = 1e-6
-"""Below it, logits divided by the temperature leave fp32's range."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ds_ring.cli.parser import LARGEST_SEED, LEAST_TEMPERATURE
 from ds_ring.errors import InputError
 
 
@@ -27,21 +26,8 @@ class Sampling:
         return {"do_sample": True, "num_beams": 1, **chosen}
 
 
-def check(max_new_tokens: int, sampling: Sampling) -> None:
-    """Raise InputError for options that no model could follow."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if sampling.temperature and not LEAST_TEMPERATURE <= sampling.temperature < float("inf"):
-        raise InputError(
-            f"temperature={sampling.temperature} must be 0, which takes the likeliest token, or a number of at least "
-            f"{LEAST_TEMPERATURE:g}"
-        )
-    if not 0 < sampling.top_p <= 1:
-        raise InputError(f"top_p={sampling.top_p} must be above 0 and at most 1")
-    if not 0 <= sampling.seed <= LARGEST_SEED:
-        raise InputError(f"seed={sampling.seed} must be a whole number from 0 to {LARGEST_SEED}")
-    if sampling.top_k < 0:
-        raise InputError(f"top_k={sampling.top_k} must be at least 0; 0 leaves it out")
+def check(sampling: Sampling) -> None:
+    """Raise InputError for options that contradict each other; each by itself has its limits in the parser."""
     for name, value, all_tokens in (("top_p", sampling.top_p, 1), ("top_k", sampling.top_k, 0)):
         if sampling.temperature == 0 and value != all_tokens:
             raise InputError(

@@ -26,6 +26,8 @@ BASELINE_DEGREES: dict[Implementation, tuple[str, ...]] = {
 
 MOST = 1 << 40
 """More than any whole number here can mean; far beyond it arithmetic of PyTorch would overflow."""
+LEAST_TEMPERATURE = 1e-30
+"""Of sampling, but for 0. Logits are divided by it in fp32, whose range they leave below."""
 
 
 class Section(BaseModel):

@@ -16,7 +16,7 @@ from ds_ring.engine.rendezvous import meet
 from ds_ring.errors import ConfigError
 from ds_ring.process import heartbeat
 from ds_ring.process.hosts import rank_names
-from ds_ring.process.network import MeetingPoint, one_host, use_interface
+from ds_ring.process.network import MeetingPoint, one_host, ranks_of_host, use_interface
 from ds_ring.process.parent_watch import end_what_is_stopped, end_with_launcher
 from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.mesh import Mesh
@@ -147,14 +147,15 @@ def local_device() -> torch.device:
     ``DS_RING_SHARE_GPU=1``, for tests, ranks beyond the number of GPUs share them.
 
     Raises:
-        ConfigError: more ranks than GPUs; under DeepSpeed's launcher on all ranks of this host, else on those beyond.
+        ConfigError: more ranks than GPUs; on all ranks of this host where the launcher says how many there are, else
+            on those beyond.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if sharing_a_gpu():
         return torch.device("cuda", local_rank % gpus)
-    ranks = max(local_rank + 1, int(os.environ.get("LOCAL_SIZE", "1")))
+    ranks = max(local_rank + 1, ranks_of_host())
     if ranks > gpus:
         raise ConfigError(
             f"{ranks} ranks were launched on {socket.gethostname()}, which has {gpus} GPUs to give; launch with "

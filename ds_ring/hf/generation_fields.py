@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ds_ring.config.sections import LEAST_TEMPERATURE
+
 Verdict = Literal["served", "unused", "left_out", "mode", "refused"]
 """``served``: as in transformers. ``unused``: transformers' greedy search and sampling of a decoder do not look at it.
 ``left_out``: no token depends on it, only how tokens are computed or what is returned beside them; a checkpoint may ask
@@ -69,8 +71,9 @@ def _is_strings(value: Any) -> bool:
 _FLAG = Values("true or false", lambda value: isinstance(value, bool))
 _NUMBER = Values("a finite number", _is_number)
 _POSITIVE = Values("a finite number above 0", lambda value: _is_number(value) and value > 0)
-# Logits are divided by it, in fp32.
-_TEMPERATURE = Values("a finite number of at least 1e-30", lambda value: _is_number(value) and value >= 1e-30)
+_TEMPERATURE = Values(
+    f"a finite number of at least {LEAST_TEMPERATURE:g}", lambda value: _is_number(value) and value >= LEAST_TEMPERATURE
+)
 _TIME = Values("a finite number of seconds from 0 on", lambda value: _is_number(value) and value >= 0)
 _SHARE = Values("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 _ID = Values("a token id", lambda value: _is_ids(value) and not isinstance(value, list | tuple))

@@ -7,20 +7,19 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from ds_ring.errors import is_out_of_memory
 from ds_ring.hf.build import ATTENTION, build
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import read_config
+from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.hf.stage import keep_stage, strip
 from ds_ring.hf.tensor_fit import refuse_unfit
-from ds_ring.utils.config_file import CONFIG
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -44,7 +43,7 @@ def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> Pr
     refuse_unfit(path, info["missing_keys"], info["mismatched_keys"])
     assert isinstance(model, PreTrainedModel)
     model.name_or_path = model.config.name_or_path = str(path)
-    _own_generation_config(model, checkpoint.directory)
+    model.generation_config = read_generation_config(checkpoint.directory)
     return model.eval()
 
 
@@ -68,7 +67,7 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     _raise_out_of_memory(info.conversion_errors.values())
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     refuse_unfit(path, missing, info.mismatched_keys)
-    _own_generation_config(model, checkpoint.directory)
+    model.generation_config = read_generation_config(checkpoint.directory)
     keep_stage(decoder, layers)
     return model.to(device).eval()
 
@@ -94,16 +93,6 @@ def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range
     # A tied head is loaded as the embedding, which then has to stay.
     strip(decoder, layers, keep_embedding=tied)
     return decoder, tied
-
-
-def _own_generation_config(model: PreTrainedModel, directory: Path) -> None:
-    """The checkpoint's defaults of a generation, from its file or, in old checkpoints, from config.json."""
-    if (directory / GENERATION_CONFIG_NAME).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
-    else:
-        model.generation_config = GenerationConfig.from_pretrained(
-            directory, config_file_name=CONFIG, _from_model_config=True, local_files_only=True
-        )
 
 
 def _raise_out_of_memory(conversion_errors: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ds_ring.planning.rates import Rates
+from ds_ring.process.network import ranks_of_host
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def card_of(device: torch.device) -> Card:
     unknown GPU is taken for an A100, with its own memory.
 
     A CPU's memory is shared by the ranks of this host."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    here = ranks_of_host()
     if device.type != "cuda":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / max(1, here)
         return replace(CARDS["CPU"], memory_gib=memory / 2**30, per_host=here or CARDS["CPU"].per_host)

@@ -22,6 +22,8 @@ LONGEST = 100_000
 """Letters of an encoded argument; Linux takes 131,072 in one, and pdsh puts all of a command into one."""
 PASSED_ON = ("DS_", "OMP_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "TORCH_", "PYTORCH_", "NCCL_", "GLOO_", "TRITON_")
 """Beginnings of the environment variables that are passed on to other hosts."""
+SECRETS = ("HF_TOKEN",)
+"""Not passed on: everybody on a host can read its command lines, and nothing is fetched from a hub."""
 
 
 def check_arguments() -> None:
@@ -59,7 +61,7 @@ def encode(module: str, arguments: Sequence[str], environment: Mapping[str, str]
     Raises:
         ConfigError: too long for a command line.
     """
-    kept = {name: value for name, value in environment.items() if name.startswith(PASSED_ON)}
+    kept = {name: value for name, value in environment.items() if name.startswith(PASSED_ON) and name not in SECRETS}
     text = strict_json.dumps({"module": module, "arguments": list(arguments), "environment": kept})
     encoded = base64.urlsafe_b64encode(zlib.compress(text.encode())).decode().rstrip("=")
     if len(encoded) > LONGEST:

@@ -91,7 +91,8 @@ class Heartbeat:
         while len(self._peers) < size - 1:
             sock, _ = listener.accept()
             sock.settimeout(PERIOD_S)
-            with suppress(OSError, ValueError), sock.makefile("rb") as file:
+            with suppress(OSError, ValueError), sock.makefile("rb", buffering=0) as file:
+                # Unbuffered: what it says behind its first line is for ``_Peer.lines``.
                 told = json.loads(file.readline(1000))
                 if told in ([token, rank] for rank in range(1, size)):
                     self._add(told[1], sock)

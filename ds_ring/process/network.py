@@ -60,11 +60,14 @@ class MeetingPoint:
 
 def one_host() -> bool:
     """Whether all ranks of this launch are on this host, as far as their launcher says."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    # DeepSpeed's launcher sets the first two, torchrun the third.
-    if size == "1" or os.environ.get("CROSS_SIZE") == "1":
-        return True
-    return size in (os.environ.get("LOCAL_SIZE"), os.environ.get("LOCAL_WORLD_SIZE"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return size == 1 or os.environ.get("CROSS_SIZE") == "1" or size == ranks_of_host()
+
+
+def ranks_of_host() -> int:
+    """How many ranks this launch has on this host; 0 where its launcher does not say."""
+    # DeepSpeed's launcher sets the first, torchrun the second.
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "0")
 
 
 def use_interface(own_address: str) -> None:
@@ -89,8 +92,9 @@ def address_of(name: str) -> str:
     """The address of a host's name, or ConfigError where it has none."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(f"the host name {name} does not resolve: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:  # the second: a name that DNS cannot have, such as a..b
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"the host name {name} does not resolve: {why}") from None
     return str(found[0][4][0])
 
 

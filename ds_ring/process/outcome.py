@@ -17,6 +17,8 @@ from ds_ring.utils import strict_json
 
 VARIABLE = "DS_RING_OUTCOME"
 """Names the file to ranks of this host. Not set: the ranks were started by another launcher, or by none."""
+NAME = "ds_ring outcomes"
+"""What the system calls the file."""
 DONE, OURS, USERS, NO_MEMORY, NO_OUTPUT, NO_STDOUT = range(6)
 """Exit codes; what they mean is in ``cli/options.py``."""
 RANKED = (NO_MEMORY, USERS, NO_OUTPUT, NO_STDOUT)
@@ -34,7 +36,10 @@ def tell(code: int, result: str | None = None) -> None:
     Raises:
         OSError: the command is gone.
     """
-    if VARIABLE not in os.environ:
+    if not is_supervised():
+        return
+    # On another host, which got the variable as well, the path may lead to a file of somebody else's.
+    if os.readlink(os.environ[VARIABLE]).removesuffix(" (deleted)") != f"/memfd:{NAME}":
         return
     line = strict_json.dumps({"rank": int(os.environ.get("RANK", "0")), "code": code, "result": result}) + "\n"
     descriptor = os.open(os.environ[VARIABLE], os.O_WRONLY | os.O_APPEND)
@@ -57,7 +62,7 @@ class Outcomes:
     """The file, on the side of the command that launches; a context manager."""
 
     def __init__(self) -> None:
-        self._descriptor = os.memfd_create("ds_ring outcomes")
+        self._descriptor = os.memfd_create(NAME)
 
     def __enter__(self) -> Outcomes:
         return self

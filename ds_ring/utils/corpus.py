@@ -12,10 +12,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from ds_ring.errors import CheckpointError, InputError, in_one_line
+from ds_ring.errors import CheckpointError, in_one_line
 from ds_ring.utils.config_file import CONFIG
 from ds_ring.utils.lfs import refuse_pointer
 from ds_ring.utils.model_config import read_config
+from ds_ring.utils.text_file import read_text_file
 
 TEXTS = {".json", ".model", ".txt", ".jinja", ".tiktoken"}
 """Endings of the files that a tokenizer may be in."""
@@ -62,22 +63,8 @@ def _unreadable(file: Path) -> str | None:
 
 
 def read_text(paths: Sequence[str]) -> list[str]:
-    """The text of every file.
-
-    Raises:
-        InputError: a file that is missing, is not UTF-8 or is empty.
-    """
-    texts = []
-    for path in paths:
-        try:
-            texts.append(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-        if not texts[-1].strip():
-            raise InputError(f"{path} is empty")
-    return texts
+    """The text of every file; InputError as of ``read_text_file``."""
+    return [read_text_file(path) for path in paths]
 
 
 def default_text() -> str:

@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.faults.judge import BARS, broken, summary
 from benchmarks.faults.plan import plan, targets
-from benchmarks.faults.run import state_of
+from benchmarks.faults.run import Run, state_of
+from ds_ring.utils import output_file
 
 FINE = {"command": "ds-ring score", "left": [], "exit_code": 1, "result": "previous", "hit": True, "gone_s": 2.0}
 
@@ -45,6 +46,17 @@ def test_the_state_of_a_result(text, state, tmp_path):
     if text is not None:
         output.write_text(text)
     assert state_of(output, "the one before", [[3, 1.0]]) == state
+
+
+def test_a_run_writes_while_a_file_beside_its_result_is_unfinished(tmp_path, monkeypatch):
+    output, seen = tmp_path / "out.json", []
+    output.write_text("the one before")
+    run = object.__new__(Run)
+    run.folder, run.output, run._inode = tmp_path, output, output.stat().st_ino
+    assert not run.writes()
+    monkeypatch.setattr(output_file, "_write_all", lambda *_: seen.append(run.writes()))
+    output_file.write_atomically(output, "the next")
+    assert seen == [True]
 
 
 @pytest.mark.parametrize(

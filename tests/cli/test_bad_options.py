@@ -14,7 +14,7 @@ import pytest
 from benchmarks.cli.local_hosts import MOST_HOSTS
 from ds_ring.cli import outputs
 from ds_ring.cli.options import run_config
-from ds_ring.cli.parser import MOST
+from ds_ring.config.sections import LEAST_TEMPERATURE, MOST
 from ds_ring.errors import UserError
 from ds_ring.planning.limits import MOST_RANKS
 from ds_ring.process.launcher import ROOT
@@ -33,7 +33,8 @@ NUMBERS = [
     "+1", "\udc80", "1\n2", "\x1b[31m", "true", "null", "[]", "0.02", "1e308", "65536", "65537", "١",
 ]  # fmt: skip
 FLOATS = {
-    "temperature": lambda x: x == 0 or x >= 1e-6, "top_p": lambda x: 0 < x <= 1, "granularity": lambda x: 0 < x <= 1,
+    "temperature": lambda x: x == 0 or x >= LEAST_TEMPERATURE,
+    "top_p": lambda x: 0 < x <= 1, "granularity": lambda x: 0 < x <= 1,
     "limit": lambda x: 0 < x < 2**40, "memory_limit": lambda x: x > 0, "limit_s": lambda x: 0 <= x < 2**40,
     "seconds": lambda x: x > 0, "network_gbps": lambda x: x > 0, "warm_s": lambda x: x >= 0,
 }  # fmt: skip
@@ -73,7 +74,7 @@ def numeric(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 def required(parser: argparse.ArgumentParser, but: str = "") -> list[str]:
     """Options without which a parser refuses everything, with values that it takes."""
-    words = {"--ranks": "2", "--directory": "new", "--model": "model", "--panels": "8"}
+    words = {"--ranks": "2", "--directory": "new", "--model": "model", "--panels": "8", "--output": "out.json"}
     required = [action for action in parser._actions if action.required and action.dest != but]
     named = [(a.option_strings[0], words[a.option_strings[0]]) for a in required if a.option_strings]
     after = [word for action in required if not action.option_strings for word in ("--", "command")]

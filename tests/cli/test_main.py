@@ -11,6 +11,7 @@ from ds_ring.cli import main as command
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
 from ds_ring.process.arguments import decode
+from ds_ring.process.outcome import OURS
 
 
 @pytest.fixture
@@ -147,3 +148,16 @@ def test_every_command_names_a_module_that_is_there():
     from importlib.util import find_spec
 
     assert all(find_spec(module) for module in (command.LAUNCHED | command.HERE).values())
+
+
+def test_an_error_of_ours_is_shown(monkeypatch, capsys):
+    def broken(options):
+        raise AttributeError("no such part")
+
+    left = []
+    monkeypatch.setattr(command, "_run", broken)
+    monkeypatch.setattr(command, "raise_on_signals", lambda: None)
+    monkeypatch.setattr(command.os, "_exit", left.append)
+    command.main()
+    assert left == [OURS]
+    assert "AttributeError: no such part" in capsys.readouterr().err

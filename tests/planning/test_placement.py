@@ -44,8 +44,12 @@ def test_in_words(topology, per_host, words):
     assert describe(topology, per_host) == words
 
 
-def test_a_launch_has_as_many_ranks_a_host_as_its_launcher_says(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+@pytest.mark.parametrize("variable", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+def test_a_launch_has_as_many_ranks_a_host_as_its_launcher_says(variable, monkeypatch):
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    alone = card_of(torch.device("cpu"))
+    assert alone.per_host == CARDS["CPU"].per_host
+    monkeypatch.setenv(variable, "4")
     assert card_of(torch.device("cpu")).per_host == 4
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert card_of(torch.device("cpu")).per_host == CARDS["CPU"].per_host
+    assert card_of(torch.device("cpu")).memory_gib == pytest.approx(alone.memory_gib / 4)

@@ -16,7 +16,9 @@ OWN = ["python", "-u", "launch/generate.py", "--model", "DIR", "--prompt"]
 
 @pytest.mark.parametrize("prompt", ["$(touch x)", "a; b", 'it\'s "so"', "`x` \\ & | * ~ \n é", "", " "])
 def test_an_encoded_command_comes_back_as_it_was_and_means_nothing_to_a_shell(prompt):
-    letters = encode("a.b", ["--prompt", prompt], {"HF_HOME": "/x y", "DS_ACCELERATOR": "cpu", "SECRET": "s"})
+    letters = encode(
+        "a.b", ["--prompt", prompt], {"HF_HOME": "/x y", "DS_ACCELERATOR": "cpu", "SECRET": "s", "HF_TOKEN": "s"}
+    )
     assert re.fullmatch(r"[A-Za-z0-9_-]+", letters)
     assert decode(letters) == ("a.b", ["--prompt", prompt], {"HF_HOME": "/x y", "DS_ACCELERATOR": "cpu"})
 

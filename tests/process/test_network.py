@@ -78,6 +78,11 @@ def test_a_master_that_other_hosts_cannot_reach_is_refused(address, said, launch
         MeetingPoint.of_launch()
 
 
+def test_a_name_that_dns_cannot_have_is_refused():
+    with pytest.raises(ConfigError, match=r"^the host name a\.\.b does not resolve: "):
+        network.is_this_host("a..b")
+
+
 def test_an_address_of_several_hosts_is_taken_as_it_is(launched):
     launched(WORLD_SIZE="4", CROSS_SIZE="2", MASTER_ADDR="10.1.2.3")
     assert MeetingPoint.of_launch() == MeetingPoint("10.1.2.3", 29500)
