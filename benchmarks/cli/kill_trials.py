@@ -15,23 +15,33 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ds_ring.cli import outputs
+from ds_ring.cli.parser import LARGEST_SEED, Parser, whole
 from ds_ring.errors import UserError
 from ds_ring.utils import strict_json
+from ds_ring.utils.plain_text import one_line
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a small checkpoint with a tokenizer")
+    parser.add_argument("--trials", type=whole(1), default=100, metavar="N", help="[100]")
+    parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="[0]")
+    # A run has two ranks, and every host at least one.
+    hosts = "numbers of hosts [1 2]"
+    parser.add_argument("--hosts", type=whole(1, 2), nargs="+", default=[1, 2], metavar="N", help=hosts)
+    parser.add_argument("--timeout-s", type=whole(1), default=15, metavar="N", help="of every run [15]")
+    parser.add_argument("--output", required=True, metavar="FILE.json", help="where to write the record")
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR", help="a small checkpoint with a tokenizer")
-    parser.add_argument("--trials", type=int, default=100, metavar="N", help="[100]")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="[0]")
-    parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2], metavar="N", help="numbers of hosts [1 2]")
-    parser.add_argument("--timeout-s", type=int, default=15, metavar="N", help="of every run [15]")
-    parser.add_argument("--output", required=True, metavar="FILE.json", help="where to write the record")
-    args = parser.parse_args()
     try:
+        args = make_parser().parse_args()
+        outputs.check(args)
         found = _run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     print(strict_json.dumps(found), flush=True)
     from benchmarks.faults.judge import BARS
@@ -48,7 +58,7 @@ def _run(args: argparse.Namespace) -> dict[str, object]:
         document = results.provenance()
         document = results.collect(document, run_all(args, Path(folder)), args.output)
     found = summary(document["rows"])
-    results.write_json(args.output, {**document, "summary": found})
+    results.write_complete(args.output, {**document, "summary": found})
     return found
 
 

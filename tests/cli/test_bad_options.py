@@ -73,7 +73,7 @@ def numeric(parser: argparse.ArgumentParser) -> list[argparse.Action]:
 
 def required(parser: argparse.ArgumentParser, but: str = "") -> list[str]:
     """Options without which a parser refuses everything, with values that it takes."""
-    words = {"--ranks": "2", "--directory": "new", "--model": "model", "--panels": "8"}
+    words = {"--ranks": "2", "--directory": "new", "--model": "model", "--panels": "8", "--output": "out.json"}
     required = [action for action in parser._actions if action.required and action.dest != but]
     named = [(a.option_strings[0], words[a.option_strings[0]]) for a in required if a.option_strings]
     after = [word for action in required if not action.option_strings for word in ("--", "command")]
