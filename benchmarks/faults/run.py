@@ -19,10 +19,11 @@ from ds_ring.process.launcher import ROOT
 from ds_ring.process.processes import command_of, rank_of
 from ds_ring.testing.local_hosts import LocalHosts
 from ds_ring.utils import strict_json
+from ds_ring.utils.output_file import UNFINISHED
 
 RANKS = 2
 START_S = 180.0
-LOADING_S, RUNNING_S = 6.0, 3.0
+LOADING_S, RUNNING_S, WRITING_S = 6.0, 3.0, 0.1
 """Over which time after a phase began the signals of its trials are spread."""
 BEYOND_S = 10.0
 """After ``timeout_s`` and so many seconds nothing may be left."""
@@ -93,7 +94,7 @@ class Run:
         folder.mkdir(parents=True)
         self.previous = strict_json.dumps({"status": "complete", "of": "the run before", "number": trial.number})
         self.output.write_text(self.previous)
-        self._inode = self.output.stat().st_ino
+        self.inode = self.output.stat().st_ino
         words = command_line(trial.command, hosts, inputs, self.output)
         with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
             self.process = subprocess.Popen(
@@ -112,9 +113,13 @@ class Run:
     def find(self, target: Target) -> list[int]:
         return sorted(pid for pid in self.left() if role_of(pid) == target)
 
+    def runs(self) -> bool:
+        return any(mark in self.text() for mark in RUNNING)
+
     def writes(self) -> bool:
-        beside = any(name.startswith((".out.json", "out.json.")) for name in os.listdir(self.folder))
-        return beside or not self.output.exists() or self.output.stat().st_ino != self._inode
+        """Whether something of a result is there, or the file that will become it."""
+        beside = any(name.startswith((UNFINISHED, "out.partial")) for name in os.listdir(self.folder))
+        return beside or not self.output.exists() or self.output.stat().st_ino != self.inode
 
     def end(self) -> None:
         for pid in self.left():
@@ -153,19 +158,26 @@ def _hit(trial: Trial, run: Run) -> bool:
     def over() -> bool:
         return run.process.poll() is not None
 
+    found: list[int] = []
     if trial.phase == "loading":
         reached, spread_s = _until(lambda: bool(run.find("rank")), START_S, over), LOADING_S
     elif trial.phase == "running":
-        reached, spread_s = _until(lambda: any(mark in run.text() for mark in RUNNING), START_S, over), RUNNING_S
+        reached, spread_s = _until(run.runs, START_S, over), RUNNING_S
     else:
-        reached, spread_s = _until(run.writes, START_S, over, 0.001), 0.0
+        # Looked for before: a result is written faster than processes are found.
+        reached, spread_s = _until(run.runs, START_S, over), WRITING_S
+        found = run.find(trial.target)
+        reached = reached and _until(run.writes, START_S, over, 0.0005)
     if not reached:
         return False
     time.sleep(trial.delay * spread_s)
-    found = run.find(trial.target)
+    found = found or run.find(trial.target)
     if not found:
         return False
-    os.kill(found[int(trial.choice * len(found))], signal.Signals[f"SIG{trial.signal}"])
+    try:
+        os.kill(found[int(trial.choice * len(found))], signal.Signals[f"SIG{trial.signal}"])
+    except ProcessLookupError:
+        return False
     return True
 
 

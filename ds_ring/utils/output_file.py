@@ -16,6 +16,9 @@ from pathlib import Path
 
 from ds_ring.errors import OutputError
 
+UNFINISHED = ".ds_ring."
+"""How a file's name begins that becomes the result by a rename."""
+
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Replace the file ``path`` by ``content``, text as UTF-8; see above.
@@ -37,7 +40,7 @@ def _write(path: Path, data: bytes) -> None:
         return
     target = _followed(path)
     # A name that does not grow with the target's, which may be as long as names can be.
-    descriptor, name = tempfile.mkstemp(prefix=f".ds_ring.{os.getpid()}.", dir=target.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f"{UNFINISHED}{os.getpid()}.", dir=target.parent)
     try:
         with open(descriptor, "wb", buffering=0) as file:
             _write_all(file.fileno(), data)
