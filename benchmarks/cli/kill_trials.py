@@ -30,6 +30,8 @@ def make_parser() -> Parser:
     # A run has two ranks, and every host at least one.
     hosts = "numbers of hosts [1 2]"
     parser.add_argument("--hosts", type=whole(1, 2), nargs="+", default=[1, 2], metavar="N", help=hosts)
+    at_once = "trials at once, each on hosts of its own [1]"
+    parser.add_argument("--at-once", type=whole(1, 64), default=1, metavar="N", help=at_once)
     parser.add_argument("--timeout-s", type=whole(1), default=15, metavar="N", help="of every run [15]")
     parser.add_argument("--output", required=True, metavar="FILE.json", help="where to write the record")
     return parser

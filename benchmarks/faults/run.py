@@ -23,7 +23,7 @@ from ds_ring.utils.output_file import UNFINISHED
 
 RANKS = 2
 START_S = 180.0
-LOADING_S, RUNNING_S, WRITING_S = 6.0, 3.0, 0.1
+LOADING_S, RUNNING_S, WRITING_S = 6.0, 3.0, 0.03
 """Over which time after a phase began the signals of its trials are spread."""
 BEYOND_S = 10.0
 """After ``timeout_s`` and so many seconds nothing may be left."""
