@@ -33,6 +33,8 @@ def make_parser() -> Parser:
     at_once = "trials at once, each on hosts of its own [1]"
     parser.add_argument("--at-once", type=whole(1, 64), default=1, metavar="N", help=at_once)
     parser.add_argument("--timeout-s", type=whole(1), default=15, metavar="N", help="of every run [15]")
+    connect = "what a rank may take to read its packages, before its time-out counts; more on a busy machine [10]"
+    parser.add_argument("--connect-s", type=whole(1), default=10, metavar="N", help=connect)
     parser.add_argument("--output", required=True, metavar="FILE.json", help="where to write the record")
     return parser
 

@@ -27,8 +27,8 @@ LOADING_S, RUNNING_S, WRITING_S = 6.0, 3.0, 0.03
 """Over which time after a phase began the signals of its trials are spread."""
 BEYOND_S = 10.0
 """After ``timeout_s`` and so many seconds nothing may be left."""
-CONNECT_S = 10.0
-"""What a rank that still reads its packages may take until it connects, from where its time-out counts."""
+LATE_S = 60.0
+"""How much longer a trial looks for the end of what was left."""
 RUNNING = ("[ds_ring] fused",)
 """A line that says that the model is loaded."""
 
@@ -38,12 +38,14 @@ class Inputs:
     """What every run of a trial works on.
 
     Attributes:
+        connect_s: what a rank that still reads its packages may take until it connects, from where its time-out counts.
         reference: by command what an undisturbed run writes, without what differs from run to run.
     """
 
     checkpoint: Path
     text: Path
     timeout_s: int
+    connect_s: int
     reference: dict[str, Any]
 
 
@@ -130,17 +132,21 @@ class Run:
 
 
 def try_once(trial: Trial, hosts: LocalHosts, inputs: Inputs, folder: Path) -> dict[str, Any]:
-    """The trial's record: what was done, when all was gone, the exit code, and the result file's state."""
+    """The trial's record: what was done, what was left after the limit, when all was gone (None: never), the machine's
+    load, the exit code, and the result file's state."""
     run = Run(trial, hosts, inputs, folder)
     record: dict[str, Any] = asdict(trial)
     try:
         hit = _hit(trial, run)
         record |= {"hit": hit}
         begun = time.monotonic()
-        limit_s = inputs.timeout_s + BEYOND_S + (CONNECT_S if trial.phase == "loading" else 0)
+        limit_s = inputs.timeout_s + BEYOND_S + (inputs.connect_s if trial.phase == "loading" else 0)
         gone = _until(lambda: not run.left(), limit_s, lambda: False)
-        record["gone_s"] = round(time.monotonic() - begun, 1) if gone else None
         record["left"] = list(run.left().values())
+        # What comes too late is left all the same; but it is not what stays for ever.
+        gone = gone or _until(lambda: not run.left(), LATE_S, lambda: False)
+        record["gone_s"] = round(time.monotonic() - begun, 1) if gone else None
+        record["load"] = round(os.getloadavg()[0], 1)
         # A runner that was killed while stopped has no exit code of its own.
         with suppress(subprocess.TimeoutExpired):
             run.process.wait(5)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -30,14 +29,13 @@ def run_all(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Every trial's record, with the bars that it breaks."""
     text = folder / "text.txt"
     text.write_text(TEXT)
-    inputs = Inputs(Path(args.model).resolve(), text, args.timeout_s, {})
+    inputs = Inputs(Path(args.model).resolve(), text, args.timeout_s, args.connect_s, {})
     with ExitStack() as stack:
         # Their own sshd and network, one machine's file system.
         sets = [
             {count: stack.enter_context(made_hosts(count)) for count in dict.fromkeys(args.hosts)}
             for _ in range(args.at_once)
         ]
-        inputs = replace(inputs, reference=references(sets[0][args.hosts[0]], inputs, folder))
         free: SimpleQueue[dict[int, LocalHosts]] = SimpleQueue()
         for machines in sets:
             free.put(machines)
@@ -51,8 +49,16 @@ def run_all(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
                 shutil.rmtree(own, ignore_errors=True)
             return {**record, "broken": broken(record)}
 
+        def referred(command: Command) -> Any:
+            machines = free.get()
+            try:
+                return reference(command, machines[args.hosts[0]], inputs, folder)
+            finally:
+                free.put(machines)
+
         pool = ThreadPoolExecutor(args.at_once)
         stack.callback(pool.shutdown, cancel_futures=True)
+        inputs.reference.update(zip(COMMANDS, pool.map(referred, COMMANDS), strict=True))
         for done in as_completed([pool.submit(tried, trial) for trial in plan(args.trials, args.seed, args.hosts)]):
             print(strict_json.dumps(done.result()), file=sys.stderr, flush=True)
             yield done.result()
@@ -62,19 +68,14 @@ def made_hosts(count: int) -> LocalHosts:
     return LocalHosts([f"host{number + 1}" for number in range(count)], RANKS // count)
 
 
-def references(hosts: LocalHosts, inputs: Inputs, folder: Path) -> dict[str, Any]:
-    """By command what an undisturbed run writes."""
-    found: dict[str, Any] = {}
-    command: Command
-    for command in COMMANDS:
-        output = folder / "reference.json"
-        words = command_line(command, hosts, inputs, output)
-        done = subprocess.run(
-            hosts.command(hosts.names[0], words, ROOT), env=environment(), stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=START_S,
-        )  # fmt: skip
-        if done.returncode:
-            raise LaunchError(f"{' '.join(words)} fails undisturbed: {done.stderr[-2000:]}", "an undisturbed run fails")
-        found[command] = essence(json.loads(output.read_text()))
-        output.unlink()
-    return found
+def reference(command: Command, hosts: LocalHosts, inputs: Inputs, folder: Path) -> Any:
+    """What an undisturbed run of a command writes, as ``essence`` has it."""
+    output = folder / f"reference {command}.json"
+    words = command_line(command, hosts, inputs, output)
+    done = subprocess.run(
+        hosts.command(hosts.names[0], words, ROOT), env=environment(), stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=START_S,
+    )  # fmt: skip
+    if done.returncode:
+        raise LaunchError(f"{' '.join(words)} fails undisturbed: {done.stderr[-2000:]}", "an undisturbed run fails")
+    return essence(json.loads(output.read_text()))
