@@ -129,6 +129,7 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
+        _until(lambda: not self.left(), BEYOND_S, lambda: False)
 
 
 def try_once(trial: Trial, hosts: LocalHosts, inputs: Inputs, folder: Path) -> dict[str, Any]:
@@ -138,14 +139,10 @@ def try_once(trial: Trial, hosts: LocalHosts, inputs: Inputs, folder: Path) -> d
     record: dict[str, Any] = asdict(trial)
     try:
         hit = _hit(trial, run)
-        record |= {"hit": hit}
-        begun = time.monotonic()
-        limit_s = inputs.timeout_s + BEYOND_S + (inputs.connect_s if trial.phase == "loading" else 0)
-        gone = _until(lambda: not run.left(), limit_s, lambda: False)
-        record["left"] = list(run.left().values())
-        # What comes too late is left all the same; but it is not what stays for ever.
-        gone = gone or _until(lambda: not run.left(), LATE_S, lambda: False)
-        record["gone_s"] = round(time.monotonic() - begun, 1) if gone else None
+        record |= {"hit": hit, "left": [], "gone_s": None}
+        if hit:
+            connect_s = inputs.connect_s if trial.phase == "loading" else 0
+            record |= _outlasting(run, inputs.timeout_s + BEYOND_S + connect_s)
         record["load"] = round(os.getloadavg()[0], 1)
         # A runner that was killed while stopped has no exit code of its own.
         with suppress(subprocess.TimeoutExpired):
@@ -156,6 +153,15 @@ def try_once(trial: Trial, hosts: LocalHosts, inputs: Inputs, folder: Path) -> d
     finally:
         run.end()
     return record
+
+
+def _outlasting(run: Run, limit_s: float) -> dict[str, Any]:
+    begun = time.monotonic()
+    gone = _until(lambda: not run.left(), limit_s, lambda: False)
+    left = list(run.left().values())
+    # What comes too late is left all the same; but it is not what stays for ever.
+    gone = gone or _until(lambda: not run.left(), LATE_S, lambda: False)
+    return {"left": left, "gone_s": round(time.monotonic() - begun, 1) if gone else None}
 
 
 def _hit(trial: Trial, run: Run) -> bool:
