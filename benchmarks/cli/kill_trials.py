@@ -17,6 +17,7 @@ from ds_ring.cli import outputs
 from ds_ring.cli.parser import LARGEST_SEED, Parser, whole
 from ds_ring.errors import UserError
 from ds_ring.utils import strict_json
+from ds_ring.utils.plain_text import one_line
 
 
 def make_parser() -> Parser:
@@ -24,9 +25,14 @@ def make_parser() -> Parser:
     parser.add_argument("--model", required=True, metavar="DIR", help="a small checkpoint with a tokenizer")
     parser.add_argument("--trials", type=whole(1), default=100, metavar="N", help="[100]")
     parser.add_argument("--seed", type=whole(0, LARGEST_SEED), default=0, metavar="N", help="[0]")
-    hosts = "numbers of hosts, which two ranks share [1 2]"
+    # A run has two ranks, and every host at least one.
+    hosts = "numbers of hosts [1 2]"
     parser.add_argument("--hosts", type=whole(1, 2), nargs="+", default=[1, 2], metavar="N", help=hosts)
+    at_once = "trials at once, each on hosts of its own [1]"
+    parser.add_argument("--at-once", type=whole(1, 64), default=1, metavar="N", help=at_once)
     parser.add_argument("--timeout-s", type=whole(1), default=15, metavar="N", help="of every run [15]")
+    connect = "what a rank may take to read its packages, before its time-out counts; more on a busy machine [10]"
+    parser.add_argument("--connect-s", type=whole(1), default=10, metavar="N", help=connect)
     parser.add_argument("--output", required=True, metavar="FILE.json", help="where to write the record")
     return parser
 
@@ -37,7 +43,7 @@ def main() -> None:
         outputs.check(args)
         found = _run(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     print(strict_json.dumps(found), flush=True)
     from benchmarks.faults.judge import BARS

@@ -23,12 +23,12 @@ from ds_ring.utils.output_file import UNFINISHED
 
 RANKS = 2
 START_S = 180.0
-LOADING_S, RUNNING_S = 6.0, 3.0
+LOADING_S, RUNNING_S, WRITING_S = 6.0, 3.0, 0.03
 """Over which time after a phase began the signals of its trials are spread."""
 BEYOND_S = 10.0
 """After ``timeout_s`` and so many seconds nothing may be left."""
-CONNECT_S = 10.0
-"""What a rank that still reads its packages may take until it connects, from where its time-out counts."""
+LATE_S = 60.0
+"""How much longer a trial looks for the end of what was left."""
 RUNNING = ("[ds_ring] fused",)
 """A line that says that the model is loaded."""
 
@@ -38,12 +38,14 @@ class Inputs:
     """What every run of a trial works on.
 
     Attributes:
+        connect_s: what a rank that still reads its packages may take until it connects, from where its time-out counts.
         reference: by command what an undisturbed run writes, without what differs from run to run.
     """
 
     checkpoint: Path
     text: Path
     timeout_s: int
+    connect_s: int
     reference: dict[str, Any]
 
 
@@ -94,7 +96,7 @@ class Run:
         folder.mkdir(parents=True)
         self.previous = strict_json.dumps({"status": "complete", "of": "the run before", "number": trial.number})
         self.output.write_text(self.previous)
-        self._inode = self.output.stat().st_ino
+        self.inode = self.output.stat().st_ino
         words = command_line(trial.command, hosts, inputs, self.output)
         with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
             self.process = subprocess.Popen(
@@ -113,9 +115,13 @@ class Run:
     def find(self, target: Target) -> list[int]:
         return sorted(pid for pid in self.left() if role_of(pid) == target)
 
+    def runs(self) -> bool:
+        return any(mark in self.text() for mark in RUNNING)
+
     def writes(self) -> bool:
-        beside = any(name.startswith(UNFINISHED) for name in os.listdir(self.folder))
-        return beside or not self.output.exists() or self.output.stat().st_ino != self._inode
+        """Whether something of a result is there, or the file that will become it."""
+        beside = any(name.startswith((UNFINISHED, "out.partial")) for name in os.listdir(self.folder))
+        return beside or not self.output.exists() or self.output.stat().st_ino != self.inode
 
     def end(self) -> None:
         for pid in self.left():
@@ -123,20 +129,21 @@ class Run:
                 os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
+        _until(lambda: not self.left(), BEYOND_S, lambda: False)
 
 
 def try_once(trial: Trial, hosts: LocalHosts, inputs: Inputs, folder: Path) -> dict[str, Any]:
-    """The trial's record: what was done, when all was gone, the exit code, and the result file's state."""
+    """The trial's record: what was done, what was left after the limit, when all was gone (None: never), the machine's
+    load, the exit code, and the result file's state."""
     run = Run(trial, hosts, inputs, folder)
     record: dict[str, Any] = asdict(trial)
     try:
         hit = _hit(trial, run)
-        record |= {"hit": hit}
-        begun = time.monotonic()
-        limit_s = inputs.timeout_s + BEYOND_S + (CONNECT_S if trial.phase == "loading" else 0)
-        gone = _until(lambda: not run.left(), limit_s, lambda: False)
-        record["gone_s"] = round(time.monotonic() - begun, 1) if gone else None
-        record["left"] = list(run.left().values())
+        record |= {"hit": hit, "left": [], "gone_s": None}
+        if hit:
+            connect_s = inputs.connect_s if trial.phase == "loading" else 0
+            record |= _outlasting(run, inputs.timeout_s + BEYOND_S + connect_s)
+        record["load"] = round(os.getloadavg()[0], 1)
         # A runner that was killed while stopped has no exit code of its own.
         with suppress(subprocess.TimeoutExpired):
             run.process.wait(5)
@@ -148,25 +155,41 @@ def try_once(trial: Trial, hosts: LocalHosts, inputs: Inputs, folder: Path) -> d
     return record
 
 
+def _outlasting(run: Run, limit_s: float) -> dict[str, Any]:
+    begun = time.monotonic()
+    gone = _until(lambda: not run.left(), limit_s, lambda: False)
+    left = list(run.left().values())
+    # What comes too late is left all the same; but it is not what stays for ever.
+    gone = gone or _until(lambda: not run.left(), LATE_S, lambda: False)
+    return {"left": left, "gone_s": round(time.monotonic() - begun, 1) if gone else None}
+
+
 def _hit(trial: Trial, run: Run) -> bool:
     """Wait for the phase and send the signal; False where the run ended before, or has no such process."""
 
     def over() -> bool:
         return run.process.poll() is not None
 
+    found: list[int] = []
     if trial.phase == "loading":
         reached, spread_s = _until(lambda: bool(run.find("rank")), START_S, over), LOADING_S
     elif trial.phase == "running":
-        reached, spread_s = _until(lambda: any(mark in run.text() for mark in RUNNING), START_S, over), RUNNING_S
+        reached, spread_s = _until(run.runs, START_S, over), RUNNING_S
     else:
-        reached, spread_s = _until(run.writes, START_S, over, 0.001), 0.0
+        # Looked for before: a result is written faster than processes are found.
+        reached, spread_s = _until(run.runs, START_S, over), WRITING_S
+        found = run.find(trial.target)
+        reached = reached and _until(run.writes, START_S, over, 0.0005)
     if not reached:
         return False
     time.sleep(trial.delay * spread_s)
-    found = run.find(trial.target)
+    found = found or run.find(trial.target)
     if not found:
         return False
-    os.kill(found[int(trial.choice * len(found))], signal.Signals[f"SIG{trial.signal}"])
+    try:
+        os.kill(found[int(trial.choice * len(found))], signal.Signals[f"SIG{trial.signal}"])
+    except ProcessLookupError:
+        return False
     return True
 
 

@@ -1,4 +1,4 @@
-"""All trials of a plan, one after the other."""
+"""All trials of a plan, some of them at once, each on hosts of its own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from benchmarks.faults.judge import broken
-from benchmarks.faults.plan import COMMANDS, Command, plan
-from benchmarks.faults.run import START_S, Inputs, command_line, environment, essence, try_once
+from benchmarks.faults.plan import COMMANDS, Command, Trial, plan
+from benchmarks.faults.run import RANKS, START_S, Inputs, command_line, environment, essence, try_once
 from ds_ring.errors import LaunchError
 from ds_ring.process.launcher import ROOT
 from ds_ring.testing.local_hosts import LocalHosts
@@ -28,36 +29,53 @@ def run_all(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """Every trial's record, with the bars that it breaks."""
     text = folder / "text.txt"
     text.write_text(TEXT)
-    inputs = Inputs(Path(args.model).resolve(), text, args.timeout_s, {})
+    inputs = Inputs(Path(args.model).resolve(), text, args.timeout_s, args.connect_s, {})
     with ExitStack() as stack:
-        machines = {
-            count: stack.enter_context(LocalHosts([f"host{number + 1}" for number in range(count)], 2 // count))
-            for count in dict.fromkeys(args.hosts)
-        }
         # Their own sshd and network, one machine's file system.
-        inputs = replace(inputs, reference=references(machines[args.hosts[0]], inputs, folder))
-        for trial in plan(args.trials, args.seed, args.hosts):
-            own = folder / f"trial{trial.number}"
-            record = try_once(trial, machines[trial.hosts], inputs, own)
-            record["broken"] = broken(record)
-            shutil.rmtree(own)
-            print(strict_json.dumps(record), file=sys.stderr, flush=True)
-            yield record
+        sets = [
+            {count: stack.enter_context(made_hosts(count)) for count in dict.fromkeys(args.hosts)}
+            for _ in range(args.at_once)
+        ]
+        free: SimpleQueue[dict[int, LocalHosts]] = SimpleQueue()
+        for machines in sets:
+            free.put(machines)
+
+        def tried(trial: Trial) -> dict[str, Any]:
+            machines, own = free.get(), folder / f"trial{trial.number}"
+            try:
+                record = try_once(trial, machines[trial.hosts], inputs, own)
+            finally:
+                free.put(machines)
+                shutil.rmtree(own, ignore_errors=True)
+            return {**record, "broken": broken(record)}
+
+        def referred(command: Command) -> Any:
+            machines = free.get()
+            try:
+                return reference(command, machines[args.hosts[0]], inputs, folder)
+            finally:
+                free.put(machines)
+
+        pool = ThreadPoolExecutor(args.at_once)
+        stack.callback(pool.shutdown, cancel_futures=True)
+        inputs.reference.update(zip(COMMANDS, pool.map(referred, COMMANDS), strict=True))
+        for done in as_completed([pool.submit(tried, trial) for trial in plan(args.trials, args.seed, args.hosts)]):
+            print(strict_json.dumps(done.result()), file=sys.stderr, flush=True)
+            yield done.result()
 
 
-def references(hosts: LocalHosts, inputs: Inputs, folder: Path) -> dict[str, Any]:
-    """By command what an undisturbed run writes."""
-    found: dict[str, Any] = {}
-    command: Command
-    for command in COMMANDS:
-        output = folder / "reference.json"
-        words = command_line(command, hosts, inputs, output)
-        done = subprocess.run(
-            hosts.command(hosts.names[0], words, ROOT), env=environment(), stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=START_S,
-        )  # fmt: skip
-        if done.returncode:
-            raise LaunchError(f"{' '.join(words)} fails undisturbed: {done.stderr[-2000:]}", "an undisturbed run fails")
-        found[command] = essence(json.loads(output.read_text()))
-        output.unlink()
-    return found
+def made_hosts(count: int) -> LocalHosts:
+    return LocalHosts([f"host{number + 1}" for number in range(count)], RANKS // count)
+
+
+def reference(command: Command, hosts: LocalHosts, inputs: Inputs, folder: Path) -> Any:
+    """What an undisturbed run of a command writes, as ``essence`` has it."""
+    output = folder / f"reference {command}.json"
+    words = command_line(command, hosts, inputs, output)
+    done = subprocess.run(
+        hosts.command(hosts.names[0], words, ROOT), env=environment(), stdin=subprocess.DEVNULL, capture_output=True,
+        text=True, timeout=START_S,
+    )  # fmt: skip
+    if done.returncode:
+        raise LaunchError(f"{' '.join(words)} fails undisturbed: {done.stderr[-2000:]}", "an undisturbed run fails")
+    return essence(json.loads(output.read_text()))

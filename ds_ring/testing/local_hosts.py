@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -160,8 +160,7 @@ class LocalHosts:
             lambda: children.exists() and bool(children.read_text()), "a namespace was not made", self.folder / "log"
         )
         child = int(children.read_text().split()[0])
-        # Killing unshare ends its child only if unshare has come as far as asking for that.
-        self._stack.callback(_kill, child)
+        self._stack.callback(_end, child, process)
         return child
 
     def _wait_for(self, name: str) -> None:
@@ -189,8 +188,9 @@ def _until(condition: Callable[[], bool], what: str, log: Path) -> None:
         time.sleep(0.05)
 
 
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def _end(child: int, unshare: subprocess.Popen[bytes]) -> None:
+    """Kill the first process of namespaces, and wait until what runs in them is gone: then unshare has seen it end."""
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        unshare.wait(START_S)

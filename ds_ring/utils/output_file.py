@@ -17,7 +17,7 @@ from pathlib import Path
 from ds_ring.errors import OutputError
 
 UNFINISHED = ".ds_ring."
-"""Beginning of the names of files that are being written, in the folder of those that they replace."""
+"""How a file's name begins that becomes the result by a rename."""
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

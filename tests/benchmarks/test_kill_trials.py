@@ -2,13 +2,15 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from benchmarks.faults.judge import BARS, broken, summary
 from benchmarks.faults.plan import plan, targets
 from benchmarks.faults.run import Run, state_of
-from ds_ring.utils import output_file
+from ds_ring.utils.output_file import write_atomically
+from ds_ring.utils.results import write_partial
 
 FINE = {"command": "ds-ring score", "left": [], "exit_code": 1, "result": "previous", "hit": True, "gone_s": 2.0}
 
@@ -48,15 +50,30 @@ def test_the_state_of_a_result(text, state, tmp_path):
     assert state_of(output, "the one before", [[3, 1.0]]) == state
 
 
-def test_a_run_writes_while_a_file_beside_its_result_is_unfinished(tmp_path, monkeypatch):
-    output, seen = tmp_path / "out.json", []
-    output.write_text("the one before")
+def run_in(folder):
+    """A run that has started nothing, with a result of the run before."""
     run = object.__new__(Run)
-    run.folder, run.output, run._inode = tmp_path, output, output.stat().st_ino
+    run.folder, run.output = folder, folder / "out.json"
+    run.output.write_text("the one before")
+    run.inode = run.output.stat().st_ino
+    (folder / "stderr").write_text("")
+    return run
+
+
+def test_writing_begins_with_the_unfinished_file_and_lasts(tmp_path, monkeypatch):
+    run, seen = run_in(tmp_path), []
+    monkeypatch.setattr("os.replace", lambda *names: (seen.append(run.writes()), Path(names[0]).rename(names[1])))
     assert not run.writes()
-    monkeypatch.setattr(output_file, "_write_all", lambda *_: seen.append(run.writes()))
-    output_file.write_atomically(output, "the next")
+    write_atomically(run.output, "a new one")
     assert seen == [True]
+    assert run.output.read_text() == "a new one"
+    assert run.writes()
+
+
+def test_rows_so_far_are_writing(tmp_path):
+    run = run_in(tmp_path)
+    write_partial(run.output, {"rows": []})
+    assert [run.writes(), run.output.read_text()] == [True, "the one before"]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ FROM_0 = {
 WHOLE = {
     "seed": lambda n: 0 <= n < 2**64, "master_port": lambda n: 1 <= n < 65536, "ranks": lambda n: 1 <= n <= MOST_RANKS,
     "in_flight": lambda n: 2 <= n <= MOST, "gpus": lambda n: 2 <= n <= 65536,
-    "hosts": lambda n: 1 <= n <= MOST_HOSTS,
+    "hosts": lambda n: 1 <= n <= MOST_HOSTS, "at_once": lambda n: 1 <= n <= 64,
     **{name: lambda n: 0 <= n <= MOST for name in FROM_0},
 }  # fmt: skip
 
