@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,8 +58,15 @@ def text(documents: Sequence[Document]) -> str:
                 *markdown_table(["type", "class", last], cells),
             ]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    made = [f"`{document['command']}` at {document['git']}, {document['date']}" for document in documents]
+    made = dict.fromkeys(
+        f"`{_command(document)}` at {document['git']}, {document['date'][:10]}" for document in documents
+    )
     return "\n".join([*lines, "", f"{'; '.join(made)}; {versions}", ""])
+
+
+def _command(document: Document) -> str:
+    """What made it, without the list of types where it is one of several parts."""
+    return re.sub(r" --types( [\w-]+)+|--local_rank=\d+ ", "", document["command"])
 
 
 def _section(found: Found) -> str:
