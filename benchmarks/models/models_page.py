@@ -24,12 +24,14 @@ SECTIONS = {
 
 
 def text(documents: Sequence[Document]) -> str:
-    """The page. Raises InputError: documents of unlike lengths, new tokens or versions."""
+    """The page. Raises InputError: documents of unlike lengths, new tokens or releases of transformers."""
     first = documents[0]
     for document in documents:
-        for what in ("length", "new_tokens", "versions"):
+        for what in ("length", "new_tokens"):
             if document[what] != first[what]:
                 raise InputError(f"{document['layout']} and {first['layout']} differ in {what}: make both again")
+        if document["versions"]["transformers"] != first["versions"]["transformers"]:
+            raise InputError(f"{document['layout']} and {first['layout']} are of other releases of transformers")
     models: dict[tuple[str, str], Found] = {}
     for document in documents:
         for row in document["rows"]:
@@ -57,16 +59,17 @@ def text(documents: Sequence[Document]) -> str:
                 "",
                 *markdown_table(["type", "class", last], cells),
             ]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     made = dict.fromkeys(
-        f"`{_command(document)}` at {document['git']}, {document['date'][:10]}" for document in documents
+        f"- `{_command(document)}` at {document['git']}, {document['date'][:10]}; "
+        + ", ".join(f"{name} {version}" for name, version in document["versions"].items())
+        for document in documents
     )
-    return "\n".join([*lines, "", f"{'; '.join(made)}; {versions}", ""])
+    return "\n".join([*lines, "", *made, ""])
 
 
 def _command(document: Document) -> str:
     """What made it, without the list of types where it is one of several parts."""
-    return re.sub(r" --types( [\w-]+)+|--local_rank=\d+ ", "", document["command"])
+    return re.sub(r" --types( \w[\w-]*)+|--local_rank=\d+ ", "", document["command"])
 
 
 def _section(found: Found) -> str:

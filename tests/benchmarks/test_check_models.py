@@ -21,7 +21,7 @@ def document(layout, **outcomes):
     general = {
         "length": 75,
         "new_tokens": 64,
-        "versions": {"torch": "1"},
+        "versions": {"transformers": "1"},
         "command": "check",
         "git": "abc",
         "date": "2001",
