@@ -36,6 +36,9 @@ def check_prompts(args: argparse.Namespace) -> None:
     sampling.check(_sampling(args))
     if not [*args.prompt, *args.prompt_file]:
         raise InputError("no prompt: give --prompt TEXT… or --prompt-file FILE…")
+    for place, text in enumerate(args.prompt, 1):
+        if not text.strip():
+            raise InputError(f"prompt {place} of {len(args.prompt) + len(args.prompt_file)} is empty")
     inputs.check_texts(args.prompt_file)
 
 

@@ -40,7 +40,9 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
         digits = text.strip().removeprefix("-")
         value = int(text) if digits.isascii() and digits.isdecimal() and len(digits) < 30 else None
         if value is None or not least <= value <= most:
-            limits = f"of at least {least}" if most == MOST else f"from {least} to {most}"
+            of_digits = digits == text.strip() and digits.isascii() and digits.isdecimal()
+            too_large = of_digits and (value is None or value > most)
+            limits = f"from {least} to {most}" if too_large or most != MOST else f"of at least {least}"
             raise argparse.ArgumentTypeError(f"{text} must be a whole number {limits}")
         return value
 

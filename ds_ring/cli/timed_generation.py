@@ -147,8 +147,9 @@ def check_settings(
         CheckpointError, InputError: with the setting and its file.
     """
     checkpoint, config = read_generation_config(run.checkpoint), read_config(run.checkpoint)
-    if (why := problem("eos_token_id", checkpoint.eos_token_id, sampled=False)) is not None:
-        raise InputError(f"{why} of the checkpoint's {GENERATION_CONFIG_NAME}")
+    origin = f" of the checkpoint's {GENERATION_CONFIG_NAME}"
+    if (why := problem("eos_token_id", checkpoint.eos_token_id, sampled=False, origin=origin)) is not None:
+        raise InputError(why)
     options = _options(checkpoint, config, tokenizer, max_new_tokens, sampling)
     check_before_loading(config, checkpoint, options, max(len(prompts), run.parallel.dp_size))
 

@@ -155,15 +155,16 @@ def asks_for_nothing(name: str, value: Any) -> bool:
     return any(type(value) in (type(one), int, float) and value == one for one in neutral)
 
 
-def problem(name: str, value: Any, sampled: bool) -> str | None:
+def problem(name: str, value: Any, sampled: bool, origin: str = "") -> str | None:
     """What is wrong with the type or size of a setting's ``value``, in words; None: nothing.
 
     Args:
         sampled: settings of sampling take part.
+        origin: said behind the value.
     """
     values = FIELDS[name].values if name in FIELDS else None
     if name in OF_SAMPLING and not sampled:
         values = _NUMBER  # published checkpoints have a temperature of 0 beside greedy search
     if value is None or values is None or values.allow(value):
         return None
-    return f"{name}={value!r} must be {values.words}"
+    return f"{name}={value!r}{origin} must be {values.words}"

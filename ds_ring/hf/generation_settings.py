@@ -109,8 +109,8 @@ def admit(asked: Asked, vocab_size: int, say: bool = True) -> None:
     for name, value in asked.effective.items():
         if name not in FIELDS and name not in known:
             continue  # an entry of the checkpoint's own, which transformers does not know either
-        if why := problem(name, value, sampled):
-            raise InputError(f"{why}{_origin(name, asked)}")
+        if why := problem(name, value, sampled, _origin(name, asked)):
+            raise InputError(why)
         if asks_for_nothing(name, value) or name in SILENT:
             continue
         verdict = FIELDS[name].verdict if name in FIELDS else "refused"

@@ -14,6 +14,7 @@ import pytest
 from benchmarks.cli.local_hosts import MOST_HOSTS
 from ds_ring.cli import outputs
 from ds_ring.cli.options import run_config
+from ds_ring.cli.parser import MOST, whole
 from ds_ring.config.sections import LEAST_TEMPERATURE, MOST
 from ds_ring.errors import UserError
 from ds_ring.planning.limits import MOST_RANKS
@@ -198,3 +199,14 @@ def test_random_settings_are_refused_or_mean_something():
         assert all(0 <= value <= MOST for _, value in numbers if type(value) is int)
         assert config.topology.world_size >= 1
     assert 20 < accepted < 300
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [("0", "of at least 1"), ("-" + "9" * 40, "of at least 1"), ("x", "of at least 1"),
+     (str(MOST + 1), f"from 1 to {MOST}"), ("9" * 40, f"from 1 to {MOST}")],
+)  # fmt: skip
+def test_a_number_that_is_too_large_is_told_the_greatest(text, limits):
+    with pytest.raises(argparse.ArgumentTypeError) as error:
+        whole(1)(text)
+    assert str(error.value) == f"{text} must be a whole number {limits}"

@@ -27,6 +27,13 @@ def checkpoint(tmp_path_factory):
     return save(tmp_path_factory.mktemp("llama"), llama_gqa(vocab_size=257))
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_prompt_is_refused_before_ranks_start(text):
+    args = generate_command.make_parser().parse_args(["--prompt", "x", text, "--prompt-file", "/dev/stdin"])
+    with pytest.raises(InputError, match="prompt 2 of 3 is empty"):
+        generate_command.check(args)
+
+
 def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path, monkeypatch):
     def begins_with_a_token(text, **options):
         return {"input_ids": [1, *text.encode()]}

@@ -44,7 +44,7 @@ def test_a_result_that_does_not_fit_the_disk_is_printed_all_the_same(tmp_path):
     output = tmp_path / "new" / "plan.json"
     assert plan("--output", output).returncode == 0
     before = output.read_text()
-    done = plan("--output", output, shell="ulimit -f 0;")
+    done = plan("--output", output, shell="ulimit -f 1;")
     assert done.returncode == NO_OUTPUT == 4
     assert json.loads(done.stdout.splitlines()[-1])["rows"]
     assert done.stderr.splitlines()[-1] == f"failed on rank 0: {output} could not be written: File too large"
