@@ -158,7 +158,7 @@ def main(
         beside: suffixes of files that ``work`` writes beside ``--output``.
     """
     prepare_streams()
-    args, begun = None, False
+    args, begun, ended = None, False, False
     try:
         if "RANK" in os.environ:
             end_rank_on_sigint()
@@ -175,6 +175,7 @@ def main(
         begun = True
         check(args)
         code = _leave_result(args, work(args))
+        ended = True
     except BaseException as error:
         code = _say(args, error, begun)
     try:
@@ -183,7 +184,7 @@ def main(
     except OSError:  # of --help
         code = code or NO_STDOUT
     sys.stderr.flush()
-    leave(code)
+    leave(code, together=ended)
 
 
 def _say(args: argparse.Namespace | None, error: BaseException, begun: bool) -> int:
@@ -279,12 +280,13 @@ def _show_log() -> None:
     log.propagate = False
 
 
-def leave(code: int) -> None:
-    """End this process; where ``code`` is 0, all ranks together.
+def leave(code: int, together: bool = False) -> None:
+    """End this process; all ranks together where ``code`` is 0, or with ``together``: no other rank failed, though
+    rank 0's result could not be written.
 
     The interpreter's own shutdown is skipped: it would destroy process groups whose threads still run, and abort.
     """
-    if code == 0 and "ds_ring.engine.connect" in sys.modules:
+    if (code == 0 or together) and "ds_ring.engine.connect" in sys.modules:
         from deepspeed import comm
 
         from ds_ring.process import heartbeat

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.cli.local_hosts import MOST_HOSTS
 from ds_ring.cli import outputs
 from ds_ring.cli.options import run_config
-from ds_ring.cli.parser import MOST, whole
+from ds_ring.cli.parser import whole
 from ds_ring.config.sections import LEAST_TEMPERATURE, MOST
 from ds_ring.errors import UserError
 from ds_ring.planning.limits import MOST_RANKS
