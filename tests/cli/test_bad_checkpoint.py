@@ -50,7 +50,7 @@ def test_exit_code_2_and_one_line(command, fields, words, folder, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     codes: list[int] = []
-    monkeypatch.setattr(options, "leave", codes.append)
+    monkeypatch.setattr(options, "leave", lambda code, together=False: codes.append(code))
     for name in ("end_with_launcher", "_show_log"):  # of a process of its own
         monkeypatch.setattr(options, name, lambda: None)
     module, more = COMMANDS[command]

@@ -242,8 +242,12 @@ def ask(checkpoint, monkeypatch, *options):
     ("settings", "options", "words"),
     [
         ({"guidance_scale": 1.5}, (), "generate does not serve guidance_scale=1.5 of the checkpoint's generation_conf"),
-        ({"eos_token_id": "2"}, (), "eos_token_id='2' must be a token id or a list of them of the checkpoint's gener"),
-        ({"repetition_penalty": -1}, (), "repetition_penalty=-1 must be a finite number above 0 of the checkpoint's"),
+        (
+            {"eos_token_id": "2"},
+            (),
+            "eos_token_id='2' of the checkpoint's generation_config.json must be a token id or",
+        ),
+        ({"repetition_penalty": -1}, (), "repetition_penalty=-1 of the checkpoint's generation_config.json must be"),
         (
             {"typical_p": 0.0},
             ("--temperature", "1"),
