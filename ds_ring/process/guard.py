@@ -12,7 +12,6 @@ Imports nothing of this package: it starts in milliseconds and needs little memo
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import signal
@@ -20,16 +19,29 @@ import sys
 import time
 
 PERIOD_S = 0.5
+START_LIMIT_S = 60.0
+"""The limit until it is known: a rank may be stopped before it can tell."""
 
 
 def watch(launch: int, others: list[int]) -> None:
     """Kill what has been stopped for as many seconds as standard input says, until ``launch`` has ended and none of
-    the others is stopped."""
+    the others is stopped.
+
+    SIGTERM is ``launch`` ending its ranks, for which it then waits: those that are stopped are killed at once.
+    """
     seen: dict[int, int] = {}
-    limit_s = math.inf
+    limit_s, is_told = START_LIMIT_S, False
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     while _state(launch) not in ("", "Z") or any(_state(pid) == "T" for pid in others):
-        if limit_s == math.inf and select.select([0], [], [], 0)[0]:
-            limit_s = float(os.read(0, 100) or "inf")
+        if asked:
+            for pid in _children(launch):
+                if _state(pid) == "T":
+                    _kill(pid)
+            if not any(_state(pid) == "T" for pid in (launch, *others)):
+                return
+        if not is_told and select.select([0], [], [], 0)[0]:
+            is_told, limit_s = True, float(os.read(0, 100) or limit_s)
         # Counted in looks, not by the clock: whoever stops a whole launch, this process too, may continue it later.
         for pid in (launch, *others, *_children(launch)):
             seen[pid] = seen.get(pid, 0) + 1 if _state(pid) == "T" else 0

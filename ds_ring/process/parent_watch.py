@@ -6,6 +6,7 @@ pdsh leaves everything on all of them.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -57,10 +58,11 @@ def end_with_launcher() -> None:
 def end_what_is_stopped(timeout_s: int) -> None:
     """From now on the guard of this host ends what has been stopped for so long: ranks, ``launch.py`` and what started
     it. 0: nothing is ended. Does nothing where another rank started the guard, or none was."""
+    limit_s = timeout_s + GUARD_WAITS_S if timeout_s else math.inf
     for guard_process in _guards:
-        if timeout_s and guard_process.stdin is not None and not guard_process.stdin.closed:
+        if guard_process.stdin is not None and not guard_process.stdin.closed:
             with suppress(OSError):
-                guard_process.stdin.write(str(timeout_s + GUARD_WAITS_S).encode())
+                guard_process.stdin.write(str(limit_s).encode())
                 guard_process.stdin.close()
 
 

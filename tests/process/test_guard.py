@@ -87,3 +87,24 @@ def test_nothing_is_ended_before_a_limit_is_known_and_the_time_until_then_counts
     launch.stdin.close()
     assert ended(stopped)
     assert time.monotonic() - told < 1
+
+
+def test_what_is_stopped_is_ended_at_once_where_its_launcher_ends_the_ranks(launched):
+    _, (_, stopped, running, own) = launched(3600)
+    stopped.send_signal(signal.SIGSTOP)
+    time.sleep(1)  # the guard has begun, and one without a handler would be gone by the signal
+    own.send_signal(signal.SIGTERM)
+    assert ended(stopped)
+    assert ended(own)
+    assert running.is_running()
+
+
+def test_a_rank_that_is_stopped_before_it_tells_a_limit_is_ended(launched, monkeypatch, tmp_path):
+    brief = tmp_path / "guard.py"
+    with open(guard.__file__) as source:
+        brief.write_text(source.read().replace("START_LIMIT_S = 60.0", "START_LIMIT_S = 1.0"))
+    monkeypatch.setitem(globals(), "LAUNCH", LAUNCH.replace(guard.__file__, str(brief)))
+    _, (_, stopped, running, _) = launched(None)
+    stopped.send_signal(signal.SIGSTOP)
+    assert ended(stopped)
+    assert running.is_running()
