@@ -41,6 +41,7 @@ def check_fit(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
     """
     with torch.device("meta"):
         model = build(config, torch.float32)
+    _refuse_quantised(checkpoint)
     tensors = {
         name: torch.empty(part.get_shape(), dtype=str_to_torch_dtype[part.get_dtype()], device="meta")
         for name, part in checkpoint.lazy_tensors().items()
@@ -64,6 +65,16 @@ def check_fit(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
     refuse_unfit(checkpoint.directory, info.missing_keys, info.mismatched_keys)
     _refuse_dropped(checkpoint.directory, model, info.unexpected_keys)
     _check_frequencies(checkpoint.directory, model)
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Numbers of eight bits without scales would be taken for weights."""
+    for name, part in checkpoint.lazy_tensors().items():
+        if name.endswith(".weight") and part.get_dtype().startswith(("I8", "U8", "F8", "F4")):
+            raise CheckpointError(
+                f"{checkpoint.directory} has {name} in {part.get_dtype()}, though its config names no quantisation: "
+                f"quantised weights are not supported; take the checkpoint in fp16, bf16 or fp32"
+            )
 
 
 def refuse_unfit(path: str | Path, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:

@@ -123,3 +123,12 @@ def test_it_is_refused_in_every_layout_before_ranks_connect_and_weights_load(lay
         monkeypatch.delattr(api, name)
     with refused(f"{tmp_path} has layers up to number 2"):
         ds_ring.from_pretrained(tmp_path, {"dtype": "fp32"}, **layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_numbers_of_eight_bits_are_no_weights(dtype, tmp_path):
+    build(llama_gqa()).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="though its config names no quantisation"):
+        check_fit(Checkpoint.open(tmp_path), read_config(tmp_path))
