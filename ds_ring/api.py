@@ -25,7 +25,7 @@ from ds_ring.hf import fingerprint
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.decoder import Decoder, own_configs
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.hf.stage import keep_stage
@@ -38,6 +38,7 @@ from ds_ring.planning.validation import check_layout
 from ds_ring.process.hostfile import check_hostfile
 from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.mesh import Mesh
+from ds_ring.utils.model_config import read_config
 from ds_ring.utils.releases import check_transformers
 
 __all__ = ["from_pretrained", "init_inference"]

@@ -21,8 +21,9 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.layouts import gpu_telemetry
     from benchmarks.reports.kernel_tables import transfers_table
     from ds_ring.hf.attention import torch_dtype
-    from ds_ring.hf.dims import model_dims, read_config
+    from ds_ring.hf.dims import model_dims
     from ds_ring.utils import device, results
+    from ds_ring.utils.model_config import read_config
     from ds_ring.utils.progress import make_console
 
     dims = model_dims(read_config(args.model))

@@ -33,8 +33,9 @@ from benchmarks.layouts.gpu_telemetry import watched_gpu
 from ds_ring.engine.batch import Batch, pack
 from ds_ring.engine.engine import Engine
 from ds_ring.hf.build import build
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.utils.device import release_memory, synchronize
+from ds_ring.utils.model_config import read_config
 
 STOCK, FUSED, COMPILED = "transformers' layers", "ds_ring's fusion", "torch.compile"
 Say = Callable[[str], None]

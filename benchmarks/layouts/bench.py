@@ -34,13 +34,14 @@ from ds_ring.engine.batch import Batch, pack
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import Shard
 from ds_ring.hf.attention import torch_dtype
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import layer_parameters
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
 from ds_ring.planning.metrics import Work
 from ds_ring.planning.validation import check_workload
 from ds_ring.utils.corpus import text_windows, token_stream
 from ds_ring.utils.device import device_name, peak_flops
+from ds_ring.utils.model_config import read_config
 
 WARMUP_MICRO_BATCHES = 16
 

@@ -13,11 +13,12 @@ from benchmarks.layouts.micro_batches import missing
 from benchmarks.layouts.run_queue import QueuedRun, QueueResults, Report, remove_rows, rows_written, run_first
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, OutOfMemory
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.parallel.degrees import suggest
 from ds_ring.planning.validation import check_run
 from ds_ring.process import launcher
 from ds_ring.process.keeper import scratch_folder
+from ds_ring.utils.model_config import read_config
 
 
 @dataclass(frozen=True)

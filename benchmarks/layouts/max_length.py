@@ -23,11 +23,12 @@ from ds_ring.engine.batch import pack
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import Shard
 from ds_ring.errors import ConfigError, DsRingError, OutOfMemory
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.planning.validation import check_run
 from ds_ring.process import launcher
 from ds_ring.utils.corpus import text_windows, token_stream
 from ds_ring.utils.device import device_name, limit_memory, memory_gib
+from ds_ring.utils.model_config import read_config
 from ds_ring.utils.results import read_json, write_json, write_partial
 
 Report = Callable[[str], None]

@@ -28,8 +28,8 @@ from ds_ring.engine.engine import Engine
 from ds_ring.errors import ConfigError, NumericsError
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.decoder import Decoder
-from ds_ring.hf.dims import read_config
 from ds_ring.utils.corpus import text_windows, token_stream
+from ds_ring.utils.model_config import read_config
 
 SDPA = "sdpa_heads_apart"
 """transformers' SDPA on contiguous tensors."""

@@ -19,9 +19,9 @@ from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.engine.connect import connect
 from ds_ring.errors import InputError, UserError
-from ds_ring.hf.dims import read_config
 from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.base import Transport
+from ds_ring.utils.model_config import read_config
 
 TOLERANCE = 1e-4
 """On the worst token's relative error, fp32. A token at a wrong position gives errors near 1."""

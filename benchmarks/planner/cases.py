@@ -15,11 +15,12 @@ from statistics import median
 from typing import Any
 
 from ds_ring.config import RunConfig
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import linear_parameters
 from ds_ring.model_dims import ModelDims
 from ds_ring.planning.cards import CARDS, Card
 from ds_ring.process.launcher import ROOT
+from ds_ring.utils.model_config import read_config
 from ds_ring.utils.results import read_json
 
 RESULTS = ROOT / "benchmarks/results"

@@ -10,10 +10,11 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.dry_run import dry_run
 from ds_ring.errors import UserError
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.hf.tensor_fit import check_fit
 from ds_ring.utils.corpus import load_tokenizer
+from ds_ring.utils.model_config import read_config
 
 TOKENIZER = ("tokenizer*", "vocab.*", "*.tiktoken", "spiece.model", "sentencepiece*", "tekken.json")
 """Names of the files that tokenizers are in."""

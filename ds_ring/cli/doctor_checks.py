@@ -14,7 +14,7 @@ from ds_ring.cli.doctor_checkpoint import checkpoint_findings
 from ds_ring.cli.findings import Finding
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UserError
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.kernels import triton_attention
 from ds_ring.kernels.jit import unavailable
 from ds_ring.planning.validation import check_layout, check_workload
@@ -23,6 +23,7 @@ from ds_ring.process.launcher import deepspeed_command, gpu_count
 from ds_ring.transport.select import Location, select_transports
 from ds_ring.utils import releases
 from ds_ring.utils.device import device_name
+from ds_ring.utils.model_config import read_config
 from ds_ring.utils.results import versions
 
 

@@ -16,8 +16,9 @@ from ds_ring.engine.engine import Engine
 from ds_ring.engine.scoring import perplexity
 from ds_ring.errors import InputError
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.utils.corpus import load_tokenizer, read_text
+from ds_ring.utils.model_config import read_config
 from ds_ring.utils.progress import make_console
 
 Document = tuple[str, list[int]]

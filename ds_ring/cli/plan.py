@@ -23,10 +23,11 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     run, card = options.run_config(args), card_of(args)
     check_size(run, args.ranks)  # before the imports, which take seconds
     from ds_ring.cli.plan_table import plan_table
-    from ds_ring.hf.dims import model_dims, read_config
+    from ds_ring.hf.dims import model_dims
     from ds_ring.hf.flops import linear_parameters
     from ds_ring.planning import explain, plan
     from ds_ring.utils import progress, results
+    from ds_ring.utils.model_config import read_config
 
     config = read_config(run.checkpoint)
     dims, weights = model_dims(config), linear_parameters(config)

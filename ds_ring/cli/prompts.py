@@ -12,9 +12,10 @@ from ds_ring.cli.tokenizing import plain, tokenized
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError, in_one_line
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.planning.validation import check_positions
 from ds_ring.utils.corpus import load_tokenizer, read_text
+from ds_ring.utils.model_config import read_config
 
 
 def read(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from ds_ring.errors import ConfigError
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.build import build
-from ds_ring.hf.dims import read_config
+from ds_ring.utils.model_config import read_config
 
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 256 + 1

@@ -20,10 +20,10 @@ from ds_ring.engine.generate_args import check_before_loading
 from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
-from ds_ring.hf.dims import read_config
 from ds_ring.hf.generation_fields import problem
 from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.utils.device import device_name
+from ds_ring.utils.model_config import read_config
 
 
 def generate(

@@ -10,9 +10,7 @@ from safetensors import safe_open
 
 from ds_ring.errors import CheckpointError
 from ds_ring.utils.config_file import read_fields
-from ds_ring.utils.weight_files import INDEX, SINGLE, tensor_names, weight_files
-
-__all__ = ["INDEX", "SINGLE", "Checkpoint"]
+from ds_ring.utils.weight_files import tensor_names, weight_files
 
 
 @dataclass(frozen=True)

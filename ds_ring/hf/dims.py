@@ -9,9 +9,7 @@ from transformers import PretrainedConfig
 
 from ds_ring.errors import CheckpointError, UnsupportedModelError, UserError, in_one_line
 from ds_ring.model_dims import ModelDims
-from ds_ring.utils.model_config import file_of, read_config
-
-__all__ = ["model_dims", "read_config"]
+from ds_ring.utils.model_config import file_of
 
 WHOLE = {
     "num_layers": "num_hidden_layers", "hidden_size": "hidden_size", "num_heads": "num_attention_heads",

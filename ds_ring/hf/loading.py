@@ -16,10 +16,10 @@ from ds_ring.errors import is_out_of_memory
 from ds_ring.hf.build import ATTENTION, build
 from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.decoder import Decoder
-from ds_ring.hf.dims import read_config
 from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.hf.stage import keep_stage, strip
 from ds_ring.hf.tensor_fit import refuse_unfit
+from ds_ring.utils.model_config import read_config
 
 
 def load_model(path: str | Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

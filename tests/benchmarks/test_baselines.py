@@ -11,7 +11,8 @@ from benchmarks.baselines.rules import check_device, check_installed
 from ds_ring import api
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError, UnsupportedModelError
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
+from ds_ring.utils.model_config import read_config
 from tests.helpers.launching import ROOT
 from tests.helpers.shapes import SHAPE, check
 from tests.helpers.tiny_models import build, llama_mqa

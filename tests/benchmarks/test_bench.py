@@ -12,10 +12,11 @@ from benchmarks.layouts.timing import time_passes
 from ds_ring.config import RunConfig
 from ds_ring.engine import sequence_parallel, tensor_pipeline
 from ds_ring.engine.model_runner import ModelRunner
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.planning.validation import check_run
 from ds_ring.process.launcher import ROOT
 from ds_ring.utils.corpus import text_windows
+from ds_ring.utils.model_config import read_config
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import build, gpt_neox
 

@@ -11,9 +11,10 @@ import torch
 from torch.nn.functional import gelu
 
 from benchmarks.kernels import products
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import layer_parameters
 from ds_ring.process.launcher import ROOT
+from ds_ring.utils.model_config import read_config
 from tests.helpers.limits import HANG_S
 from tests.helpers.marks import ON_A_GPU
 

@@ -11,8 +11,9 @@ import torch
 from benchmarks.kernels import transfers
 from benchmarks.kernels.transfers import NOTHING, Traffic
 from benchmarks.reports.kernel_tables import transfers_table
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.process.launcher import ROOT
+from ds_ring.utils.model_config import read_config
 from tests.helpers.limits import HANG_S
 
 PAPER = ROOT / "ds_configs/models/paper.json"

@@ -15,7 +15,7 @@ from benchmarks.models.tiny_models import tiny_config
 from ds_ring.config import RunConfig
 from ds_ring.errors import ConfigError
 from ds_ring.hf.attention import torch_dtype
-from ds_ring.hf.dims import read_config
+from ds_ring.utils.model_config import read_config
 from tests.helpers.tiny_models import build, gemma3, llama_gqa
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from ds_ring.config import RunConfig
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.planning.validation import check_run
+from ds_ring.utils.model_config import read_config
 
 SHIPPED = Path(__file__).parents[2] / "ds_configs"
 CONFIGS = sorted(file for file in SHIPPED.rglob("*.json") if file.parent.name != "models")

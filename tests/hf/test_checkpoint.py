@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from ds_ring.errors import CheckpointError
 from ds_ring.hf import fingerprint
-from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint
-from ds_ring.hf.dims import read_config
+from ds_ring.hf.checkpoint import Checkpoint
+from ds_ring.utils.model_config import read_config
+from ds_ring.utils.weight_files import INDEX, SINGLE
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 EMBED, HEAD = torch.arange(12.0).view(3, 4), torch.ones(2, 5, dtype=torch.bfloat16)

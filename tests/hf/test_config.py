@@ -19,11 +19,12 @@ from ds_ring.engine.dry_run import dry_run
 from ds_ring.errors import CheckpointError, UserError
 from ds_ring.hf.build import build
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.hf.tensor_fit import check_fit
 from ds_ring.utils import model_config
 from ds_ring.utils.corpus import load_tokenizer
+from ds_ring.utils.model_config import read_config
 from tests.helpers import tiny_models
 from tests.helpers.tiny_models import ARCHITECTURES, llama_gqa, logits, tokens
 

@@ -13,7 +13,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.dry_run import dry_run
 from ds_ring.errors import UserError
 from ds_ring.hf.checkpoint import Checkpoint
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import linear_parameters
 from ds_ring.hf.loading import load_model, load_stage
 from ds_ring.hf.tensor_fit import check_fit
@@ -22,6 +22,7 @@ from ds_ring.planning.cards import CARDS
 from ds_ring.planning.validation import check_layout
 from ds_ring.utils import model_config
 from ds_ring.utils.corpus import load_tokenizer
+from ds_ring.utils.model_config import read_config
 from tests.helpers.config_mutations import mutations
 from tests.helpers.tiny_models import ARCHITECTURES, build, logits, tokens
 

@@ -20,10 +20,11 @@ import ds_ring
 from benchmarks.models.tiny_models import tiny_config, tiny_model
 from ds_ring import api
 from ds_ring.errors import CheckpointError
-from ds_ring.hf.checkpoint import INDEX, SINGLE, Checkpoint
+from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.parallel.degrees import stage_layers
+from ds_ring.utils.weight_files import INDEX, SINGLE
 from tests.helpers.mocked_launch import mocked_launch
 from tests.helpers.mocked_world import relative_error
 from tests.helpers.tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa, logits, tokens

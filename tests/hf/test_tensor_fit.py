@@ -16,9 +16,10 @@ from transformers import Glm4MoeConfig, PretrainedConfig
 import ds_ring
 from ds_ring import api
 from ds_ring.errors import CheckpointError
-from ds_ring.hf.checkpoint import SINGLE, Checkpoint
-from ds_ring.hf.dims import read_config
+from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.tensor_fit import check_fit
+from ds_ring.utils.model_config import read_config
+from ds_ring.utils.weight_files import SINGLE
 from tests.helpers.tiny_models import ARCHITECTURES, build, gpt_neox, llama_gqa
 
 LAYER = "model.layers.{}.self_attn.q_proj.weight"

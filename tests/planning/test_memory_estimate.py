@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from ds_ring.config import RunConfig
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import linear_parameters
 from ds_ring.planning.memory_estimate import peak_bytes
 from ds_ring.process.launcher import ROOT
+from ds_ring.utils.model_config import read_config
 from tests.helpers.recorded_rows import rows_of, run_of
 
 PAPER = read_config(ROOT / "ds_configs/models/paper.json")

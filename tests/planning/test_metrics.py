@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 from ds_ring.config import RunConfig
-from ds_ring.hf.dims import model_dims, read_config
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import layer_parameters, linear_parameters
 from ds_ring.planning.comm_volume import bytes_sent_per_rank
 from ds_ring.planning.metrics import Work
+from ds_ring.utils.model_config import read_config
 
 PAPER = "ds_configs/models/paper.json"
 
