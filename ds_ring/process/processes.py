@@ -10,14 +10,20 @@ from pathlib import Path
 
 def parent_of(pid: int) -> int | None:
     """The parent of process ``pid``."""
-    found = _state_and_parent(pid)
-    return found[1] if found else None
+    found = _stat_of(pid)
+    return found.parent if found else None
 
 
 def is_stopped(pid: int) -> bool:
     """Whether a signal has stopped process ``pid``."""
-    found = _state_and_parent(pid)
-    return found is not None and found[0] == "T"
+    found = _stat_of(pid)
+    return found is not None and found.state == "T"
+
+
+def stopped_processes(session: int) -> list[int]:
+    """Processes of a session that a signal has stopped."""
+    found = {pid: _stat_of(pid) for pid in all_processes()}
+    return [pid for pid, stat in found.items() if stat and stat.state == "T" and stat.session == session]
 
 
 def command_of(pid: int) -> list[str]:
@@ -71,11 +77,18 @@ def rank_of(pid: int) -> str | None:
     return None
 
 
-def _state_and_parent(pid: int) -> tuple[str, int] | None:
+@dataclass(frozen=True)
+class _Stat:
+    state: str
+    parent: int
+    session: int
+
+
+def _stat_of(pid: int) -> _Stat | None:
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    # pid (name) state parent …; the name may contain anything, parentheses and blanks included.
-    state, parent, *_ = status.rpartition(")")[2].split()
-    return state, int(parent)
+    # pid (name) state parent group session …; the name may contain anything, parentheses and blanks included.
+    state, parent, _, session, *_ = status.rpartition(")")[2].split()
+    return _Stat(state, int(parent), int(session))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
-from pathlib import Path
 
 from ds_ring.process.outcome import Outcomes
+from ds_ring.process.processes import stopped_processes
 
 LEAVING_S, STOPPED_LEAVING_S = 30.0, 5.0
 """A launcher that has not ended so many seconds after the result is there is ended; the second: where one of its
@@ -40,15 +39,3 @@ class RunWatch:
             )
         late = [pid for pid, since in self._stopped_at.items() if self.timeout_s and now - since > self.timeout_s]
         return f"process {late[0]} of the run was stopped for {self.timeout_s:.0f} s" if late else ""
-
-
-def stopped_processes(session: int) -> list[int]:
-    """Processes of the session that a signal has stopped. Empty on other systems than Linux."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, ValueError):
-            # pid (name) state parent group session …; the name may contain anything, parentheses and blanks included.
-            state, _, _, own, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-            if state == "T" and int(own) == session:
-                found.append(int(folder.name))
-    return found
