@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from benchmarks.models.tiny_models import SEED, SIZES
+from ds_ring.cli.prompts import left_padded
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import NumericsError
 
@@ -87,7 +87,7 @@ def of_sharded(engine: Engine, new_tokens: int) -> Answers:
     """Collective; on the CPU. Margins are left out."""
     sequences = [_tokens(n) for n in lengths(engine.config)]
     logits = [engine(ids).logits[0].cpu() for ids in sequences]
-    ids_BC, mask_BC = _left_padded(sequences)
+    ids_BC, mask_BC = left_padded([ids[0].tolist() for ids in sequences], 0)
     batch_BCV = engine(ids_BC, mask_BC).logits.cpu()
     logits += [own[mask.bool()] for own, mask in zip(batch_BCV, mask_BC, strict=True)]
     scores = engine.token_log_likelihoods(ids_BC, mask_BC)
@@ -126,12 +126,3 @@ def _converse(model: Any, options: dict[str, Any]) -> Generated:
 
 def _tokens(length: int, seed: int = SEED) -> Tensor:
     return torch.randint(3, SIZES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def _left_padded(sequences: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    columns = max(ids.shape[1] for ids in sequences)
-    ids_BC = torch.cat([torch.nn.functional.pad(ids, (columns - ids.shape[1], 0)) for ids in sequences])
-    mask_BC = torch.cat(
-        [torch.nn.functional.pad(torch.ones_like(ids), (columns - ids.shape[1], 0)) for ids in sequences]
-    )
-    return ids_BC, mask_BC
