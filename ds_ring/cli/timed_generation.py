@@ -117,9 +117,9 @@ def _stopped(tokenizer: Any, strings: str | list[str] | None, sequences: Tensor,
     rows, columns = sequences.shape
     ends = [columns - prompt] * rows
     if strings is not None:
-        stop = StopStringCriteria(tokenizer, strings)
+        stop, on_host = StopStringCriteria(tokenizer, strings), sequences.cpu()
         for end in range(columns, prompt, -1):
-            found = stop(sequences[:, :end].cpu(), None).tolist()
+            found = stop(on_host[:, :end], None).tolist()
             ends = [end - prompt if hit else before for hit, before in zip(found, ends, strict=True)]
     return ends
 
