@@ -38,7 +38,7 @@ class DecodeLoop:
     ) -> None:
         self._runner, self._cache_shard = runner, cache_shard
         self._seen_b1, self._cache_positions_b1 = seen_b1, cache_positions_b1
-        self._lengths = list(lengths)
+        self._begun_with, self._steps = tuple(lengths), 0
         self._ids_b1 = torch.zeros_like(seen_b1)
         self._slot_1 = torch.zeros(1, dtype=torch.long, device=runner.device)
         self._replay: DecodeStep | None = None
@@ -51,7 +51,7 @@ class DecodeLoop:
         slot = self._cache_shard.take_token()
         self._ids_b1.copy_(ids_b1)
         self._slot_1.fill_(slot)
-        self._lengths = [length + 1 for length in self._lengths]
+        self._steps += 1
         if self._launches() != self._launched:
             self._replay = None
             logits_bV = self._step()
@@ -61,10 +61,14 @@ class DecodeLoop:
             self._replay = self._runner.capture(self._step)
         return self._step() if self._replay is None else self._replay().clone()
 
+    def _lengths(self) -> list[int]:
+        """Tokens of each sequence, those of this step included."""
+        return [length + self._steps for length in self._begun_with]
+
     def _launches(self) -> tuple[int, list[Regime]]:
         """What the launches of a step depend on: where memory is, and which rotary frequencies are taken."""
         rope = self._runner.rope
-        return self._cache_shard.moves, [rope.regime(n) for n in self._lengths] if rope.matter else []
+        return self._cache_shard.moves, [rope.regime(n) for n in self._lengths()] if rope.matter else []
 
     @torch.inference_mode()
     def repeat_last_step(self) -> None:

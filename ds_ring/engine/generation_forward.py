@@ -40,8 +40,6 @@ class GenerationForward:
         """Prompt tokens of each sequence that run at a time; 0: all."""
         self.new_tokens = 0
         """How many tokens may be generated: the cache makes room for them."""
-        self._held_B = torch.empty(0, dtype=torch.long)
-        """Tokens of each sequence in the cache, on the CPU."""
         self._prefilled: ShardedCache | None = None
         self._decoding: DecodeLoop | None = None
 
@@ -49,16 +47,10 @@ class GenerationForward:
     def __call__(self, ids_BC: Tensor, mask_BC: Tensor | None, cache: ShardedCache) -> Tensor:
         cache.whole = False
         is_step = ids_BC.shape[1] == 1 and cache is self._prefilled
-        if is_step:
-            new_BC = torch.ones(ids_BC.shape, dtype=torch.bool)
-        else:
-            new_BC = _new_columns(ids_BC, mask_BC)
-            self._held_B = cache.mask_BC.sum(1) if cache.get_seq_length() else torch.zeros(len(ids_BC)).long()
-        tokens_B = self._held_B + new_BC.sum(1)
-        if self._refills(self._held_B, tokens_B):
+        new_BC = torch.ones(ids_BC.shape, dtype=torch.bool) if is_step else _new_columns(ids_BC, mask_BC)
+        if self._refills(cache, new_BC):
             ids_BC, new_BC = torch.cat((cache.ids_BC, ids_BC.cpu()), 1), torch.cat((cache.mask_BC, new_BC), 1)
             cache.clear()
-            self._held_B = torch.zeros_like(self._held_B)
             is_step = False
         if is_step:
             assert self._decoding is not None
@@ -66,18 +58,17 @@ class GenerationForward:
             logits_bV = self._decoding(ids_BC[cache.sequences.start : cache.sequences.stop])
         else:
             logits_bV = self._prefill(ids_BC.cpu(), new_BC, cache)
-        self._held_B = tokens_B
         logits_BV = gather_replicas(logits_bV, ids_BC.shape[0], self._runner.mesh["dp"])
         self.fine &= torch.isfinite(logits_BV).all()
         # Sampling from NaN fails; on a GPU that error ends the process.
         return logits_BV.where(self.fine, 0)
 
-    def _refills(self, held_B: Tensor, tokens_B: Tensor) -> bool:
+    def _refills(self, cache: ShardedCache, new_BC: Tensor) -> bool:
         """Whether some sequence goes over to other rotary frequencies, and the model would not keep its cache."""
         rope = self._runner.rope
         return rope.matter and any(
-            rope.regime(held) != rope.regime(tokens) and refills(self._runner.model, held, tokens)
-            for held, tokens in zip(held_B.tolist(), tokens_B.tolist(), strict=True)
+            rope.regime(held) != rope.regime(held + new) and refills(self._runner.model, held, held + new)
+            for held, new in zip(cache.tokens, new_BC.sum(1).tolist(), strict=False)  # nothing is held at first
         )
 
     def located(self) -> NumericsError:
@@ -87,7 +78,8 @@ class GenerationForward:
 
     def _prefill(self, ids_BC: Tensor, new_BC: Tensor, cache: ShardedCache) -> Tensor:
         runner, past = self._runner, cache.get_seq_length()
-        seen_BC = self._held_B[:, None] + new_BC.cumsum(1)
+        held_B1 = torch.tensor(cache.tokens or [0] * len(new_BC))[:, None]
+        seen_BC = held_B1 + new_BC.cumsum(1)
         whole, columns_BL = pack(ids_BC, new_BC, (seen_BC - 1) * new_BC, runner.dims)
         cache.extend(ids_BC, new_BC)
         cache_positions_BL = torch.where(columns_BL < 0, EMPTY, columns_BL + past - cache.first_B[:, None]).int()

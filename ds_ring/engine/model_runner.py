@@ -24,7 +24,7 @@ from ds_ring.fusion.fuse import Fusion
 from ds_ring.hf.attention import inject
 from ds_ring.hf.attention_context import AttentionContext
 from ds_ring.hf.decoder import Decoder
-from ds_ring.hf.rope import RopeLengths
+from ds_ring.hf.rope import Lengths, RopeLengths
 from ds_ring.kv_cache.step import Step
 from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.layout import SequenceLayout
@@ -195,9 +195,9 @@ class CachedRunner(ModelRunner):
         """How many of them get a token, on each of those ranks, in a row that has ``tokens``: the first ones."""
 
     @abstractmethod
-    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step, lengths: Sequence[int]) -> Tensor:
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step, lengths: Lengths) -> Tensor:
         """One token more in each sequence of this replica; their logits [B, V], the same on every rank of the replica.
 
         Args:
-            lengths: tokens of each sequence, this one included.
+            lengths: gives the tokens of each sequence, this one included.
         """

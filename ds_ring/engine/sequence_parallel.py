@@ -4,7 +4,7 @@ replica of data parallelism."""
 # Shapes: B sequences, L tokens of the batch, P padded to the layout, T tokens on this rank.
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache, partial
 from itertools import product
@@ -22,6 +22,7 @@ from ds_ring.engine.decode_tp import decode_slices
 from ds_ring.engine.deepspeed_backend import serve
 from ds_ring.engine.model_runner import ONE_TOKEN, CachedRunner, Shard
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
+from ds_ring.hf.rope import Lengths
 from ds_ring.hf.tensor_slices import in_slices
 from ds_ring.kv_cache.step import Step
 from ds_ring.model_dims import ModelDims
@@ -144,10 +145,10 @@ class SequenceParallelRunner(CachedRunner):
         return tokens_BP.index_select(1, _positions_on(self.device, layout, *ring_and_ulysses))
 
     @torch.inference_mode()
-    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step, lengths: Sequence[int]) -> Tensor:
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step, lengths: Lengths) -> Tensor:
         with (
             self._context.forward(ONE_TOKEN, len(self.decoder.layers), type(self.model).__name__, step),
-            self.rope.of(lambda: lengths),
+            self.rope.of(lengths),
             nullcontext() if self.slices is None else in_slices(self.decoder, self.slices),
         ):
             out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)

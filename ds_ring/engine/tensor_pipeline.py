@@ -4,7 +4,7 @@ stages pass hidden states on while several micro-batches are in flight."""
 # Shapes: B sequences of a micro-batch, L tokens, d hidden size.
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from ds_ring.engine.pipeline_comm import pipeline_comm
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.linear import YIELD_LANE
+from ds_ring.hf.rope import Lengths
 from ds_ring.hf.stage import spliced
 from ds_ring.kv_cache.step import Step
 from ds_ring.model_dims import ModelDims
@@ -130,7 +131,7 @@ class TensorPipelineRunner(CachedRunner):
         stages.finish()
 
     @torch.inference_mode()
-    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step, lengths: Sequence[int]) -> Tensor:
+    def decode(self, ids_B1: Tensor, position_ids_B1: Tensor, step: Step, lengths: Lengths) -> Tensor:
         pp, sequences = self.mesh["pp"], ids_B1.shape[0]
         dtype = torch_dtype(self.run_config.dtype)
         hidden_in: Tensor | None = None
@@ -140,7 +141,7 @@ class TensorPipelineRunner(CachedRunner):
         inputs = {"input_ids": ids_B1} if hidden_in is None else {"inputs_embeds": hidden_in}
         with (
             self._context.forward(ONE_TOKEN, len(self.decoder.layers), type(self.model).__name__, step),
-            self.rope.of(lambda: lengths),
+            self.rope.of(lengths),
             spliced(self.decoder, hidden_in) as after_layers,
         ):
             out = self._deepspeed(**inputs, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)

@@ -85,7 +85,8 @@ class ShardedCache(Cache):
     @property
     def mask_BC(self) -> Tensor:
         """Which columns hold a token, of all sequences of the batch; bool, on the CPU."""
-        return torch.cat(self._masks, dim=1)
+        self._masks = [torch.cat(self._masks, dim=1)]
+        return self._masks[0]
 
     @property
     def ids_BC(self) -> Tensor:

@@ -26,6 +26,8 @@ from ds_ring.errors import DsRingError
 
 LONGROPE, DYNAMIC = "longrope", "dynamic"
 
+Lengths = Callable[[], Sequence[int]]
+"""() -> the length of each whole sequence of a call; called only where lengths matter."""
 Regime = tuple[int, ...]
 """What of a length decides the frequencies."""
 
@@ -77,9 +79,8 @@ class RopeLengths:
         return (*(int(length > at) for at in self._switches), *(max(length, at) for at in self._scaled_beyond))
 
     @contextmanager
-    def of(self, lengths: Callable[[], Sequence[int]]) -> Iterator[None]:
-        """Inside the block this lane calls the model with parts of sequences of these lengths, which are computed only
-        where they matter."""
+    def of(self, lengths: Lengths) -> Iterator[None]:
+        """Inside the block this lane calls the model with parts of sequences of these lengths."""
         lane = getcurrent()
         if self.matter:
             self._lengths[lane] = tuple(lengths())
