@@ -10,6 +10,7 @@ import pytest
 
 from ds_ring.process import guard
 from tests.helpers.limits import HANG_S
+from tests.helpers.processes import runs, wait_until
 
 LAUNCH = f"""
 import subprocess, sys, time
@@ -95,7 +96,7 @@ def test_what_is_stopped_is_ended_at_once_where_its_launcher_ends_the_ranks(laun
     time.sleep(1)  # the guard has begun, and one without a handler would be gone by the signal
     own.send_signal(signal.SIGTERM)
     assert ended(stopped)
-    assert ended(own)
+    wait_until(lambda: not runs(own.pid))  # whose parent waits for a rank first, and does not reap it
     assert running.is_running()
 
 
