@@ -17,8 +17,14 @@ from ds_ring.cli import options
 folder, commands = Path(sys.argv[1]), json.loads(sys.argv[2])
 rank, home = os.environ["RANK"], Path.cwd()
 leave = options.leave
-# A script's last call would end the process.
-options.leave = sys.exit
+
+
+def end_script(code: int, together: bool = False) -> None:
+    """In the place of ``leave``, a script's last call, which would end the process."""
+    sys.exit(code)
+
+
+options.leave = end_script
 
 for number, command in enumerate(commands):
     sys.argv = command
