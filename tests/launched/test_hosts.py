@@ -80,11 +80,14 @@ class Launch:
     def wait(self, condition, limit_s=HANG_S):
         deadline = time.monotonic() + limit_s
         while not condition():
-            assert time.monotonic() < deadline, self.text()[-3000:]
+            assert time.monotonic() < deadline, f"{self.text()[-3000:]}\nleft: {self.commands_left()}"
             time.sleep(0.1)
 
     def find(self, host, word):
         return next(pid for pid in self.hosts.processes(host) if any(word in part for part in command_of(pid)[:5]))
+
+    def commands_left(self):
+        return [(pid, " ".join(command_of(pid))[:200]) for pid in self.left()]
 
     def left(self):
         return [
