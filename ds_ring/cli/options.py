@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 from ds_ring.cli import outputs
 from ds_ring.cli.parser import Parser, whole
 from ds_ring.config import BenchmarkConfig, DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
+from ds_ring.config.weights import Weights
 from ds_ring.errors import ConfigError, DsRingError, OutputError, TransportError, UserError, is_out_of_memory
 from ds_ring.process.arguments import check_arguments
 from ds_ring.process.hostfile import check_hostfile
@@ -67,6 +68,12 @@ def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) ->
     group.add_argument(
         "--dtype", choices=(*get_args(DType), AUTO), help="weights and activations [auto: the checkpoint's]"
     )
+    group.add_argument(
+        "--weights", choices=get_args(Weights), help="whole on every rank, sharded among those that share a sequence, "
+        "or streamed from host memory; DeepSpeed's zero_optimization [whole]",
+    )  # fmt: skip
+    degree = "ranks that hold one copy of sharded weights between them [all of a host that share a sequence]"
+    group.add_argument("--weights-degree", type=whole(1), metavar="N", help=degree)
     any_field = "any other field of the engine's, see docs/configuration.md"
     group.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=any_field)
     for name in names:
@@ -93,7 +100,7 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of the configuration that were given as options, by name."""
-    names = {"tp_size", "dtype", *FIELDS}
+    names = {"tp_size", "dtype", "weights", "weights_degree", *FIELDS}
     return {**_set(args.set), **{n: value for n, value in vars(args).items() if n in names and value is not None}}
 
 

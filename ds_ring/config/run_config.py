@@ -25,6 +25,7 @@ from ds_ring.config.sections import (
     Section,
     WorkloadConfig,
 )
+from ds_ring.config.weights import Weights, weights_degree_of, weights_of, with_weights
 from ds_ring.errors import ConfigError
 from ds_ring.parallel.topology import Topology
 from ds_ring.utils import strict_json
@@ -53,7 +54,8 @@ class RunConfig(Section):
         Args:
             source: path, dict, RunConfig, or None for the defaults.
             overrides: any field of our section, or of its ``parallel``, ``workload`` or ``benchmark``; ``tp_size``;
-                ``dtype``; ``parallelism_config``, accelerate's. None means "as in the file".
+                ``dtype``; ``weights`` and ``weights_degree``, see ``config/weights.py``; ``parallelism_config``,
+                accelerate's. None means "as in the file".
 
         A dtype that neither gives, or "auto", is the checkpoint's own, else fp32, as in transformers
         (``utils.checkpoint_dtype``). In a RunConfig, too, it counts as not given, so that another ``model`` brings its
@@ -80,7 +82,7 @@ class RunConfig(Section):
             config = cls(ring=RingConfig.model_validate(section), deepspeed=document, checkpoint_dtype=own)
         except ValidationError as error:
             raise ConfigError(_explain(error, source)) from None
-        _ = config.dtype, config.tp_size
+        _ = config.dtype, config.tp_size, config.topology
         return config
 
     @property
@@ -135,9 +137,15 @@ class RunConfig(Section):
         return size
 
     @property
+    def weights(self) -> Weights:
+        """Where weights are: whole on every rank; sharded among ranks; or streamed from the host's memory."""
+        return weights_of(self.deepspeed)
+
+    @property
     def topology(self) -> Topology:
         p = self.parallel
-        return Topology(dp=p.dp_size, pp=p.pp_size, ring=p.ring_degree, ulysses=p.ulysses_degree, tp=self.tp_size)
+        shared = 1 if self.weights == "whole" else weights_degree_of(self.deepspeed) or p.ring_degree * p.ulysses_degree
+        return Topology(p.dp_size, p.pp_size, p.ring_degree, p.ulysses_degree, self.tp_size, weights=shared)
 
     @property
     def largest_micro_batch(self) -> int:
@@ -155,7 +163,8 @@ class RunConfig(Section):
         topology, whose, p = self.topology, self.benchmark.implementation, self.parallel
         if whose == "ds_ring":
             chosen = [name for name in (p.ring_impl, p.ring_variant) if name not in ("zigzag", "auto")]
-            return "_".join([topology.label(), *(chosen if topology.ring > 1 else [])])
+            weights = [] if self.weights == "whole" else [self.weights]
+            return "_".join([topology.label(), *(chosen if topology.ring > 1 else []), *weights])
         replicas = f"dp{topology.dp}_" if topology.dp > 1 else ""
         shared = str(topology.sp) if len(BASELINE_DEGREES[whose]) == 1 else f"_{replace(topology, dp=1).label()}"
         return f"{replicas}{whose}{shared}"
@@ -234,6 +243,11 @@ def _override(document: dict[str, Any], section: dict[str, Any], name: str, valu
         document["tensor_parallel"] = {**given, "tp_size": value}
     elif name == "dtype":
         document["dtype"] = value
+    elif name in ("weights", "weights_degree"):
+        of = {"weights": value} if name == "weights" else {"degree": value}
+        changed = with_weights(document, **of)
+        document.clear()
+        document.update(changed)
     elif name in ParallelConfig.model_fields:
         given = section.get("parallel", {})
         given = {"auto": True} if given == "auto" else _object("ds_ring.parallel", given)
@@ -246,7 +260,13 @@ def _override(document: dict[str, Any], section: dict[str, Any], name: str, valu
         section[name] = value
     else:
         sections = (RingConfig, ParallelConfig, WorkloadConfig, BenchmarkConfig)
-        known = ["tp_size", "dtype", *(field for section in sections for field in section.model_fields)]
+        known = [
+            "tp_size",
+            "dtype",
+            "weights",
+            "weights_degree",
+            *(field for section in sections for field in section.model_fields),
+        ]
         meant = get_close_matches(name, known, n=1, cutoff=0.8)
         raise ConfigError(f"there is no option {name}" + (f"; did you mean {meant[0]}?" if meant else ""))
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ds_ring.config import RunConfig
+from ds_ring.config.weights import without_weights
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.attention import float_buffers_kept, torch_dtype
 from ds_ring.transport.base import Transport
@@ -48,7 +49,7 @@ def serve(model: PreTrainedModel, config: RunConfig, tensor_parallel: Transport 
     With ``tensor_parallel`` AutoTP shards the model's linear layers over that group. It must be told the group twice:
     either alone leaves the model whole without a word, or crashes.
     """
-    keys = {**config.deepspeed, "dtype": torch_dtype(config.dtype)}
+    keys = {**without_weights(config.deepspeed), "dtype": torch_dtype(config.dtype)}
     keys["tensor_parallel"] = dict(keys.get("tensor_parallel") or {})
     if tensor_parallel is not None and tensor_parallel.size > 1:
         mpu = SliceGroup(tensor_parallel)

@@ -5,7 +5,7 @@ replica of data parallelism."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from itertools import product
 
@@ -21,6 +21,7 @@ from ds_ring.engine.batch_overlap import Lockstep, run_interleaved
 from ds_ring.engine.decode_tp import decode_slices
 from ds_ring.engine.deepspeed_backend import serve
 from ds_ring.engine.model_runner import ONE_TOKEN, CachedRunner, Shard
+from ds_ring.engine.shared_weights import shared_weights
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.rope import Lengths
 from ds_ring.hf.tensor_slices import in_slices
@@ -38,6 +39,7 @@ class SequenceParallelRunner(CachedRunner):
     """``model`` must be whole; it is served through ``deepspeed.init_inference`` with our attention injected.
 
     Attributes:
+        weights: what ranks hold of the weights between them; None: each holds all.
         slices: this rank's shares of the weights, for steps of a generation; None: it computes with whole weights.
     """
 
@@ -47,8 +49,11 @@ class SequenceParallelRunner(CachedRunner):
         self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
     ) -> None:
         super().__init__(model, run_config, mesh, dims, device)
+        self.weights = shared_weights(model, run_config, mesh, device)
         self._deepspeed = serve(model, run_config)
-        self.slices = decode_slices(self.model, run_config, dims, mesh["sp"], device)
+        self.slices = decode_slices(self.model, run_config, dims, mesh["sp"], device, self.weights)
+        if self.weights is not None and self.slices is None:
+            self.capture = lambda run: None  # a step fetches layers, which is not captured
         self._before_layers: list[RemovableHandle] = []
         self._fuse(in_place=True)
 
@@ -75,9 +80,14 @@ class SequenceParallelRunner(CachedRunner):
 
     def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
         jobs = [partial(self._run_micro_batch, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
-        if not self._in_flight(micro_batches):
-            return [job() for job in jobs]
-        return run_interleaved(jobs, self._on_yield, self.lanes)
+        interleaved = self._in_flight(micro_batches)
+        with self._passes(len(jobs), self.lanes if interleaved else 1, any(len(k) for k in keep)):
+            if not interleaved:
+                return [job() for job in jobs]
+            return run_interleaved(jobs, self._on_yield, self.lanes)
+
+    def _passes(self, count: int, lanes: int = 1, wants_logits: bool = True) -> AbstractContextManager[None]:
+        return nullcontext() if self.weights is None else self.weights.passes(count, lanes, wants_logits)
 
     @property
     def lanes(self) -> int:
@@ -95,11 +105,14 @@ class SequenceParallelRunner(CachedRunner):
         for hook in self._before_layers:
             hook.remove()
         self._before_layers.clear()
+        if self.weights is not None:
+            self.weights.staging.yield_lane = yield_lane
         if lockstep is not None:
             self._before_layers += lockstep.hook(self.decoder.layers)
 
     def run_for_last_tokens(self, micro_batches: list[Batch]) -> list[Tensor | None]:
-        return [self._run_for_last_tokens(m) for m in micro_batches]
+        with self._passes(len(micro_batches)):
+            return [self._run_for_last_tokens(m) for m in micro_batches]
 
     @torch.inference_mode()
     def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
@@ -150,6 +163,7 @@ class SequenceParallelRunner(CachedRunner):
             self._context.forward(ONE_TOKEN, len(self.decoder.layers), type(self.model).__name__, step),
             self.rope.of(lengths),
             nullcontext() if self.slices is None else in_slices(self.decoder, self.slices),
+            nullcontext() if self.weights is None else self.weights.same_tokens(sliced=self.slices is not None),
         ):
             out = self._deepspeed(input_ids=ids_B1, position_ids=position_ids_B1, use_cache=False, logits_to_keep=1)
         # Every rank computed them, but libraries may differ in the last bit, and tokens must not.

@@ -6,8 +6,7 @@ whole model; with slices each rank reads only its part of it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,10 +17,13 @@ from transformers import PreTrainedModel
 from ds_ring.errors import ConfigError, UnsupportedModelError
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import model_dims
+from ds_ring.hf.tp_plan import pattern, style_of, tp_plan
 from ds_ring.parallel.degrees import suggest, valid_degrees
 from ds_ring.transport.base import Transport
 
 _MARK = "_ds_ring_in_slices"
+Held = Callable[[str], Tensor | None]
+"""Gives the part that this rank holds of a parameter, by its name in the decoder; None where it holds all of it."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +96,20 @@ def is_sliced(layer: nn.Module) -> bool:
     return _MARK in vars(layer)
 
 
-def slices_of(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transport) -> dict[str, Slice]:
+def slices_of(
+    model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Transport, held: Held = lambda name: None
+) -> dict[str, Slice]:
     """The slices by their layers' names in the decoder. How a layer is cut is in the config's ``base_model_tp_plan``.
+
+    Args:
+        held: where ranks hold the weights between them, cut by the same plan.
 
     Raises:
         ConfigError, UnsupportedModelError: as for ``sliced``.
     """
     assert 0 <= tp_rank < tp_size == transport.size
     _check_heads(model, tp_size)
-    name_of_model = type(model).__name__
-    plan: dict[str, str] = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
+    name_of_model, plan = type(model).__name__, tp_plan(model)
     if not plan:
         raise UnsupportedModelError(
             f"{name_of_model}: transformers' config has no tensor-parallel plan for it, so its weights cannot be sliced"
@@ -115,23 +121,23 @@ def slices_of(model: PreTrainedModel, tp_rank: int, tp_size: int, transport: Tra
             continue
         owner, _, _ = name.rpartition(".")
         module = decoder.module.get_submodule(owner)
-        style = plan.get(_pattern(owner)) or plan.get(_pattern(name))
+        style = style_of(plan, name)
         if style in ("colwise", "rowwise") and type(module) is nn.Linear:
-            slices[owner] = _cut(module, style, f"{name_of_model}: {owner}", tp_rank, tp_size, transport)
+            slices[owner] = _cut(
+                module, style, f"{name_of_model}: {owner}", tp_rank, tp_size, transport, held(f"{owner}.weight")
+            )
         elif not _same_on_every_rank(model, parameter, style):
             how = f"as {style}" if style else "nowhere"
             raise UnsupportedModelError(
-                f"{name_of_model}: the tensor-parallel plan has {_pattern(name)}, of a {type(module).__name__}, {how}; "
+                f"{name_of_model}: the tensor-parallel plan has {pattern(name)}, of a {type(module).__name__}, {how}; "
                 f"slices serve linear layers that are colwise or rowwise, and norms"
             )
     return slices
 
 
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _cut(module: nn.Linear, style: str, name: str, rank: int, size: int, transport: Transport) -> Slice:
+def _cut(
+    module: nn.Linear, style: str, name: str, rank: int, size: int, transport: Transport, held: Tensor | None
+) -> Slice:
     dim, what = (0, "outputs") if style == "colwise" else (1, "inputs")
     weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
     width = weight.shape[dim]
@@ -140,7 +146,7 @@ def _cut(module: nn.Linear, style: str, name: str, rank: int, size: int, transpo
             f"{name} has {width} {what}, not divisible by tp_size={size}; " + suggest(valid_degrees(width), "use 1")
         )
     share = width // size
-    part = weight.narrow(dim, rank * share, share)
+    part = weight.narrow(dim, rank * share, share) if held is None else held
     if style == "rowwise":
         return Slice(part, bias, transport)
     return Slice(part, None if bias is None else bias.narrow(0, rank * share, share), None)

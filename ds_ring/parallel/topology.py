@@ -7,10 +7,10 @@ tensor parallel and Ulysses groups stay inside a host, ring, pipeline and data p
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
-Axis = Literal["dp", "pp", "ring", "ulysses", "tp", "sp", "world"]
+Axis = Literal["dp", "pp", "ring", "ulysses", "tp", "sp", "weights", "world"]
 
 AXES: tuple[Axis, ...] = ("dp", "pp", "ring", "ulysses", "tp")
 COMBINED: dict[str, tuple[str, ...]] = {"sp": ("ring", "ulysses"), "world": AXES}
@@ -18,17 +18,23 @@ COMBINED: dict[str, tuple[str, ...]] = {"sp": ("ring", "ulysses"), "world": AXES
 
 @dataclass(frozen=True)
 class Topology:
-    """Degrees of every axis; a *replica* is one data-parallel copy of the model."""
+    """Degrees of every axis; a *replica* is one data-parallel copy of the model.
+
+    Attributes:
+        weights: neighbours among the ranks that share a sequence hold one copy of the weights between them. No axis of
+            its own: it divides ``sp``.
+    """
 
     dp: int = 1
     pp: int = 1
     ring: int = 1
     ulysses: int = 1
     tp: int = 1
+    weights: int = 1
 
     @property
     def world_size(self) -> int:
-        return math.prod(getattr(self, f.name) for f in fields(self))
+        return math.prod(getattr(self, axis) for axis in AXES)
 
     @property
     def sp(self) -> int:
@@ -61,6 +67,12 @@ class Topology:
 
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
         """All groups along ``axis``. Every rank must create all of them, in this order."""
+        if axis == "weights":
+            return [
+                sp[first : first + self.weights]
+                for sp in self.groups("sp")
+                for first in range(0, self.sp, self.weights)
+            ]
         varying = COMBINED.get(axis, (axis,))
         found: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.world_size):

@@ -95,7 +95,9 @@ def assumptions(plan: Plan, dims: ModelDims, card: Card) -> list[str]:
             f"links among more than {MEASURED_RANKS} GPUs of a host ({', '.join(inside)}) as among {MEASURED_RANKS}"
         )
     if any(
-        placement(t, axis, card.per_host).near and not pulled(plan.config, axis, card.per_host) for axis in PULLED_AXES
+        placement(t, axis, card.per_host).near and not pulled(plan.config, axis, card.per_host)
+        for axis in PULLED_AXES
+        if axis != "weights"
     ):
         found.append("NCCL's messages in a host at the rate of its all-reduces")
     if plan.sent.far:

@@ -56,6 +56,7 @@ def check_layout(config: RunConfig, dims: ModelDims, world_size: int) -> None:
     _check_model(dims)
     _check_heads(config, dims)
     _check_tensor_pipeline(config, dims)
+    _check_weights(config)
     if config.ring.in_flight > 2 and config.ring.interleave == "off":
         raise ConfigError(f"in_flight={config.ring.in_flight} beside interleave=off: leave out one of both")
 
@@ -73,6 +74,27 @@ def check_axes(config: RunConfig, world_size: int) -> None:
             f"dp_size={t.dp} x pp_size={t.pp} x ring_degree={t.ring} x ulysses_degree={t.ulysses} x tp_size={t.tp} "
             f"= {t.world_size} ranks, but {world_size} were launched; launch with --num_gpus {t.world_size} "
             f"(ds-ring: --ranks {t.world_size}) or change the degrees"
+        )
+
+
+def _check_weights(config: RunConfig) -> None:
+    if config.weights == "whole":
+        return
+    t, shared = config.topology, config.topology.weights
+    if t.tp * t.pp > 1:
+        raise ConfigError(
+            f"weights={config.weights} cannot be combined with tp_size={t.tp} x pp_size={t.pp}, whose ranks hold parts "
+            f"of the model already; take ring_degree or ulysses_degree, or weights=whole"
+        )
+    if t.sp == 1 and config.weights == "sharded":
+        raise ConfigError(
+            "weights=sharded needs ranks that share a sequence: raise ring_degree or ulysses_degree, or take "
+            "weights=streamed"
+        )
+    if t.sp % shared:
+        raise ConfigError(
+            f"weights_degree={shared} does not divide the {t.sp} ranks that share a sequence; "
+            + suggest(valid_degrees(t.sp), "use 1")
         )
 
 

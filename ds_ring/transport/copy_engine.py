@@ -28,7 +28,7 @@ class CopyEngineTransport(Transport):
 
     def __init__(self, control: Transport, device: Device) -> None:
         super().__init__(control.rank, control.size)
-        self._control = control
+        self._control, self.device = control, device
         self.buffers = BufferPool(device, self.rank, self.size)
         self._lent: dict[int, PeerBuffer] = {}
 

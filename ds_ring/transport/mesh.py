@@ -73,8 +73,8 @@ class Mesh:
 
     @property
     def overlaps(self) -> bool:
-        """Whether any axis moves bytes at (almost) no cost to the kernels beside it."""
-        return any(self[axis].overlaps for axis in PULLED_AXES)
+        """Whether any axis moves what micro-batches wait for at (almost) no cost to the kernels beside it."""
+        return any(self[axis].overlaps for axis in PULLED_AXES if axis != "weights")
 
     @classmethod
     def from_process_groups(

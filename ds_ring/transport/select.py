@@ -17,8 +17,8 @@ from ds_ring.transport.wire import sendable
 
 SHARE_GPU = "DS_RING_SHARE_GPU"
 """Set to 1, tests may put several ranks on one GPU; never wanted otherwise."""
-PULLED_AXES: tuple[Axis, ...] = ("ring", "ulysses", "pp")
-"""What copy engines can serve: K/V, heads, and hidden states from stage to stage."""
+PULLED_AXES: tuple[Axis, ...] = ("ring", "ulysses", "pp", "weights")
+"""What copy engines can serve: K/V, heads, hidden states from stage to stage, and weights."""
 
 
 @sendable
