@@ -28,7 +28,7 @@ from ds_ring.cli.options import run_config
 from ds_ring.cli.parser import whole
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
-from ds_ring.process.interruption import Interrupted, raise_on_signals
+from ds_ring.process.interruption import Interrupted, raise_on_signals, received
 from ds_ring.process.outcome import DONE, NO_STDOUT, OURS, USERS
 from ds_ring.process.supervisor import supervise
 from ds_ring.utils.plain_text import one_line
@@ -58,17 +58,22 @@ def main() -> None:
     raise_on_signals()
     try:
         code = _run(sys.argv[1:])
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        code = interrupted.exit_code
-    except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        code = USERS
-    except Exception:
-        traceback.print_exc()
-        code = OURS
+    except (Exception, Interrupted) as error:
+        code = _say(error)
     sys.stderr.flush()
     os._exit(code)  # what is left in standard output cannot be written
+
+
+def _say(error: BaseException) -> int:
+    """Say what went wrong, in one line unless it is our fault; returns the exit code."""
+    if interrupted := received():
+        print(interrupted, file=sys.stderr)
+        return interrupted.exit_code
+    if isinstance(error, UserError):
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return USERS
+    traceback.print_exception(error)
+    return OURS
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -28,7 +28,7 @@ from ds_ring.config import BenchmarkConfig, DType, ParallelConfig, RingConfig, R
 from ds_ring.errors import ConfigError, DsRingError, OutputError, TransportError, UserError, is_out_of_memory
 from ds_ring.process.arguments import check_arguments
 from ds_ring.process.hostfile import check_hostfile
-from ds_ring.process.interruption import Interrupted, end_rank_on_sigint, raise_on_signals
+from ds_ring.process.interruption import end_rank_on_sigint, raise_on_signals, received
 from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
 from ds_ring.process.outcome import DONE, NO_MEMORY, NO_OUTPUT, NO_STDOUT, OURS, USERS, is_supervised, tell
 from ds_ring.process.parent_watch import end_with_launcher
@@ -205,8 +205,8 @@ def _said(args: argparse.Namespace | None, error: BaseException) -> tuple[int, l
     rank = os.environ.get("RANK", "0")
     if isinstance(error, SystemExit):  # of --help
         return (error.code if isinstance(error.code, int) else 0), []
-    if isinstance(error, Interrupted):
-        return error.exit_code, [str(error)]
+    if interrupted := received():  # whatever became of its exception
+        return interrupted.exit_code, [str(interrupted)]
     if isinstance(error, UserError):
         if not is_first_rank():
             time.sleep(2)  # all ranks refuse alike: rank 0 speaks first, and the launcher ends the others

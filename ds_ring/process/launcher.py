@@ -51,14 +51,14 @@ def gpu_count() -> int:
 
 
 def launch_command(module: str, ranks: int, port: int, options: Sequence[str]) -> list[str]:
-    """``deepspeed --module MODULE options``, one rank on each of the first ``ranks`` visible GPUs. Ranks meet at
+    """``deepspeed … MODULE options``, one rank on each of the first ``ranks`` visible GPUs. Ranks meet at
     ``port``.
 
     Raises:
         ConfigError: as ``gpu_options``, or the launcher is not installed.
     """
     launcher = [deepspeed_command(), "--quiet", "--no_local_rank", "--master_port", str(port), *gpu_options(ranks)]
-    return [*launcher, "--module", module, *options]
+    return [*launcher, "--module", "ds_ring.cli.launched", module, *options]
 
 
 def check_hosts(hostfile: str) -> list[Host]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
 from ds_ring.process.arguments import decode
 from ds_ring.process.outcome import OURS
+from tests.helpers.limits import HANG_S
+from tests.helpers.processes import wait_until
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def test_a_model_is_generated_from_by_as_many_ranks_as_there_are_gpus(started):
     assert line[0] == "deepspeed"
     assert line[line.index("--num_gpus") + 1] == "4"
     assert line[line.index("--module") :] == [
-        "--module", "ds_ring.cli.generate", "--model", "DIR", "--prompt", "a question",
+        "--module", "ds_ring.cli.launched", "ds_ring.cli.generate", "--model", "DIR", "--prompt", "a question",
     ]  # fmt: skip
 
 
@@ -49,7 +54,8 @@ def test_ranks_may_be_given(started, ranks):
     (line,) = started
     assert line[line.index("--num_gpus") + 1] == "2"
     assert line[line.index("--module") :] == [
-        "--module", "ds_ring.cli.score", "--model", "DIR", "--text", "a.txt", "b.txt", "--max-length", "9",
+        "--module", "ds_ring.cli.launched", "ds_ring.cli.score",
+        "--model", "DIR", "--text", "a.txt", "b.txt", "--max-length", "9",
     ]  # fmt: skip
 
 
@@ -148,6 +154,20 @@ def test_every_command_names_a_module_that_is_there():
     from importlib.util import find_spec
 
     assert all(find_spec(module) for module in (command.LAUNCHED | command.HERE).values())
+
+
+@pytest.mark.parametrize("words", [["-m", "ds_ring", "plan"], ["launch/plan.py"]], ids=" ".join)
+def test_an_interrupt_while_packages_are_imported_is_one_line(words, tmp_path):
+    """The first of them is replaced by one that takes for ever."""
+    (tmp_path / "pydantic.py").write_text(f"import time; open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(3600)")
+    process = subprocess.Popen(
+        [sys.executable, *words, "--help"], cwd=launcher.ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until((tmp_path / "ready").exists)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=HANG_S)
+    assert (process.returncode, said) == (130, "interrupted by SIGINT\n")
 
 
 def test_an_error_of_ours_is_shown(monkeypatch, capsys):
