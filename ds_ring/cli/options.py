@@ -25,7 +25,16 @@ from pydantic.fields import FieldInfo
 from ds_ring.cli import outputs
 from ds_ring.cli.parser import Parser, whole
 from ds_ring.config import BenchmarkConfig, DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
-from ds_ring.errors import ConfigError, DsRingError, OutputError, TransportError, UserError, is_out_of_memory
+from ds_ring.errors import (
+    ConfigError,
+    DsRingError,
+    OutputError,
+    TransportError,
+    UserError,
+    has_lost_a_rank,
+    is_out_of_memory,
+)
+from ds_ring.process import heartbeat
 from ds_ring.process.arguments import check_arguments
 from ds_ring.process.hostfile import check_hostfile
 from ds_ring.process.interruption import end_rank_on_sigint, raise_on_signals, received
@@ -197,6 +206,9 @@ def _say(args: argparse.Namespace | None, error: BaseException, begun: bool) -> 
         print(f"rows so far are in {', '.join(kept)}", file=sys.stderr, flush=True)
     with suppress(OSError):
         tell(code)
+    if lines:
+        why = lines[0].removeprefix("error: ").removeprefix(f"{FAILED}{os.environ.get('RANK', '0')}: ")
+        heartbeat.say_why(why, has_lost_a_rank(error))
     return code
 
 
@@ -289,7 +301,6 @@ def leave(code: int, together: bool = False) -> None:
     if (code == 0 or together) and "ds_ring.engine.connect" in sys.modules:
         from deepspeed import comm
 
-        from ds_ring.process import heartbeat
         from ds_ring.process.watchdog import process_watchdog
 
         if comm.is_initialized():

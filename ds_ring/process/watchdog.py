@@ -18,6 +18,7 @@ from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 
 from ds_ring.process import heartbeat
+from ds_ring.process.pauses import Pauses
 from ds_ring.process.processes import siblings
 
 PERIOD_S = 1.0
@@ -64,6 +65,7 @@ class Watchdog:
         self._calls: list[str] = []
         self._since = 0.0
         self._thread: threading.Thread | None = None
+        self._pauses = Pauses()
 
     @contextmanager
     def watch(self, call: str) -> Iterator[None]:
@@ -81,8 +83,10 @@ class Watchdog:
             self._since = time.monotonic()
 
     def stalled_s(self) -> float:
-        """Seconds since communication last began in the watched call; 0 where no call is watched."""
-        return time.monotonic() - max(self._since, self.activity.moved_at) if self._calls else 0.0
+        """Seconds since communication last began in the watched call, or since this process was last continued; 0 where
+        no call is watched."""
+        begun = max(self._since, self.activity.moved_at, self._pauses.over_at)
+        return time.monotonic() - begun if self._calls else 0.0
 
     def describe(self) -> str:
         call = self._calls[-1] if self._calls else "nothing"
@@ -92,8 +96,10 @@ class Watchdog:
         return f"no communication began for {self.stalled_s():.0f} s in {call} ({last})"
 
     def _run(self) -> None:
+        self._pauses.look()
         while not self.timeout_s or self.stalled_s() <= self.timeout_s:
             time.sleep(min(PERIOD_S, self.timeout_s or PERIOD_S))
+            self._pauses.look()
         stopped = [sibling for sibling in siblings() if sibling.stopped]
         if not stopped and heartbeat.running():
             time.sleep(VERDICT_S)
