@@ -49,6 +49,8 @@ HERE = {
 }
 MOST_ON_CPUS = 64
 """Ranks that are started without GPUs."""
+EXAMPLES = {"--ranks": "N, a whole number of at least 1", "--hostfile": "FILE"}
+"""Options of ours, and what their values are."""
 TAKES_MODEL = ("generate", "score", "plan", "doctor", "bench-generate")
 """Commands whose first argument may be the model."""
 
@@ -160,14 +162,21 @@ def ranks_of(options: Sequence[str]) -> tuple[int | None, list[str]]:
 
 
 def value_of(name: str, options: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(the value of an option of ours, empty where it is missing; the other options); None where it is not given."""
+    """(the value of an option of ours; the other options); None where it is not given.
+
+    Raises:
+        ConfigError: given without a value.
+    """
     words = [
         part for option in options for part in (option.split("=", 1) if option.startswith(f"{name}=") else [option])
     ]
     if name not in words:
         return None, words
     at = words.index(name)
-    return (words[at + 1] if at + 1 < len(words) else ""), words[:at] + words[at + 2 :]
+    value = words[at + 1] if at + 1 < len(words) else ""
+    if not value or value.startswith("--"):
+        raise ConfigError(f"{name} has no value: give {name} {EXAMPLES[name]}")
+    return value, words[:at] + words[at + 2 :]
 
 
 if __name__ == "__main__":

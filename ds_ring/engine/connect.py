@@ -107,11 +107,11 @@ def _init_process_group(backend: str, device: torch.device, timeout: timedelta, 
     """PyTorch's default group, over one interface; DeepSpeed's own call would listen on all of them."""
     # NCCL connects at once with a device, as it does under DeepSpeed, and later groups take over what it has.
     options: dict[str, Any] = {"device_id": device} if backend == "nccl" and world_size() > 1 else {}
+    point = MeetingPoint.of_launch()
+    use_interface(point.own_address())
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent serves the store, and binds it
         torch.distributed.init_process_group(backend, timeout=timeout, **options)
         return
-    point = MeetingPoint.of_launch()
-    use_interface(point.own_address())
     rank, size = int(os.environ["RANK"]), world_size()
     store = meet(point, rank, size, start_timeout_s, timeout)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, **options)
