@@ -30,7 +30,7 @@ from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
 from ds_ring.process.interruption import Interrupted, raise_on_signals, received
 from ds_ring.process.outcome import DONE, NO_STDOUT, OURS, USERS
-from ds_ring.process.supervisor import supervise
+from ds_ring.process.supervisor import CommandOf, supervise
 from ds_ring.utils.plain_text import one_line
 from ds_ring.utils.streams import prepare_streams, print_result
 
@@ -108,7 +108,7 @@ def _run(arguments: Sequence[str]) -> int:
         with launcher.reserved_port() as port:
             environment = launcher.hosts_environment(hosts[0].slots)
             of = partial(launcher.hosts_command, LAUNCHED[command], hostfile, port, options)
-            return supervise(lambda told: of(environment | dict(told)), environment, config.ring.timeout_s)
+            return _supervised(args, lambda told: of(environment | dict(told)), environment, config.ring.timeout_s)
     module.check(args, given)
     gpus = launcher.gpu_count()  # imports torch
     ranks = given or gpus or 1
@@ -121,7 +121,17 @@ def _run(arguments: Sequence[str]) -> int:
     with launcher.reserved_port() as port:
         line = launcher.launch_command(LAUNCHED[command], ranks, port, options)
         environment = launcher.environment_of(ranks, (launcher.VISIBLE_GPUS,))
-        return supervise(line, environment, config.ring.timeout_s)
+        return _supervised(args, line, environment, config.ring.timeout_s)
+
+
+def _supervised(
+    args: argparse.Namespace, command: Sequence[str] | CommandOf, environment: dict[str, str], timeout_s: float
+) -> int:
+    """As ``supervise``; a rank that is killed while it writes an output leaves nothing beside that."""
+    try:
+        return supervise(command, environment, timeout_s)
+    finally:
+        outputs.remove_unwritten(args)
 
 
 def _print(text: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_ring.errors import InputError
-from ds_ring.utils.output_file import check_writable, is_special, partial_of
+from ds_ring.utils.output_file import check_writable, is_special, partial_of, remove_unfinished
 
 WRITTEN = ("output", "trace", "markdown")
 """Options that name files which a command writes; ``--then CONFIG OUTPUT`` names one as well."""
@@ -50,8 +50,16 @@ def check_apart(args: argparse.Namespace, read: Iterable[str | None]) -> None:
             _check_apart(outputs, path, "the configuration")
 
 
+def remove_unwritten(args: argparse.Namespace) -> None:
+    """Remove the files beside the outputs that killed processes have left half-written."""
+    for _, output in _outputs(args):
+        if not is_special(output):
+            remove_unfinished(output)
+
+
 def remove_partial(args: argparse.Namespace) -> None:
     """Remove what an earlier run that did not get to its end has left beside the outputs."""
+    remove_unwritten(args)
     for option, output in _outputs(args):
         if option in ("--output", "--then") and not is_special(output):
             with suppress(OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -67,6 +68,7 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # It refuses fp16 on CPUs without the instructions; PyTorch computes it all the same, only slowly.
         get_accelerator().is_fp16_supported = lambda: True
+    _leave_out_a_deprecation()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     # Peers' memory is read by address; NVLink multicast is not used, and where it is broken, asking for it fails.
@@ -101,6 +103,11 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
         log.info("transport: %s", choice.describe())
     insist = run.ring.transport == "copy_engine"
     return Mesh.from_process_groups(run.topology, choice.pulled, device, insist, _messages(device))
+
+
+def _leave_out_a_deprecation() -> None:
+    """Of a function that DeepSpeed calls by its former name, as torch 2.13 would say on every rank."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.all_gather_into_tensor` is deprecated", FutureWarning)
 
 
 def _init_process_group(backend: str, device: torch.device, timeout: timedelta, start_timeout_s: int) -> None:

@@ -14,7 +14,9 @@ from ds_ring.cli import main as command
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
 from ds_ring.process.arguments import decode
+from ds_ring.process.interruption import Interrupted
 from ds_ring.process.outcome import OURS
+from ds_ring.utils.output_file import UNFINISHED
 from tests.helpers.limits import HANG_S
 from tests.helpers.processes import wait_until
 
@@ -57,6 +59,19 @@ def test_ranks_may_be_given(started, ranks):
         "--module", "ds_ring.cli.launched", "ds_ring.cli.score",
         "--model", "DIR", "--text", "a.txt", "b.txt", "--max-length", "9",
     ]  # fmt: skip
+
+
+def test_what_a_killed_rank_left_beside_an_output_is_removed(started, monkeypatch):
+    def killed(line, environment, timeout_s):
+        (tmp := Path("folder")).mkdir(exist_ok=True)
+        (tmp / f"{UNFINISHED}{os.uname().nodename}.{2**22 + 1}.abc").write_text("half")
+        (tmp / "kept").write_text("")
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(command, "supervise", killed)
+    with pytest.raises(Interrupted):
+        run("generate", "DIR", "--prompt", "a question", "--output", "folder/out.json")
+    assert [file.name for file in Path("folder").iterdir()] == ["kept"]
 
 
 def test_without_gpus_there_is_one_rank(started, monkeypatch):

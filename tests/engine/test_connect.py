@@ -1,6 +1,7 @@
 """How long the ranks of a launch wait for one another, and over which interface they meet."""
 
 import os
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -36,3 +37,14 @@ def test_process_groups_listen_on_one_interface_whatever_launched_the_ranks(agen
     monkeypatch.setattr(connect, "meet", lambda *_: "our store")
     connect._init_process_group("gloo", torch.device("cpu"), timedelta(seconds=1), 1)
     assert made == [("gloo", None if agent else "our store", ["lo", "=lo"])]
+
+
+def test_one_deprecation_of_torch_is_not_said():
+    """Nobody can mend it who reads it, and every rank would say it."""
+    said = "`torch.distributed.all_gather_into_tensor` is deprecated. Please use `torch.distributed.all_gather_single`"
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        connect._leave_out_a_deprecation()
+        for text in (said, said.replace("all_gather_into_tensor", "all_reduce")):
+            warnings.warn(text, FutureWarning, stacklevel=1)
+    assert [str(one.message) for one in heard] == [said.replace("all_gather_into_tensor", "all_reduce")]
