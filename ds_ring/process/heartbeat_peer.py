@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 LONGEST_LINE = 65536
 MOST_LETTERS = 2000
@@ -30,12 +31,14 @@ class Peer:
     """Its own last words."""
     lost_another: bool = False
     """Whether they say no more than that it lost another rank."""
+    _sending: threading.Lock = field(default_factory=threading.Lock)
 
     def send(self, *words: str) -> None:
+        """From any thread: last words come from another one than beats."""
         # A peer that is stopped reads nothing: what does not fit any longer waits, and so do beats.
-        if not self.unsent or words != ("beat",):
-            self.unsent += (json.dumps([word[:MOST_LETTERS] for word in words]) + "\n").encode()
-        with suppress(OSError):  # its end, and a full buffer, show where its lines are read
+        with self._sending, suppress(OSError):  # its end, and a full buffer, show where its lines are read
+            if not self.unsent or words != ("beat",):
+                self.unsent += (json.dumps([word[:MOST_LETTERS] for word in words]) + "\n").encode()
             self.unsent = self.unsent[self.sock.send(self.unsent) :]
 
     def lines(self) -> list[list[str]]:
