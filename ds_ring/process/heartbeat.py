@@ -28,6 +28,7 @@ from ds_ring.process.heartbeat_peer import Peer
 from ds_ring.process.hosts import named_ranks
 from ds_ring.process.network import listening
 from ds_ring.process.pauses import Pauses
+from ds_ring.utils.streams import last_words
 
 PERIOD_S = 1.0
 CONNECT_S = 60.0
@@ -245,7 +246,7 @@ def _leave() -> None:
 
 def _end_process(rank: int) -> Callable[[str], None]:
     def end(verdict: str) -> None:
-        print(f"failed on rank {rank}: {verdict}", file=sys.stderr, flush=True)
+        last_words(f"failed on rank {rank}: {verdict}")
         os._exit(1)
 
     return end

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from typing import Any, Protocol, TypeVar, cast
 from ds_ring.process import heartbeat
 from ds_ring.process.pauses import Pauses
 from ds_ring.process.processes import siblings
+from ds_ring.utils.streams import last_words
 
 PERIOD_S = 1.0
 VERDICT_S = 3 * heartbeat.PERIOD_S
@@ -105,7 +105,7 @@ class Watchdog:
             time.sleep(VERDICT_S)
         who = ", ".join(f"rank {sibling.rank}" for sibling in stopped)
         why = f"{who} of this host is stopped" if who else "another rank hangs: look for one whose last number is lower"
-        print(f"failed on rank {os.environ.get('RANK', '0')}: {self.describe()}; {why}", file=sys.stderr, flush=True)
+        last_words(f"failed on rank {os.environ.get('RANK', '0')}: {self.describe()}; {why}")
         for sibling in stopped:  # a stopped process reacts to no other signal, and its launcher waits for it
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(sibling.pid, signal.SIGKILL)
