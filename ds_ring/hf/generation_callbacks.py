@@ -67,8 +67,8 @@ class SameScores(LogitsProcessor):
 class SameChoice(StoppingCriteriaList):
     """Criteria behind which all ranks go on with the tokens of rank 0, and with its word for which sequences end.
 
-    Equal logits are not enough: a callback may hold a state of its own, read a clock or draw random numbers, and kernels
-    of sampling that sum in any order may round differently on each rank.
+    Equal logits are not enough: a callback may hold a state of its own, read a clock or draw random numbers, and
+    kernels of sampling that sum in any order may round differently on each rank.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, everyone: Transport) -> None:
