@@ -89,7 +89,7 @@ def score(engine: Engine, documents: list[Document], show_progress: bool) -> dic
             sequences = [documents[i][1] for i in group]
             # A replica without a document of its own repeats the first; its scores are dropped.
             ids, mask = right_padded(sequences + sequences[:1] * (replicas - len(sequences)))
-            for i, scores in zip(group, engine.token_log_likelihoods(ids, mask), strict=False):
+            for i, scores in zip(group, engine.score(ids, mask).log_probs, strict=False):
                 found[i] = entry(documents[i][0], scores)
             progress.advance(bar, sum(map(len, sequences)))
     return {"layout": engine.run_config.label, "documents": [found[i] for i in range(len(documents))]}

@@ -17,7 +17,7 @@ def test_documents_keep_their_order_and_a_file_given_twice_is_scored_twice(layou
     model = build(gpt_neox(heads=4, layers=2))
     texts = [tokens(1, n, seed=n)[0].tolist() for n in lengths]
     texts_by_file = [("again.txt" if n == 20 else f"{n}.txt", text) for n, text in zip(lengths, texts, strict=True)]
-    alone = serve(model, lambda engine: [float(engine.token_log_likelihoods(tokens(1, n, seed=n))[0].sum())
+    alone = serve(model, lambda engine: [float(engine.score(tokens(1, n, seed=n)).log_probs[0].sum())
                                          for n in lengths], ring_degree=2)[0]  # fmt: skip
     for result in serve(
         model, lambda engine: score(engine, texts_by_file, show_progress=False), batch_size=2, **layout
