@@ -14,7 +14,7 @@ from typing import Any
 from ds_ring.errors import InputError
 from ds_ring.utils.output_file import check_writable, is_special, partial_of
 
-WRITTEN = ("output", "trace", "markdown")
+WRITTEN = ("output", "trace", "markdown", "scores")
 """Options that name files which a command writes; ``--then CONFIG OUTPUT`` names one as well."""
 NO_FILES = ("prompt", *WRITTEN, "then")
 
@@ -37,7 +37,7 @@ def check(args: argparse.Namespace, beside: Iterable[str] = ()) -> None:
     for name, value in vars(args).items():
         if name not in NO_FILES:
             for text in _texts(value):
-                _check_apart(outputs, text, "--text" if name == "documents" else f"--{name.replace('_', '-')}")
+                _check_apart(outputs, text, f"--{name.replace('_', '-')}")
     for config, _ in getattr(args, "then", None) or []:
         _check_apart(outputs, config, "--then")
 

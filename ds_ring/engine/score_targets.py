@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ds_ring.engine.batch import Batch, pack
-from ds_ring.engine.vocabulary_scan import UNSCORED, Wanted
+from ds_ring.engine.vocabulary_scan import Wanted
 from ds_ring.errors import InputError
 from ds_ring.model_dims import ModelDims
+from ds_ring.utils.unscored import UNSCORED
 
 
 @dataclass(frozen=True)

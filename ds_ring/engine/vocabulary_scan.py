@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_ring.utils.unscored import UNSCORED
+
 COLUMN_ELEMENTS = 1 << 23
 """Logits that exist in fp32 at a time."""
-UNSCORED = -100
-"""A target that is left out, as in transformers' losses."""
 LOWEST = torch.finfo(torch.float32).min
 NO_WEIGHT = -200.0
 """An exponent whose exp is 0 in fp32; times it, unlike times -inf, 0 stays 0."""
