@@ -28,6 +28,8 @@ from ds_ring.utils.device import to_device
 
 LOGIT_ELEMENTS = 1 << 26
 """Logits that exist at a time, in the model's dtype."""
+TILE = 128
+"""Tokens that a matrix product's kernel works on together: of a part of a tile it computes the whole."""
 
 
 def perplexity(nll: float) -> float | None:
@@ -123,6 +125,7 @@ def score_tokens(
     """Of the tokens ``tokens_M`` among ``hidden_Nd``, some at a time: as many as ``LOGIT_ELEMENTS`` has room for."""
     vocabulary = decoder.model.config.get_text_config().vocab_size
     size = max(1, LOGIT_ELEMENTS // vocabulary)
+    size -= size % TILE if size > TILE else 0
     for tokens, targets in zip(tokens_M.split(size), targets_MC.split(size), strict=True):
         if len(tokens):  # one empty part is what split makes of nothing
             yield scan(head_logits(decoder, hidden_Nd[tokens][None])[0], targets, wanted)

@@ -103,14 +103,19 @@ class _Sums:
         # Strictly larger: of equal logits the first counts, as in torch.argmax.
         self.argmax_M = torch.where(largest_M > self.max_M, where_M + start, self.argmax_M)
         max_M = torch.maximum(self.max_M, largest_M)
-        shift_M = (self.max_M - max_M).div_(self._wanted.temperature)
-        shifted_MN = (block_MN - max_M[:, None]).div_(self._wanted.temperature).clamp_(min=NO_WEIGHT)
-        weights_MN = shifted_MN.exp()
+        # In place, and nothing that is not needed: on a GPU the passes over a block take as long as its product.
+        shift_M, shifted_MN = self.max_M - max_M, block_MN - max_M[:, None]
+        if self._wanted.temperature != 1:
+            shift_M.div_(self._wanted.temperature)
+            shifted_MN.div_(self._wanted.temperature)
         scale_M = shift_M.exp()
         if self._wanted.entropy:
+            weights_MN = shifted_MN.clamp_(min=NO_WEIGHT).exp()
             grown_M = (self.weighted_M + self.sum_M * shift_M).mul_(scale_M)
-            self.weighted_M = grown_M + shifted_MN.mul_(weights_MN).sum(1)
-        self.sum_M = self.sum_M * scale_M + weights_MN.sum(1)
+            self.sum_M = self.sum_M * scale_M + weights_MN.sum(1)
+            self.weighted_M = grown_M + weights_MN.mul_(shifted_MN).sum(1)
+        else:
+            self.sum_M = self.sum_M * scale_M + shifted_MN.exp_().sum(1)
         self.max_M = max_M
 
     def log_probs(self, logits: Tensor) -> Tensor:

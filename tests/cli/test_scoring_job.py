@@ -9,9 +9,11 @@ import torch
 
 from ds_ring.cli.documents import Document
 from ds_ring.cli.scores_file import ScoresFile
-from ds_ring.cli.scoring_job import Lists, batches, into_file
+from ds_ring.cli.scoring_job import Lists, batches, into_file, job_of
 from ds_ring.cli.scoring_progress import ScoringProgress
+from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
+from tests.helpers.launching import save
 from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import VOCAB, build, gpt_neox, logits, tokens
 
@@ -115,6 +117,25 @@ def test_a_run_that_goes_on_gives_the_same_bytes(layout, tmp_path):
 def test_batches_are_of_all_documents_longest_first_and_of_one_kind():
     found = batches(all_kinds(), 2)
     assert [[each.index for each in batch] for batch in found] == [[6], [4, 1], [3, 5], [0, 2]]
+
+
+def test_a_job_is_of_its_documents_model_layout_and_options(tmp_path):
+    folders = [save(tmp_path / name, gpt_neox(heads=2, layers=layers)) for name, layers in (("a", 1), ("b", 2))]
+    config = RunConfig.load({"dtype": "fp32"}, model=str(folders[0]))
+    texts = [document(0, 5), document(1, 7)]
+    own = job_of(config, texts, Lists())
+    assert own == job_of(RunConfig.load(config, timeout_s=7), [document(0, 5), document(1, 7)], Lists())
+    others = [
+        job_of(RunConfig.load(config, model=str(folders[1])), texts, Lists()),
+        job_of(RunConfig.load(config, ring_degree=2), texts, Lists()),
+        job_of(RunConfig.load(config, micro_batch_size=2), texts, Lists()),
+        job_of(RunConfig.load(config, dtype="bf16"), texts, Lists()),
+        job_of(config, texts, Lists(top_k=1)),
+        job_of(config, texts[:1], Lists()),
+        job_of(config, [texts[0], document(1, 7, torch.zeros(7).int())], Lists()),
+        job_of(config, [texts[0], document(1, 7, torch.zeros(7, 1).int())], Lists()),
+    ]
+    assert len({own, *others}) == 9
 
 
 def test_progress_is_counted_in_tokens():
