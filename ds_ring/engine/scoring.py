@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ds_ring.engine import nan_check
 from ds_ring.engine.batch import Batch
@@ -22,9 +23,12 @@ from ds_ring.engine.gather import assemble_ragged, gather_ragged, sequence_start
 from ds_ring.engine.model_runner import NO_POSITIONS, ModelRunner, Shard
 from ds_ring.engine.score_targets import Targets
 from ds_ring.engine.token_scores import LocalScores, TokenScores, scores_of, width, words_of
-from ds_ring.engine.vocabulary_scan import Stats, Wanted, scan
-from ds_ring.hf.decoder import Decoder, head_logits
+from ds_ring.engine.vocabulary_scan import Wanted, scan
+from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.head_shares import logits_of_share
+from ds_ring.transport.base import Transport
 from ds_ring.utils.device import to_device
+from ds_ring.utils.unscored import UNSCORED
 
 LOGIT_ELEMENTS = 1 << 26
 """Logits that exist at a time, in the model's dtype."""
@@ -51,7 +55,7 @@ def score(runner: ModelRunner, targets: Targets, wanted: Wanted, keep_hidden: bo
     hidden_Md = torch.empty(0, runner.dims.hidden_size, dtype=runner.dtype) if keep_hidden else None
     if targets.batch is not None:
         micro_batches, _ = runner.micro_batches(targets.batch)
-        scorer = _Scorer(runner.decoder, targets, wanted, keep_hidden)
+        scorer = _Scorer(runner, targets, wanted, keep_hidden)
         nothing = [NO_POSITIONS for _ in micro_batches]
         shards = nan_check.checked(
             runner,
@@ -96,8 +100,9 @@ def _of(values_RL: Tensor, batch: Batch) -> Tensor:
 class _Scorer:
     """Called with the results of each micro-batch on this rank, as they are made."""
 
-    def __init__(self, decoder: Decoder, targets: Targets, wanted: Wanted, keep_hidden: bool) -> None:
-        self._decoder, self._targets, self._wanted, self._keep_hidden = decoder, targets, wanted, keep_hidden
+    def __init__(self, runner: ModelRunner, targets: Targets, wanted: Wanted, keep_hidden: bool) -> None:
+        self._decoder, self._tp = runner.decoder, runner.mesh["tp"]
+        self._targets, self._wanted, self._keep_hidden = targets, wanted, keep_hidden
 
     def __call__(self, shard: Shard) -> Shard:
         """``shard`` with scores in place of hidden states."""
@@ -110,25 +115,39 @@ class _Scorer:
         tokens_M = to_device(sequence * hidden_BTd.shape[1] + real[at], hidden_BTd.device)
         targets_MC = to_device(ids_BTA[sequence, at], hidden_BTd.device)
         flat_Nd = hidden_BTd.flatten(0, 1)
-        stats = list(score_tokens(self._decoder, flat_Nd, tokens_M, targets_MC, self._wanted))
-        words = [words_of(each) for each in stats]
-        words.append(targets_MC.new_empty(0, width(targets_MC.shape[1], self._wanted), dtype=torch.int32))
-        finite = torch.stack([_finite(flat_Nd), *(each.finite for each in stats)]).all()
+        words = [targets_MC.new_empty(0, width(targets_MC.shape[1], self._wanted), dtype=torch.int32)]
+        flags = [_finite(flat_Nd)]
+        for part, finite in score_tokens(self._decoder, flat_Nd, tokens_M, targets_MC, self._wanted, self._tp):
+            words.append(part)
+            flags.append(finite)
         kept_Md = flat_Nd[tokens_M] if self._keep_hidden else None
-        return replace(shard, hidden_BTd=None, scores=LocalScores(torch.cat(words), kept_Md, finite))
+        return replace(shard, hidden_BTd=None, scores=LocalScores(torch.cat(words), kept_Md, torch.stack(flags).all()))
 
 
 @torch.inference_mode()
 def score_tokens(
-    decoder: Decoder, hidden_Nd: Tensor, tokens_M: Tensor, targets_MC: Tensor, wanted: Wanted
-) -> Iterator[Stats]:
-    """Of the tokens ``tokens_M`` among ``hidden_Nd``, some at a time: as many as ``LOGIT_ELEMENTS`` has room for."""
+    decoder: Decoder, hidden_Nd: Tensor, tokens_M: Tensor, targets_MC: Tensor, wanted: Wanted, tp: Transport
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of the tokens ``tokens_M`` among ``hidden_Nd``, some at a time: as many as ``LOGIT_ELEMENTS`` has room for.
+
+    Ranks that share layers have the same tokens, and each of them looks at the logits of some.
+
+    Yields:
+        (words [n, F] of the next n tokens, whether what this rank looked at is finite)
+    """
     vocabulary = decoder.model.config.get_text_config().vocab_size
     size = max(1, LOGIT_ELEMENTS // vocabulary)
     size -= size % TILE if size > TILE else 0
     for tokens, targets in zip(tokens_M.split(size), targets_MC.split(size), strict=True):
-        if len(tokens):  # one empty part is what split makes of nothing
-            yield scan(head_logits(decoder, hidden_Nd[tokens][None])[0], targets, wanted)
+        if not len(tokens):  # one empty part is what split makes of nothing
+            continue
+        left = -len(tokens) % tp.size
+        padded_nC = pad(targets, (0, 0, 0, left), value=UNSCORED)
+        share = slice(tp.rank * len(padded_nC) // tp.size, (tp.rank + 1) * len(padded_nC) // tp.size)
+        # Logits have no name here, by which they would live beside the next ones.
+        stats = scan(logits_of_share(decoder, hidden_Nd[pad(tokens, (0, left))], tp), padded_nC[share], wanted)
+        own_nF = words_of(stats)
+        yield own_nF if tp.size == 1 else tp.all_gather(own_nF).flatten(0, 1)[: len(tokens)], stats.finite
 
 
 def _finite(hidden_Nd: Tensor) -> Tensor:

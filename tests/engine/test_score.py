@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.module_inject.layers import LmHeadLinearAllreduce
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ds_ring.engine import scoring
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import Shard
 from ds_ring.engine.scoring import score_tokens
@@ -18,6 +20,7 @@ from ds_ring.engine.token_scores import TokenScores
 from ds_ring.engine.vocabulary_scan import Wanted
 from ds_ring.errors import DisagreementError, InputError
 from ds_ring.hf.decoder import Decoder
+from ds_ring.transport.solo import SoloTransport
 from tests.helpers.live_bytes import peak_of
 from tests.helpers.mocked_world import outcome, serve
 from tests.helpers.tiny_models import ARCHITECTURES, VOCAB, build, gpt_neox, logits, tokens
@@ -29,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ulysses2": {"ulysses_degree": 2},
     "dp2_ulysses2_ring2": {"dp_size": 2, "ulysses_degree": 2, "ring_degree": 2},
     "tp2_pp2": {"tp_size": 2, "pp_size": 2},
+    "tp4": {"tp_size": 4},
     "dp2": {"dp_size": 2},
 }
 LENGTHS = [1, 63, 1001]
@@ -199,6 +203,19 @@ def test_half_precision_models_have_their_own_logits_in_a_softmax_of_fp32(dtype)
             close(found.entropies[sequence], want.entropy()[:-1])
 
 
+def test_tensor_parallel_ranks_share_the_tokens(monkeypatch):
+    """Each looks at the logits of its own, and gets no sums of others'."""
+    seen, summed, scan, own = [], [], scoring.scan, LmHeadLinearAllreduce.forward
+    monkeypatch.setattr(scoring, "scan", lambda logits, *given: seen.append(logits.shape) or scan(logits, *given))
+    monkeypatch.setattr(LmHeadLinearAllreduce, "forward", lambda head, x: summed.append(x.shape[1]) or own(head, x))
+    ids = tokens(1, 42)
+    results = serve(small_model(), lambda engine: engine.score(ids).log_probs[0], tp_size=2)
+    assert seen == [(21, VOCAB)] * 2
+    assert summed == [0] * 2, "tokens of the forward before"
+    assert torch.equal(*results)
+    close(results[0], wanted(42, 0).log_probs()[:-1].gather(1, ids[0, 1:, None])[:, 0])
+
+
 IDS = tokens(2, 9)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "target": ({"target_ids": torch.where(IDS[1, 3] == IDS, VOCAB, IDS)}, rf"is {VOCAB}, outside the vocabulary of 97"),
@@ -251,8 +268,8 @@ def test_memory_is_that_of_a_block_whatever_the_length_and_the_vocabulary(wanted
         ids = torch.randint(vocabulary, (length, targets))
 
         def work(given: tuple[Any, ...] = (decoder, hidden, at, ids, wanted_too)) -> None:
-            for stats in score_tokens(*given):
-                assert len(stats.log_probs_MC) <= logit_elements // given[0].model.config.vocab_size
+            for words, _ in score_tokens(*given, SoloTransport()):
+                assert len(words) <= logit_elements // given[0].model.config.vocab_size
 
         peaks[length, vocabulary] = peak_of(work).peak
     # One block of logits, and of some of its columns at most three fp32 values and, of several targets, a whole number.
