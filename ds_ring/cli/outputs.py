@@ -64,6 +64,12 @@ def partial(args: argparse.Namespace | None) -> list[str]:
     return [str(file) for output in outputs if os.path.isfile(file := partial_of(output))]
 
 
+def resumable(args: argparse.Namespace | None) -> str | None:
+    """The file of ``--scores``, where it holds something."""
+    scores = getattr(args, "scores", None)
+    return str(scores) if scores is not None and os.path.isfile(scores) and os.path.getsize(scores) else None
+
+
 def _outputs(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:
     for name in WRITTEN:
         value = getattr(args, name, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Targets:
     positions: list[Tensor]
     flat: bool
 
-    @property
+    @cached_property
     def scored_RL(self) -> Tensor:
         return (self.ids_RLA != UNSCORED).any(2)
 

@@ -111,7 +111,7 @@ class _Sums:
         scale_M = shift_M.exp()
         if self._wanted.entropy:
             weights_MN = shifted_MN.clamp_(min=NO_WEIGHT).exp()
-            grown_M = (self.weighted_M + self.sum_M * shift_M).mul_(scale_M)
+            grown_M = (self.weighted_M + self.sum_M * shift_M.clamp_(min=NO_WEIGHT)).mul_(scale_M)
             self.sum_M = self.sum_M * scale_M + weights_MN.sum(1)
             self.weighted_M = grown_M + weights_MN.mul_(shifted_MN).sum(1)
         else:
