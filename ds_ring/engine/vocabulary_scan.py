@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ds_ring.utils.unscored import UNSCORED
 
-COLUMN_ELEMENTS = 1 << 23
-"""Logits that exist in fp32 at a time."""
+COLUMN_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 23}
+"""Logits that exist in fp32 at a time: what a cache holds, and on a GPU what is worth a kernel's start."""
 LOWEST = torch.finfo(torch.float32).min
 NO_WEIGHT = -200.0
 """An exponent whose exp is 0 in fp32; times it, unlike times -inf, 0 stays 0."""
@@ -59,7 +59,7 @@ class Stats:
 def scan(logits_MV: Tensor, targets_MC: Tensor, wanted: Wanted) -> Stats:
     """``logits_MV`` in any dtype; beside it ``COLUMN_ELEMENTS`` fp32 values exist at a time, a few times over."""
     tokens, vocabulary = logits_MV.shape
-    columns = max(1, COLUMN_ELEMENTS // max(tokens, 1))
+    columns = max(1, COLUMN_ELEMENTS[logits_MV.device.type] // max(tokens, 1))
     scored_MC = targets_MC != UNSCORED
     target_logits_MC = logits_MV.gather(1, targets_MC.clamp(min=0)).float()
     larger = _Larger(target_logits_MC)

@@ -17,7 +17,7 @@ from ds_ring.engine.engine import Engine
 from ds_ring.engine.model_runner import Shard
 from ds_ring.engine.scoring import score_tokens
 from ds_ring.engine.token_scores import TokenScores
-from ds_ring.engine.vocabulary_scan import Wanted
+from ds_ring.engine.vocabulary_scan import COLUMN_ELEMENTS, Wanted
 from ds_ring.errors import DisagreementError, InputError
 from ds_ring.hf.decoder import Decoder
 from ds_ring.transport.solo import SoloTransport
@@ -74,7 +74,7 @@ def wanted(length: int, seed: int) -> Want:
 def small_blocks(monkeypatch):
     """Three tokens of logits at a time, of which 40 columns are looked at."""
     monkeypatch.setattr("ds_ring.engine.scoring.LOGIT_ELEMENTS", 3 * VOCAB + 5)
-    monkeypatch.setattr("ds_ring.engine.vocabulary_scan.COLUMN_ELEMENTS", 3 * 40)
+    monkeypatch.setitem(COLUMN_ELEMENTS, "cpu", 3 * 40)
 
 
 def batch_of(lengths: list[int], side: str) -> tuple[Tensor, Tensor]:
@@ -260,7 +260,7 @@ def test_ranks_that_disagree_are_told_so(what):
 def test_memory_is_that_of_a_block_whatever_the_length_and_the_vocabulary(wanted_too, targets, monkeypatch):
     logit_elements, column_elements, few = 40_000, 5_000, 20_000
     monkeypatch.setattr("ds_ring.engine.scoring.LOGIT_ELEMENTS", logit_elements)
-    monkeypatch.setattr("ds_ring.engine.vocabulary_scan.COLUMN_ELEMENTS", column_elements)
+    monkeypatch.setitem(COLUMN_ELEMENTS, "cpu", column_elements)
     peaks = {}
     for length, vocabulary in ((300, 1000), (3000, 1000), (300, 10_000)):
         decoder = Decoder.of(build(gpt_neox(heads=1, layers=1, vocab_size=vocabulary)))

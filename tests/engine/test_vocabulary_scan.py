@@ -1,12 +1,13 @@
 """The scan over columns of the vocabulary, against log_softmax over all of them in fp64."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_ring.engine import vocabulary_scan
-from ds_ring.engine.vocabulary_scan import Wanted, scan
+from ds_ring.engine.vocabulary_scan import COLUMN_ELEMENTS, Wanted, scan
 
 
 def random(tokens, vocabulary, seed, size=5.0, dtype=torch.float32):
@@ -15,11 +16,8 @@ def random(tokens, vocabulary, seed, size=5.0, dtype=torch.float32):
 
 
 def scanned(logits, targets, wanted=Wanted(), columns=7):  # noqa: B008
-    before, vocabulary_scan.COLUMN_ELEMENTS = vocabulary_scan.COLUMN_ELEMENTS, columns * len(logits)
-    try:
+    with patch.dict(COLUMN_ELEMENTS, cpu=columns * len(logits)):
         return scan(logits, targets, wanted)
-    finally:
-        vocabulary_scan.COLUMN_ELEMENTS = before
 
 
 @settings(deadline=None, max_examples=60)
