@@ -98,22 +98,8 @@ def read_json_lines(config: RunConfig, path: str, special_tokens: bool = True) -
     Checkpoint.open(config.checkpoint)
     # Token ids need no tokenizer, which a checkpoint may not have.
     tokenizer = load_tokenizer(config.checkpoint) if any(line.form != "input_ids" for line in lines) else None
-    vocabulary, limit = model_dims(read_config(config.checkpoint)).vocab_size, _Limit(config)
-
-    def make(line: Line) -> Document:
-        if line.form == "text":
-            tokenize = plain(tokenizer, special_tokens)
-            return _within(limit, line, lambda check: (tokenized(tokenize, line.content, "its text", check), None))
-        if line.form == "messages":
-            ids, counted = conversation(tokenizer, line.content)
-            targets = next_targets(ids, counted, UNSCORED)
-        else:
-            ids, targets = line.content, line.target_ids
-            _check_vocabulary("input_ids", ids, vocabulary)
-            _check_vocabulary("target_ids", targets or [], vocabulary)
-        return _within(limit, line, lambda check: (ids, targets), len(ids))
-
-    return of_lines(path, lines, make, lambda line: line.number)
+    reader = _Reader(config, tokenizer, special_tokens)
+    return of_lines(path, lines, reader.document, lambda line: line.number)
 
 
 def sized(config: RunConfig, documents: Sequence[Document]) -> RunConfig:
@@ -139,38 +125,44 @@ class _Limit:
             raise InputError(f"{name} has {count} tokens, more than {self._name}={self._limit}{self._advice}")
 
 
-Tokens = tuple[list[int], Any]
-"""(token ids, targets or None)"""
+class _Reader:
+    """Lines as documents."""
 
+    def __init__(self, config: RunConfig, tokenizer: Any, special_tokens: bool) -> None:
+        self._tokenizer, self._limit, self._special_tokens = tokenizer, _Limit(config), special_tokens
+        self._vocabulary = model_dims(read_config(config.checkpoint)).vocab_size
 
-def _within(
-    limit: _Limit, line: Line, read: Callable[[Callable[[int], None]], Tokens], count: int | None = None
-) -> Document:
-    """The document of ``line``; ``read`` is given what refuses a number of tokens that is too large."""
-    over = list[int]()
+    def document(self, line: Line) -> Document:
+        over = list[int]()
 
-    def check(tokens: int) -> None:
+        def check(count: int) -> None:
+            over.append(count)
+            self._limit.check("it", count)
+            over.pop()
+
         try:
-            limit.check("it", tokens)
-        except InputError:
-            over.append(tokens)
-            raise
+            ids, targets = self._tokens(line, check)
+        except InputError as error:
+            if not over:
+                raise
+            return Document(line.id, line.index, _tensor([]), too_long=str(error))
+        return Document(line.id, line.index, _tensor(ids), None if targets is None else _tensor(targets))
 
-    try:
-        if count is not None:
-            check(count)
-        ids, targets = read(check)
-    except InputError as error:
-        if not over:
-            raise
-        return Document(line.id, line.index, _tensor([]), too_long=str(error))
-    return Document(line.id, line.index, _tensor(ids), None if targets is None else _tensor(targets))
-
-
-def _check_vocabulary(name: str, ids: list[Any], vocabulary: int) -> None:
-    flat = [i for each in ids for i in each] if ids and isinstance(ids[0], list) else ids
-    if (largest := max(flat, default=0)) >= vocabulary:
-        raise InputError(f"{name} have {largest}, outside the vocabulary of {vocabulary}")
+    def _tokens(self, line: Line, check: Callable[[int], None]) -> tuple[list[int], list[Any] | None]:
+        """(token ids, targets or None); ``check`` refuses a number of tokens that is too large."""
+        if line.form == "text":
+            tokenize = plain(self._tokenizer, self._special_tokens)
+            return tokenized(tokenize, line.content, "its text", check), None
+        if line.form == "messages":
+            ids, counted = conversation(self._tokenizer, line.content)
+            check(len(ids))
+            return ids, next_targets(ids, counted, UNSCORED)
+        check(len(line.content))
+        for name, given in (("input_ids", line.content), ("target_ids", line.target_ids or [])):
+            flat = [i for each in given for i in each] if given and isinstance(given[0], list) else given
+            if (largest := max(flat, default=0)) >= self._vocabulary:
+                raise InputError(f"{name} have {largest}, outside the vocabulary of {self._vocabulary}")
+        return line.content, line.target_ids
 
 
 def _tensor(ids: list[Any]) -> Tensor:
