@@ -204,6 +204,8 @@ def _say(args: argparse.Namespace | None, error: BaseException, begun: bool) -> 
         print(line, file=sys.stderr, flush=True)
     if kept := outputs.partial(args) if begun and code and is_first_rank() else []:
         print(f"rows so far are in {', '.join(kept)}", file=sys.stderr, flush=True)
+    if scores := outputs.resumable(args) if begun and code != USERS and is_first_rank() else None:
+        print(f"scores so far are in {scores}; --resume goes on with them", file=sys.stderr, flush=True)
     with suppress(OSError):
         tell(code)
     if lines:

@@ -20,7 +20,7 @@ from ds_ring.engine.batch import Batch
 from ds_ring.engine.batch_overlap import Lockstep, run_interleaved
 from ds_ring.engine.decode_tp import decode_slices
 from ds_ring.engine.deepspeed_backend import serve
-from ds_ring.engine.model_runner import ONE_TOKEN, CachedRunner, Shard
+from ds_ring.engine.model_runner import ONE_TOKEN, CachedRunner, Finish, Shard, unchanged
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.rope import Lengths
 from ds_ring.hf.tensor_slices import in_slices
@@ -73,8 +73,12 @@ class SequenceParallelRunner(CachedRunner):
     def tokens_held(self, length: int, tokens: int) -> list[int]:
         return [int((self.held_positions(length, rank) < tokens).sum()) for rank in range(self.mesh["sp"].size)]
 
-    def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        jobs = [partial(self._run_micro_batch, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+    def run_micro_batches(
+        self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool, finish: Finish = unchanged
+    ) -> list[Shard]:
+        jobs = [
+            partial(self._run_micro_batch, m, k, want_hidden, finish) for m, k in zip(micro_batches, keep, strict=True)
+        ]
         if not self._in_flight(micro_batches):
             return [job() for job in jobs]
         return run_interleaved(jobs, self._on_yield, self.lanes)
@@ -102,12 +106,12 @@ class SequenceParallelRunner(CachedRunner):
         return [self._run_for_last_tokens(m) for m in micro_batches]
 
     @torch.inference_mode()
-    def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
+    def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool, finish: Finish) -> Shard:
         positions_T = self.held_positions(batch.length, self.mesh["sp"].rank)
         at = torch.nonzero(torch.isin(positions_T, keep))[:, 0]
         with self.decoder.captured_hidden() as hidden:
             logits_BkV = self._call_model(batch, positions_T, at)
-        return Shard(batch, positions_T, hidden[0] if want_hidden else None, positions_T[at], logits_BkV)
+        return finish(Shard(batch, positions_T, hidden[0] if want_hidden else None, positions_T[at], logits_BkV))
 
     @torch.inference_mode()
     def _run_for_last_tokens(self, batch: Batch) -> Tensor:

@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from errno import EISDIR, ENXIO
 from pathlib import Path
@@ -27,23 +28,33 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         OutputError: it cannot be written. A regular file is as it was before.
     """
     try:
-        _write(Path(path), content.encode("utf-8") if isinstance(content, str) else content)
+        _write(Path(path), [content.encode("utf-8") if isinstance(content, str) else content])
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror}") from None
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_parts_atomically(path: str | Path, parts: Iterable[bytes]) -> None:
+    """``write_atomically`` of the ``parts`` one behind the other, which need not be in memory together."""
+    try:
+        _write(Path(path), parts)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror}") from None
+
+
+def _write(path: Path, parts: Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if is_special(path):
         with open(os.open(path, os.O_WRONLY), "wb", buffering=0) as file:
-            _write_all(file.fileno(), data)
+            for part in parts:
+                _write_all(file.fileno(), part)
         return
     target = _followed(path)
     # A name that does not grow with the target's, which may be as long as names can be.
     descriptor, name = tempfile.mkstemp(prefix=f"{_unfinished_here()}{os.getpid()}.", dir=target.parent)
     try:
         with open(descriptor, "wb", buffering=0) as file:
-            _write_all(file.fileno(), data)
+            for part in parts:
+                _write_all(file.fileno(), part)
         _copy_mode(target, Path(name))
         os.replace(name, target)
     finally:

@@ -51,7 +51,7 @@ def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path, monk
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
         prompts.read(nowhere, ["x"], [], 8)
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
-        documents.read(nowhere, [str(file)])
+        documents.read_files(nowhere, [str(file)])
     begins_with_a_token.chat_template = None
     monkeypatch.setattr(prompts, "load_tokenizer", lambda checkpoint: begins_with_a_token)
     with pytest.raises(InputError, match="prompt 2 of 3 is empty"):
