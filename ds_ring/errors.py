@@ -71,3 +71,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
+
+
+def has_lost_a_rank(error: BaseException) -> bool:
+    """Whether ``error`` is what comes of another rank's end, which has a cause of its own: ours, PyTorch's of a process
+    group, or gloo's, which have no type."""
+    if isinstance(error, TransportError):
+        return not isinstance(error, UserError)
+    if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return True
+    words = ("Connection closed by peer", "Connection reset by peer", "timeout caused pair closure", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -1,11 +1,11 @@
 """Time generation over several passes. See benchmarks/cli/bench_generate.py."""
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from benchmarks.cli.bench_generate import main
+from ds_ring.process.interruption import start
 
 if __name__ == "__main__":
-    main()
+    start("benchmarks.cli.bench_generate")

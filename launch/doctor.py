@@ -1,11 +1,11 @@
 """Check this machine, and a configuration, for what would stop a run. See ds_ring/cli/doctor.py."""
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from ds_ring.cli.doctor import main
+from ds_ring.process.interruption import start
 
 if __name__ == "__main__":
-    main()
+    start("ds_ring.cli.doctor")

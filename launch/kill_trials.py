@@ -1,11 +1,11 @@
 """Kill processes of runs and see what is left. See benchmarks/cli/kill_trials.py."""
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from benchmarks.cli.kill_trials import main
+from ds_ring.process.interruption import start
 
 if __name__ == "__main__":
-    main()
+    start("benchmarks.cli.kill_trials")

@@ -1,11 +1,11 @@
 """Run a command on several hosts that this machine plays. See benchmarks/cli/local_hosts.py."""
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
-from benchmarks.cli.local_hosts import main
+from ds_ring.process.interruption import start
 
 if __name__ == "__main__":
-    main()
+    start("benchmarks.cli.local_hosts")

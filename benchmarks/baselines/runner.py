@@ -23,7 +23,7 @@ from benchmarks.baselines.attention import attach
 from benchmarks.communication.journal import Journal, blanks
 from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
-from ds_ring.engine.model_runner import ModelRunner, Shard
+from ds_ring.engine.model_runner import Finish, ModelRunner, Shard, unchanged
 from ds_ring.engine.sequence_parallel import positions_of
 from ds_ring.errors import UnsupportedModelError
 from ds_ring.model_dims import ModelDims
@@ -110,8 +110,10 @@ class BaselineRunner(ModelRunner):
         if self.journal is not None:
             self.journal.append(again)
 
-    def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        return [self._run_micro_batch(m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+    def run_micro_batches(
+        self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool, finish: Finish = unchanged
+    ) -> list[Shard]:
+        return [finish(self._run_micro_batch(m, k, want_hidden)) for m, k in zip(micro_batches, keep, strict=True)]
 
     # Not inference_mode: PyTorch's DTensor, which context_parallel is made of, resizes and views in place.
     @torch.no_grad()

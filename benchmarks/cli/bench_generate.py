@@ -37,7 +37,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
 
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     tokenizer, token_ids = prompts.read(config, args.prompt, args.prompt_file, args.max_new_tokens, raw=True)
-    check_settings(config, tokenizer, token_ids, args.max_new_tokens, sampling)
+    check_settings(config, tokenizer, token_ids, args.max_new_tokens, sampling, options.say)
     config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens), generating=True)
     engine = api.from_pretrained(config=config)
     recorded, held_gib = held_memory.recorded_passes(args.passes), {}

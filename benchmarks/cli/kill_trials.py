@@ -15,7 +15,8 @@ import sys
 
 from ds_ring.cli import outputs
 from ds_ring.cli.parser import LARGEST_SEED, Parser, whole
-from ds_ring.errors import UserError
+from ds_ring.errors import DsRingError, UserError
+from ds_ring.process.interruption import ignore_here_alone
 from ds_ring.utils import strict_json
 from ds_ring.utils.plain_text import one_line
 
@@ -38,6 +39,7 @@ def make_parser() -> Parser:
 
 
 def main() -> None:
+    ignore_here_alone()  # a shell's background job ignores SIGINT, and its trials are to get it
     try:
         args = make_parser().parse_args()
         outputs.check(args)
@@ -45,6 +47,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except DsRingError as error:
+        print(f"failed: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(1)
     print(strict_json.dumps(found), flush=True)
     from benchmarks.faults.judge import BARS
 

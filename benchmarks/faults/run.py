@@ -59,7 +59,7 @@ def command_line(command: Command, hosts: LocalHosts, inputs: Inputs, output: Pa
     several = len(hosts.names) > 1
     if what == "ds-ring":
         where = ["--hostfile", hosts.hostfile] if several else ["--ranks", RANKS]
-        words: list[object] = [sys.executable, "-m", "ds_ring.cli.main", script, *options, *where]
+        words: list[object] = [sys.executable, "-m", "ds_ring", script, *options, *where]
     else:
         where = ["--hostfile", hosts.hostfile] if several else ["--num_gpus", RANKS]
         launcher = Path(sys.executable).parent / "deepspeed"
@@ -85,7 +85,7 @@ def role_of(pid: int) -> Target | None:
         return "runner"
     if rank_of(pid) is not None and "multiprocessing" not in " ".join(command):
         return "rank"
-    return "ours" if "ds_ring.cli.main" in words else None
+    return "ours" if "ds_ring" in words else None
 
 
 class Run:

@@ -72,10 +72,15 @@ def reference(command: Command, hosts: LocalHosts, inputs: Inputs, folder: Path)
     """What an undisturbed run of a command writes, as ``essence`` has it."""
     output = folder / f"reference {command}.json"
     words = command_line(command, hosts, inputs, output)
-    done = subprocess.run(
-        hosts.command(hosts.names[0], words, ROOT), env=environment(), stdin=subprocess.DEVNULL, capture_output=True,
-        text=True, timeout=START_S,
-    )  # fmt: skip
+    what = f"an undisturbed run of {command}"
+    try:
+        done = subprocess.run(
+            hosts.command(hosts.names[0], words, ROOT), env=environment(), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=START_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"{what} took longer than {START_S:.0f} s", "an undisturbed run is late") from None
     if done.returncode:
-        raise LaunchError(f"{' '.join(words)} fails undisturbed: {done.stderr[-2000:]}", "an undisturbed run fails")
+        said = " / ".join(done.stderr.splitlines()[-5:])
+        raise LaunchError(f"{what} ended with exit code {done.returncode}: {said}", "an undisturbed run fails")
     return essence(json.loads(output.read_text()))

@@ -79,10 +79,10 @@ def check(config: RunConfig, new_tokens: int, say: Callable[[str], None]) -> dic
 
 
 def _of_engine(engine: Engine, ids_1L: Tensor, prompts: Sequence[list[int]], new_tokens: int) -> dict[str, Any]:
-    engine.token_log_likelihoods(ids_1L)  # compiles kernels
+    engine.score(ids_1L)  # compiles kernels
     engine.settle()
     started = time.perf_counter()
-    (likelihoods,) = engine.token_log_likelihoods(ids_1L)
+    (likelihoods,) = engine.score(ids_1L).log_probs
     engine.settle()
     score_s = time.perf_counter() - started
     tokens = []

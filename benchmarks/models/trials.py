@@ -90,7 +90,7 @@ def of_sharded(engine: Engine, new_tokens: int) -> Answers:
     ids_BC, mask_BC = left_padded([ids[0].tolist() for ids in sequences], 0)
     batch_BCV = engine(ids_BC, mask_BC).logits.cpu()
     logits += [own[mask.bool()] for own, mask in zip(batch_BCV, mask_BC, strict=True)]
-    scores = engine.token_log_likelihoods(ids_BC, mask_BC)
+    scores = engine.score(ids_BC, mask_BC).log_probs
     options, prompt = {"output_logits": False, **GREEDY}, _tokens(LENGTH)
     whole = _generate(engine, prompt, new_tokens, options)
     chunked = _generate(engine, prompt, min(FEW, new_tokens), {**options, "prefill_chunk_size": CHUNK})

@@ -20,6 +20,7 @@ from ds_ring.kernels.jit import unavailable
 from ds_ring.planning.validation import check_layout, check_workload
 from ds_ring.process.hostfile import Host, read_hostfile
 from ds_ring.process.launcher import deepspeed_command, gpu_count
+from ds_ring.process.network import address_of
 from ds_ring.transport.select import Location, select_transports
 from ds_ring.utils import releases
 from ds_ring.utils.device import device_name
@@ -81,9 +82,9 @@ def reachable(hosts: Sequence[Host]) -> Iterator[Finding]:
     for host in hosts:
         name = f"host {host.name}"
         try:
-            address = socket.gethostbyname(host.name)
-        except (OSError, UnicodeError) as error:  # the second: a name that DNS cannot have, such as a..b
-            yield Finding(name, "problem", f"its name does not resolve: {error}", "mend the name, or DNS")
+            address = address_of(host.name)
+        except ConfigError as error:
+            yield Finding(name, "problem", str(error), "mend the name, or DNS")
         else:
             here_alone = len(hosts) > 1 and ipaddress.ip_address(address).is_loopback
             note = ", which other hosts do not reach: --master_addr must be an address" if here_alone else ""

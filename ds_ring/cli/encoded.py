@@ -6,17 +6,17 @@ python -m ds_ring.cli.encoded LETTERS
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 
 from ds_ring.process.arguments import decode
+from ds_ring.process.interruption import start
 
 
 def main() -> None:
     module, arguments, environment = decode(sys.argv[-1])
     os.environ.update({name: value for name, value in environment.items() if name not in os.environ})
     sys.argv = [module.rpartition(".")[2], *arguments]
-    runpy.run_module(module, run_name="__main__")
+    start(module)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     from ds_ring.utils import results
 
     tokenizer, token_ids = prompts.read(config, args.prompt, args.prompt_file, args.max_new_tokens, raw=args.raw)
-    check_settings(config, tokenizer, token_ids, args.max_new_tokens, _sampling(args))
+    check_settings(config, tokenizer, token_ids, args.max_new_tokens, _sampling(args), options.say)
     config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens), generating=True)
     engine = api.from_pretrained(config=config)
     found = generate(

@@ -28,9 +28,9 @@ from ds_ring.cli.options import run_config
 from ds_ring.cli.parser import whole
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
-from ds_ring.process.interruption import Interrupted, raise_on_signals
+from ds_ring.process.interruption import Interrupted, raise_on_signals, received
 from ds_ring.process.outcome import DONE, NO_STDOUT, OURS, USERS
-from ds_ring.process.supervisor import supervise
+from ds_ring.process.supervisor import CommandOf, supervise
 from ds_ring.utils.plain_text import one_line
 from ds_ring.utils.streams import prepare_streams, print_result
 
@@ -49,6 +49,8 @@ HERE = {
 }
 MOST_ON_CPUS = 64
 """Ranks that are started without GPUs."""
+EXAMPLES = {"--ranks": "N, a whole number of at least 1", "--hostfile": "FILE"}
+"""Options of ours, and what their values are."""
 TAKES_MODEL = ("generate", "score", "plan", "doctor", "bench-generate")
 """Commands whose first argument may be the model."""
 
@@ -58,17 +60,22 @@ def main() -> None:
     raise_on_signals()
     try:
         code = _run(sys.argv[1:])
-    except Interrupted as interrupted:
-        print(interrupted, file=sys.stderr)
-        code = interrupted.exit_code
-    except UserError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        code = USERS
-    except Exception:
-        traceback.print_exc()
-        code = OURS
+    except (Exception, Interrupted) as error:
+        code = _say(error)
     sys.stderr.flush()
     os._exit(code)  # what is left in standard output cannot be written
+
+
+def _say(error: BaseException) -> int:
+    """Say what went wrong, in one line unless it is our fault; returns the exit code."""
+    if interrupted := received():
+        print(interrupted, file=sys.stderr)
+        return interrupted.exit_code
+    if isinstance(error, UserError):
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        return USERS
+    traceback.print_exception(error)
+    return OURS
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -101,7 +108,7 @@ def _run(arguments: Sequence[str]) -> int:
         with launcher.reserved_port() as port:
             environment = launcher.hosts_environment(hosts[0].slots)
             of = partial(launcher.hosts_command, LAUNCHED[command], hostfile, port, options)
-            return supervise(lambda told: of(environment | dict(told)), environment, config.ring.timeout_s)
+            return _supervised(args, lambda told: of(environment | dict(told)), environment, config.ring.timeout_s)
     module.check(args, given)
     gpus = launcher.gpu_count()  # imports torch
     ranks = given or gpus or 1
@@ -114,7 +121,17 @@ def _run(arguments: Sequence[str]) -> int:
     with launcher.reserved_port() as port:
         line = launcher.launch_command(LAUNCHED[command], ranks, port, options)
         environment = launcher.environment_of(ranks, (launcher.VISIBLE_GPUS,))
-        return supervise(line, environment, config.ring.timeout_s)
+        return _supervised(args, line, environment, config.ring.timeout_s)
+
+
+def _supervised(
+    args: argparse.Namespace, command: Sequence[str] | CommandOf, environment: dict[str, str], timeout_s: float
+) -> int:
+    """As ``supervise``; a rank that is killed while it writes an output leaves nothing beside that."""
+    try:
+        return supervise(command, environment, timeout_s)
+    finally:
+        outputs.remove_unwritten(args)
 
 
 def _print(text: str) -> int:
@@ -155,14 +172,21 @@ def ranks_of(options: Sequence[str]) -> tuple[int | None, list[str]]:
 
 
 def value_of(name: str, options: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(the value of an option of ours, empty where it is missing; the other options); None where it is not given."""
+    """(the value of an option of ours; the other options); None where it is not given.
+
+    Raises:
+        ConfigError: given without a value.
+    """
     words = [
         part for option in options for part in (option.split("=", 1) if option.startswith(f"{name}=") else [option])
     ]
     if name not in words:
         return None, words
     at = words.index(name)
-    return (words[at + 1] if at + 1 < len(words) else ""), words[:at] + words[at + 2 :]
+    value = words[at + 1] if at + 1 < len(words) else ""
+    if not value or value.startswith("--"):
+        raise ConfigError(f"{name} has no value: give {name} {EXAMPLES[name]}")
+    return value, words[:at] + words[at + 2 :]
 
 
 if __name__ == "__main__":

@@ -26,10 +26,19 @@ from ds_ring.cli import outputs
 from ds_ring.cli.parser import Parser, whole
 from ds_ring.config import BenchmarkConfig, DType, ParallelConfig, RingConfig, RunConfig, WorkloadConfig
 from ds_ring.config.weights import Weights
-from ds_ring.errors import ConfigError, DsRingError, OutputError, TransportError, UserError, is_out_of_memory
+from ds_ring.errors import (
+    ConfigError,
+    DsRingError,
+    OutputError,
+    TransportError,
+    UserError,
+    has_lost_a_rank,
+    is_out_of_memory,
+)
+from ds_ring.process import heartbeat
 from ds_ring.process.arguments import check_arguments
 from ds_ring.process.hostfile import check_hostfile
-from ds_ring.process.interruption import Interrupted, end_rank_on_sigint, raise_on_signals
+from ds_ring.process.interruption import end_rank_on_sigint, raise_on_signals, received
 from ds_ring.process.launcher import FAILED, OUT_OF_MEMORY, PROGRESS
 from ds_ring.process.outcome import DONE, NO_MEMORY, NO_OUTPUT, NO_STDOUT, OURS, USERS, is_supervised, tell
 from ds_ring.process.parent_watch import end_with_launcher
@@ -202,8 +211,13 @@ def _say(args: argparse.Namespace | None, error: BaseException, begun: bool) -> 
         print(line, file=sys.stderr, flush=True)
     if kept := outputs.partial(args) if begun and code and is_first_rank() else []:
         print(f"rows so far are in {', '.join(kept)}", file=sys.stderr, flush=True)
+    if scores := outputs.resumable(args) if begun and code != USERS and is_first_rank() else None:
+        print(f"scores so far are in {scores}; --resume goes on with them", file=sys.stderr, flush=True)
     with suppress(OSError):
         tell(code)
+    if lines:
+        why = lines[0].removeprefix("error: ").removeprefix(f"{FAILED}{os.environ.get('RANK', '0')}: ")
+        heartbeat.say_why(why, has_lost_a_rank(error))
     return code
 
 
@@ -212,8 +226,8 @@ def _said(args: argparse.Namespace | None, error: BaseException) -> tuple[int, l
     rank = os.environ.get("RANK", "0")
     if isinstance(error, SystemExit):  # of --help
         return (error.code if isinstance(error.code, int) else 0), []
-    if isinstance(error, Interrupted):
-        return error.exit_code, [str(error)]
+    if interrupted := received():  # whatever became of its exception
+        return interrupted.exit_code, [str(interrupted)]
     if isinstance(error, UserError):
         if not is_first_rank():
             time.sleep(2)  # all ranks refuse alike: rank 0 speaks first, and the launcher ends the others
@@ -296,7 +310,6 @@ def leave(code: int, together: bool = False) -> None:
     if (code == 0 or together) and "ds_ring.engine.connect" in sys.modules:
         from deepspeed import comm
 
-        from ds_ring.process import heartbeat
         from ds_ring.process.watchdog import process_watchdog
 
         if comm.is_initialized():

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_ring.errors import InputError
-from ds_ring.utils.output_file import check_writable, is_special, partial_of
+from ds_ring.utils.output_file import check_writable, is_special, partial_of, remove_unfinished
 
-WRITTEN = ("output", "trace", "markdown")
+WRITTEN = ("output", "trace", "markdown", "scores")
 """Options that name files which a command writes; ``--then CONFIG OUTPUT`` names one as well."""
 NO_FILES = ("prompt", *WRITTEN, "then")
 
@@ -37,7 +37,7 @@ def check(args: argparse.Namespace, beside: Iterable[str] = ()) -> None:
     for name, value in vars(args).items():
         if name not in NO_FILES:
             for text in _texts(value):
-                _check_apart(outputs, text, "--text" if name == "documents" else f"--{name.replace('_', '-')}")
+                _check_apart(outputs, text, f"--{name.replace('_', '-')}")
     for config, _ in getattr(args, "then", None) or []:
         _check_apart(outputs, config, "--then")
 
@@ -50,8 +50,16 @@ def check_apart(args: argparse.Namespace, read: Iterable[str | None]) -> None:
             _check_apart(outputs, path, "the configuration")
 
 
+def remove_unwritten(args: argparse.Namespace) -> None:
+    """Remove the files beside the outputs that killed processes have left half-written."""
+    for _, output in _outputs(args):
+        if not is_special(output):
+            remove_unfinished(output)
+
+
 def remove_partial(args: argparse.Namespace) -> None:
     """Remove what an earlier run that did not get to its end has left beside the outputs."""
+    remove_unwritten(args)
     for option, output in _outputs(args):
         if option in ("--output", "--then") and not is_special(output):
             with suppress(OSError):
@@ -62,6 +70,12 @@ def partial(args: argparse.Namespace | None) -> list[str]:
     """Files with the rows of this run so far."""
     outputs = [] if args is None else [output for option, output in _outputs(args) if option in ("--output", "--then")]
     return [str(file) for output in outputs if os.path.isfile(file := partial_of(output))]
+
+
+def resumable(args: argparse.Namespace | None) -> str | None:
+    """The file of ``--scores``, where it holds something."""
+    scores = getattr(args, "scores", None)
+    return str(scores) if scores is not None and os.path.isfile(scores) and os.path.getsize(scores) else None
 
 
 def _outputs(args: argparse.Namespace) -> Iterator[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""How new tokens are chosen, and which of generate's options are refused."""
+"""How new tokens are chosen by the command, whatever the checkpoint asks for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """Arguments for ``Engine.generate``."""
-        # A checkpoint's own settings may ask for beam search, which is not served.
+        # They replace the checkpoint's own, which may ask for beam search, which is not served: ``overridden`` says so.
         if self.temperature == 0:
             return {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
         chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -34,3 +34,16 @@ def check(sampling: Sampling) -> None:
                 f"{name}={value} counts with a temperature alone: temperature=0 takes the likeliest token; give a "
                 f"temperature, or leave {name} out"
             )
+
+
+def overridden(checkpoint: dict[str, Any], sampling: Sampling) -> str | None:
+    """What the checkpoint's own settings ask for and the command decides otherwise, in one line; None: nothing."""
+    chosen = sampling.options()
+    sampled = checkpoint.get("do_sample") is True
+    counts = [name for name in chosen if checkpoint.get(name) is not None and (sampled or name == "num_beams")]
+    other = [name for name in counts if checkpoint[name] != chosen[name]]
+    if not other:
+        return None
+    asked = ", ".join(f"{name}={checkpoint[name]}" for name in other)
+    own = ", ".join(f"{name}={chosen[name]}" for name in other if chosen[name] is not None)
+    return f"generation_config.json asks for {asked}: this command decodes with {own}"

@@ -13,7 +13,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ds_ring.cli.generation_clock import GenerationClock, StderrText
 from ds_ring.cli.prompts import left_padded
-from ds_ring.cli.sampling import Sampling
+from ds_ring.cli.sampling import Sampling, overridden
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.generate_args import check_before_loading
@@ -139,9 +139,15 @@ def _options(
 
 
 def check_settings(
-    run: RunConfig, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling
+    run: RunConfig,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    say: Callable[[str], None],
 ) -> None:
-    """Refuse, before weights load, what the checkpoint's own settings ask for and ``generate`` does not serve.
+    """Refuse, before weights load, what the checkpoint's own settings ask for and ``generate`` does not serve; say what
+    the command's options decide otherwise.
 
     Raises:
         CheckpointError, InputError: with the setting and its file.
@@ -150,6 +156,8 @@ def check_settings(
     origin = f" of the checkpoint's {GENERATION_CONFIG_NAME}"
     if (why := problem("eos_token_id", checkpoint.eos_token_id, sampled=False, origin=origin)) is not None:
         raise InputError(why)
+    if (line := overridden(vars(checkpoint), sampling)) is not None:
+        say(line)
     options = _options(checkpoint, config, tokenizer, max_new_tokens, sampling)
     check_before_loading(config, checkpoint, options, max(len(prompts), run.parallel.dp_size))
 

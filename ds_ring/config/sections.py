@@ -90,7 +90,7 @@ class WorkloadConfig(Section):
     """What is run: of benchmarks exactly this, for the planner what to expect, and what fits into memory at a time."""
 
     batch_size: int = Field(1, ge=1, description="sequences of one pass, over all replicas")
-    max_length: int = Field(1024, ge=1, description="tokens a sequence; longer documents are refused by score")
+    max_length: int = Field(1024, ge=1, description="tokens a sequence; score takes no longer documents")
     micro_batch_size: int = Field(1, ge=1, description="sequences a replica runs at a time")
     block_tokens: int = Field(
         65536,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -67,6 +68,7 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # It refuses fp16 on CPUs without the instructions; PyTorch computes it all the same, only slowly.
         get_accelerator().is_fp16_supported = lambda: True
+    _leave_out_a_deprecation()
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     # Peers' memory is read by address; NVLink multicast is not used, and where it is broken, asking for it fails.
@@ -103,15 +105,20 @@ def _connect(run: RunConfig, model: dict[str, Any]) -> Mesh:
     return Mesh.from_process_groups(run.topology, choice.pulled, device, insist, _messages(device))
 
 
+def _leave_out_a_deprecation() -> None:
+    """Of a function that DeepSpeed calls by its former name, as torch 2.13 would say on every rank."""
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.all_gather_into_tensor` is deprecated", FutureWarning)
+
+
 def _init_process_group(backend: str, device: torch.device, timeout: timedelta, start_timeout_s: int) -> None:
     """PyTorch's default group, over one interface; DeepSpeed's own call would listen on all of them."""
     # NCCL connects at once with a device, as it does under DeepSpeed, and later groups take over what it has.
     options: dict[str, Any] = {"device_id": device} if backend == "nccl" and world_size() > 1 else {}
+    point = MeetingPoint.of_launch()
+    use_interface(point.own_address())
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent serves the store, and binds it
         torch.distributed.init_process_group(backend, timeout=timeout, **options)
         return
-    point = MeetingPoint.of_launch()
-    use_interface(point.own_address())
     rank, size = int(os.environ["RANK"]), world_size()
     store = meet(point, rank, size, start_timeout_s, timeout)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, **options)

@@ -23,6 +23,9 @@ from ds_ring.engine.gather import gather_replicas
 from ds_ring.engine.generation import generate
 from ds_ring.engine.model_runner import NO_POSITIONS, CachedRunner, ModelRunner, Shard
 from ds_ring.engine.oom import explain_oom
+from ds_ring.engine.score_targets import check_wanted, targets_of
+from ds_ring.engine.token_scores import TokenScores
+from ds_ring.engine.vocabulary_scan import Wanted
 from ds_ring.errors import InputError
 from ds_ring.planning.validation import note_positions
 from ds_ring.process.watchdog import Watchdog, watched
@@ -207,38 +210,50 @@ class Engine:
 
     @watched
     @explain_oom
-    def token_log_likelihoods(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
-        """Log-likelihood in nats of every token of a row given those before it, from the row's second token on.
+    def score(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        target_ids: Tensor | None = None,
+        start: int = 0,
+        top_k: int = 0,
+        entropy: bool = False,
+        temperature: float = 1.0,
+        hidden_states: bool = False,
+    ) -> TokenScores:
+        """Exact log-probabilities of given tokens, at any length: logits exist for a few tokens at a time.
 
-        Logits exist for a few tokens at a time and only where their hidden states are.
+        Args:
+            input_ids: [B, C], the same on every rank.
+            attention_mask: [B, C], 1 for tokens and 0 for padding, on either side. A sequence may be empty.
+            target_ids: [B, C] or [B, C, A]: what is scored by the logits *at* each token, without a shift; -100 is
+                skipped, and at padding anything may stand. None: of each token the next one.
+            start: tokens of each sequence, padding not counted, whose targets are skipped.
+            top_k: how many of the likeliest tokens to give at each scored token.
+            entropy: give the entropy at each scored token.
+            temperature: divides the logits before all else.
+            hidden_states: give the final hidden state of each scored token.
 
         Returns:
-            On every rank, for each row an fp32 tensor of its number of tokens less one.
+            On every rank the same, ragged and on the host, in nats: see ``TokenScores``.
 
         Raises:
-            InputError, DisagreementError, NumericsError: as ``__call__``.
+            InputError: unusable tensors or options, before any work. DisagreementError: ranks were given different
+            ones. NumericsError: a layer, or the head, gave NaN or infinity.
         """
-        batch, _ = self.prepare(input_ids, attention_mask, None)
-        micro_batches, mine = self.runner.micro_batches(batch)
-        scores_BL = torch.zeros(len(mine), batch.length, device=self.device)
-        for shard, local_BT in nan_check.checked(
-            self.runner,
-            lambda: self._scored(micro_batches),
-            lambda scored: nan_check.finite_shard(scored[0]) and nan_check.all_finite(scored[1]),
-        ):
-            length, start = shard.batch.length, shard.batch.sequences.start - mine.start
-            whole_BL = self.runner.assemble(local_BT, shard.batch, torch.arange(length), ())
-            scores_BL[start : start + len(shard.batch.sequences), :length] = whole_BL
-        scores_BL = gather_replicas(scores_BL, len(batch.sequences), self.mesh["dp"])
-        return [scores[: n - 1].cpu() for scores, n in zip(scores_BL, batch.lengths, strict=True)]
-
-    def _scored(self, micro_batches: list[Batch]) -> list[tuple[Shard, Tensor | None]]:
-        """One forward, and what this rank holds of the log-likelihoods, [B, T] of the tokens that are no padding."""
-        nothing = [NO_POSITIONS for _ in micro_batches]
-        return [
-            (shard, scoring.of_shard(self.runner.decoder, shard))
-            for shard in self.runner.run_micro_batches(micro_batches, nothing, want_hidden=True)
-        ]
+        wanted, world = Wanted(top_k, entropy, temperature), self.mesh["world"]
+        try:
+            check_wanted(wanted, start, self.runner.dims)
+            given = input_ids.cpu(), attention_mask, target_ids
+            targets = targets_of(*given, start, self.mesh.topology.dp, self.runner.dims)
+        except InputError as error:
+            world.agree(input_ids=f"unusable ones: {error}")
+            raise
+        world.agree(input_ids=targets.digest(), options=f"{wanted}, hidden_states={hidden_states}")
+        if targets.batch is not None:
+            note_positions(targets.batch.length, self.runner.dims)
+        return scoring.score(self.runner, targets, wanted, hidden_states)
 
     @watched
     @explain_oom

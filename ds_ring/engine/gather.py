@@ -47,3 +47,30 @@ def sequence_starts(count: int, replicas: int) -> list[int]:
     """Where each replica's sequences start, and the end; where they do not divide, earlier replicas take one more."""
     base, extra = divmod(count, replicas)
     return [i * base + min(i, extra) for i in range(replicas + 1)]
+
+
+def assemble_ragged(local_M: Tensor, held: list[Tensor], wanted_BL: Tensor, transport: Transport) -> Tensor:
+    """Values of the wanted tokens of a batch, sequence by sequence, on every rank of the group.
+
+    Args:
+        local_M: [M, *], this rank's values at the wanted tokens it holds: of the first sequence, in the order in which
+            it holds them, then of the next.
+        held: for every rank of the group the positions of the tokens it holds, wanted or not; each on one rank.
+        wanted_BL: which tokens are wanted.
+    """
+    place_BL = wanted_BL.flatten().cumsum(0).view(wanted_BL.shape) - 1
+    places = [place_BL[:, positions][wanted_BL[:, positions]] for positions in held]
+    sizes = [len(place) for place in places]
+    assert len(local_M) == sizes[transport.rank]
+    whole_M = local_M.new_empty(sum(sizes), *local_M.shape[1:])
+    whole_M[to_device(torch.cat(places), whole_M.device)] = gather_ragged(local_M, sizes, transport)
+    return whole_M
+
+
+def gather_ragged(local_M: Tensor, sizes: list[int], transport: Transport) -> Tensor:
+    """[sum of ``sizes``, *]: every rank's values, in rank order, of which rank i has ``sizes[i]``."""
+    if transport.size == 1 or not any(sizes):
+        return local_M
+    buffer = local_M.new_zeros(max(sizes), *local_M.shape[1:])
+    buffer[: len(local_M)] = local_M
+    return torch.cat([part[:size] for part, size in zip(transport.all_gather(buffer), sizes, strict=True)])

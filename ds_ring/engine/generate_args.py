@@ -18,6 +18,7 @@ from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import BROKEN, ShardedCache
 from ds_ring.hf.generation_adapter import GenerationAdapter
+from ds_ring.hf.generation_callbacks import OF_CALLER, check_callbacks, kinds
 from ds_ring.hf.generation_settings import SPREAD, Asked, admit, check_mode, check_processors
 from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.planning.validation import check_positions
@@ -29,9 +30,8 @@ REFUSED = (
     "assistant_model", "assistant_tokenizer", "custom_generate", "negative_prompt_ids",
     "negative_prompt_attention_mask", "inputs_embeds", "position_ids", "token_type_ids", "synced_gpus",
 )  # fmt: skip
-"""Arguments of transformers' ``generate`` beside its settings, which are in ``hf/generation_fields.py``."""
-OF_GENERATE = ("stopping_criteria", "logits_processor", "prefix_allowed_tokens_fn", "tokenizer")
-"""Those of them that are served, and that a model's forward does not have."""
+"""Arguments of transformers' ``generate`` beside its settings, which are in ``hf/generation_fields.py``, that are not
+served; those that are: ``hf/generation_callbacks.py``."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def check_generate_args(
     generation_config: GenerationConfig | None,
     past_key_values: Cache | None,
     streamer: BaseStreamer | None,
+    progress: object,
     options: dict[str, Any],
 ) -> GenerateArgs:
     """Check the arguments of ``generate``, and that all ranks were given the same.
@@ -71,6 +72,7 @@ def check_generate_args(
     world = runner.mesh["world"]
     try:
         _check_ids(input_ids)
+        check_callbacks(options, streamer, progress)
         settings = settings_of(
             adapter, runner.model.generation_config, generation_config, options, input_ids.cpu(), world.rank == 0
         )
@@ -92,6 +94,7 @@ def check_generate_args(
     plain = {k: v if isinstance(v, int | float | str | list | None) else repr(v) for k, v in vars(settings).items()}
     prefill_chunk = adapter.prefill_chunk_size or runner.run_config.workload.prefill_chunk
     plain |= {"max_new_tokens": new_tokens, "prefill_chunk_size": prefill_chunk}
+    plain |= kinds(options)
     world.agree(input_ids=digest, **{f"generate's {name}": value for name, value in plain.items()})
     return GenerateArgs(settings, mask_BC, cache, new_tokens, prefill_chunk)
 
@@ -121,7 +124,7 @@ def settings_of(
     settings: GenerationConfig
     try:
         settings, others = adapter._prepare_generation_config(generation_config, **options)
-        adapter._validate_model_kwargs({k: v for k, v in others.items() if k not in (*OF_GENERATE, *REFUSED)})
+        adapter._validate_model_kwargs({k: v for k, v in others.items() if k not in (*OF_CALLER, *REFUSED)})
         adapter._prepare_special_tokens(settings, True, device=torch.device("cpu"), batch_size=input_ids.shape[0])
     except ValueError as error:
         raise InputError(f"transformers refuses the options of generate: {error}") from None

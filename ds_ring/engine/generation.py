@@ -17,6 +17,7 @@ from ds_ring.engine.generation_forward import GenerationForward, Progress
 from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.engine.oom import generation_note, with_memory_note
 from ds_ring.hf.generation_adapter import GenerationAdapter
+from ds_ring.hf.generation_callbacks import CHANGING_SCORES, chosen_alike
 from ds_ring.transport.base import Transport
 
 
@@ -35,9 +36,11 @@ def generate(
     forward = GenerationForward(runner, progress if world.rank == 0 else None)
     adapter = GenerationAdapter(runner.model, runner.device, forward, world, forward.fine)
     request = check_generate_args(
-        runner, adapter, input_ids, attention_mask, generation_config, past_key_values, streamer, options
+        runner, adapter, input_ids, attention_mask, generation_config, past_key_values, streamer, progress, options
     )
     forward.new_tokens, forward.prefill_chunk = request.new_tokens, request.prefill_chunk
+    adapter.agrees_on_choice = not chosen_alike(request.settings, options)
+    adapter.agrees_on_scores = bool(request.settings.output_scores) and any(options.get(n) for n in CHANGING_SCORES)
     past, mask_BC = request.cache.get_seq_length(), request.mask_BC
 
     def note() -> str:

@@ -19,9 +19,10 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
 from ds_ring.engine.cuda_graph import Capture, DecodeStep
 from ds_ring.engine.gather import assemble, sequence_starts
+from ds_ring.engine.token_scores import LocalScores
 from ds_ring.errors import InputError
 from ds_ring.fusion.fuse import Fusion
-from ds_ring.hf.attention import inject
+from ds_ring.hf.attention import inject, torch_dtype
 from ds_ring.hf.attention_context import AttentionContext
 from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.rope import Lengths, RopeLengths
@@ -49,6 +50,7 @@ class Shard:
         hidden_BTd: final hidden states at ``positions_T``, where they were asked for.
         kept_k: the positions, among these, for which logits were made.
         logits_BkV: their logits.
+        scores: what a scorer made of the hidden states.
     """
 
     batch: Batch
@@ -56,6 +58,15 @@ class Shard:
     hidden_BTd: Tensor | None
     kept_k: Tensor
     logits_BkV: Tensor | None
+    scores: LocalScores | None = None
+
+
+Finish = Callable[[Shard], Shard]
+"""Is given each micro-batch's result where and as soon as it is made; what it returns is the result."""
+
+
+def unchanged(shard: Shard) -> Shard:
+    return shard
 
 
 class ModelRunner(ABC):
@@ -88,12 +99,19 @@ class ModelRunner(ABC):
         return self.decoder.model
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and hidden states."""
+        return torch_dtype(self.run_config.dtype)
+
+    @property
     @abstractmethod
     def layers(self) -> range:
         """The numbers of the model's layers that this rank runs."""
 
     @abstractmethod
-    def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+    def run_micro_batches(
+        self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool, finish: Finish = unchanged
+    ) -> list[Shard]:
         """Run this replica's micro-batches; ``keep`` lists for each, ascending, the positions that need logits."""
 
     @abstractmethod

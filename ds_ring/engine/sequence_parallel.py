@@ -5,7 +5,7 @@ replica of data parallelism."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import lru_cache, partial
 from itertools import product
 
@@ -20,7 +20,7 @@ from ds_ring.engine.batch import Batch
 from ds_ring.engine.batch_overlap import Lockstep, run_interleaved
 from ds_ring.engine.decode_tp import decode_slices
 from ds_ring.engine.deepspeed_backend import serve
-from ds_ring.engine.model_runner import ONE_TOKEN, CachedRunner, Shard
+from ds_ring.engine.model_runner import ONE_TOKEN, CachedRunner, Finish, Shard, unchanged
 from ds_ring.engine.shared_weights import shared_weights
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
 from ds_ring.hf.rope import Lengths
@@ -78,16 +78,22 @@ class SequenceParallelRunner(CachedRunner):
     def tokens_held(self, length: int, tokens: int) -> list[int]:
         return [int((self.held_positions(length, rank) < tokens).sum()) for rank in range(self.mesh["sp"].size)]
 
-    def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
-        jobs = [partial(self._run_micro_batch, m, k, want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+    def run_micro_batches(
+        self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool, finish: Finish = unchanged
+    ) -> list[Shard]:
+        jobs = [
+            partial(self._run_micro_batch, m, k, want_hidden, finish) for m, k in zip(micro_batches, keep, strict=True)
+        ]
         interleaved = self._in_flight(micro_batches)
-        with self._passes(len(jobs), self.lanes if interleaved else 1, any(len(k) for k in keep)):
+        with ExitStack() as stack:
+            if self.weights is not None:
+                lanes, wants_logits = self.lanes if interleaved else 1, any(len(k) for k in keep)
+                stack.enter_context(self.weights.passes(len(jobs), lanes, wants_logits))
+                if finish is not unchanged:  # which calls the head as often as a rank's own tokens want it
+                    stack.enter_context(self.weights.whole_head())
             if not interleaved:
                 return [job() for job in jobs]
             return run_interleaved(jobs, self._on_yield, self.lanes)
-
-    def _passes(self, count: int, lanes: int = 1, wants_logits: bool = True) -> AbstractContextManager[None]:
-        return nullcontext() if self.weights is None else self.weights.passes(count, lanes, wants_logits)
 
     @property
     def lanes(self) -> int:
@@ -111,16 +117,16 @@ class SequenceParallelRunner(CachedRunner):
             self._before_layers += lockstep.hook(self.decoder.layers)
 
     def run_for_last_tokens(self, micro_batches: list[Batch]) -> list[Tensor | None]:
-        with self._passes(len(micro_batches)):
+        with nullcontext() if self.weights is None else self.weights.passes(len(micro_batches)):
             return [self._run_for_last_tokens(m) for m in micro_batches]
 
     @torch.inference_mode()
-    def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool) -> Shard:
+    def _run_micro_batch(self, batch: Batch, keep: Tensor, want_hidden: bool, finish: Finish) -> Shard:
         positions_T = self.held_positions(batch.length, self.mesh["sp"].rank)
         at = torch.nonzero(torch.isin(positions_T, keep))[:, 0]
         with self.decoder.captured_hidden() as hidden:
             logits_BkV = self._call_model(batch, positions_T, at)
-        return Shard(batch, positions_T, hidden[0] if want_hidden else None, positions_T[at], logits_BkV)
+        return finish(Shard(batch, positions_T, hidden[0] if want_hidden else None, positions_T[at], logits_BkV))
 
     @torch.inference_mode()
     def _run_for_last_tokens(self, batch: Batch) -> Tensor:

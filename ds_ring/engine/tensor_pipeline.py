@@ -16,7 +16,7 @@ from ds_ring.config import RunConfig
 from ds_ring.engine.batch import Batch
 from ds_ring.engine.batch_overlap import run_interleaved
 from ds_ring.engine.deepspeed_backend import serve
-from ds_ring.engine.model_runner import NO_POSITIONS, ONE_TOKEN, CachedRunner, Shard
+from ds_ring.engine.model_runner import NO_POSITIONS, ONE_TOKEN, CachedRunner, Finish, Shard, unchanged
 from ds_ring.engine.pipeline_comm import pipeline_comm
 from ds_ring.hf.attention import torch_dtype
 from ds_ring.hf.last_layer import LastTokens, last_tokens_only
@@ -72,13 +72,16 @@ class TensorPipelineRunner(CachedRunner):
             if isinstance(module, TensorParallel_Layer):
                 setattr(module, YIELD_LANE, yield_lane)
 
-    def run_micro_batches(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+    def run_micro_batches(
+        self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool, finish: Finish = unchanged
+    ) -> list[Shard]:
         if self._in_flight(micro_batches):
-            jobs = [partial(self._pass, [m], [k], want_hidden) for m, k in zip(micro_batches, keep, strict=True)]
+            pairs = zip(micro_batches, keep, strict=True)
+            jobs = [partial(self._pass, [m], [k], want_hidden, finish) for m, k in pairs]
             return [shard for (shard,) in run_interleaved(jobs, self._on_yield, self.lanes)]
-        return self._pass(micro_batches, keep, want_hidden)
+        return self._pass(micro_batches, keep, want_hidden, finish)
 
-    def _pass(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool) -> list[Shard]:
+    def _pass(self, micro_batches: list[Batch], keep: list[Tensor], want_hidden: bool, finish: Finish) -> list[Shard]:
         shards: list[Shard] = []
 
         def stage(number: int, hidden_in: Tensor | None) -> Tensor:
@@ -87,9 +90,10 @@ class TensorPipelineRunner(CachedRunner):
                 hidden_out, logits_BkV = self._run_stage(batch, kept_k, hidden_in)
             if self.is_last:
                 hidden_BLd = final[0] if want_hidden else None
-                shards.append(Shard(batch, torch.arange(batch.length), hidden_BLd, kept_k, logits_BkV))
+                shard = Shard(batch, torch.arange(batch.length), hidden_BLd, kept_k, logits_BkV)
             else:
-                shards.append(Shard(batch, NO_POSITIONS, None, NO_POSITIONS, None))
+                shard = Shard(batch, NO_POSITIONS, None, NO_POSITIONS, None)
+            shards.append(finish(shard))
             return hidden_out
 
         self._pipeline(micro_batches, stage)

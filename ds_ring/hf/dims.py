@@ -105,6 +105,11 @@ def _checked(dims: ModelDims, config: PretrainedConfig) -> ModelDims:
         least = 0 if field == "sliding_window" else 1  # some write 0 for none
         if not (value is None and field in OPTIONAL) and (type(value) is not int or value < least):
             raise CheckpointError(f"{file_of(config)}: {name}={value!r} must be a whole number of at least {least}")
+    if "sliding_attention" in dims.layer_types and not dims.sliding_window:
+        raise CheckpointError(
+            f"{file_of(config)}: layer_types has sliding_attention, but sliding_window={dims.sliding_window!r} says "
+            f"not how many tokens such a layer sees; give sliding_window, or make these layers full_attention"
+        )
     return dims
 
 

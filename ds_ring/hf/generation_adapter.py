@@ -11,10 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ds_ring.hf.cache import ShardedCache
+from ds_ring.hf.generation_callbacks import SameChoice, SameScores
 from ds_ring.hf.generation_settings import LEFT_OUT, without_left_out
 from ds_ring.transport.base import Transport
 
@@ -42,6 +50,8 @@ class GenerationAdapter(GenerationMixin):
         self.device, self.dtype = device, model.dtype
         self.prefill_chunk_size: int | None = None
         """transformers' argument of the last ``generate``. Its own loop over chunks would not know of ranks."""
+        self.agrees_on_choice = self.agrees_on_scores = False
+        """Whether ranks take rank 0's tokens at each step, and its processed scores, rather than each its own."""
 
     def forward(
         self,
@@ -81,13 +91,18 @@ class GenerationAdapter(GenerationMixin):
     def set_experts_implementation(self, implementation: Any) -> None:
         self._model.set_experts_implementation(implementation)
 
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        processors: LogitsProcessorList = super()._get_logits_processor(*args, **kwargs)
+        if self.agrees_on_scores:
+            processors.append(SameScores(self._everyone))
+        return processors
+
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, stopping_criteria: StoppingCriteriaList | None, **kwargs: Any
     ) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
         criteria.append(_NotFinite(self._finite))
-        timed = generation_config.max_time is not None
-        return _Agreed(criteria, self._everyone) if timed or stopping_criteria else criteria
+        return SameChoice(criteria, self._everyone) if self.agrees_on_choice else criteria
 
 
 class _NotFinite(StoppingCriteria):
@@ -98,15 +113,3 @@ class _NotFinite(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return ~self._finite.expand(len(input_ids))
-
-
-class _Agreed(StoppingCriteriaList):
-    """Criteria that may read a clock, which differs between ranks: all ranks take rank 0's result."""
-
-    def __init__(self, criteria: StoppingCriteriaList, everyone: Transport) -> None:
-        super().__init__(criteria)
-        self._everyone = everyone
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done_B = super().__call__(input_ids, scores, **kwargs)
-        return self._everyone.broadcast(done_B.to(torch.uint8), 0).bool()

@@ -25,6 +25,7 @@ from ds_ring.attention.spec import AttentionSpec
 from ds_ring.errors import UnsupportedModelError
 from ds_ring.hf.attention_context import AttentionContext
 from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.forward_replaced import forward_replaced
 from ds_ring.hf.linear import Linear
 from ds_ring.transport.base import Transport
 
@@ -89,7 +90,7 @@ def last_tokens_only(decoder: Decoder, context: AttentionContext, tokens: LastTo
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _call_twice(layer, context, tokens, own[0], args, kwargs)
 
-    with _forward_replaced(layer, forward) as previous:
+    with forward_replaced(layer, forward) as previous:
         own.append(previous)
         yield
 
@@ -139,22 +140,9 @@ def _queries_left_out(layer: nn.Module) -> Iterator[None]:
         for linear in found:
             if linear.parallel != "row_parallel":
                 width = linear.weight_NW.shape[1]
-                stack.enter_context(_forward_replaced(linear.module, _unwritten(width)))
+                stack.enter_context(forward_replaced(linear.module, _unwritten(width)))
         yield
 
 
 def _unwritten(width: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x.new_empty(*x.shape[:-1], width)
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Inside the block ``forward`` is the forward of ``module``; yields the one it had before."""
-    previous = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield previous or type(module).forward.__get__(module)
-    finally:
-        del vars(module)["forward"]
-        if previous is not None:
-            vars(module)["forward"] = previous

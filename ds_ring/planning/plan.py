@@ -80,7 +80,7 @@ def plans(
     run: RunConfig, dims: ModelDims, linear_parameters: int, ranks: int, card: Card, *, generating: bool = False
 ) -> list[Plan]:
     """All layouts of ``ranks`` ranks that ``run``'s model and workload allow: those that fit, fastest first, then the
-    others, smallest first. The degrees in ``run`` are ignored.
+    others, smallest first. The degrees in ``run`` are ignored. Sizes are those that ``limits.check_size`` lets through.
 
     ``generating``: the workload is a generation's. Those that share layers come after others that fit: the predicted
     step is a prefill's, and new tokens cost more there, as stages wait for one another and steps are not CUDA graphs.
@@ -91,7 +91,6 @@ def plans(
     """
     if run.benchmark.implementation != "ds_ring":
         raise ConfigError(f"implementation={run.benchmark.implementation}: only ds_ring's layouts are planned")
-    check_size(run, ranks)
     found: list[Plan] = []
     refusal: UserError | None = None
     for chosen in degrees(ranks, dims):
@@ -162,6 +161,7 @@ def with_planned_degrees(
         raise ConfigError(
             f"parallel=auto chooses every degree, but {t.label()} is given as well; leave out one of both"
         )
+    check_size(run, ranks)
     ordered = plans(run, model_dims(config), linear_parameters(config), ranks, card, generating=generating)
     best, reason = best_of(ordered, ranks, card)
     return best.config, reason

@@ -46,8 +46,7 @@ def watch(launch: int, others: list[int]) -> None:
         for pid in (launch, *others, *_children(launch)):
             seen[pid] = seen.get(pid, 0) + 1 if _state(pid) == "T" else 0
             if seen[pid] * PERIOD_S > limit_s:
-                print(f"process {pid} was stopped for {limit_s:g} s, ending it: {_command(pid)}", file=sys.stderr)
-                sys.stderr.flush()
+                _say(f"process {pid} was stopped for {limit_s:g} s, ending it: {_command(pid)}")
                 _kill(pid)
         time.sleep(PERIOD_S)
 
@@ -75,6 +74,13 @@ def _command(pid: int) -> str:
             return file.read().replace("\0", " ")[:200]
     except OSError:
         return "?"
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # whoever would have read it is gone
+        return
 
 
 def _kill(pid: int) -> None:

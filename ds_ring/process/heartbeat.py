@@ -2,8 +2,8 @@
 
 Launchers notice processes of their own host. A rank on another host that is killed, a host that is stopped, a link that
 is down leave the others waiting: for ``timeout_s``, or in user code for ever. Here a connection that ends means a rank
-that is gone, and one that is silent a rank that is stopped or cut off. The verdict of rank 0 goes to all; who cannot
-hear rank 0 comes to one of its own.
+that is gone, and one that is silent a rank that is stopped or cut off. A rank that fails says why before it ends. The
+verdict of rank 0 goes to all; who cannot hear rank 0 comes to one of its own.
 
 Threads and sockets of their own: nothing of this is in the way of a pass. What is sent is lines of text.
 """
@@ -23,9 +23,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_ring.errors import in_one_line
+from ds_ring.errors import has_lost_a_rank, in_one_line
+from ds_ring.process.heartbeat_peer import Peer
 from ds_ring.process.hosts import named_ranks
 from ds_ring.process.network import listening
+from ds_ring.process.pauses import Pauses
+from ds_ring.utils.streams import last_words
 
 PERIOD_S = 1.0
 CONNECT_S = 60.0
@@ -33,38 +36,6 @@ GONE_S = 3.0
 """From the end of a rank's connection to the verdict: time for the launcher and for the rank's own last words."""
 HEARD_S = 0.3
 """Between last words and the end: a connection that ends with something unread loses what it sent."""
-PAUSE_S = 5.0
-"""A watch that has not looked for this long was itself held up, and has heard nothing meanwhile."""
-
-
-@dataclass
-class _Peer:
-    """The other end of a connection: rank 0, or another rank as rank 0 sees it."""
-
-    rank: int
-    sock: socket.socket
-    heard_at: float
-    read: bytes = b""
-    gone_at: float = 0.0
-
-    def send(self, *words: str) -> None:
-        with suppress(OSError):  # its end, and a full buffer, show where its lines are read
-            self.sock.send((json.dumps(words) + "\n").encode())
-
-    def lines(self) -> list[list[str]]:
-        """What has come, whole lines. An end of the connection sets ``gone_at``."""
-        try:
-            data = self.sock.recv(65536)
-        except BlockingIOError:
-            return []
-        except OSError:
-            data = b""
-        if not data:
-            self.gone_at = time.monotonic()
-            return []
-        self.heard_at = time.monotonic()
-        *whole, self.read = (self.read + data).split(b"\n")
-        return [json.loads(line) for line in whole]
 
 
 @dataclass
@@ -81,9 +52,10 @@ class Heartbeat:
     names: Sequence[str]
     timeout_s: float
     end: Callable[[str], None]
-    _peers: list[_Peer] = field(default_factory=list)
+    _peers: list[Peer] = field(default_factory=list)
     _selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
     _stopped: threading.Event = field(default_factory=threading.Event)
+    _pauses: Pauses = field(default_factory=Pauses)
 
     def serve(self, listener: socket.socket, token: str, size: int) -> None:
         """On rank 0: wait for all others to connect, then watch them."""
@@ -91,8 +63,8 @@ class Heartbeat:
         while len(self._peers) < size - 1:
             sock, _ = listener.accept()
             sock.settimeout(PERIOD_S)
-            with suppress(OSError, ValueError), sock.makefile("rb", buffering=0) as file:
-                # Unbuffered: what it says behind its first line is for ``_Peer.lines``.
+            with suppress(OSError, ValueError, RecursionError), sock.makefile("rb", buffering=0) as file:
+                # Unbuffered: what it says behind its first line is for ``Peer.lines``.
                 told = json.loads(file.readline(1000))
                 if told in ([token, rank] for rank in range(1, size)):
                     self._add(told[1], sock)
@@ -108,11 +80,25 @@ class Heartbeat:
         self._run()
 
     def tell(self, why: str) -> None:
-        """Say on all ranks why this one ends."""
+        """Say on all ranks why this one ends; they end at once."""
+        self._last("end", f"{named_ranks([self.rank], self.names)} ended: {why}")
+
+    def say_why(self, why: str, lost_another: bool) -> None:
+        """Say on all ranks why this one ends; they end in ``GONE_S``, by which time their launcher has ended them, or
+        they have an error of their own.
+
+        ``lost_another``: it ends since another rank did. Who has heard of that one names it instead.
+        """
+        if lost_another and (gone := self._gone_verdict()):
+            why = gone
+        self._last("said", why, "lost" if lost_another else "")
+
+    def _last(self, *words: str) -> None:
         self._stopped.set()
         for peer in list(self._peers):
-            peer.send("end", f"{named_ranks([self.rank], self.names)} ended: {why}")
-        time.sleep(HEARD_S)
+            peer.send(*words)
+        if self._peers:
+            time.sleep(HEARD_S)
 
     def stop(self) -> None:
         """This rank is done: its end means nothing."""
@@ -127,7 +113,7 @@ class Heartbeat:
 
     def _add(self, rank: int, sock: socket.socket) -> None:
         sock.setblocking(False)
-        peer = _Peer(rank, sock, time.monotonic())
+        peer = Peer(rank, sock, time.monotonic())
         self._peers.append(peer)
         self._selector.register(sock, selectors.EVENT_READ, peer)
 
@@ -135,7 +121,7 @@ class Heartbeat:
         threading.Thread(target=self._watch, daemon=True, name="heartbeat").start()
 
     def _watch(self) -> None:
-        beat_at = looked_at = time.monotonic()
+        beat_at = time.monotonic()
         while not self._stopped.is_set() and self._peers:
             if time.monotonic() >= beat_at:
                 beat_at = time.monotonic() + PERIOD_S
@@ -145,38 +131,50 @@ class Heartbeat:
                 if verdict := self._read(key.data):
                     return self._judge(verdict)
             now = time.monotonic()
-            if now - looked_at > PAUSE_S:
+            if self._pauses.look():
                 for peer in self._peers:
                     peer.heard_at = now
-            looked_at = now
             if verdict := self._verdict(now):
                 return self._judge(verdict)
         return None
 
-    def _read(self, peer: _Peer) -> str | None:
+    def _read(self, peer: Peer) -> str | None:
         for word, *more in peer.lines():
             if word == "end":
                 return more[0]
             if word == "bye":
                 self._drop(peer)
                 return None
+            if word == "said":
+                peer.why, peer.lost_another, peer.gone_at = more[0], more[1] == "lost", time.monotonic()
         if peer.gone_at:
             self._selector.unregister(peer.sock)
         return None
 
-    def _drop(self, peer: _Peer) -> None:
+    def _drop(self, peer: Peer) -> None:
         self._selector.unregister(peer.sock)
         self._peers.remove(peer)
 
     def _verdict(self, now: float) -> str | None:
-        if gone := [peer.rank for peer in self._peers if peer.gone_at and now - peer.gone_at > GONE_S]:
-            return f"{named_ranks(gone, self.names)} ended without a word: killed, or the host is down"
+        if any(peer.gone_at and now - peer.gone_at > GONE_S for peer in self._peers):
+            return self._gone_verdict()
         if self.timeout_s and (silent := self.silent(self.timeout_s)):
             return (
                 f"nothing was heard of {named_ranks(silent, self.names)} for {self.timeout_s:g} s: stopped, or cut off "
                 f"from the network"
             )
         return None
+
+    def _gone_verdict(self) -> str:
+        """The nearest to the cause that is known of the ranks that are gone: what one said of itself; else those that
+        said nothing; else what came of that to others. Empty where none is gone."""
+        gone = [peer for peer in self._peers if peer.gone_at]
+        for peer in gone:
+            if peer.why and not peer.lost_another:
+                return f"{named_ranks([peer.rank], self.names)} ended: {peer.why}"
+        if silent := [peer.rank for peer in gone if not peer.why]:
+            return f"{named_ranks(silent, self.names)} ended without a word: killed, or the host is down"
+        return f"{named_ranks([gone[0].rank], self.names)} ended: {gone[0].why}" if gone else ""
 
     def _judge(self, verdict: str) -> None:
         for peer in self._peers if self.rank == 0 else ():
@@ -223,6 +221,12 @@ def tell(why: str) -> None:
         heartbeat.tell(why)
 
 
+def say_why(why: str, lost_another: bool) -> None:
+    """As ``Heartbeat.say_why`` of this process."""
+    for heartbeat in _own:
+        heartbeat.say_why(why, lost_another)
+
+
 def stop() -> None:
     """As ``Heartbeat.stop`` of this process."""
     for heartbeat in _own:
@@ -237,12 +241,12 @@ def running() -> bool:
 def _leave() -> None:
     """At the interpreter's end: what nobody caught is said to all ranks."""
     error = getattr(sys, "last_value", None)
-    stop() if error is None else tell(in_one_line(error))
+    stop() if error is None else say_why(in_one_line(error), has_lost_a_rank(error))
 
 
 def _end_process(rank: int) -> Callable[[str], None]:
     def end(verdict: str) -> None:
-        print(f"failed on rank {rank}: {verdict}", file=sys.stderr, flush=True)
+        last_words(f"failed on rank {rank}: {verdict}")
         os._exit(1)
 
     return end

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import IO
 
 from ds_ring.errors import ConfigError, LaunchError, OutOfMemory
 from ds_ring.process import network
 from ds_ring.process.arguments import encode
+from ds_ring.process.child import started
 from ds_ring.process.hostfile import Host, read_hostfile
-from ds_ring.process.interruption import deferred
-from ds_ring.process.keeper import Keeper
 from ds_ring.process.outcome import VARIABLE, Outcomes
 from ds_ring.process.run_watch import RunWatch
 
@@ -34,9 +33,6 @@ OUT_OF_MEMORY = "out of memory on "
 out of memory, the others fail with errors of their own, and any of these may reach the launcher first."""
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 KEEP_ALIVE = "-oBatchMode=yes -oConnectTimeout=20 -oServerAliveInterval=3 -oServerAliveCountMax=3"
-GRACE_S = 10.0
-"""Time between asking a late process to end and killing it."""
-LOOK_EVERY_S = 1.0
 
 Watch = Callable[[int], Callable[[], str]]
 
@@ -51,14 +47,14 @@ def gpu_count() -> int:
 
 
 def launch_command(module: str, ranks: int, port: int, options: Sequence[str]) -> list[str]:
-    """``deepspeed --module MODULE options``, one rank on each of the first ``ranks`` visible GPUs. Ranks meet at
+    """``deepspeed … MODULE options``, one rank on each of the first ``ranks`` visible GPUs. Ranks meet at
     ``port``.
 
     Raises:
         ConfigError: as ``gpu_options``, or the launcher is not installed.
     """
     launcher = [deepspeed_command(), "--quiet", "--no_local_rank", "--master_port", str(port), *gpu_options(ranks)]
-    return [*launcher, "--module", module, *options]
+    return [*launcher, "--module", "ds_ring.cli.launched", module, *options]
 
 
 def check_hosts(hostfile: str) -> list[Host]:
@@ -109,7 +105,7 @@ def launch(
     log: Path,
     report: Callable[[str], None],
     timeout_s: float = 0.0,
-    limit_s: float = threading.TIMEOUT_MAX,
+    limit_s: float = math.inf,
 ) -> None:
     """Run ``launch_command`` to its end.
 
@@ -117,7 +113,7 @@ def launch(
         log: the file for the script's output.
         report: called with each line that the script says with ``cli.options.say``.
         timeout_s: a process of the run that is stopped for longer ends it; 0: never.
-        limit_s: seconds after which the script is ended.
+        limit_s: seconds after which the script is ended; it has some in which it may write what it has.
 
     Raises:
         ConfigError: the script refused (exit code 2), with its message; or as ``gpu_options``. OutOfMemory: a rank's
@@ -163,7 +159,7 @@ def run(
     *,
     log: Path,
     report: Callable[[str], None],
-    limit_s: float = threading.TIMEOUT_MAX,
+    limit_s: float = math.inf,
     folder: Path | None = None,
     unset: Sequence[str] = (),
     extra: Mapping[str, str] = MappingProxyType({}),
@@ -178,98 +174,54 @@ def run(
         watch: makes of the process's number a function that says why it is to be ended; it is asked every second.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    refusals: list[str] = []
-    out_of_memory: list[str] = []
-    failures: list[str] = []
     environment = environment_of(ranks, (*unset, VARIABLE)) | dict(extra)
-    with (
-        log.open("w", encoding="utf-8") as file,
-        _started(command, environment, folder, limit_s, watch) as (process, end),
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            if line.startswith(PROGRESS):
-                report(line.removeprefix(PROGRESS).strip())
-            elif line.startswith("error: "):
-                refusals.append(line.removeprefix("error: ").strip())
-            elif line.startswith(OUT_OF_MEMORY):
-                out_of_memory.append(line.strip())
-            elif line.startswith(FAILED):
-                failures.append(line.removeprefix(FAILED).partition(": ")[2].strip())
-        code = process.wait()
-    if code == 2 or (code and refusals):
-        raise ConfigError(refusals[0] if refusals else f"refused; see {log}")
-    if code and out_of_memory:
-        raise OutOfMemory(out_of_memory[0])
+    with log.open("wb") as file, log.open("rb") as written:
+        said = _Said(written, report)
+        with started(
+            command, environment, folder=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+        ) as child:
+            seen = watch(child.process.pid) if watch else lambda: ""
+            why = child.wait(seen, said.read, limit_s)
+        said.read()
+    code = child.process.returncode
+    if code == 2 or (code and said.refusals):
+        raise ConfigError(said.refusals[0] if said.refusals else f"refused; see {log}")
+    if code and said.out_of_memory:
+        raise OutOfMemory(said.out_of_memory[0])
     program = Path(command[0]).name
-    if end.late:
-        raise LaunchError(f"{program} did not end in {limit_s:.0f} s; see {log}", f"took longer than {limit_s:.0f} s")
-    if end.why:
-        raise LaunchError(f"{program} was ended: {end.why}; see {log}", end.why)
+    if why:
+        raise LaunchError(f"{program} was ended: {why}; see {log}", why)
     if code:
-        tail = "".join(log.read_text(encoding="utf-8").splitlines(keepends=True)[-25:])
-        reason = failures[0] if failures else f"exit code {code}"
+        tail = "".join(_text(log.read_bytes()).splitlines(keepends=True)[-25:])
+        reason = said.failures[0] if said.failures else f"exit code {code}"
         raise LaunchError(f"{program} ended with exit code {code}; the end of {log}:\n{tail}", reason)
 
 
-@dataclass
-class _End:
-    """How a run was ended by us: because it took too long, or for the reason ``why``."""
+class _Said:
+    """What a script has said so far, by the beginnings of its lines; ``file`` is its output."""
 
-    late: bool = False
-    why: str = ""
+    def __init__(self, file: IO[bytes], report: Callable[[str], None]) -> None:
+        self.refusals: list[str] = []
+        self.out_of_memory: list[str] = []
+        self.failures: list[str] = []
+        self._file, self._report, self._begun = file, report, b""
+
+    def read(self) -> None:
+        """Read what has been said since the last call, whole lines."""
+        *lines, self._begun = re.split(rb"[\r\n]", self._begun + self._file.read())
+        for line in map(_text, lines):
+            if line.startswith(PROGRESS):
+                self._report(line.removeprefix(PROGRESS).strip())
+            elif line.startswith("error: "):
+                self.refusals.append(line.removeprefix("error: ").strip())
+            elif line.startswith(OUT_OF_MEMORY):
+                self.out_of_memory.append(line.strip())
+            elif line.startswith(FAILED):
+                self.failures.append(line.removeprefix(FAILED).partition(": ")[2].strip())
 
 
-@contextlib.contextmanager
-def _started(
-    command: list[str], environment: dict[str, str], folder: Path | None, limit_s: float, watch: Watch | None
-) -> Iterator[tuple[subprocess.Popen[str], _End]]:
-    """A process, which is killed with everything that it started at the end of the block, if this process ends, or
-    after ``limit_s`` seconds.
-
-    In the last case it first gets SIGTERM and ``GRACE_S`` seconds, in which it may write its results. With a watch it
-    is killed, too, when that finds a reason; and what the process leaves behind when it ends, so that its output ends.
-    """
-    end, over = _End(), threading.Event()
-
-    def kill() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-    def end_late() -> None:
-        end.late = True
-        process.terminate()
-        grace.start()
-
-    def look() -> None:
-        seen = watch(process.pid) if watch else lambda: ""
-        while not over.wait(LOOK_EVERY_S):
-            # Not reaped: its number, and so the group's, stays its own.
-            try:
-                gone = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-            except ChildProcessError:  # it was waited for: its output has ended
-                return
-            end.why = end.why or seen()
-            if gone or end.why:
-                kill()
-                return
-
-    timer, grace = threading.Timer(limit_s, end_late), threading.Timer(GRACE_S, kill)
-    looker = threading.Thread(target=look, daemon=True)
-    with Keeper() as keeper, contextlib.ExitStack() as stack:
-        with deferred():  # an interruption before the block that ends the process would leave it running
-            # In a session of its own, so that all processes that it starts can be killed together.
-            process = subprocess.Popen(
-                command, env=environment, cwd=folder, encoding="utf-8", errors="backslashreplace",
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            stack.enter_context(keeper.group(process.pid))
-            for ending in (kill, grace.cancel, timer.cancel, over.set):
-                stack.callback(ending)
-            timer.start()
-            looker.start()
-        yield process, end
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", errors="backslashreplace")
 
 
 def environment_of(ranks: int, unset: Sequence[str]) -> dict[str, str]:

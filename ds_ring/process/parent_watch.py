@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import cache
 
 from ds_ring.process import guard, heartbeat, launch_tree
+from ds_ring.utils.streams import last_words
 
 PERIOD_S = 1.0
 GUARD_WAITS_S = 3.0
@@ -43,7 +44,7 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while all(link.holds() for link in links):
             time.sleep(PERIOD_S)
-        print(f"rank {os.environ.get('RANK')}: the launcher is gone, ending", file=sys.stderr, flush=True)
+        last_words(f"rank {os.environ.get('RANK')}: the launcher is gone, ending")
         heartbeat.tell("the launcher is gone")
         # Without pdsh its ssh goes on, and with that whatever has not connected yet on another host.
         orphans = launch_tree.find("pdsh", "ssh")

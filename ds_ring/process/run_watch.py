@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from ds_ring.process.outcome import Outcomes
+from ds_ring.process.pauses import Pauses
 from ds_ring.process.processes import stopped_processes
 
 LEAVING_S, STOPPED_LEAVING_S = 30.0, 5.0
@@ -25,10 +26,13 @@ class RunWatch:
         self._outcomes = outcomes
         self._done_at: float | None = None
         self._stopped_at: dict[int, float] = {}
+        self._pauses = Pauses()
 
     def reason_to_end(self) -> str:
         """Why the run is to be ended now; empty where it may go on. To be asked every second or so."""
         now = time.monotonic()
+        if self._pauses.look():  # and it may be continued before what it started
+            self._stopped_at, self._done_at = {}, None
         if self._done_at is None and self._outcomes.completed():
             self._done_at = now
         self._stopped_at = {pid: self._stopped_at.get(pid, now) for pid in stopped_processes(self.session)}

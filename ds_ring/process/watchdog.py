@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,9 @@ from functools import wraps
 from typing import Any, Protocol, TypeVar, cast
 
 from ds_ring.process import heartbeat
+from ds_ring.process.pauses import Pauses
 from ds_ring.process.processes import siblings
+from ds_ring.utils.streams import last_words
 
 PERIOD_S = 1.0
 VERDICT_S = 3 * heartbeat.PERIOD_S
@@ -64,6 +65,7 @@ class Watchdog:
         self._calls: list[str] = []
         self._since = 0.0
         self._thread: threading.Thread | None = None
+        self._pauses = Pauses()
 
     @contextmanager
     def watch(self, call: str) -> Iterator[None]:
@@ -81,8 +83,10 @@ class Watchdog:
             self._since = time.monotonic()
 
     def stalled_s(self) -> float:
-        """Seconds since communication last began in the watched call; 0 where no call is watched."""
-        return time.monotonic() - max(self._since, self.activity.moved_at) if self._calls else 0.0
+        """Seconds since communication last began in the watched call, or since this process was last continued; 0 where
+        no call is watched."""
+        begun = max(self._since, self.activity.moved_at, self._pauses.over_at)
+        return time.monotonic() - begun if self._calls else 0.0
 
     def describe(self) -> str:
         call = self._calls[-1] if self._calls else "nothing"
@@ -92,14 +96,16 @@ class Watchdog:
         return f"no communication began for {self.stalled_s():.0f} s in {call} ({last})"
 
     def _run(self) -> None:
+        self._pauses.look()
         while not self.timeout_s or self.stalled_s() <= self.timeout_s:
             time.sleep(min(PERIOD_S, self.timeout_s or PERIOD_S))
+            self._pauses.look()
         stopped = [sibling for sibling in siblings() if sibling.stopped]
         if not stopped and heartbeat.running():
             time.sleep(VERDICT_S)
         who = ", ".join(f"rank {sibling.rank}" for sibling in stopped)
         why = f"{who} of this host is stopped" if who else "another rank hangs: look for one whose last number is lower"
-        print(f"failed on rank {os.environ.get('RANK', '0')}: {self.describe()}; {why}", file=sys.stderr, flush=True)
+        last_words(f"failed on rank {os.environ.get('RANK', '0')}: {self.describe()}; {why}")
         for sibling in stopped:  # a stopped process reacts to no other signal, and its launcher waits for it
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(sibling.pid, signal.SIGKILL)

@@ -51,6 +51,12 @@ def prepare_streams() -> None:
         sys.stderr = cast(TextIO, LossyStream(sys.stderr))
 
 
+def last_words(text: str) -> None:
+    """Say why this process ends, where anybody still listens: a launcher that is gone took the pipe along."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
 def print_result(line: str) -> None:
     """Print the last line of standard output.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.layouts import bench, parity
-from ds_ring.cli.documents import entry
+from ds_ring.cli.scoring_job import figures_of
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import NumericsError
@@ -90,6 +90,6 @@ def test_an_engine_that_is_not_finite_is_not_compared(tmp_path, compare):
 
 @pytest.mark.parametrize(("nll", "perplexity"), [(2.0, math.exp(2.0)), (709.0, math.exp(709)), (800.0, None)])
 def test_a_perplexity_above_all_numbers_is_null(nll, perplexity):
-    found = entry("a.txt", torch.full((3,), -nll))
-    assert found == {"file": "a.txt", "tokens": 4, "nll": nll, "perplexity": perplexity, "log_likelihood": -3 * nll}
+    found = figures_of(3, -3 * nll)
+    assert found == {"scored": 3, "nll": nll, "perplexity": perplexity, "log_likelihood": -3 * nll}
     assert json.loads(strict_json.dumps(found)) == found

@@ -1,14 +1,20 @@
 """Kill trials: what is planned, how a result file is read, and what breaks a bar."""
 
 import json
+import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from benchmarks.cli import kill_trials
+from benchmarks.faults import trials
 from benchmarks.faults.judge import BARS, broken, summary
 from benchmarks.faults.plan import plan, targets
-from benchmarks.faults.run import Run, state_of
+from benchmarks.faults.run import Inputs, Run, state_of
+from ds_ring.errors import LaunchError
 from ds_ring.utils.output_file import write_atomically
 from ds_ring.utils.results import write_partial
 
@@ -93,3 +99,51 @@ def test_what_breaks_a_bar(change, bars):
     counts = summary([FINE, FINE | change])
     assert {bar: counts[bar] for bar in BARS} == {bar: int(bar in bars) for bar in BARS}
     assert (counts["trials"], counts["hit"], counts["longest_s"]) == (2, 2, 2.0)
+
+
+class OneHost:
+    """This machine as it is."""
+
+    names = ("here",)
+
+    def command(self, name, words, folder):
+        return words
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("import time; time.sleep(3600)", "an undisturbed run of ds-ring bench took longer than 1 s"),
+        ("import sys; sys.exit('a\\nb')", "an undisturbed run of ds-ring bench ended with exit code 1: a / b"),
+    ],
+    ids=["late", "failed"],
+)
+def test_a_reference_that_does_not_get_to_its_end_is_one_line(program, said, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trials, "START_S", 1.0)
+    monkeypatch.setattr(trials, "command_line", lambda *_: [sys.executable, "-c", program])
+    inputs = Inputs(tmp_path, tmp_path, 1, 1, {})
+    monkeypatch.setattr(kill_trials, "_run", lambda _: trials.reference("ds-ring bench", OneHost(), inputs, tmp_path))
+    monkeypatch.setattr(sys, "argv", ["kill_trials.py", "--model", "DIR", "--output", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit) as end:
+        kill_trials.main()
+    assert (end.value.code, capsys.readouterr().err) == (1, f"failed: {said}\n")
+
+
+def test_what_a_trial_starts_dies_of_an_interrupt_also_in_a_background_job(monkeypatch, tmp_path):
+    kill_itself = [sys.executable, "-c", "import os; os.kill(os.getpid(), 2)"]
+    ends = []
+
+    def run(_):
+        ends.append(subprocess.run(kill_itself).returncode)
+        raise LaunchError("over", "over")
+
+    monkeypatch.setattr(kill_trials, "_run", run)
+    monkeypatch.setattr(sys, "argv", ["kill_trials.py", "--model", "DIR", "--output", str(tmp_path / "out.json")])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ends.append(subprocess.run(kill_itself).returncode)
+        with pytest.raises(SystemExit):
+            kill_trials.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ends == [0, -signal.SIGINT]

@@ -62,7 +62,7 @@ def test_hosts_are_reachable_by_name_and_need_pdsh(monkeypatch):
     hosts = [Host("localhost", 8), Host("no-such-host.invalid", 8), Host("a..b", 8), Host("x" * 64 + ".com", 8)]
     by_name = found(doctor.reachable(hosts))
     assert [one.outcome for one in by_name.values()] == ["problem", "ok", *["problem"] * 3]
-    assert by_name["host a..b"].detail.startswith("its name does not resolve: ")
+    assert by_name["host a..b"].detail.startswith("the host name a..b does not resolve: ")
     assert "pdsh" in by_name
     assert by_name["host localhost"].detail == (
         "127.0.0.1, which other hosts do not reach: --master_addr must be an address, 8 slots"

@@ -190,5 +190,8 @@ def test_outputs_are_looked_at_before_any_work(run, tmp_path):
         2,
         "error: --output out.json is standard output, which gets the result anyway; leave it out",
     )
+    left = tmp_path / f".ds_ring.{os.uname().nodename}.{2**22 + 1}.abc"
+    left.write_text("of a killed run")
     assert run("--output", "out.json")[0] == 0
     assert not (tmp_path / "out.partial.json").exists()
+    assert not left.exists()

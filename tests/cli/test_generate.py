@@ -51,7 +51,7 @@ def test_prompts_come_before_files_and_are_read_whole(checkpoint, tmp_path, monk
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
         prompts.read(nowhere, ["x"], [], 8)
     with pytest.raises(CheckpointError, match="none is not a checkpoint directory"):
-        documents.read(nowhere, [str(file)])
+        documents.read_files(nowhere, [str(file)])
     begins_with_a_token.chat_template = None
     monkeypatch.setattr(prompts, "load_tokenizer", lambda checkpoint: begins_with_a_token)
     with pytest.raises(InputError, match="prompt 2 of 3 is empty"):
@@ -274,6 +274,37 @@ def test_what_the_command_decides_itself_or_no_token_depends_on_is_no_reason_to_
     (folder / "generation_config.json").write_text(json.dumps(settings))
     with pytest.raises(pytest.fail.Exception, match="weights would load"):
         ask(folder, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "words"),
+    [
+        ({"num_beams": 4}, (), "num_beams=4: this command decodes with num_beams=1"),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "num_beams": 1},
+            (),
+            "do_sample=True, temperature=0.6, top_p=0.9: this command decodes with do_sample=False",
+        ),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9},
+            ("--temperature", "0.7", "--top-p", "0.9"),
+            "temperature=0.6: this command decodes with temperature=0.7",
+        ),
+        ({"do_sample": False, "temperature": 0.6}, (), None),
+        ({"do_sample": True, "temperature": 0.6}, ("--temperature", "0.6"), None),
+    ],
+    ids=str,
+)
+def test_what_the_command_decides_otherwise_than_the_checkpoint_is_said(
+    tmp_path, monkeypatch, caplog, settings, options, words
+):
+    folder = save(tmp_path / "model", llama_gqa(vocab_size=257))
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    caplog.set_level("INFO", "ds_ring")
+    with pytest.raises(pytest.fail.Exception, match="weights would load"):
+        ask(folder, monkeypatch, *options)
+    said = [line for line in caplog.messages if "generation_config.json asks" in line]
+    assert said == ([] if words is None else [f"generation_config.json asks for {words}"])
 
 
 def test_a_stop_string_of_the_checkpoint_ends_a_completion():

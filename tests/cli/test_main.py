@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +14,11 @@ from ds_ring.cli import main as command
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.process import launcher
 from ds_ring.process.arguments import decode
+from ds_ring.process.interruption import Interrupted
 from ds_ring.process.outcome import OURS
+from ds_ring.utils.output_file import UNFINISHED
+from tests.helpers.limits import HANG_S
+from tests.helpers.processes import wait_until
 
 
 @pytest.fixture
@@ -39,7 +46,7 @@ def test_a_model_is_generated_from_by_as_many_ranks_as_there_are_gpus(started):
     assert line[0] == "deepspeed"
     assert line[line.index("--num_gpus") + 1] == "4"
     assert line[line.index("--module") :] == [
-        "--module", "ds_ring.cli.generate", "--model", "DIR", "--prompt", "a question",
+        "--module", "ds_ring.cli.launched", "ds_ring.cli.generate", "--model", "DIR", "--prompt", "a question",
     ]  # fmt: skip
 
 
@@ -49,8 +56,22 @@ def test_ranks_may_be_given(started, ranks):
     (line,) = started
     assert line[line.index("--num_gpus") + 1] == "2"
     assert line[line.index("--module") :] == [
-        "--module", "ds_ring.cli.score", "--model", "DIR", "--text", "a.txt", "b.txt", "--max-length", "9",
+        "--module", "ds_ring.cli.launched", "ds_ring.cli.score",
+        "--model", "DIR", "--text", "a.txt", "b.txt", "--max-length", "9",
     ]  # fmt: skip
+
+
+def test_what_a_killed_rank_left_beside_an_output_is_removed(started, monkeypatch):
+    def killed(line, environment, timeout_s):
+        (tmp := Path("folder")).mkdir(exist_ok=True)
+        (tmp / f"{UNFINISHED}{os.uname().nodename}.{2**22 + 1}.abc").write_text("half")
+        (tmp / "kept").write_text("")
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(command, "supervise", killed)
+    with pytest.raises(Interrupted):
+        run("generate", "DIR", "--prompt", "a question", "--output", "folder/out.json")
+    assert [file.name for file in Path("folder").iterdir()] == ["kept"]
 
 
 def test_without_gpus_there_is_one_rank(started, monkeypatch):
@@ -112,7 +133,10 @@ def test_other_commands_run_here_with_their_own_ranks(monkeypatch):
         (["generat"], "there is no command generat; take one of generate, score"),
         (["generate", "DIR", "a text"], "a text: generate takes one model"),
         (["generate", "DIR", "--ranks", "0"], "--ranks 0 must be a whole number of at least 1"),
-        (["generate", "DIR", "--ranks"], "--ranks  must be"),
+        (["generate", "DIR", "--ranks"], "^--ranks has no value: give --ranks N, a whole number of at least 1$"),
+        (["generate", "DIR", "--ranks="], "^--ranks has no value: give --ranks N, a whole number of at least 1$"),
+        (["generate", "DIR", "--ranks", "--prompt", "a"], "^--ranks has no value: give --ranks N, a whole number"),
+        (["generate", "DIR", "--hostfile="], "^--hostfile has no value: give --hostfile FILE$"),
         (["generate", "DIR", "--ranks", "1e3"], "--ranks 1e3 must be a whole number of at least 1"),
         (["generate", "DIR", "--prompt", "a", "--ranks", "5"], "--ranks 5: there are 4 GPUs"),
         (["generate", "DIR", "--promt", "a"], "unrecognized arguments: --promt a"),
@@ -148,6 +172,20 @@ def test_every_command_names_a_module_that_is_there():
     from importlib.util import find_spec
 
     assert all(find_spec(module) for module in (command.LAUNCHED | command.HERE).values())
+
+
+@pytest.mark.parametrize("words", [["-m", "ds_ring", "plan"], ["launch/plan.py"]], ids=" ".join)
+def test_an_interrupt_while_packages_are_imported_is_one_line(words, tmp_path):
+    """The first of them is replaced by one that takes for ever."""
+    (tmp_path / "pydantic.py").write_text(f"import time; open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(3600)")
+    process = subprocess.Popen(
+        [sys.executable, *words, "--help"], cwd=launcher.ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_until((tmp_path / "ready").exists)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=HANG_S)
+    assert (process.returncode, said) == (130, "interrupted by SIGINT\n")
 
 
 def test_an_error_of_ours_is_shown(monkeypatch, capsys):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cli import bench, check_models, compare, longest
-from ds_ring.cli import generate, make_checkpoint, outputs, score
+from ds_ring.cli import generate, make_checkpoint, options, outputs, score
 from ds_ring.cli.options import run_config
-from ds_ring.errors import InputError
+from ds_ring.errors import InputError, OutputError
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +86,15 @@ def test_what_an_earlier_run_did_not_finish_is_removed():
     assert outputs.partial(args) == ["a.partial.json", "b.partial.json"]
     outputs.remove_partial(args)
     assert outputs.partial(args) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "there", "said"),
+    [(OutputError("disk full"), b"{}\n", True), (RuntimeError("out of memory"), b"{}\n", True),
+     (OutputError("disk full"), b"", False), (InputError("another job"), b"{}\n", False)],
+)  # fmt: skip
+def test_scores_of_a_job_that_ends_early_can_be_resumed(error, there, said, capsys):
+    Path("out.jsonl").write_bytes(there)
+    args = score.make_parser().parse_args(["--documents", "in.jsonl", "--scores", "out.jsonl"])
+    options._say(args, error, begun=True)
+    assert ("scores so far are in out.jsonl; --resume goes on with them\n" in capsys.readouterr().err) == said

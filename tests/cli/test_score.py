@@ -1,9 +1,11 @@
-"""Scores of documents over replicas: in their order, however many there are and whatever their names."""
+"""Scores of text files over replicas: in their order, however many there are and whatever their names."""
 
 import pytest
+import torch
 
 from ds_ring.cli import documents
-from ds_ring.cli.documents import score
+from ds_ring.cli.documents import Document
+from ds_ring.cli.scoring_job import of_files
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
 from tests.helpers.launching import save
@@ -11,19 +13,20 @@ from tests.helpers.mocked_world import serve
 from tests.helpers.tiny_models import build, gpt2, gpt_neox, tokens
 
 
+def text(name: str, length: int, index: int = 0) -> Document:
+    return Document(name, index, tokens(1, length, seed=length)[0].int())
+
+
 @pytest.mark.parametrize("layout", [{"dp_size": 2}, {"ring_degree": 2}], ids=str)
 @pytest.mark.parametrize("lengths", [[40], [7, 33, 20], [20, 20, 5, 40]], ids=str)
 def test_documents_keep_their_order_and_a_file_given_twice_is_scored_twice(layout, lengths):
     model = build(gpt_neox(heads=4, layers=2))
-    texts = [tokens(1, n, seed=n)[0].tolist() for n in lengths]
-    texts_by_file = [("again.txt" if n == 20 else f"{n}.txt", text) for n, text in zip(lengths, texts, strict=True)]
-    alone = serve(model, lambda engine: [float(engine.token_log_likelihoods(tokens(1, n, seed=n))[0].sum())
+    texts = [text("again.txt" if n == 20 else f"{n}.txt", n, index) for index, n in enumerate(lengths)]
+    alone = serve(model, lambda engine: [float(engine.score(tokens(1, n, seed=n)).log_probs[0].sum())
                                          for n in lengths], ring_degree=2)[0]  # fmt: skip
-    for result in serve(
-        model, lambda engine: score(engine, texts_by_file, show_progress=False), batch_size=2, **layout
-    ):
+    for result in serve(model, lambda engine: of_files(engine, texts, lambda line: None), batch_size=2, **layout):
         found = result["documents"]
-        assert [(d["file"], d["tokens"]) for d in found] == [(f, len(text)) for f, text in texts_by_file]
+        assert [(d["file"], d["tokens"]) for d in found] == [(each.id, len(each)) for each in texts]
         assert [d["log_likelihood"] for d in found] == pytest.approx(alone, rel=1e-5)
 
 
@@ -33,16 +36,18 @@ def test_documents_may_be_as_long_as_the_model_has_positions_unless_a_limit_is_g
     short.write_text("x" * 100)
     long.write_text("x" * 101)
     config = RunConfig.load({"dtype": "fp32"}, model=str(folder))
-    assert [len(tokens) for _, tokens in documents.read(config, [str(short)])] == [100]
+    assert [len(each) for each in documents.read_files(config, [str(short)])] == [100]
     with pytest.raises(InputError, match="101 tokens, more than the model's max_position_embeddings=100"):
-        documents.read(config, [str(short), str(long)])
+        documents.read_files(config, [str(short), str(long)])
     with pytest.raises(InputError, match="100 tokens, more than max_length=50; raise --max-length"):
-        documents.read(RunConfig.load(config, max_length=50), [str(short)])
+        documents.read_files(RunConfig.load(config, max_length=50), [str(short)])
 
 
 def test_a_layout_is_planned_for_the_documents():
-    config = documents.sized(RunConfig.load({}), [("a", [1] * 7), ("b", [1] * 40)])
+    config = documents.sized(RunConfig.load({}), [text("a", 7), text("b", 40)])
     assert (config.workload.batch_size, config.workload.max_length) == (2, 40)
     # A limit on documents is none on the plan: the model may have fewer positions.
-    config = documents.sized(RunConfig.load({}, max_length=90, batch_size=3), [("a", [1] * 7)])
+    config = documents.sized(RunConfig.load({}, max_length=90, batch_size=3), [text("a", 7)])
     assert (config.workload.batch_size, config.workload.max_length) == (3, 7)
+    config = documents.sized(RunConfig.load({}), [Document("a", 0, torch.empty(0).int(), too_long="it is")])
+    assert (config.workload.batch_size, config.workload.max_length) == (1, 1)

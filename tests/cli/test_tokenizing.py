@@ -9,7 +9,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_ring.cli import documents, prompts, tokenizing
+from ds_ring.cli import documents, prompts, scoring_job, tokenizing
 from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
@@ -43,8 +43,9 @@ def test_score_feeds_what_the_tokenizer_gives(with_bos, document):
     config = RunConfig.load({"dtype": "fp32"}, model=str(with_bos))
     want = AutoTokenizer.from_pretrained(with_bos)(TEXT)["input_ids"]
     assert want[0] == BOS
-    assert documents.read(config, [document]) == [(document, want)]
-    assert documents.read(config, [document], special_tokens=False) == [(document, want[1:])]
+    (read,) = documents.read_files(config, [document])
+    (without,) = documents.read_files(config, [document], special_tokens=False)
+    assert (read.id, read.ids_T.tolist(), without.ids_T.tolist()) == (document, want, want[1:])
     _, found = prompts.read(config, [TEXT], [document], 8)
     assert found == [want, want]
 
@@ -55,8 +56,8 @@ def test_the_score_is_that_of_transformers_labels(with_bos, document):
     inputs = AutoTokenizer.from_pretrained(with_bos)(TEXT, return_tensors="pt")
     with torch.no_grad():
         want = float(model(inputs["input_ids"], labels=inputs["input_ids"]).loss)
-    texts = documents.read(config, [document])
-    for found in serve(model, lambda engine: documents.score(engine, texts, show_progress=False), ring_degree=2):
+    texts = documents.read_files(config, [document])
+    for found in serve(model, lambda engine: scoring_job.of_files(engine, texts, lambda line: None), ring_degree=2):
         assert found["documents"][0]["tokens"] == len(TEXT) + 1
         assert found["documents"][0]["nll"] == pytest.approx(want, rel=1e-5)
 
@@ -73,7 +74,7 @@ def test_a_long_text_is_refused_by_its_beginning(with_bos, tmp_path, monkeypatch
     file, config = tmp_path / "long.txt", RunConfig.load({"dtype": "fp32"}, model=str(with_bos), max_length=5000)
     file.write_text("x" * 100_000)
     with pytest.raises(InputError) as error:
-        documents.read(config, [str(file)])
+        documents.read_files(config, [str(file)])
     assert seen == [1000, 8000]
     assert str(error.value) == (
         f"the first 8,000 of 100,000 characters of {file} are too many: {file} has 7537 tokens, more than "
@@ -114,7 +115,7 @@ def test_what_is_no_text_is_refused_in_one_line(with_bos, tmp_path):
     config = RunConfig.load({"dtype": "fp32"}, model=str(with_bos))
     file = tmp_path / "binary"
     file.write_bytes(b"\x7fELF\xff\xfe")
-    for read in (lambda: documents.read(config, [str(file)]), lambda: prompts.read(config, [], [str(file)], 8)):
+    for read in (lambda: documents.read_files(config, [str(file)]), lambda: prompts.read(config, [], [str(file)], 8)):
         with pytest.raises(InputError, match=r"binary is not UTF-8 text: invalid start byte at byte 4$"):
             read()
     with pytest.raises(InputError, match=r"^prompt 2 is not UTF-8 text$"):

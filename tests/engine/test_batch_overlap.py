@@ -161,7 +161,7 @@ def unequal(engine: Engine) -> tuple[Tensor, list[Tensor], dict[str, int]]:
         mask[sequence, length:] = 0
     engine.mesh.traffic.bytes_by_op.clear()
     found, sent = engine(ids, mask).logits, dict(engine.mesh.traffic.bytes_by_op)
-    return found, engine.token_log_likelihoods(ids, mask), sent
+    return found, engine.score(ids, mask).log_probs, sent
 
 
 @cache

@@ -21,7 +21,7 @@ from ds_ring.hf.decoder import Decoder
 from ds_ring.hf.dims import model_dims
 from tests.helpers.mocked_world import one_process, relative_error, serve
 from tests.helpers.process_group_world import ProcessGroupWorld
-from tests.helpers.tiny_models import build, gpt_neox, logits, tokens
+from tests.helpers.tiny_models import VOCAB, build, gpt_neox, logits, tokens
 
 TOLERANCE = 1e-5
 """On the worst token's relative error, fp32 against fp32. The model itself in fp32 is 3e-6 away from fp64."""
@@ -123,11 +123,11 @@ def test_position_ids_of_the_caller_are_used(layout):
 @pytest.mark.parametrize("side", ["left", "right"])
 @by_name(FOUR | EIGHT)
 def test_every_token_is_scored_once(layout, side, monkeypatch):
-    monkeypatch.setattr("ds_ring.engine.scoring.CHUNK", 16)
+    monkeypatch.setattr("ds_ring.engine.scoring.LOGIT_ELEMENTS", 16 * VOCAB)
     ids, mask = padded_batch([101, 37, 1, 80, 64], side)
     results = serve(
         small_model(),
-        lambda engine: engine.token_log_likelihoods(ids, mask),
+        lambda engine: engine.score(ids, mask).log_probs,
         batch_size=5,
         micro_batch_size=2,
         **layout,

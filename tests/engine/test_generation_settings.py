@@ -18,7 +18,7 @@ from ds_ring.cli.seeded_checkpoint import byte_tokenizer
 from ds_ring.engine import generate_args
 from ds_ring.engine.engine import Engine
 from ds_ring.errors import CheckpointError, InputError
-from ds_ring.hf import generation_settings
+from ds_ring.hf import generation_callbacks, generation_settings
 from ds_ring.hf.generation_fields import FIELDS
 from ds_ring.hf.generation_settings import read_generation_config
 from tests.helpers.generation import tokens
@@ -72,7 +72,7 @@ def test_every_setting_of_the_installed_transformers_is_decided():
 
 
 def test_every_argument_of_transformers_generate_is_decided():
-    known = {*generate_args.REFUSED, *generate_args.OF_GENERATE, *inspect.signature(Engine.generate).parameters}
+    known = {*generate_args.REFUSED, *generation_callbacks.OF_CALLER, *inspect.signature(Engine.generate).parameters}
     given = [*inspect.signature(GenerationMixin.generate).parameters, "position_ids", "inputs_embeds", "tokenizer"]
     assert [name for name in given if name not in known] == ["inputs", "kwargs"]
 

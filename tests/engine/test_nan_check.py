@@ -43,7 +43,7 @@ def refusals(work, **layout) -> list[str]:
 def test_all_ranks_refuse_and_name_the_layer(call, layout, value):
     def work(engine: Engine) -> object:
         spoil(engine, layer=2, value=value)
-        return engine(tokens(2, 33)) if call == "logits" else engine.token_log_likelihoods(tokens(2, 33))
+        return engine(tokens(2, 33)) if call == "logits" else engine.score(tokens(2, 33)).log_probs
 
     ranks = "1" if "pp_size" in layout else "0, 1"
     for text in refusals(work, batch_size=2, **layout):
@@ -61,7 +61,7 @@ def test_the_rank_it_began_on_is_named_though_it_spreads_to_all():
 
 CALLS = {
     "logits": lambda engine, ids: engine(ids),
-    "scores": lambda engine, ids: engine.token_log_likelihoods(ids),
+    "scores": lambda engine, ids: engine.score(ids).log_probs,
     "next_token_logits": lambda engine, ids: engine.next_token_logits(ids),
     "generate": lambda engine, ids: engine.generate(ids, max_new_tokens=3, do_sample=False),
 }
@@ -91,7 +91,7 @@ def test_the_last_norm_is_named():
     def work(engine: Engine) -> object:
         if engine.mesh.rank == 1:
             engine.model.get_submodule("gpt_neox.final_layer_norm").weight.data[0] = float("nan")
-        return engine.token_log_likelihoods(tokens(1, 33))
+        return engine.score(tokens(1, 33)).log_probs
 
     for text in refusals(work, ring_degree=2):
         assert text == f"the last norm gave NaN or infinity, on rank 1, behind 3 layers that are finite; {CHECK}"

@@ -26,7 +26,7 @@ from ds_ring.utils import model_config
 from ds_ring.utils.corpus import load_tokenizer
 from ds_ring.utils.model_config import read_config
 from tests.helpers import tiny_models
-from tests.helpers.tiny_models import ARCHITECTURES, llama_gqa, logits, tokens
+from tests.helpers.tiny_models import ARCHITECTURES, gemma3, llama_gqa, logits, tokens
 
 CPU = torch.device("cpu")
 CODE = "evil-owner/kernels"
@@ -141,6 +141,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "quantised in a part": ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "(fp8): quantised"),
     "positions": ({"max_position_embeddings": 0}, "max_position_embeddings=0 must be a whole number of at least 1"),
     "a part": ({"text_config": 5}, "the language model's part is 5 instead of an object"),
+    "a window of no length": (
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        "config.json: layer_types has sliding_attention, but sliding_window=None says not how many tokens",
+    ),
     "an encoder": ({"is_encoder_decoder": True}, "is of an encoder and a decoder (is_encoder_decoder)"),
     "building": ({"hidden_act": "x"}, "makes no causal LM of this LlamaConfig: hidden_act='x': KeyError: 'x'"),
 }  # fmt: skip
@@ -182,3 +186,15 @@ def test_a_file_that_is_not_there(tmp_path):
         read_config(tmp_path / "none.json")
     with pytest.raises(CheckpointError, match=rf"^{tmp_path} has no config\.json"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("window", [None, 0])
+def test_layers_with_a_window_of_no_length_are_refused_where_transformers_raises(window):
+    config = gemma3(sliding_window=window)
+    with pytest.raises(CheckpointError, match=f"sliding_window={window} says not how many tokens such a layer sees"):
+        model_dims(config)
+    if window is None:
+        with pytest.raises(ValueError, match="sliding_window"), torch.no_grad():
+            tiny_models.build(config)(torch.ones(1, 4).long(), use_cache=False)
+    kinds = ["full_attention"] * config.num_hidden_layers
+    assert model_dims(gemma3(sliding_window=window, layer_types=kinds)).windows == (None,) * len(kinds)

@@ -62,7 +62,7 @@ def test_sequences_of_one_batch_have_frequencies_of_their_own(name, layout, micr
     model, (ids, mask) = rope_model(name), padded([20, 60, 33, 32])
 
     def work(engine: Engine) -> tuple[Tensor, list[Tensor]]:
-        return engine(ids, mask).logits, engine.token_log_likelihoods(ids, mask)
+        return engine(ids, mask).logits, engine.score(ids, mask).log_probs
 
     options = {"batch_size": 4, "micro_batch_size": micro_batch_size, "max_length": 128}
     for got, scores in serve(model, work, **options, **layout):

@@ -61,7 +61,7 @@ def started(folder: Path, *command: object, begun: str) -> Iterator[tuple[subpro
 def test_a_killed_run_is_no_success_and_leaves_nothing(victim, number, code, line, checkpoint, tmp_path):
     output = tmp_path / "out.json"
     output.write_text(BEFORE)
-    command = [sys.executable, "-m", "ds_ring.cli.main", "bench", "--model", checkpoint, "--ranks", 2, *ENDLESS]
+    command = [sys.executable, "-m", "ds_ring", "bench", "--model", checkpoint, "--ranks", 2, *ENDLESS]
     with started(tmp_path, *command, "--output", output, begun="timed passes") as (process, below):
         if victim == "launch":
             (pid,) = [one.pid for one in below if "deepspeed.launcher.launch" in one.cmdline()]

@@ -75,6 +75,7 @@ def test_prompts_of_unequal_length_and_a_file(llama, on_two_ranks):
     assert 0 < found["cache_gib_per_rank"] < 1e-3
     assert "prefill of 89 tokens in 3 rows" in done.stderr
     assert f"first token after {found['ttft_ms']:,.0f} ms, {found['decode_tpot_ms']:.2f} ms a token" in done.stderr
+    assert "Warning" not in done.stderr
 
 
 def test_one_prompt_streams_without_a_launcher(llama):

@@ -107,7 +107,7 @@ def test_a_score_over_two_hosts_is_that_of_one_process(hosts, tmp_path):
         "documents"
     ]
     output = tmp_path / "score.json"
-    words = ["python", "-m", "ds_ring.cli.main", *command, "--ring-degree", 2, "--output", output]
+    words = ["python", "-m", "ds_ring", *command, "--ring-degree", 2, "--output", output]
     with Launch(hosts, tmp_path / "log", *words, "--hostfile", hosts.hostfile) as launch:
         assert launch.process.wait(HANG_S) == 0, launch.text()[-3000:]
     (shared,) = json.loads(output.read_text())["documents"]

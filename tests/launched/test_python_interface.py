@@ -67,7 +67,7 @@ def test_the_examples_of_the_pages_run(tmp_path):
     shown = "import sys; sys.stdout.write(f'{SHAPES}\\n'); sys.stdout.flush()\n"
     chat = "[inputs.input_ids.shape[1], tokens.shape[1] > inputs.input_ids.shape[1]]"
     turns = "[list(tokens.shape), answer.sequences.shape[1] > ids.shape[1]]"
-    scores = "[[len(n) for n in nats], list(next_tokens.shape), list(logits.shape)]"
+    scores = "[[len(n) for n in nats], list(scores.top_ids[0].shape), list(next_tokens.shape), list(logits.shape)]"
     script = tmp_path / "example.py"
     parts = [(readme, chat), (generation, turns), (scoring, scores)]
     script.write_text(
@@ -75,5 +75,5 @@ def test_the_examples_of_the_pages_run(tmp_path):
     )
     done = deepspeed(2, script)
     prompt = len("user: What is the capital of France?\nassistant:")
-    for line in (f"[{prompt}, True]", "[[2, 113], True]", "[[14, 12], [2], [2, 15, 512]]"):
+    for line in (f"[{prompt}, True]", "[[2, 113], True]", "[[14, 12], [14, 3], [2], [2, 15, 512]]"):
         assert done.stdout.count(f"{line}\n") == 2

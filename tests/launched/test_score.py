@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ds_ring.cli.documents import read
+from ds_ring.cli.documents import read_files
 from ds_ring.config import RunConfig
 from ds_ring.errors import InputError
 from tests.helpers.launching import ROOT, deepspeed, in_one_start, last_line, run
@@ -84,4 +84,4 @@ def test_documents_that_do_not_fit_are_refused(llama, documents, tmp_path):
     empty.write_text(" \n")
     config = RunConfig.load({"dtype": "fp32"}, model=str(llama))
     with pytest.raises(InputError, match="is empty"):
-        read(config, [str(empty)])
+        read_files(config, [str(empty)])

@@ -30,7 +30,9 @@ def test_what_is_too_long_for_a_command_line_is_refused(monkeypatch):
 
 
 def test_an_encoded_command_runs_with_its_arguments_and_environment(tmp_path):
-    (tmp_path / "shown.py").write_text("import os, sys\nprint(sys.argv, os.environ['HF_HOME'], os.environ['HF_HUB'])\n")
+    (tmp_path / "shown.py").write_text(
+        "import os, sys\ndef main(): print(sys.argv, os.environ['HF_HOME'], os.environ['HF_HUB'])\n"
+    )
     letters = encode("shown", ["$(x)", "b c"], {"HF_HOME": "theirs", "HF_HUB": "passed on"})
     done = subprocess.run(
         [sys.executable, "-m", "ds_ring.cli.encoded", letters], capture_output=True, text=True,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
 
 import pytest
 
 from ds_ring.errors import ConfigError, DsRingError, LaunchError
-from ds_ring.process import launcher
+from ds_ring.process import child, launcher
 from tests.helpers.limits import HANG_S
+from tests.helpers.processes import runs, wait_until
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_the_launcher_sees_all_gpus_it_is_to_choose_from(host, monkeypatch, tmp_
 
 def test_a_run_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    with pytest.raises(DsRingError, match=r"did not end in 1 s"):
+    with pytest.raises(DsRingError, match=r"^sleep was ended: it took longer than 1 s; see .*log$"):
         launcher.run(["sleep", "60"], 1, log=tmp_path / "log", report=print, limit_s=1.0)
 
 
@@ -93,16 +93,47 @@ except KeyboardInterrupt:
     pathlib.Path({str(said)!r}).write_text("interrupted")
 """
 
-    class WhenReady(threading.Timer):
-        def run(self):
-            while not ready.exists() and not self.finished.is_set():
-                time.sleep(0.01)
-            super().run()
+    def late(self, reason_to_end, look, limit_s):
+        while not ready.exists():
+            time.sleep(0.01)
+        return "late"
 
-    monkeypatch.setattr(launcher.threading, "Timer", WhenReady)
-    monkeypatch.setattr(launcher, "GRACE_S", HANG_S if heeds else 0.5)
+    monkeypatch.setattr(child.Child, "wait", late)
+    monkeypatch.setattr(child, "GRACE_S", HANG_S if heeds else 0.5)
     begun = time.monotonic()
-    with pytest.raises(LaunchError, match="did not end in 0 s"):
-        launcher.run([sys.executable, "-c", script], 1, log=tmp_path / "log", report=print, limit_s=0.1)
+    with pytest.raises(LaunchError, match="was ended: late; see ") as error:
+        launcher.run([sys.executable, "-c", script], 1, log=tmp_path / "log", report=print)
+    assert error.value.reason == "late"
     assert time.monotonic() - begun < HANG_S
     assert (said.read_text() if said.exists() else "") == last_words
+
+
+def test_what_a_script_says_is_reported_while_it_runs_whatever_its_encoding(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    script = """
+import os, sys, time
+os.write(1, b"[ds_ring] begun \\xff\\r[ds_ring] half")
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+os.write(2, b" a line\\nnoise\\nfailed on rank 1: no [/x]")
+os.write(1, b" there\\n")
+sys.exit(1)
+"""
+    said, heard = [], tmp_path / "heard"
+
+    def report(text):
+        said.append(text)
+        heard.touch()
+
+    with pytest.raises(LaunchError, match="ended with exit code 1; the end of") as error:
+        launcher.run([sys.executable, "-c", script, str(heard)], 1, log=tmp_path / "log", report=report)
+    assert said == ["begun \\xff", "half a line"]
+    assert error.value.reason == "no [/x] there"
+    assert str(error.value).endswith("noise\nfailed on rank 1: no [/x] there\n")
+
+
+def test_what_a_run_leaves_behind_ends_with_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    script = "import subprocess; print(subprocess.Popen(['sleep', '3600']).pid)"
+    launcher.run([sys.executable, "-c", script], 1, log=tmp_path / "log", report=print)
+    wait_until(lambda: not runs(int((tmp_path / "log").read_text())))

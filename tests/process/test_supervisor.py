@@ -11,19 +11,26 @@ import sys
 import pytest
 
 from ds_ring.process.launcher import ROOT
+from ds_ring.process.processes import is_stopped
 from tests.helpers.limits import HANG_S
 from tests.helpers.processes import runs, wait_until
 
 SUPERVISE = """
 import sys
-from ds_ring.process import run_watch, supervisor
-from ds_ring.process.interruption import raise_on_signals
+from ds_ring.process import child, run_watch, supervisor
+from ds_ring.process.interruption import Interrupted, raise_on_signals
 from ds_ring.utils.streams import prepare_streams
 import os
-run_watch.LEAVING_S, supervisor.GRACE_S, supervisor.ASK_EVERY_S = 0.5, 1.0, 0.1
+run_watch.LEAVING_S, child.GRACE_S, child.ASK_EVERY_S = 0.5, 1.0, 0.1
 prepare_streams()
 raise_on_signals()
-sys.exit(supervisor.supervise([sys.executable, "-c", sys.argv[1], *sys.argv[3:]], dict(os.environ), float(sys.argv[2])))
+words = [sys.executable, "-c", sys.argv[1], *sys.argv[3:]]
+try:
+    code = supervisor.supervise(words, dict(os.environ), float(sys.argv[2]))
+except Interrupted as interrupted:
+    print(interrupted, file=sys.stderr)
+    code = interrupted.exit_code
+sys.exit(code)
 """
 LAUNCHER = """
 import os, signal, subprocess, sys, time
@@ -116,6 +123,21 @@ def test_a_signal_ends_all_and_is_said_in_one_line(name, tmp_path):
         -9 if killed else 128 + number, "", "" if killed else f"interrupted by {name}\n"
     )  # fmt: skip
     wait_until(lambda: not any(map(runs, pids)))
+
+
+def test_a_user_stops_and_continues_a_run_with_its_command(tmp_path):
+    """By Ctrl-Z and fg at a terminal, which reach the command alone: the run has a session of its own."""
+    said = tmp_path / "said"
+    process = supervised(WAITS, said)
+    wait_until(said.exists)
+    pids = [process.pid, *map(int, said.read_text().split())]
+    process.send_signal(signal.SIGTSTP)
+    wait_until(lambda: all(map(is_stopped, pids)))
+    process.send_signal(signal.SIGCONT)
+    wait_until(lambda: not any(map(is_stopped, pids)))
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=HANG_S) == ("", "interrupted by SIGINT\n")
+    assert process.returncode == 130
 
 
 def test_a_process_that_stays_stopped_ends_the_run(tmp_path):

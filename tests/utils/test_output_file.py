@@ -1,15 +1,26 @@
 """Files that commands leave: what becomes of devices, FIFOs, links, and of the file that was there before."""
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 from ds_ring.errors import ConfigError, OutputError
+from ds_ring.process.launcher import ROOT
 from ds_ring.utils import results
-from ds_ring.utils.output_file import check_writable, is_special, partial_of, write_atomically
+from ds_ring.utils.output_file import (
+    UNFINISHED,
+    check_writable,
+    is_special,
+    partial_of,
+    remove_unfinished,
+    write_atomically,
+)
 
 
 def test_a_device_is_written_into_and_stays_one():
@@ -143,3 +154,40 @@ class TestCollect:
     def test_records_without_a_status_are_complete(self, tmp_path):
         (tmp_path / "old.json").write_text('{"rows": [1]}')
         assert results.read_json(tmp_path / "old.json") == {"rows": [1]}
+
+
+KILLED = """
+import os, sys
+os.replace = lambda *names: os.kill(os.getpid(), 9)
+from ds_ring.utils.output_file import write_atomically
+write_atomically(sys.argv[1], "half")
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_what_others_write_is_not(tmp_path, monkeypatch):
+    output, link = tmp_path / "out.json", tmp_path / "elsewhere" / "link"
+    output.write_text("before")
+    link.parent.mkdir()
+    link.symlink_to(output)
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", KILLED, output], cwd=ROOT)
+        assert done.returncode == -signal.SIGKILL
+    left = [file for file in tmp_path.iterdir() if file.name.startswith(UNFINISHED)]
+    assert [file.read_text() for file in left] == ["half", "half"]
+    (number,) = {int(file.name.split(".")[-2]) for file in left[:1]}
+    others = [f"{UNFINISHED}other-host.{number}.abc", f"{UNFINISHED}{os.uname().nodename}.{os.getpid()}.abc"]
+    others += [f"{UNFINISHED}{os.uname().nodename}.notes", "mine.txt"]
+    for name in others:
+        (tmp_path / name).write_text("theirs")
+    remove_unfinished(link)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, "elsewhere", "out.json"])
+    assert output.read_text() == "before"
+
+
+def test_a_process_that_nobody_waited_for_is_gone(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "out.json"], cwd=ROOT)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_unfinished(tmp_path / "out.json")
+    assert list(tmp_path.iterdir()) == []
+    process.wait()

@@ -68,6 +68,22 @@ def test_layouts_give_what_whole_weights_give(name, place):
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_scores_are_those_of_whole_weights(name, place):
+    """The head is asked as often as a rank has tokens to score, which differs from rank to rank."""
+    model, (ids, mask) = build(MODELS[name]()), batch_of(50, 33, 7, 1)
+
+    def work(engine):
+        return engine.score(ids, mask, top_k=3, entropy=True, start=5)
+
+    layout = {"ring_degree": 3, "micro_batch_size": 2}
+    for got, want in zip(serve(model, work, weights=place, **layout), serve(model, work, **layout), strict=True):
+        for mine, other in zip(got.log_probs, want.log_probs, strict=True):
+            assert torch.allclose(mine, other, rtol=0, atol=1e-5)
+        assert all(torch.equal(mine, other) for mine, other in zip(got.ranks, want.ranks, strict=True))
+
+
 def test_one_rank_streams():
     model, (ids, mask) = build(gpt_neox(heads=4)), batch_of(40, 11)
     assert_same(
