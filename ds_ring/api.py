@@ -27,6 +27,7 @@ from ds_ring.hf.checkpoint import Checkpoint
 from ds_ring.hf.decoder import Decoder, own_configs
 from ds_ring.hf.dims import model_dims
 from ds_ring.hf.generation_settings import read_generation_config
+from ds_ring.hf.layer_loading import LayerLoader
 from ds_ring.hf.loading import load_model, load_stage, weight_bytes
 from ds_ring.hf.stage import keep_stage
 from ds_ring.hf.tensor_fit import check_fit
@@ -85,15 +86,23 @@ def from_pretrained(
     mesh = connect(run, {**fingerprint.of_config(config_of_model), **fingerprint.of_files(checkpoint)})
     dtype, device = torch_dtype(run.dtype), local_device()
     layers = stage_layers(dims.num_layers, run.parallel.pp_size, mesh.coordinate("pp"))
-    with with_memory_note(lambda: weights_note(weight_bytes(config_of_model, dtype, layers), run, device)):
+    held = run.topology.weights
+    with with_memory_note(lambda: weights_note(weight_bytes(config_of_model, dtype, layers) // held, run, device)):
         # Loading waits for a disk, which may be slow, and for no peer: only what follows is watched. Stages read other
         # tensors, so that one may lack what others do not miss.
         with mesh["world"].together(process_watchdog.watch("waiting for all ranks to load")):
-            if kind is TensorPipelineRunner:
+            loader = (
+                LayerLoader(path, dtype, device) if kind is SequenceParallelRunner and run.weights != "whole" else None
+            )
+            if loader is not None:
+                model = loader.model
+            elif kind is TensorPipelineRunner:
                 model = load_stage(path, dtype, device, layers)
             else:
                 model = load_model(path, dtype, device)
         with process_watchdog.watch("building the engine"):
+            if loader is not None:
+                return Engine(SequenceParallelRunner(model, run, mesh, dims, device, loader.fill))
             return Engine(kind(model, run, mesh, dims, device))
 
 

@@ -46,10 +46,20 @@ class SequenceParallelRunner(CachedRunner):
     result_axis = "sp"
 
     def __init__(
-        self, model: PreTrainedModel, run_config: RunConfig, mesh: Mesh, dims: ModelDims, device: torch.device
+        self,
+        model: PreTrainedModel,
+        run_config: RunConfig,
+        mesh: Mesh,
+        dims: ModelDims,
+        device: torch.device,
+        fill: Callable[[int], None] = lambda number: None,
     ) -> None:
+        """
+        Args:
+            fill: gives a layer its weights, where those of the model's layers are on the meta device.
+        """
         super().__init__(model, run_config, mesh, dims, device)
-        self.weights = shared_weights(model, run_config, mesh, device)
+        self.weights = shared_weights(model, run_config, mesh, device, fill)
         self._deepspeed = serve(model, run_config)
         self.slices = decode_slices(self.model, run_config, dims, mesh["sp"], device, self.weights)
         if self.weights is not None and self.slices is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -12,11 +14,19 @@ from ds_ring.weights.sharded import ShardedWeights
 
 
 def shared_weights(
-    model: PreTrainedModel, config: RunConfig, mesh: Mesh, device: torch.device
+    model: PreTrainedModel,
+    config: RunConfig,
+    mesh: Mesh,
+    device: torch.device,
+    fill: Callable[[int], None] = lambda number: None,
 ) -> ShardedWeights | None:
-    """Takes ``model`` apart as ``config.weights`` wants it; None: it stays whole. Collective."""
+    """Takes ``model`` apart as ``config.weights`` wants it; None: it stays whole. Collective.
+
+    Args:
+        fill: as ``ShardedWeights`` takes it.
+    """
     if config.weights == "whole":
         return None
     transport = mesh["weights"]
     peers = transport.device if isinstance(transport, CopyEngineTransport) else None
-    return ShardedWeights(model, transport, device, peers, on_host=config.weights == "streamed")
+    return ShardedWeights(model, transport, device, peers, config.weights == "streamed", fill)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -55,30 +56,37 @@ def load_stage(path: str | Path, dtype: torch.dtype, device: torch.device, layer
     and conversions of old checkpoints, fills what remains.
     """
     checkpoint = Checkpoint.open(path)
-    decoder, tied = _without_weights(read_config(path), dtype, layers)
+    decoder, tied = without_weights(read_config(path), dtype, layers)
     model = decoder.model
-    info, _ = convert_and_load_state_dict_in_model(
-        model,
-        checkpoint.lazy_tensors(),
-        LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)),
-    )
+    mismatched = convert(model, checkpoint.lazy_tensors(), dtype, device)
     if tied:
         model.tie_weights()
-    _raise_out_of_memory(info.conversion_errors.values())
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    refuse_unfit(path, missing, info.mismatched_keys)
+    refuse_unfit(path, missing, mismatched)
     model.generation_config = read_generation_config(checkpoint.directory)
     keep_stage(decoder, layers)
     return model.to(device).eval()
 
 
+def convert(model: PreTrainedModel, tensors: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[Any]:
+    """Fill the parameters of ``model`` that ``tensors`` are for, as transformers does, with its renamings and
+    conversions; returns what it says of tensors of other shapes."""
+    info, _ = convert_and_load_state_dict_in_model(
+        model,
+        tensors,
+        LoadStateDictConfig(device_map={"": device}, dtype=dtype, weight_mapping=get_model_conversion_mapping(model)),
+    )
+    _raise_out_of_memory(info.conversion_errors.values())
+    return list(info.mismatched_keys)
+
+
 def weight_bytes(config: PretrainedConfig, dtype: torch.dtype, layers: range) -> int:
     """Bytes of the parameters that a rank loads, those of all layers or of a stage's."""
-    decoder, _ = _without_weights(config, dtype, layers)
+    decoder, _ = without_weights(config, dtype, layers)
     return sum(parameter.nbytes for parameter in decoder.model.parameters())
 
 
-def _without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range) -> tuple[Decoder, bool]:
+def without_weights(config: PretrainedConfig, dtype: torch.dtype, layers: range) -> tuple[Decoder, bool]:
     """The model with parameters on the meta device, stripped to the stage of ``layers``; whether its head is tied to an
     embedding here."""
     with init_empty_weights(include_buffers=False):

@@ -7,14 +7,16 @@ For good, the parameters of layer i are views of the buffer that layer i is whol
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ds_ring.errors import CheckpointError
 from ds_ring.hf.decoder import Decoder
+from ds_ring.hf.layer_loading import KEPT
 from ds_ring.hf.tp_plan import tp_plan
 from ds_ring.transport.base import Transport
 from ds_ring.transport.peer_memory import Device
@@ -27,13 +29,14 @@ log = logging.getLogger("ds_ring")
 
 
 class ShardedWeights:
-    """Takes a whole ``model`` apart.
+    """Takes ``model`` apart, layer by layer. Collective.
 
     Args:
         transport: of the ranks that hold one copy between them.
         device: where the model runs.
         peers: memory that these can read; None: parts travel as messages.
         on_host: parts are in the host's memory.
+        fill: gives a layer its weights on the device, where the model's layers are on the meta device.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class ShardedWeights:
         device: torch.device,
         peers: Device | None = None,
         on_host: bool = False,
+        fill: Callable[[int], None] = lambda number: None,
     ) -> None:
         self.decoder, self.transport = Decoder.of(model), transport
         self.layouts = layouts_of(self.decoder, transport.size)
@@ -51,11 +55,12 @@ class ShardedWeights:
             if peers is None or on_host
             else PulledParts(self.layouts, transport, peers)
         )
-        for number, layer in enumerate(self.decoder.layers):
-            self._keep_own(number, layer)
         self.staging = Staging(self.parts, device)
-        for number, layer in enumerate(self.decoder.layers):
-            self._view(number, layer)
+        # Where a checkpoint cannot be read on one rank, all fail.
+        with transport.together():
+            for number, layer in enumerate(self.decoder.layers):
+                fill(number)
+                self._take_over(number, layer)
         self.staging.hook(self.decoder.layers)
         self.head: SharedHead | None = None
         self._tables: list[Table] = []
@@ -109,18 +114,17 @@ class ShardedWeights:
                 stack.enter_context(self.head.whole())
             yield
 
-    def _keep_own(self, number: int, layer: nn.Module) -> None:
-        rank = self.transport.rank
-        for entry, owner, attribute in owners(layer, self.layouts[number]):
-            whole = getattr(owner, attribute).detach()
-            self.parts.own(number, entry).copy_(entry.cut.part(whole, rank))
-            # Let go of it, layer by layer: a device may have no room for both.
-            getattr(owner, attribute).data = whole.new_empty(0)
-
-    def _view(self, number: int, layer: nn.Module) -> None:
+    def _take_over(self, number: int, layer: nn.Module) -> None:
+        """Keep this rank's part of a layer; what is whole is a buffer's from here on."""
         memory = self.staging.memory_of(number)
         for entry, owner, attribute in owners(layer, self.layouts[number]):
-            getattr(owner, attribute).data = entry.whole(memory)
+            whole = getattr(owner, attribute).detach()
+            if whole.dtype != entry.dtype:
+                raise CheckpointError(f"{entry.name} of layer {number} is {whole.dtype}, not {entry.dtype}")
+            self.parts.own(number, entry).copy_(entry.cut.part(whole, self.transport.rank))
+            owner._parameters[attribute] = nn.Parameter(entry.whole(memory), requires_grad=False)
+        for parameter in layer.parameters():
+            setattr(parameter, KEPT, True)
 
     def _shared(self) -> Iterator[tuple[nn.Parameter, int]]:
         for number, layer in enumerate(self.decoder.layers):
