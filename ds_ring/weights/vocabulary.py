@@ -60,6 +60,7 @@ class SharedEmbedding:
 
     def __init__(self, module: nn.Module, table: Table) -> None:
         self._module, self._table = module, table
+        vars(module)["padding_idx"] = None  # of training; it may be beyond the rows that are asked for
 
     def __call__(self, ids: Tensor) -> Any:
         rows = self._table.rows(ids.flatten())

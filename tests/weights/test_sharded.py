@@ -84,6 +84,14 @@ def test_scores_are_those_of_whole_weights(name, place):
         assert all(torch.equal(mine, other) for mine, other in zip(got.ranks, want.ranks, strict=True))
 
 
+def test_a_padding_token_beyond_the_rows_that_are_asked_for():
+    model, (ids, mask) = build(llama_gqa(pad_token_id=VOCAB - 1)), batch_of(9)
+    assert_same(
+        serve(model, lambda engine: results(engine, ids, mask), ring_degree=2, weights="sharded"),
+        serve(model, lambda engine: results(engine, ids, mask), ring_degree=2),
+    )
+
+
 def test_one_rank_streams():
     model, (ids, mask) = build(gpt_neox(heads=4)), batch_of(40, 11)
     assert_same(
