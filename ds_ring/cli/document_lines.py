@@ -90,13 +90,13 @@ def _line(index: int, number: int, data: bytes) -> Line:
     if not isinstance(found, dict):
         raise InputError("not a JSON object")
     if unknown := [name for name in found if name not in ("id", "target_ids", *FORMS)]:
-        raise InputError(f"unknown field {json.dumps(unknown[0])}; known are id, target_ids, {', '.join(FORMS)}")
+        raise InputError(f"unknown field {unknown[0]!r}; known are id, target_ids, {', '.join(FORMS)}")
     forms = [form for form in FORMS if form in found]
     if len(forms) != 1:
         raise InputError(f"exactly one of {', '.join(FORMS)} is needed, not {len(forms)} of them")
     name = found.get("id", index)
     if not isinstance(name, str) and type(name) is not int:
-        raise InputError(f"id={json.dumps(name)[:80]} must be text or a whole number")
+        raise InputError(f"id must be text or a whole number, not {_kind(name)}")
     content, target_ids = found[forms[0]], found.get("target_ids")
     _CHECKS[forms[0]](content)
     if "target_ids" in found:
@@ -143,4 +143,4 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
 
 def _kind(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
+    return kinds.get(type(value), "a number" if type(value) is int else f"{value}")

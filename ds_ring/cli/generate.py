@@ -50,12 +50,13 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     config = planned_by_default(options.run_config(args))
     from ds_ring import api
     from ds_ring.cli import prompts
-    from ds_ring.cli.timed_generation import check_settings, generate, summary
+    from ds_ring.cli.timed_generation import check_room, check_settings, generate, summary
     from ds_ring.utils import results
 
     tokenizer, token_ids = prompts.read(config, args.prompt, args.prompt_file, args.max_new_tokens, raw=args.raw)
     check_settings(config, tokenizer, token_ids, args.max_new_tokens, _sampling(args), options.say)
     config = api.with_planned_degrees(prompts.sized(config, token_ids, args.max_new_tokens), generating=True)
+    check_room(config, token_ids, args.max_new_tokens)
     engine = api.from_pretrained(config=config)
     found = generate(
         engine, tokenizer, token_ids, max_new_tokens=args.max_new_tokens, sampling=_sampling(args), say=options.say,

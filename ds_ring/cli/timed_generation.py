@@ -15,11 +15,14 @@ from ds_ring.cli.generation_clock import GenerationClock, StderrText
 from ds_ring.cli.prompts import left_padded
 from ds_ring.cli.sampling import Sampling, overridden
 from ds_ring.config import RunConfig
+from ds_ring.engine.cache_fit import check_cache_fits
+from ds_ring.engine.connect import local_device
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.generate_args import check_before_loading
 from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
+from ds_ring.hf.dims import model_dims
 from ds_ring.hf.generation_fields import problem
 from ds_ring.hf.generation_settings import read_generation_config
 from ds_ring.utils.device import device_name
@@ -160,6 +163,12 @@ def check_settings(
         say(line)
     options = _options(checkpoint, config, tokenizer, max_new_tokens, sampling)
     check_before_loading(config, checkpoint, options, max(len(prompts), run.parallel.dp_size))
+
+
+def check_room(run: RunConfig, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raise InputError, before weights load, where no rank has the memory for the cache of these prompts."""
+    dims, longest = model_dims(read_config(run.checkpoint)), max(map(len, prompts))
+    check_cache_fits(run, dims, max(len(prompts), run.parallel.dp_size), longest, max_new_tokens, local_device())
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

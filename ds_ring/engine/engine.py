@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ds_ring.config import RunConfig
 from ds_ring.engine import nan_check, scoring
 from ds_ring.engine.batch import Batch, pack
+from ds_ring.engine.call_arguments import as_ids, as_mask, as_positions
 from ds_ring.engine.gather import gather_replicas
 from ds_ring.engine.generation import generate
 from ds_ring.engine.model_runner import NO_POSITIONS, CachedRunner, ModelRunner, Shard
@@ -31,6 +32,7 @@ from ds_ring.planning.validation import note_positions
 from ds_ring.process.watchdog import Watchdog, watched
 from ds_ring.transport.mesh import Mesh
 from ds_ring.utils.device import synchronize
+from ds_ring.utils.numbers import whole_number
 
 T = TypeVar("T")
 
@@ -88,16 +90,18 @@ class Engine:
         return self.mesh["world"].all_gather_objects(value)
 
     def prepare(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, logits_to_keep: int = 0
     ) -> tuple[Batch, Tensor]:
         """Check and pack the caller's tensors; all ranks must have been given the same."""
         try:
-            batch, columns_BL = pack(input_ids.cpu(), attention_mask, position_ids, self.runner.dims)
+            whole_number("logits_to_keep", logits_to_keep, least=0)
+            ids_BC, mask_BC, positions_BC = as_ids(input_ids), as_mask(attention_mask), as_positions(position_ids)
+            batch, columns_BL = pack(ids_BC.cpu(), mask_BC, positions_BC, self.runner.dims)
         except InputError as error:
             # Where only some ranks refuse, the others must hear of it rather than wait for them.
             self.mesh["world"].agree(input_ids=f"unusable ones: {error}")
             raise
-        self.mesh["world"].agree(input_ids=batch.digest())
+        self.mesh["world"].agree(input_ids=batch.digest(), logits_to_keep=logits_to_keep)
         note_positions(int(batch.position_ids_BL.max()) + 1, self.runner.dims)
         return batch, columns_BL
 
@@ -146,7 +150,7 @@ class Engine:
             DisagreementError: ranks were given different tokens. NumericsError: a layer gave NaN or infinity.
         """
         self._refuse_unserved(options)
-        batch, columns_BL = self.prepare(input_ids, attention_mask, position_ids)
+        batch, columns_BL = self.prepare(input_ids, attention_mask, position_ids, logits_to_keep)
         first = 0 if logits_to_keep == 0 else max(0, input_ids.shape[1] - logits_to_keep)
         micro_batches, mine = self.runner.micro_batches(batch)
         wanted_BL = columns_BL >= first
@@ -168,9 +172,10 @@ class Engine:
     @explain_oom
     def generate(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
+        inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         past_key_values: Cache | None = None,
         streamer: BaseStreamer | None = None,
@@ -185,6 +190,7 @@ class Engine:
             input_ids: [B, C], rows padded on the left; with ``past_key_values`` the whole conversation, as in
                 transformers, or its new part under a mask of the whole.
             attention_mask: 1 for tokens and 0 for padding.
+            inputs: transformers' other name for ``input_ids``.
             past_key_values: what an earlier call of this engine gave with ``return_dict_in_generate=True``.
             streamer: is told the tokens on rank 0.
             progress: is told on rank 0, after each chunk of the prompts, how many of its replica's tokens its layers
@@ -200,6 +206,7 @@ class Engine:
         return generate(
             self._cached_runner("generate"),
             input_ids,
+            inputs,
             attention_mask,
             generation_config,
             past_key_values,

@@ -14,12 +14,14 @@ from transformers import Cache, GenerationConfig, PretrainedConfig, TextStreamer
 from transformers.generation import BaseStreamer
 
 from ds_ring.engine.batch import pack
+from ds_ring.engine.cache_fit import check_cache_fits
+from ds_ring.engine.call_arguments import as_ids, as_mask
 from ds_ring.engine.model_runner import CachedRunner
 from ds_ring.errors import InputError
 from ds_ring.hf.cache import BROKEN, ShardedCache
 from ds_ring.hf.generation_adapter import GenerationAdapter
 from ds_ring.hf.generation_callbacks import OF_CALLER, check_callbacks, kinds
-from ds_ring.hf.generation_settings import SPREAD, Asked, admit, check_mode, check_processors
+from ds_ring.hf.generation_settings import SPREAD, Asked, admit, check_mode, check_processors, origin
 from ds_ring.kv_cache.shard import KVCacheShard
 from ds_ring.planning.validation import check_positions
 from ds_ring.transport.solo import SoloTransport
@@ -39,6 +41,7 @@ class GenerateArgs:
     """What a call of ``generate`` asks for, checked.
 
     Attributes:
+        input_ids: [B, C], int64, as they were given otherwise.
         settings: transformers' own, with every default filled in.
         mask_BC: which columns hold a token, bool, on the CPU.
         cache: the caller's, or an empty one.
@@ -46,6 +49,7 @@ class GenerateArgs:
         prefill_chunk: prompt tokens of each sequence that run at a time; 0: the whole prompt.
     """
 
+    input_ids: Tensor
     settings: GenerationConfig
     mask_BC: Tensor
     cache: ShardedCache
@@ -56,7 +60,8 @@ class GenerateArgs:
 def check_generate_args(
     runner: CachedRunner,
     adapter: GenerationAdapter,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
+    inputs: Tensor | None,
     attention_mask: Tensor | None,
     generation_config: GenerationConfig | None,
     past_key_values: Cache | None,
@@ -71,16 +76,24 @@ def check_generate_args(
     """
     world = runner.mesh["world"]
     try:
-        _check_ids(input_ids)
+        if input_ids is not None and inputs is not None:
+            raise InputError("generate was given input_ids and inputs, which are two names of the same; give one")
+        input_ids = as_ids(inputs if input_ids is None else input_ids)
+        attention_mask = as_mask(attention_mask)
         check_callbacks(options, streamer, progress)
         settings = settings_of(
             adapter, runner.model.generation_config, generation_config, options, input_ids.cpu(), world.rank == 0
         )
         mask_BC = _mask(adapter, settings, input_ids, attention_mask)
-        _check_padding(settings, (settings.num_return_sequences or 1) * len(mask_BC), runner.dims.vocab_size)
+        rows = (settings.num_return_sequences or 1) * len(mask_BC)
+        asked = Asked.of(runner.model.generation_config, generation_config, options)
+        _check_padding(settings, asked, rows, runner.dims.vocab_size)
         cache = _cache(runner, past_key_values, mask_BC, input_ids, settings)
         max_length = _max_length(adapter, generation_config, options)
         new_tokens = _check_length(runner, mask_BC, input_ids, settings.max_new_tokens, max_length)
+        longest = int(mask_BC.sum(1).max())
+        weights = sum(p.nbytes for p in runner.model.parameters())
+        check_cache_fits(runner.run_config, runner.dims, rows, longest, new_tokens, runner.device, weights)
         if isinstance(streamer, TextStreamer) and mask_BC.shape[0] > 1:
             # It would raise on rank 0 alone, with the others on their way.
             raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BC.shape[0]}")
@@ -96,7 +109,7 @@ def check_generate_args(
     plain |= {"max_new_tokens": new_tokens, "prefill_chunk_size": prefill_chunk}
     plain |= kinds(options)
     world.agree(input_ids=digest, **{f"generate's {name}": value for name, value in plain.items()})
-    return GenerateArgs(settings, mask_BC, cache, new_tokens, prefill_chunk)
+    return GenerateArgs(input_ids, settings, mask_BC, cache, new_tokens, prefill_chunk)
 
 
 def settings_of(
@@ -148,28 +161,22 @@ def check_before_loading(
     model: Any = SimpleNamespace(config=config, generation_config=checkpoint, dtype=torch.float32)
     adapter = GenerationAdapter(model, torch.device("cpu"), _no_forward, SoloTransport(), torch.ones(()).bool())
     settings = settings_of(adapter, checkpoint, None, options, torch.zeros(1, 1, dtype=torch.long), say=False)
-    _check_padding(settings, sequences, config.get_text_config().vocab_size)
+    _check_padding(settings, Asked.of(checkpoint, None, options), sequences, config.get_text_config().vocab_size)
 
 
 def _no_forward(*args: Any) -> Tensor:
     raise AssertionError("there is no model")
 
 
-def _check_ids(input_ids: Tensor) -> None:
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
-        raise InputError(
-            f"input_ids must be whole numbers of shape [batch, length], at least one of each, not "
-            f"{tuple(input_ids.shape)} {input_ids.dtype}"
-        )
-
-
-def _check_padding(settings: GenerationConfig, sequences: int, vocab_size: int) -> None:
+def _check_padding(settings: GenerationConfig, asked: Asked, sequences: int, vocab_size: int) -> None:
     """Raise InputError where rows that end early would be filled with what is no token."""
     pad = settings._pad_token_tensor  # where none is given, the first that ends a row
     if sequences > 1 and settings._eos_token_tensor is not None and not 0 <= int(pad) < vocab_size:
+        given = asked.effective.get("pad_token_id") is not None
+        source = origin("pad_token_id", asked) if given else ", the first of eos_token_id,"
         raise InputError(
-            f"pad_token_id={int(pad)} is outside the vocabulary of {vocab_size}, and rows that end early are filled "
-            f"with it; give a pad_token_id"
+            f"pad_token_id={int(pad)}{source} is outside the vocabulary of {vocab_size}, and rows that end early are "
+            f"filled with it; give a pad_token_id"
         )
 
 

@@ -23,7 +23,8 @@ from ds_ring.transport.base import Transport
 
 def generate(
     runner: CachedRunner,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
+    inputs: Tensor | None,
     attention_mask: Tensor | None,
     generation_config: GenerationConfig | None,
     past_key_values: Cache | None,
@@ -36,8 +37,9 @@ def generate(
     forward = GenerationForward(runner, progress if world.rank == 0 else None)
     adapter = GenerationAdapter(runner.model, runner.device, forward, world, forward.fine)
     request = check_generate_args(
-        runner, adapter, input_ids, attention_mask, generation_config, past_key_values, streamer, progress, options
-    )
+        runner, adapter, input_ids, inputs, attention_mask, generation_config, past_key_values, streamer, progress,
+        options,
+    )  # fmt: skip
     forward.new_tokens, forward.prefill_chunk = request.new_tokens, request.prefill_chunk
     adapter.agrees_on_choice = not chosen_alike(request.settings, options)
     adapter.agrees_on_scores = bool(request.settings.output_scores) and any(options.get(n) for n in CHANGING_SCORES)
@@ -52,7 +54,7 @@ def generate(
         _one_generator(world, runner.device, request.settings.do_sample),
     ):
         result: Tensor | GenerateDecoderOnlyOutput = adapter.generate(
-            input_ids.to(runner.device),
+            request.input_ids.to(runner.device),
             attention_mask=mask_BC.long().to(runner.device),
             generation_config=generation_config,
             past_key_values=request.cache,

@@ -12,6 +12,7 @@ from transformers import Cache
 
 from ds_ring.errors import DsRingError, InputError
 from ds_ring.kv_cache.shard import KVCacheShard
+from ds_ring.utils.numbers import whole_number
 
 BROKEN = (
     "past_key_values is broken: the generate that last wrote to it was interrupted or failed; begin without it, from "
@@ -64,6 +65,12 @@ class ShardedCache(Cache):
         found.cache_shard = self.cache_shard.selected(range(len(self.sequences)))
         memo[id(self)] = found
         return found
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise InputError(
+            "a ShardedCache cannot be pickled or saved: it is one rank's part, and belongs to its engine; keep the "
+            "token ids and generate from them, or take copy.deepcopy for a branch in this process"
+        )
 
     def __copy__(self) -> ShardedCache:
         """Two caches that share memory would write over each other."""
@@ -150,9 +157,11 @@ class ShardedCache(Cache):
             max_length: columns that are left; where negative, the number of those to forget; 0 forgets nothing.
 
         Raises:
-            InputError: nothing of a row would be left; or what is left could not go on as if the rest had never been:
-                layers with a sliding window have let go of tokens, or other rotary frequencies were in use.
+            InputError: no whole number; nothing of a row would be left; or what is left could not go on as if the rest
+                had never been: layers with a sliding window have let go of tokens, or other rotary frequencies were in
+                use.
         """
+        max_length = whole_number("crop's max_length", max_length)
         columns = max_length if max_length > 0 else self._columns + max_length
         if columns >= self._columns:
             return
@@ -179,9 +188,14 @@ class ShardedCache(Cache):
         """Keep the rows of these numbers, in this order; a row may be there several times.
 
         Raises:
-            InputError: no such row; or rows are shared among replicas.
+            InputError: no tensor of row numbers; no such row; or rows are shared among replicas.
         """
         self._check_changeable()
+        if not isinstance(indices, Tensor) or indices.dim() != 1 or indices.is_floating_point():
+            raise InputError(
+                f"rows of a cache are selected by a tensor [rows] of their numbers, not by a {type(indices).__name__}"
+                + (f" {tuple(indices.shape)} {indices.dtype}" if isinstance(indices, Tensor) else "")
+            )
         indices, count = indices.cpu(), len(self.first_B)
         rows = (indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices).tolist()
         if beyond := [row for row in rows if not -count <= row < count]:
@@ -203,6 +217,7 @@ class ShardedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times, one after the other: a prefix for that many questions at once."""
+        repeats = whole_number("repeats", repeats, least=1)
         self.batch_select_indices(torch.arange(len(self.first_B)).repeat_interleave(repeats))
 
     def _check_changeable(self) -> None:

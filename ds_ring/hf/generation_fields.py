@@ -57,10 +57,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_id(value: Any) -> bool:
+    """A vocabulary's own end is not known here; transformers makes tensors of 64-bit numbers."""
+    return _whole(value) and -(2**63) <= value < 2**63
+
+
 def _is_ids(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.dim() <= 1 and value.numel() > 0 and not value.is_floating_point() and not value.is_complex()
-    return _whole(value) or (isinstance(value, list | tuple) and bool(value) and all(map(_whole, value)))
+    return _is_id(value) or (isinstance(value, list | tuple) and bool(value) and all(map(_is_id, value)))
 
 
 def _is_strings(value: Any) -> bool:
@@ -78,7 +83,7 @@ _TIME = Values("a finite number of seconds from 0 on", lambda value: _is_number(
 _SHARE = Values("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 _ID = Values("a token id", lambda value: _is_ids(value) and not isinstance(value, list | tuple))
 _IDS = Values("a token id or a list of them", _is_ids)
-_LIST = Values("a list of token ids", lambda value: isinstance(value, list | tuple) and all(map(_whole, value)))
+_LIST = Values("a list of token ids", lambda value: isinstance(value, list | tuple) and all(map(_is_id, value)))
 _STRINGS = Values("a string or a list of strings, none of them empty", _is_strings)
 
 _SERVED: dict[str, Values | None] = {

@@ -109,7 +109,7 @@ def admit(asked: Asked, vocab_size: int, say: bool = True) -> None:
     for name, value in asked.effective.items():
         if name not in FIELDS and name not in known:
             continue  # an entry of the checkpoint's own, which transformers does not know either
-        if why := problem(name, value, sampled, _origin(name, asked)):
+        if why := problem(name, value, sampled, origin(name, asked)):
             raise InputError(why)
         if asks_for_nothing(name, value) or name in SILENT:
             continue
@@ -117,16 +117,16 @@ def admit(asked: Asked, vocab_size: int, say: bool = True) -> None:
         if verdict == "refused" or (verdict == "left_out" and name not in asked.by_checkpoint):
             refused.append(name)
         elif verdict in ("unused", "left_out"):
-            left_out.append(f"{name}={value!r}{_origin(name, asked)}")
+            left_out.append(f"{name}={value!r}{origin(name, asked)}")
     if asked.effective.get("use_cache") is False and "use_cache" in refused:
         raise InputError("use_cache=False: without a cache every token would cost a forward of the whole text")
     if refused:
         raise InputError(f"generate does not serve {_named(refused, asked)} {SPREAD}{_remedy(refused, asked)}")
     for name in WITHIN_VOCABULARY:
         if outside := _outside(asked.effective.get(name), vocab_size):
-            raise InputError(f"{name} has {outside[0]}{_origin(name, asked)}, outside the vocabulary of {vocab_size}")
+            raise InputError(f"{name} has {outside[0]}{origin(name, asked)}, outside the vocabulary of {vocab_size}")
     if outside := _outside(asked.effective.get("eos_token_id"), vocab_size):
-        left_out.append(f"id {outside[0]} of eos_token_id{_origin('eos_token_id', asked)}")
+        left_out.append(f"id {outside[0]} of eos_token_id{origin('eos_token_id', asked)}")
     if say and left_out:
         _say(f"generate leaves out {', '.join(left_out)}: no token depends on it")
 
@@ -203,12 +203,13 @@ def _outside(ids: Any, vocab_size: int) -> list[int]:
     return [id for id in found if not 0 <= id < vocab_size]
 
 
-def _origin(name: str, asked: Asked) -> str:
+def origin(name: str, asked: Asked) -> str:
+    """What errors say behind a setting that the checkpoint alone asks for."""
     return f" of the checkpoint's {GENERATION_CONFIG_NAME}" if name in asked.by_checkpoint else ""
 
 
 def _named(names: list[str], asked: Asked) -> str:
-    return ", ".join(f"{name}={_short(asked.effective[name])}{_origin(name, asked)}" for name in names)
+    return ", ".join(f"{name}={_short(asked.effective[name])}{origin(name, asked)}" for name in names)
 
 
 def _remedy(names: list[str], asked: Asked) -> str:

@@ -307,6 +307,15 @@ def test_what_the_command_decides_otherwise_than_the_checkpoint_is_said(
     assert said == ([] if words is None else [f"generation_config.json asks for {words}"])
 
 
+def test_more_tokens_than_memory_are_refused_before_weights_load(tmp_path, monkeypatch):
+    folder = save(tmp_path / "model", llama_gqa(vocab_size=257))
+    with pytest.raises(InputError) as error:
+        ask(folder, monkeypatch, "--max-new-tokens", str(10**12))
+    assert " + max_new_tokens=1000000000000 = 10000000000" in str(error.value)
+    assert "GiB of cache on a rank, and it has " in str(error.value)
+    assert str(error.value).endswith("give fewer or shorter rows, or share them among more ranks")
+
+
 def test_a_stop_string_of_the_checkpoint_ends_a_completion():
     model, tokenizer, prompt = build(llama_gqa(vocab_size=257)), byte_tokenizer(), [1, 2, 3]
     sampling = Sampling()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from ds_ring.engine.engine import Engine
+from ds_ring.errors import InputError
 from ds_ring.hf.cache import ShardedCache
 from tests.helpers.generation import (
     GREEDY,
@@ -237,6 +240,37 @@ def test_what_cannot_be_cropped_or_selected_is_refused():
         assert none == "a cache of 2 rows cannot become one of none"
         assert broken.startswith("past_key_values is broken")
         assert "update and reset are not supported" in reset
+
+
+def test_arguments_of_a_cache_that_are_none_are_refused_in_one_line():
+    calls: dict[str, Callable[[ShardedCache], object]] = {
+        "crop's max_length=2.5 must be a whole number": lambda cache: cache.crop(2.5),
+        "crop's max_length='x' must be a whole number": lambda cache: cache.crop("x"),
+        "crop's max_length=None must be a whole number": lambda cache: cache.crop(None),
+        "crop's max_length=True must be a whole number": lambda cache: cache.crop(True),
+        "repeats=0 must be a whole number of at least 1": lambda cache: cache.batch_repeat_interleave(0),
+        "repeats='x' must be a whole number of at least 1": lambda cache: cache.batch_repeat_interleave("x"),
+        "rows of a cache are selected by a tensor [rows] of their numbers, not by a list": lambda cache: (
+            cache.batch_select_indices([0])
+        ),
+        "rows of a cache are selected by a tensor [rows] of their numbers, not by a Tensor (1,) torch.float32": (
+            lambda cache: cache.reorder_cache(torch.ones(1))
+        ),
+        "a ShardedCache cannot be pickled or saved: it is one rank's part, and belongs to its engine; keep the token "
+        "ids and generate from them, or take copy.deepcopy for a branch in this process": pickle.dumps,
+    }
+
+    def work(engine: Engine) -> list[Exception | None]:
+        cache = prefix_cache(engine)
+        errors = [outcome(lambda call=call: call(cache)) for call in calls.values()]
+        assert cache.get_seq_length() == COLUMNS
+        cache.crop(torch.tensor(25))
+        assert cache.get_seq_length() == 25
+        return errors
+
+    for errors in serve(llama(), work, ring_degree=2):
+        assert [str(error) for error in errors] == list(calls)
+        assert {type(error) for error in errors} == {InputError}
 
 
 def test_rows_that_replicas_share_are_not_selected():

@@ -74,7 +74,7 @@ def test_every_setting_of_the_installed_transformers_is_decided():
 def test_every_argument_of_transformers_generate_is_decided():
     known = {*generate_args.REFUSED, *generation_callbacks.OF_CALLER, *inspect.signature(Engine.generate).parameters}
     given = [*inspect.signature(GenerationMixin.generate).parameters, "position_ids", "inputs_embeds", "tokenizer"]
-    assert [name for name in given if name not in known] == ["inputs", "kwargs"]
+    assert [name for name in given if name not in known] == ["kwargs"]
 
 
 def test_a_setting_that_a_later_transformers_brings_is_refused(monkeypatch):
@@ -277,10 +277,34 @@ def test_padding_that_is_no_token_is_refused_where_rows_may_end_early(model):
 
     for refused, alone in serve(model, work, ring_degree=2):
         assert refused == (
-            "pad_token_id=-1 is outside the vocabulary of 257, and rows that end early are filled with it; give a "
-            "pad_token_id"
+            "pad_token_id=-1 of the checkpoint's generation_config.json is outside the vocabulary of 257, and rows "
+            "that end early are filled with it; give a pad_token_id"
         )
         assert alone.shape == (1, 22)
+
+
+@pytest.mark.parametrize(
+    ("fields", "call", "words"),
+    [
+        ({"eos_token_id": 10**30}, {}, f"eos_token_id={10**30} of the checkpoint's generation_config.json must be"),
+        ({"eos_token_id": [3, 10**30]}, {}, f"eos_token_id=[3, {10**30}] of the checkpoint's generation_config.json"),
+        ({"pad_token_id": -(10**30)}, {}, f"pad_token_id=-{10**30} of the checkpoint's generation_config.json must"),
+        ({}, {"suppress_tokens": [10**30]}, f"suppress_tokens=[{10**30}] must be a list of token ids"),
+        ({"eos_token_id": 3}, {"pad_token_id": 5000}, "pad_token_id=5000 is outside the vocabulary of 257, and rows"),
+        ({"eos_token_id": 5000}, {}, "pad_token_id=5000, the first of eos_token_id, is outside the vocabulary of 257"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ids_that_no_vocabulary_has_are_named_with_their_source(model, fields, call, words):
+    two = tokens(2, 20)
+
+    def work(engine: Engine) -> Exception | None:
+        set_fields(engine.model, {"pad_token_id": None} | fields)
+        return outcome(lambda: engine.generate(two, torch.ones_like(two), max_new_tokens=2, **call))
+
+    for error in serve(model, work, ring_degree=2):
+        assert isinstance(error, InputError)
+        assert str(error).startswith(words)
 
 
 @pytest.mark.parametrize(

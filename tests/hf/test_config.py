@@ -133,6 +133,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "names": ({"attribute_map": {"vocab_size": "x"}}, "the field 'attribute_map' is a part of LlamaConfig"),
     "a property": ({"sub_configs": {}}, "the field 'sub_configs' is a part of LlamaConfig that no file sets"),
     "model_type": ({"model_type": ["llama"]}, "model_type=['llama'] is none that transformers 5."),
+    "model_type NaN": ({"model_type": float("nan")}, "config.json: model_type=nan is not a number that fp32 has"),
     "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is beyond any model; at most 10000"),
     "NaN": ({"rms_norm_eps": float("nan")}, "config.json: rms_norm_eps=nan is not a number that fp32 has"),
     "NaN, as transformers writes it": ({"x": {"__float__": "NaN"}}, "config.json: x=nan is not a number"),
