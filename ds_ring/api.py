@@ -6,6 +6,7 @@ Both check the configuration, then connect the ranks of this launch, then load o
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ds_ring.config import RunConfig
+from ds_ring.config.weights import weights_degree_of
 from ds_ring.engine.connect import connect, local_device, world_size
 from ds_ring.engine.dry_run import dry_run
 from ds_ring.engine.engine import Engine
@@ -37,6 +39,7 @@ from ds_ring.planning import plan
 from ds_ring.planning.cards import card_of
 from ds_ring.planning.validation import check_layout
 from ds_ring.process.hostfile import check_hostfile
+from ds_ring.process.network import ranks_of_host
 from ds_ring.process.watchdog import process_watchdog
 from ds_ring.transport.mesh import Mesh
 from ds_ring.utils.model_config import read_config
@@ -74,7 +77,7 @@ def from_pretrained(
     run = RunConfig.load(config, **{"model": str(path) if path else None, **overrides})
     path = run.checkpoint
     checkpoint = Checkpoint.open(path)
-    run = with_planned_degrees(run)
+    run = with_weights_degree(with_planned_degrees(run))
     config_of_model = read_config(path)
     read_generation_config(path)
     dims = model_dims(config_of_model)
@@ -123,7 +126,7 @@ def init_inference(
     run = RunConfig.load(config, **overrides)
     if "dtype" not in run.deepspeed:
         run = RunConfig.load(run, dtype=str(model.dtype))
-    run = with_planned_degrees(run, model.config)
+    run = with_weights_degree(with_planned_degrees(run, model.config))
     dims = model_dims(model.config)
     kind = _checked_runner(run, dims, runner)
     _log_stages(run, dims)
@@ -174,6 +177,14 @@ def with_planned_degrees(
     )
     log.info("parallel=auto takes %s", reason)
     return found
+
+
+def with_weights_degree(run: RunConfig) -> RunConfig:
+    """``run`` with one copy of sharded weights on each host, where it says nothing else."""
+    here, sp = ranks_of_host(), run.topology.sp
+    if run.weights == "whole" or weights_degree_of(run.deepspeed) is not None or not here:
+        return run
+    return RunConfig.load(run, weights_degree=math.gcd(sp, here))
 
 
 def build_engine(

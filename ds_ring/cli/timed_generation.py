@@ -84,7 +84,7 @@ def generate(
     most_cache_bytes = max(engine.gather(cache_bytes))
     decode_s = (total_s - clock.ttft_s) / (steps - 1) if steps > 1 else None
     return {
-        "layout": topology.label(),
+        "layout": engine.run_config.label,
         "decode": "sliced" if engine.runner.decodes_sliced else "whole",
         "gpus": topology.world_size,
         "device": device_name(engine.device),

@@ -57,8 +57,14 @@ allows them is checked before weights are read, and the error says what would be
 | --- | --- | --- |
 | `dtype` | `auto`, the checkpoint's | of weights and activations: {dtypes} |
 | `tensor_parallel`: `tp_size` | `1` | ranks that share each layer's weights, by DeepSpeed's AutoTP |
+| `zero_optimization`: `stage` | `0` | 3: ranks that share a sequence hold the weights between them; as an argument or \
+option `weights`: `whole`, `sharded`, `streamed` |
+| `zero_optimization`: `offload_param`: `device` | `none` | `cpu`: with stage 3, weights are streamed from the host |
+| `zero_optimization`: `zero_hpz_partition_size` | the ranks of a host that share a sequence | ranks that hold one \
+copy of the weights between them; as an argument or option `weights_degree` |
 
-Any other key is handed to `deepspeed.init_inference` as it is.
+`zero` is another name for `zero_optimization`. Both are read here ([weights.md](weights.md)); any other key is handed
+to `deepspeed.init_inference` as it is.
 """
 
 

@@ -24,6 +24,7 @@ class Card:
         memory_bytes: bytes/s of its memory, as a decoding kernel reads it.
         network_bytes: bytes/s one way between hosts, of one device's adapter.
         collective_s: seconds of a small collective inside a host.
+        host_bytes: bytes/s from pinned memory of the host, all devices at once. Assumed.
         per_host: how many a host has.
         adapters: how many of its host's adapters there are for each device; less than 1 where devices share them.
         rates: shares and times that depend on the kind of device little.
@@ -36,6 +37,7 @@ class Card:
     memory_bytes: float
     network_bytes: float = 50e9
     collective_s: float = 20e-6
+    host_bytes: float = 50e9
     per_host: int = 8
     adapters: float = 1.0
     rates: Rates = field(default_factory=Rates)
@@ -45,9 +47,13 @@ class Card:
 CARDS = {
     "H100": Card(product_flops=667e12, memory_gib=79, link_bytes=353e9, memory_bytes=3.0e12),
     "H200": Card(673e12, 139, 353e9, 4.0e12, assumed="H200: memory at its datasheet's share that an H100 reaches"),
-    "A100": Card(250e12, 79, 230e9, 1.7e12, assumed="A100: shares of its datasheet, with an H100's shares and times"),
+    "A100": Card(
+        250e12, 79, 230e9, 1.7e12, host_bytes=20e9,
+        assumed="A100: shares of its datasheet, with an H100's shares and times",
+    ),
     "CPU": Card(
-        5e10, 16, 2e9, 1e10, per_host=64, collective_s=1e-3, assumed="CPU: only the order of layouts means anything",
+        5e10, 16, 2e9, 1e10, per_host=64, collective_s=1e-3, host_bytes=2e9,
+        assumed="CPU: only the order of layouts means anything",
         rates=Rates(
             awake=0, beside_copies=0, beside_nccl=1, waiting=1, highest_clock=1,
             message_s=1e-3, all_reduce_start_s=1e-3,

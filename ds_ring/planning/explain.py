@@ -100,6 +100,10 @@ def assumptions(plan: Plan, dims: ModelDims, card: Card) -> list[str]:
         if axis != "weights"
     ):
         found.append("NCCL's messages in a host at the rate of its all-reduces")
+    if plan.config.weights != "whole":
+        found.append("layers that are fetched take from kernels beside them what keys and values do")
+    if plan.config.weights == "streamed":
+        found.append(f"{card.host_bytes / 1e9:.0f} GB/s from a host's memory to each GPU, all at once")
     if plan.sent.far:
         network = 8 * card.network_bytes * min(1.0, card.adapters) / 1e9
         found.append(

@@ -45,6 +45,7 @@ from ds_ring.model_dims import ModelDims
 from ds_ring.parallel.degrees import stage_layers
 from ds_ring.parallel.layout import SequenceLayout
 from ds_ring.transport.peer_buffers import LARGE, MIN_BUFFERS
+from ds_ring.weights.staging import BUFFERS as STAGED
 
 
 def peak_bytes(config: RunConfig, dims: ModelDims, linear_parameters: int, micro: int, *, pulls: bool = True) -> float:
@@ -98,8 +99,12 @@ def cache_bytes(config: RunConfig, dims: ModelDims, rows: int, length: int) -> f
 
 
 def _weights(config: RunConfig, dims: ModelDims, linear_parameters: int) -> float:
-    """Parameters of the fullest rank: the embedding is whole wherever it is, the head is tensor parallel."""
+    """Parameters of the fullest rank: the embedding is whole wherever it is, the head is tensor parallel. Where ranks
+    hold weights between them: this rank's part, unless the host has it, and two layers that are whole."""
     t, table = config.topology, dims.vocab_size * dims.hidden_size
+    if config.weights != "whole":
+        own = linear_parameters / t.weights if config.weights == "sharded" else 0
+        return own + min(STAGED, dims.num_layers) * linear_parameters / dims.num_layers + 2 * table / t.weights
     return linear_parameters / (t.pp * t.tp) + (table if t.pp > 1 else table + table / t.tp)
 
 

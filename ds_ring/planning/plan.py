@@ -55,7 +55,8 @@ class Plan:
 
     @property
     def label(self) -> str:
-        return self.config.topology.label()
+        weights = self.config.weights
+        return self.config.topology.label() + ("" if weights == "whole" else f"_{weights}")
 
     @property
     def step_s(self) -> float:
@@ -80,7 +81,8 @@ def plans(
     run: RunConfig, dims: ModelDims, linear_parameters: int, ranks: int, card: Card, *, generating: bool = False
 ) -> list[Plan]:
     """All layouts of ``ranks`` ranks that ``run``'s model and workload allow: those that fit, fastest first, then the
-    others, smallest first. The degrees in ``run`` are ignored. Sizes are those that ``limits.check_size`` lets through.
+    others, smallest first. Weights are where ``run`` says; its degrees are ignored. Sizes are those that
+    ``limits.check_size`` lets through.
 
     ``generating``: the workload is a generation's. Those that share layers come after others that fit: the predicted
     step is a prefill's, and new tokens cost more there, as stages wait for one another and steps are not CUDA graphs.
@@ -139,7 +141,8 @@ def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:
     if not best.fits:
         raise ConfigError(
             f"no layout of {ranks} ranks fits {card.memory_gib:.0f} GiB a rank: {best.label} comes closest with "
-            f"{best.memory_gib:.0f} GiB; take more ranks, shorter sequences or a smaller micro_batch_size"
+            f"{best.memory_gib:.0f} GiB; take more ranks, shorter sequences, a smaller micro_batch_size or "
+            f"weights=sharded"
         )
     return best, _reason(best, ordered[1:], best.config.workload.batch_size, ranks)
 
@@ -174,7 +177,7 @@ def _fewest(plans: list[Plan]) -> Plan:
 
 
 def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
-    t = best.config.topology
+    t, weights = best.config.topology, best.config.weights
     if best.shares_layers:
         whole = any(p.fits for p in others if not p.shares_layers)
         why = "layers are shared, " + ("which is faster here" if whole else "as the weights do not fit on one rank")
@@ -182,6 +185,8 @@ def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
         why = f"{batch} sequences keep {ranks} ranks busy, and replicas need no communication"
     else:
         why = f"{batch} sequence(s) for {ranks} ranks, so {t.sp} share each"
+    if weights != "whole":
+        why += f", with weights {weights}"
     text = f"{best.label}: {why}; {best.tps():,.0f} tok/s predicted"
     rival = next((plan for plan in others if plan.fits), None)
     return text + (f", next {rival.label} with {rival.tps():,.0f}" if rival else "")

@@ -3,6 +3,7 @@
     step = products + attention + memory             what the rank computes, at the clock that its power allows
          + bubble                                     a pipeline's filling and draining
          + waits in hosts + waits between hosts       transfers that nothing hides
+         + waits for weights                          layers that are not there in time, where ranks share weights
          + beside transfers                           what transfers cost the kernels beside them
          + links awake                                the power that links take
          - cooler                                     what the clock gains from waits
@@ -16,7 +17,7 @@ one micro-batch, or an all-to-all's. Transfers take as long as those of the busi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ds_ring.config import RunConfig
 from ds_ring.model_dims import ModelDims
@@ -26,6 +27,7 @@ from ds_ring.planning.comm_volume import bytes_by_axis
 from ds_ring.planning.compute_time import Compute, compute
 from ds_ring.planning.memory_estimate import in_flight
 from ds_ring.planning.transfer_time import Transfers, transfers
+from ds_ring.planning.weights_time import fetching
 
 TERMS = {
     "products": "products",
@@ -34,6 +36,7 @@ TERMS = {
     "bubble": "bubble",
     "waits_near": "waits in hosts",
     "waits_far": "waits between hosts",
+    "weights": "waits for weights",
     "beside": "beside transfers",
     "awake": "links awake",
     "cooler": "cooler",
@@ -42,7 +45,7 @@ TERMS = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """Terms of a step in seconds, in the order of ``TERMS``; ``cooler`` is negative."""
+    """Terms of a step in seconds, as in ``TERMS``; ``cooler`` is negative."""
 
     products: float
     attention: float
@@ -53,6 +56,7 @@ class StepTime:
     beside: float = 0.0
     awake: float = 0.0
     cooler: float = 0.0
+    weights: float = 0.0
 
     @property
     def total(self) -> float:
@@ -76,10 +80,26 @@ def _seconds(value: float) -> str:
 
 def step_time(config: RunConfig, dims: ModelDims, linear_parameters: int, card: Card) -> StepTime:
     """One forward of the configured batch on ``config``'s layout."""
-    work, t = config.workload, config.topology
     itemsize = 4 if config.dtype == "fp32" else 2
-    rows, micro = math.ceil(work.batch_size / t.dp), config.largest_micro_batch
+    rows, micro = math.ceil(config.workload.batch_size / config.topology.dp), config.largest_micro_batch
     computed = compute(config, dims, linear_parameters, rows, micro, itemsize, card)
+    fetched = fetching(config, dims, linear_parameters, card, pulls(config, card.per_host))
+    step = _step(config, dims, computed, itemsize, card)
+    if not fetched.layers:
+        return step
+    awake = _links_awake(fetched.layers, fetched.total, computed.total, card) if fetched.by_links else 0.0
+    return replace(
+        step,
+        weights=fetched.shown(computed.total),
+        beside=step.beside + card.rates.beside_copies * min(fetched.total, computed.total),
+        awake=max(step.awake, awake),
+    )
+
+
+def _step(config: RunConfig, dims: ModelDims, computed: Compute, itemsize: int, card: Card) -> StepTime:
+    """With weights that are there."""
+    work, t, micro = config.workload, config.topology, config.largest_micro_batch
+    rows = math.ceil(work.batch_size / t.dp)
     if t.tp * t.pp * t.sp == 1:
         return StepTime(*computed.parts)
     sent = bytes_by_axis(config, dims, t.dp * rows, work.max_length, itemsize, card.per_host)

@@ -15,7 +15,13 @@ from tests.helpers.launching import ROOT, deepspeed, in_one_start, last_line, ru
 pytestmark = pytest.mark.launch
 
 FIVE_DIGITS = 5e-6
-TWO_RANKS = {"ring2": "--ring-degree", "dp2": "--dp-size", "pp2": "--pp-size"}
+TWO_RANKS = {
+    "ring2": ("--ring-degree", 2),
+    "dp2": ("--dp-size", 2),
+    "pp2": ("--pp-size", 2),
+    "ring2_sharded": ("--ring-degree", 2, "--weights", "sharded"),
+    "ring2_streamed": ("--ring-degree", 2, "--weights", "streamed"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def scoring(llama, documents, *layout):
 
 @pytest.fixture(scope="module")
 def on_two_ranks(llama, documents, tmp_path_factory):
-    scripts = [scoring(llama, documents, degree, 2) for degree in TWO_RANKS.values()]
+    scripts = [scoring(llama, documents, *layout) for layout in TWO_RANKS.values()]
     return dict(zip(TWO_RANKS, in_one_start(2, scripts, tmp_path_factory.mktemp("scored")), strict=True))
 
 
