@@ -200,7 +200,7 @@ class TestRefused:
     @pytest.mark.parametrize("name", ["..", ".", ""])
     def test_an_index_that_points_at_a_directory(self, sharded, name):
         write_index(sharded, {"embed": name})
-        with pytest.raises(CheckpointError, match=r"points outside its directory|lacks the shard"):
+        with pytest.raises(CheckpointError, match=r"points outside its directory"):
             Checkpoint.open(sharded)
 
     @pytest.mark.parametrize(
