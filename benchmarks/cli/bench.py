@@ -28,6 +28,7 @@ def check(args: argparse.Namespace, ranks: int | None = None) -> None:
                 f"{len(args.references)} references for {len(config.lengths)} lengths; give at most one a length"
             )
         inputs.check_texts(config.benchmark.text)
+        inputs.check_read_once(config.benchmark.text, ranks)
         inputs.check_degrees(config, ranks)
         inputs.check_checkpoint(config)
     if missing := [file for file in args.references if not os.path.isfile(file)]:

@@ -20,6 +20,7 @@ from ds_ring.cli.parser import Parser, whole
 def check(args: argparse.Namespace, ranks: int | None = None) -> None:
     """Raise UserError for options that cannot work, as far as that shows without the model."""
     check_prompts(args)
+    inputs.check_read_once(args.prompt_file, ranks)
     config = options.run_config(args)
     inputs.check_degrees(config, ranks)
     inputs.check_checkpoint(config)

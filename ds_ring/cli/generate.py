@@ -26,6 +26,7 @@ DEGREES = {"auto", "dp_size", "pp_size", "ring_degree", "ulysses_degree"}
 def check(args: argparse.Namespace, ranks: int | None = None) -> None:
     """Raise UserError for options that cannot work, as far as that shows without the model."""
     check_prompts(args)
+    inputs.check_read_once(args.prompt_file, ranks)
     config = planned_by_default(options.run_config(args), ranks)
     inputs.check_degrees(config, ranks)
     inputs.check_checkpoint(config)

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import TextStreamer
 from transformers.generation import BaseStreamer
 
+from ds_ring.utils.plain_text import shown
+
 SAY_EVERY_S = 1.0
 """Least time between two lines of progress."""
 
@@ -51,10 +53,11 @@ class GenerationClock(BaseStreamer):
 
 
 class StderrText(TextStreamer):
-    """Prints words to standard error as soon as they are final. Standard output is for the result only."""
+    """Prints words to standard error as soon as they are final, control characters as escapes: what a model writes must
+    not act on a terminal. Standard output is for the result only, which has the text as it is."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print(text, end="\n" if stream_end else "", file=sys.stderr, flush=True)
+        print(shown(text), end="\n" if stream_end else "", file=sys.stderr, flush=True)

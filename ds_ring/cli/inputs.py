@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ds_ring.config import RunConfig
+from ds_ring.errors import InputError
 from ds_ring.planning.validation import check_axes
 from ds_ring.utils.text_file import read_text_file
 
@@ -34,3 +35,15 @@ def check_degrees(config: RunConfig, ranks: int | None) -> None:
     """Raise ConfigError where the layout has another number of ranks than are started. ``ranks`` None: not known."""
     if ranks is not None and not config.parallel.auto:
         check_axes(config, ranks)
+
+
+def check_read_once(files: Iterable[str], ranks: int | None) -> None:
+    """Raise InputError for a pipe or terminal that several ranks would read. ``ranks`` None: those of this launch, if
+    this is a rank."""
+    ranks = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    for file in files:
+        if ranks > 1 and os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
+            raise InputError(
+                f"{file} is no regular file: it gives its text once, and {ranks} ranks would read it; write the text "
+                f"to a file"
+            )

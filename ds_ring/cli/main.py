@@ -51,6 +51,11 @@ MOST_ON_CPUS = 64
 """Ranks that are started without GPUs."""
 EXAMPLES = {"--ranks": "N, a whole number of at least 1", "--hostfile": "FILE"}
 """Options of ours, and what their values are."""
+RANKS_HELP = """[--ranks N | --hostfile FILE] and the options below
+
+  --ranks N             processes on this host [one on each GPU; on CPUs one]
+  --hostfile FILE       hosts and their slots, one a line ("name slots=8"), of which this host is the first
+"""
 TAKES_MODEL = ("generate", "score", "plan", "doctor", "bench-generate")
 """Commands whose first argument may be the model."""
 
@@ -89,7 +94,7 @@ def _run(arguments: Sequence[str]) -> int:
     if command in HERE or {"-h", "--help"} & set(options):
         if command in LAUNCHED:
             leading = " DIR FILE…" if command == "score" else " DIR" if command in TAKES_MODEL else ""
-            if failed := _print(f"ds-ring {command}{leading} [--ranks N] and these options:\n"):
+            if failed := _print(f"ds-ring {command}{leading} {RANKS_HELP}"):
                 return failed
         sys.argv = [f"ds-ring {command}", *options]
         runpy.run_module((LAUNCHED | HERE)[command], run_name="__main__")

@@ -62,6 +62,8 @@ USUAL = (
 )  # fmt: skip
 """What a user of a model is likely to set."""
 
+OUTPUT_HELP = "where to write the result as well; folders that are missing are made"
+
 
 def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) -> Parser:
     """A parser with ``--config FILE``, ``--output FILE``, and an option for each of the fields ``names``.
@@ -70,7 +72,7 @@ def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) ->
     """
     parser = Parser(description)
     parser.add_argument("--config", help="JSON file of ds_configs/")
-    parser.add_argument("--output", metavar="FILE.json", help="where to write the result as well")
+    parser.add_argument("--output", metavar="FILE.json", help=OUTPUT_HELP)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     group = parser.add_argument_group("overrides of the configuration file")
     group.add_argument("--tp-size", type=whole(1), metavar="N", help="ranks that share each layer (DeepSpeed AutoTP)")
@@ -92,7 +94,8 @@ def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) ->
 
 def _add_option(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
     option = f"--{name.replace('_', '-')}"
-    text = f"{field.description} [{field.default}]".replace("%", "%%")
+    default = "" if field.default is None else f" [{field.default}]"
+    text = f"{field.description}{default}".replace("%", "%%")
     if get_origin(field.annotation) is tuple:
         kind = get_args(field.annotation)[0]
         of, metavar = (whole(1), "N") if kind is int else (str, "FILE")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_ring.errors import CheckpointError
+from ds_ring.utils.file_kind import not_a_file
 from ds_ring.utils.lfs import refuse_pointer
 
 CONFIG = "config.json"
@@ -52,6 +53,8 @@ def _json_object(file: Path) -> dict[str, Any]:
         refuse_pointer(file)
         fields = json.loads(file.read_text(encoding="utf-8"), object_hook=_with_infinities)
     except OSError:
+        if (why := not_a_file(file)) is not None:
+            raise CheckpointError(f"{file} {why}") from None
         if file.name == CONFIG:
             raise CheckpointError(f"{file.parent} has no {CONFIG}") from None
         raise CheckpointError(f"{file} cannot be read: no such config file") from None

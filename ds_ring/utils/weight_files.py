@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ds_ring.errors import CheckpointError
+from ds_ring.utils.file_kind import not_a_file
 from ds_ring.utils.lfs import is_pointer, refuse_pointer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -54,6 +55,7 @@ def single_or_index(directory: Path, fields: dict[str, Any]) -> Path:
         return single
     if index.is_file():
         return index
+    _refuse_no_file(single, index)
     raise CheckpointError(_without_weights(directory))
 
 
@@ -92,6 +94,12 @@ def _refuse_other_forms(directory: Path) -> None:
         )
 
 
+def _refuse_no_file(*files: Path) -> None:
+    for file in files:
+        if (why := not_a_file(file)) is not None:
+            raise CheckpointError(f"{file} {why}; put the weights there, or take it away")
+
+
 def _named_file(directory: Path, name: Any) -> Path:
     if not isinstance(name, str) or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise CheckpointError(
@@ -99,6 +107,7 @@ def _named_file(directory: Path, name: Any) -> Path:
         )
     if Path(name).name != name:
         raise CheckpointError(f"{directory}/config.json: {EXPLICIT}={name!r} must be a file of the directory itself")
+    _refuse_no_file(directory / name)
     if not (directory / name).is_file():
         raise CheckpointError(f"{directory} lacks the file that its config.json names ({EXPLICIT}={name!r})")
     return directory / name
@@ -110,8 +119,9 @@ def _indexed_shards(index: Path) -> list[Path]:
     named = weight_map(index)
     shards = sorted(set(named.values()))
     for name in shards:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} points outside its directory: {name}")
+        if Path(name).name != name or name in ("", ".."):
+            raise CheckpointError(f"{index} points outside its directory: {name!r}")
+        _refuse_no_file(index.parent / name)
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent} lacks the shard {name} that its index names")
     held: dict[str, str] = {}

@@ -127,6 +127,15 @@ def test_other_commands_run_here_with_their_own_ranks(monkeypatch):
     ]  # fmt: skip
 
 
+def test_help_of_a_launched_command_has_what_starts_ranks(monkeypatch, capsys):
+    monkeypatch.setattr(command.runpy, "run_module", lambda module, run_name: None)
+    monkeypatch.setattr(sys, "argv", ["ds-ring"])
+    assert run("score", "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("ds-ring score DIR FILE… [--ranks N | --hostfile FILE] and the options below\n")
+    assert '\n  --hostfile FILE       hosts and their slots, one a line ("name slots=8"), of which this' in shown
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

@@ -85,6 +85,12 @@ class TestSet:
         with pytest.raises(ConfigError, match=f"--set {words} is not NAME=VALUE with a name of auto, batch_size"):
             self.parsed("--set", words)
 
+    def test_help_shows_a_default_where_there_is_one(self):
+        text = " ".join(options.run_parser(None).format_help().split())
+        assert "[None]" not in text
+        assert "0: never [1800]" in text
+        assert "where to write the result as well; folders that are missing are made" in text
+
     def test_a_user_of_a_model_is_shown_no_field_of_the_benchmarks(self):
         shown = {action.dest for action in options.run_parser(None, options.USUAL)._actions}
         assert not shown & set(BenchmarkConfig.model_fields)

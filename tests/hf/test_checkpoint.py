@@ -194,13 +194,13 @@ class TestRefused:
     def test_an_index_that_points_outside(self, sharded, outside):
         save_file({"secret": EMBED}, sharded.parent / "secret.safetensors")
         write_index(sharded, {"embed": FIRST, "secret": outside})
-        with refused(f"{sharded / INDEX} points outside its directory: {outside}"):
+        with refused(f"{sharded / INDEX} points outside its directory: {outside!r}"):
             Checkpoint.open(sharded)
 
     @pytest.mark.parametrize("name", ["..", ".", ""])
     def test_an_index_that_points_at_a_directory(self, sharded, name):
         write_index(sharded, {"embed": name})
-        with pytest.raises(CheckpointError, match=r"points outside its directory|lacks the shard"):
+        with pytest.raises(CheckpointError, match="points outside its directory"):
             Checkpoint.open(sharded)
 
     @pytest.mark.parametrize(

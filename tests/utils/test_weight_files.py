@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -156,3 +157,45 @@ def test_a_git_lfs_pointer_is_named_as_such(tmp_path, name):
     (tmp_path / name).write_bytes(POINTER)
     with refused(f"{tmp_path / name} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"):
         Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("folder", "is a folder where a file is expected; put the weights there, or take it away"),
+        ("link", "is a link to nowhere, where there is no file; put the weights there, or take it away"),
+        ("fifo", "is no regular file; put the weights there, or take it away"),
+    ],
+)
+@pytest.mark.parametrize("name", [SINGLE, INDEX, TWO, "named.safetensors"])
+def test_what_stands_where_weights_are_expected_is_named_as_what_it_is(tmp_path, name, kind, words):
+    hold(tmp_path, **{ONE: ["a"]})
+    if name == TWO:
+        write_index(tmp_path, {"a": ONE, "b": TWO})
+    take_the_place(tmp_path / name, kind)
+    with refused(f"{tmp_path / name} {words}"):
+        weight_files(tmp_path, {EXPLICIT: name} if name == "named.safetensors" else {})
+
+
+@pytest.mark.parametrize(("kind", "words"), [("folder", "is a folder where a file"), ("link", "is a link to nowhere")])
+def test_what_stands_where_a_config_is_expected_is_named_as_what_it_is(tmp_path, kind, words):
+    take_the_place(tmp_path / "config.json", kind)
+    with refused(f"{tmp_path / 'config.json'} {words}"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_link_without_a_file_is_passed_over_where_transformers_takes_the_index(tmp_path):
+    hold(tmp_path, **{ONE: ["a"]})
+    write_index(tmp_path, {"a": ONE})
+    take_the_place(tmp_path / SINGLE, "link")
+    assert [file.name for file in weight_files(tmp_path, {})] == [ONE]
+    assert of_transformers(tmp_path, None) == [str(tmp_path / ONE)]
+
+
+def take_the_place(file: Path, kind: str) -> None:
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "link":
+        file.symlink_to("nowhere")
+    else:
+        os.mkfifo(file)
