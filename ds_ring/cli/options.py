@@ -53,6 +53,8 @@ log = logging.getLogger("ds_ring")
 Check = Callable[[argparse.Namespace], None]
 
 _OWN = {n: f for n, f in RingConfig.model_fields.items() if n not in ("parallel", "workload", "benchmark")}
+WEIGHTS = ("weights", "weights_degree")
+"""Arguments for DeepSpeed's keys, see ``config/weights.py``."""
 ENGINE = {**ParallelConfig.model_fields, **WorkloadConfig.model_fields, **_OWN}
 FIELDS = {**ENGINE, **BenchmarkConfig.model_fields}
 """Every field of our section, each an option of the benchmarks. ``--set`` takes those of ``ENGINE``."""
@@ -83,8 +85,6 @@ def run_parser(description: str | None, names: Iterable[str] = tuple(FIELDS)) ->
         "--weights", choices=get_args(Weights), help="whole on every rank, sharded among those that share a sequence, "
         "or streamed from host memory; DeepSpeed's zero_optimization [whole]",
     )  # fmt: skip
-    degree = "ranks that hold one copy of sharded weights between them [all of a host that share a sequence]"
-    group.add_argument("--weights-degree", type=whole(1), metavar="N", help=degree)
     any_field = "any other field of the engine's, see docs/configuration.md"
     group.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=any_field)
     for name in names:
@@ -112,7 +112,7 @@ def _add_option(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> 
 
 def overrides(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of the configuration that were given as options, by name."""
-    names = {"tp_size", "dtype", "weights", "weights_degree", *FIELDS}
+    names = {"tp_size", "dtype", *WEIGHTS, *FIELDS}
     return {**_set(args.set), **{n: value for n, value in vars(args).items() if n in names and value is not None}}
 
 
@@ -125,8 +125,8 @@ def _set(assignments: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
-        if not equals or name not in ENGINE:
-            raise ConfigError(f"--set {assignment} is not NAME=VALUE with a name of {', '.join(sorted(ENGINE))}")
+        if not equals or name not in (known := {*ENGINE, *WEIGHTS}):
+            raise ConfigError(f"--set {assignment} is not NAME=VALUE with a name of {', '.join(sorted(known))}")
         try:
             found[name] = json.loads(value)
         except (ValueError, RecursionError):

@@ -61,7 +61,7 @@ allows them is checked before weights are read, and the error says what would be
 option `weights`: `whole`, `sharded`, `streamed` |
 | `zero_optimization`: `offload_param`: `device` | `none` | `cpu`: with stage 3, weights are streamed from the host |
 | `zero_optimization`: `zero_hpz_partition_size` | the ranks of a host that share a sequence | ranks that hold one \
-copy of the weights between them; as an argument or option `weights_degree` |
+copy of the weights between them; as an argument or by `--set`: `weights_degree` |
 
 `zero` is another name for `zero_optimization`. Both are read here ([weights.md](weights.md)); any other key is handed
 to `deepspeed.init_inference` as it is.
