@@ -123,9 +123,10 @@ def _set(assignments: Sequence[str]) -> dict[str, Any]:
         ConfigError: not NAME=VALUE, or a field that is not the engine's.
     """
     found: dict[str, Any] = {}
+    known = {*ENGINE, *WEIGHTS}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
-        if not equals or name not in (known := {*ENGINE, *WEIGHTS}):
+        if not equals or name not in known:
             raise ConfigError(f"--set {assignment} is not NAME=VALUE with a name of {', '.join(sorted(known))}")
         try:
             found[name] = json.loads(value)

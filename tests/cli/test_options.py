@@ -94,4 +94,4 @@ class TestSet:
     def test_a_user_of_a_model_is_shown_no_field_of_the_benchmarks(self):
         shown = {action.dest for action in options.run_parser(None, options.USUAL)._actions}
         assert not shown & set(BenchmarkConfig.model_fields)
-        assert len(shown) == 20  # --help and the launcher's --local_rank among them
+        assert len(shown) == 21  # --help and the launcher's --local_rank among them
