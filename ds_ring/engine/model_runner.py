@@ -124,11 +124,16 @@ class ModelRunner(ABC):
         return 1
 
     @property
+    def shared_bytes(self) -> int:
+        """Of this rank's memory, what peers can read."""
+        return self.mesh.shared_bytes
+
+    @property
     def peak_memory_gib(self) -> float:
         """The most this rank has held, what peers can read included."""
         # Shared memory changes with the form of micro-batches alone: what it is now is the peak of the last ones. On a
         # CPU it is among the process's own.
-        shared = self.mesh.shared_bytes if self.device.type == "cuda" else 0
+        shared = self.shared_bytes if self.device.type == "cuda" else 0
         return peak_memory_gib(self.device) + shared / 2**30
 
     def sequences_of_replica(self, count: int) -> range:

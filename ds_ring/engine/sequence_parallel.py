@@ -67,6 +67,10 @@ class SequenceParallelRunner(CachedRunner):
         self._before_layers: list[RemovableHandle] = []
         self._fuse(in_place=True)
 
+    @property
+    def shared_bytes(self) -> int:
+        return super().shared_bytes + (0 if self.weights is None else self.weights.parts.shared_bytes)
+
     def layout(self, length: int) -> SequenceLayout:
         p = self.run_config.parallel
         return SequenceLayout(length, p.ring_degree, p.ulysses_degree, p.ring_impl)

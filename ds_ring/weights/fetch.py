@@ -30,6 +30,11 @@ class Parts(ABC):
         ]
 
     @property
+    def shared_bytes(self) -> int:
+        """Memory that peers can read, which is apart from what PyTorch's allocator counts."""
+        return 0
+
+    @property
     @abstractmethod
     def memory(self) -> Tensor:
         """This rank's parts, uint8, layer after layer."""
@@ -57,6 +62,10 @@ class PulledParts(Parts):
         self._device = device
         # One size on all ranks; the parts of the last may be smaller.
         self._peers: PeerMemory = device.allocate(max(max(starts) for starts in self.starts) or 1, flags=1)
+
+    @property
+    def shared_bytes(self) -> int:
+        return self._peers.nbytes
 
     @property
     def memory(self) -> Tensor:
