@@ -14,6 +14,7 @@ from ds_ring.planning.rates import OTHER_ATTENTION
 from ds_ring.planning.step_time import TERMS
 from ds_ring.planning.transfer_time import pulled
 from ds_ring.transport.select import PULLED_AXES
+from ds_ring.utils.numbers import duration, sent
 
 MEASURED_RANKS = 4
 """The largest group that a record has."""
@@ -46,10 +47,8 @@ def row(plan: Plan, ordered: list[Plan], dims: ModelDims, card: Card) -> dict[st
 def alone(plan: Plan) -> str:
     """What transfers would take if nothing hid them; empty without any."""
     moved = plan.transfers
-    parts = [f"{moved.links:.3g} s in hosts"] * bool(moved.links) + [f"{moved.adapters:.3g} s between"] * bool(
-        moved.adapters
-    )
-    return ", ".join(parts)
+    parts = [f"{duration(moved.links)} in hosts"] * bool(moved.links)
+    return ", ".join(parts + [f"{duration(moved.adapters)} between"] * bool(moved.adapters))
 
 
 def why_slower(plan: Plan, ordered: list[Plan]) -> str:
@@ -61,12 +60,12 @@ def why_slower(plan: Plan, ordered: list[Plan]) -> str:
     more = {TERMS[name]: getattr(plan.step, name) - getattr(best.step, name) for name in TERMS}
     shown = [(name, seconds) for name, seconds in more.items() if seconds > LEAST * plan.step_s]
     largest = sorted(shown, key=lambda item: -item[1])[:3]
-    named = ", ".join(f"{name} +{seconds:.3g} s" for name, seconds in largest)
-    text = f"{plan.step_s - best.step_s:.3g} s more than {best.label}: {named}"
+    named = ", ".join(f"{name} +{duration(seconds)}" for name, seconds in largest)
+    text = f"{duration(plan.step_s - best.step_s)} more than {best.label}: {named}"
     received = received_keys(plan)
     if received is not None:
         text += f"; every rank receives {received:.2f} of all keys and values"
-    return f"{text}; {plan.sent.total / 1e9:,.0f} GB a rank sent, by {best.label} {best.sent.total / 1e9:,.0f}"
+    return f"{text}; a rank sends {sent(plan.sent.total)}, with {best.label} {sent(best.sent.total)}"
 
 
 def received_keys(plan: Plan) -> float | None:

@@ -25,6 +25,7 @@ from ds_ring.planning.memory_estimate import cache_bytes, in_flight, peak_bytes
 from ds_ring.planning.step_time import StepTime, step_time
 from ds_ring.planning.transfer_time import Transfers, transfers
 from ds_ring.planning.validation import check_run
+from ds_ring.utils.numbers import rate, size
 
 WORTH = 0.002
 """The share of a step that more micro-batches in flight must save to be worth their memory."""
@@ -140,8 +141,8 @@ def best_of(ordered: list[Plan], ranks: int, card: Card) -> tuple[Plan, str]:
     best = ordered[0]
     if not best.fits:
         raise ConfigError(
-            f"no layout of {ranks} ranks fits {card.memory_gib:.0f} GiB a rank: {best.label} comes closest with "
-            f"{best.memory_gib:.0f} GiB; take more ranks, shorter sequences, a smaller micro_batch_size or "
+            f"no layout of {ranks} ranks fits {size(card.memory_gib * 2**30)} a rank: {best.label} comes closest with "
+            f"{size(best.memory_gib * 2**30)}; take more ranks, shorter sequences, a smaller micro_batch_size or "
             f"weights=sharded"
         )
     return best, _reason(best, ordered[1:], best.config.workload.batch_size, ranks)
@@ -182,11 +183,16 @@ def _reason(best: Plan, others: list[Plan], batch: int, ranks: int) -> str:
         whole = any(p.fits for p in others if not p.shares_layers)
         why = "layers are shared, " + ("which is faster here" if whole else "as the weights do not fit on one rank")
     elif t.sp == 1:
-        why = f"{batch} sequences keep {ranks} ranks busy, and replicas need no communication"
+        keep = f"{_counted(batch, 'sequence')} {'keep' if batch > 1 else 'keeps'} {_counted(ranks, 'rank')} busy"
+        why = f"{keep}, and replicas need no communication"
     else:
-        why = f"{batch} sequence(s) for {ranks} ranks, so {t.sp} share each"
+        why = f"{_counted(batch, 'sequence')} for {ranks} ranks, so {t.sp} share each"
     if weights != "whole":
         why += f", with weights {weights}"
-    text = f"{best.label}: {why}; {best.tps():,.0f} tok/s predicted"
+    text = f"{best.label}: {why}; {rate(best.tps())} are predicted"
     rival = next((plan for plan in others if plan.fits), None)
-    return text + (f", next {rival.label} with {rival.tps():,.0f}" if rival else "")
+    return text + (f", and {rate(rival.tps())} for {rival.label}, the next best layout" if rival else "")
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")

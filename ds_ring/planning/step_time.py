@@ -28,6 +28,7 @@ from ds_ring.planning.compute_time import Compute, compute
 from ds_ring.planning.memory_estimate import in_flight
 from ds_ring.planning.transfer_time import Transfers, transfers
 from ds_ring.planning.weights_time import fetching
+from ds_ring.utils.numbers import time_unit
 
 TERMS = {
     "products": "products",
@@ -70,11 +71,12 @@ class StepTime:
     def text(self) -> str:
         """The sum in words: ``7.10 s = products 6.21 + attention 0.77 + ...``; terms below a thousandth left out."""
         shown = [(TERMS[n], getattr(self, n)) for n in TERMS if abs(getattr(self, n)) >= 1e-3 * self.total]
-        first, *rest = (f"{'-' if value < 0 else '+'} {name} {_seconds(abs(value))}" for name, value in shown)
-        return " ".join([f"{_seconds(self.total)} s =", first[2:], *rest])
+        scale, unit = time_unit(self.total)
+        first, *rest = (f"{'-' if value < 0 else '+'} {name} {_scaled(abs(value) * scale)}" for name, value in shown)
+        return " ".join([f"{_scaled(self.total * scale)} {unit} =", first[2:], *rest])
 
 
-def _seconds(value: float) -> str:
+def _scaled(value: float) -> str:
     return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
 

@@ -68,3 +68,23 @@ def test_many_ranks_are_planned_in_seconds():
     began = time.perf_counter()
     assert document("--ranks", "3000", "--batch-size", "3000")["rows"]
     assert time.perf_counter() - began < 20
+
+
+def test_a_small_model_s_figures_have_units_that_show_them(capsys):
+    small = ["--model", "ds_configs/models/small.json", "--ranks", "2", "--max-length", "256"]
+    found = plan.work(plan.make_parser().parse_args(small))
+    shown = capsys.readouterr().err
+    first, second = found["rows"][:2]
+    for row in (first, second):
+        cells = next(line for line in shown.splitlines() if line.startswith(f"│ {row['layout']} ")).split("│")
+        step, sent, between, memory = (cells[at].strip() for at in (4, 6, 7, 8))
+        assert (step, between) == (f"{row['step_ms']:.3g} ms", "0 B")
+        assert sent == f"{1e6 * row['stays_gb']:.0f} kB"
+        assert memory == f"{2**10 * row['memory_gib']:.1f} MiB"
+        assert row["sum"].startswith(f"{1e3 * row['step_ms']:.2f} us = products ")
+    assert "a rank sends" in second["why_slower"]
+    assert "0 GB" not in second["why_slower"]
+    assert found["reason"] == (
+        f"{first['layout']}: layers are shared, which is faster here; {first['tps']:,.0f} tok/s are predicted, and "
+        f"{second['tps']:,.0f} tok/s for {second['layout']}, the next best layout"
+    )

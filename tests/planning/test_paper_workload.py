@@ -46,7 +46,7 @@ def test_ulysses_in_one_domain_and_a_ring_that_loses_to_it():
     assert ring["tps"] < ulysses["tps"]
     assert ring["why_slower"].startswith(f"{(ring['step_ms'] - ulysses['step_ms']) / 1e3:.3g} s more than ulysses16: ")
     assert "every rank receives 0.70 of all keys and values" in ring["why_slower"]  # three quarters, but for its own
-    assert "945 GB a rank sent, by ulysses16 157" in ring["why_slower"]
+    assert "a rank sends 945 GB, with ulysses16 157 GB" in ring["why_slower"]
     assert ulysses["why_slower"] == ""
 
 
