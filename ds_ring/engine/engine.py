@@ -252,7 +252,7 @@ class Engine:
         wanted, world = Wanted(top_k, entropy, temperature), self.mesh["world"]
         try:
             check_wanted(wanted, start, self.runner.dims)
-            given = input_ids.cpu(), attention_mask, target_ids
+            given = as_ids(input_ids).cpu(), as_mask(attention_mask), target_ids
             targets = targets_of(*given, start, self.mesh.topology.dp, self.runner.dims)
         except InputError as error:
             world.agree(input_ids=f"unusable ones: {error}")

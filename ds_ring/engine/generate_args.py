@@ -92,8 +92,7 @@ def check_generate_args(
         max_length = _max_length(adapter, generation_config, options)
         new_tokens = _check_length(runner, mask_BC, input_ids, settings.max_new_tokens, max_length)
         longest = int(mask_BC.sum(1).max())
-        weights = sum(p.nbytes for p in runner.model.parameters())
-        check_cache_fits(runner.run_config, runner.dims, rows, longest, new_tokens, runner.device, weights)
+        check_cache_fits(runner.run_config, runner.dims, rows, longest, new_tokens, runner.device, runner.weight_bytes)
         if isinstance(streamer, TextStreamer) and mask_BC.shape[0] > 1:
             # It would raise on rank 0 alone, with the others on their way.
             raise InputError(f"{type(streamer).__name__} takes one row, the batch has {mask_BC.shape[0]}")

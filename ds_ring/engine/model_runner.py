@@ -129,6 +129,11 @@ class ModelRunner(ABC):
         return self.mesh.shared_bytes
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that this rank holds."""
+        return sum(p.nbytes for p in self.model.parameters())
+
+    @property
     def peak_memory_gib(self) -> float:
         """The most this rank has held, what peers can read included."""
         # Shared memory changes with the form of micro-batches alone: what it is now is the peak of the last ones. On a

@@ -71,6 +71,10 @@ class SequenceParallelRunner(CachedRunner):
     def shared_bytes(self) -> int:
         return super().shared_bytes + (0 if self.weights is None else self.weights.parts.shared_bytes)
 
+    @property
+    def weight_bytes(self) -> int:
+        return super().weight_bytes if self.weights is None else self.weights.nbytes
+
     def layout(self, length: int) -> SequenceLayout:
         p = self.run_config.parallel
         return SequenceLayout(length, p.ring_degree, p.ulysses_degree, p.ring_impl)

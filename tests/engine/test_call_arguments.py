@@ -95,7 +95,7 @@ WRONG: dict[str, tuple[Callable[[Engine], object], str]] = {
         f"{NO_IDS}a BatchEncoding; call with **, as in model(**tokenizer(text, return_tensors='pt'))",
     ),
     "call": (lambda e: e([[1, 2]]), f"{NO_IDS}a list"),
-    "scores": (lambda e: e.token_log_likelihoods([[1, 2]]), f"{NO_IDS}a list"),
+    "scores": (lambda e: e.score([[1, 2]]), f"{NO_IDS}a list"),
     "next": (lambda e: e.next_token_logits("text"), f"{NO_IDS}a str"),
     "a mask as ids": (lambda e: e(torch.ones(1, 4).bool()), "input_ids must be whole numbers of shape [batch, length]"),
     "mask": (lambda e: e(tokens(1, 4), [[1] * 4]), "attention_mask must be a tensor [batch, length], not a list"),
