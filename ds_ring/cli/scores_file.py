@@ -6,6 +6,7 @@ cut, by the lines that are there, and gives the file that an undisturbed run giv
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -54,7 +55,8 @@ class ScoresFile:
             ids: of all documents, by index.
 
         Raises:
-            InputError: lines of another job, or that are none of this command's. OutputError: it cannot be written.
+            InputError: lines of another job, or that are none of this command's; another run writes the file.
+            OutputError: it cannot be written.
         """
         check_free(path, resume)
         self._path, self._job, self._ids = path, job, ids
@@ -64,8 +66,19 @@ class ScoresFile:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  # for as long as this object
         except OSError as error:
             raise OutputError(f"{path} could not be written: {error.strerror}") from None
+        self._lock()
         self._end = self._take_lines()
         self._file.truncate(self._end)
+
+    def _lock(self) -> None:
+        """Until the file is closed, or this process ends: lines of two runs would not stand where each has noted."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise InputError(f"--scores {self._path} is written by another run; wait for its end") from None
+        except OSError:  # a file system without locks
+            return
 
     @property
     def done(self) -> set[int]:
@@ -100,7 +113,7 @@ class ScoresFile:
         """Read the lines that are there; where the last whole one ends."""
         self._end = 0
         self._file.seek(0)
-        with open(self._path, "rb") as lines:
+        with open(self._file.fileno(), "rb", closefd=False) as lines:  # the one that is locked
             for number, line in enumerate(lines, 1):
                 if not line.endswith(b"\n"):
                     break  # the run was cut here

@@ -90,6 +90,7 @@ def test_a_full_disk_is_said_and_what_is_there_can_be_resumed(tmp_path, monkeypa
     path = tmp_path / "out.jsonl"
     file = ScoresFile(str(path), "job", IDS, resume=False)
     file.append([entry(2)])
+    whole = file._file
 
     class Full:
         def write(self, view):
@@ -98,4 +99,17 @@ def test_a_full_disk_is_said_and_what_is_there_can_be_resumed(tmp_path, monkeypa
     monkeypatch.setattr(file, "_file", Full())
     with pytest.raises(OutputError, match=r"out.jsonl could not be written: No space left on device; --resume goes on"):
         file.append([entry(0)])
+    whole.close()  # as the end of the process does
     assert ScoresFile(str(path), "job", IDS, resume=True).done == {2}
+
+
+def test_a_file_that_another_run_writes_is_refused(tmp_path):
+    path = tmp_path / "out.jsonl"
+    first = ScoresFile(str(path), "job", IDS, resume=False)
+    first.append([entry(2)])
+    with pytest.raises(InputError, match=r"out.jsonl is written by another run; wait for its end"):
+        ScoresFile(str(path), "job", IDS, resume=True)
+    first.append([entry(0), entry(1)])
+    first.finish()
+    assert [line["index"] for line in lines(path)] == [0, 1, 2]
+    assert ScoresFile(str(path), "job", IDS, resume=True).done == {0, 1, 2}
