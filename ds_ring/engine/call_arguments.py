@@ -49,6 +49,20 @@ def as_positions(position_ids: object) -> Tensor | None:
     return positions
 
 
+def as_targets(target_ids: object) -> Tensor | None:
+    """The targets; None: there are none.
+
+    Raises:
+        InputError: no tensor of whole numbers.
+    """
+    if target_ids is None:
+        return None
+    targets = _tensor("target_ids", target_ids)
+    if not _is_whole(targets):
+        raise InputError(f"target_ids must be whole numbers, not {targets.dtype}")
+    return targets
+
+
 def _tensor(name: str, value: object) -> Tensor:
     if isinstance(value, Tensor):
         return value

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ds_ring.config import RunConfig
 from ds_ring.engine import nan_check, scoring
 from ds_ring.engine.batch import Batch, pack
-from ds_ring.engine.call_arguments import as_ids, as_mask, as_positions
+from ds_ring.engine.call_arguments import as_ids, as_mask, as_positions, as_targets
 from ds_ring.engine.gather import gather_replicas
 from ds_ring.engine.generation import generate
 from ds_ring.engine.model_runner import NO_POSITIONS, CachedRunner, ModelRunner, Shard
@@ -252,7 +252,7 @@ class Engine:
         wanted, world = Wanted(top_k, entropy, temperature), self.mesh["world"]
         try:
             check_wanted(wanted, start, self.runner.dims)
-            given = as_ids(input_ids).cpu(), as_mask(attention_mask), target_ids
+            given = as_ids(input_ids).cpu(), as_mask(attention_mask), as_targets(target_ids)
             targets = targets_of(*given, start, self.mesh.topology.dp, self.runner.dims)
         except InputError as error:
             world.agree(input_ids=f"unusable ones: {error}")

@@ -15,6 +15,7 @@ from ds_ring.engine.batch import Batch, pack
 from ds_ring.engine.vocabulary_scan import Wanted
 from ds_ring.errors import InputError
 from ds_ring.model_dims import ModelDims
+from ds_ring.utils.numbers import whole_number
 from ds_ring.utils.unscored import UNSCORED
 
 
@@ -47,12 +48,11 @@ class Targets:
 
 def check_wanted(wanted: Wanted, start: int, dims: ModelDims) -> None:
     """Raise InputError for an option that cannot be."""
-    if not 0 <= wanted.top_k <= dims.vocab_size:
+    if not 0 <= whole_number("top_k", wanted.top_k) <= dims.vocab_size:
         raise InputError(f"top_k={wanted.top_k} must be from 0 to the vocabulary's size, {dims.vocab_size}")
-    if not 0 < wanted.temperature < float("inf"):
-        raise InputError(f"temperature={wanted.temperature} must be a number above 0")
-    if start < 0:
-        raise InputError(f"start={start} must be at least 0")
+    if not isinstance(wanted.temperature, int | float) or not 0 < wanted.temperature < float("inf"):
+        raise InputError(f"temperature={wanted.temperature!r} must be a number above 0")
+    whole_number("start", start, least=0)
 
 
 def targets_of(
@@ -73,13 +73,8 @@ def targets_of(
     Raises:
         InputError: as of ``pack``; targets of another shape or outside the vocabulary; ``start`` beyond all sequences.
     """
-    if input_ids_BC.dim() != 2 or input_ids_BC.is_floating_point():
-        raise InputError(
-            f"input_ids must be whole numbers of shape [batch, length], not {tuple(input_ids_BC.shape)} "
-            f"{input_ids_BC.dtype}"
-        )
     mask_BC = _mask(input_ids_BC, attention_mask_BC)
-    longest = int(mask_BC.sum(1).max()) if mask_BC.numel() else 0
+    longest = int(mask_BC.sum(1).max())
     if start > 0 and start >= longest:
         raise InputError(f"start={start} is beyond the longest sequence, which has {longest} tokens; lower it")
     at_BC = mask_BC.cumsum(1) - 1
@@ -123,10 +118,10 @@ def _next_tokens(ids_BC: Tensor, mask_BC: Tensor) -> Tensor:
 
 def _given(target_ids: Tensor, mask_BC: Tensor, dims: ModelDims) -> Tensor:
     """[B, C, A] int64 on the host."""
-    if target_ids.is_floating_point() or target_ids.dim() not in (2, 3) or target_ids.shape[:2] != mask_BC.shape:
+    if target_ids.dim() not in (2, 3) or target_ids.shape[:2] != mask_BC.shape:
         raise InputError(
-            f"target_ids must be whole numbers of shape [batch, length] or [batch, length, candidates] for input_ids "
-            f"of shape {tuple(mask_BC.shape)}, not {tuple(target_ids.shape)} {target_ids.dtype}"
+            f"target_ids must have the shape [batch, length] or [batch, length, candidates] for input_ids of shape "
+            f"{tuple(mask_BC.shape)}, not {tuple(target_ids.shape)}"
         )
     if target_ids.dim() == 3 and target_ids.shape[2] == 0:
         raise InputError(f"target_ids of shape {tuple(target_ids.shape)} hold no candidate; None takes the next tokens")
