@@ -44,7 +44,8 @@ class Stats:
         is_argmax_MC: whether the target is the likeliest token, of equal ones that with the lowest id.
         top_ids_MK, top_log_probs_MK: the likeliest tokens, likeliest first; None where not wanted.
         entropies_M: None where not wanted.
-        finite: one bool on the device: no logit was NaN or infinite.
+        finite: one bool on the device: no logit was NaN or +infinity, and no target's -infinity, which others may be
+            where a model masks tokens.
     """
 
     log_probs_MC: Tensor

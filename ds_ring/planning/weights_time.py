@@ -1,8 +1,8 @@
 """What it takes to have whole layers where ranks hold the weights between them (``weights/``).
 
-A layer of b bytes, n ranks: each receives b (n - 1) / n from the others by copy engine; streamed, each first takes
-b / n from its host. Both go on at the same time, for the next layer while the present one computes: what is longer than
-that shows, and so does the first layer of a forward.
+A layer of b bytes, n ranks: each receives b (n - 1) / n from the others, by copy engine, or over the network where a
+copy spans hosts; streamed, each first takes b / n from its host. Both go on at the same time, for the next layer while
+the present one computes: what is longer than that shows, and so does the first layer of a forward.
 """
 
 from __future__ import annotations
