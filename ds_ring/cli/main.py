@@ -2,9 +2,10 @@
 
     ds-ring generate DIR --prompt "What is the capital of France?"
     ds-ring score DIR a.txt b.txt
+    ds-ring evaluate DIR -- --tasks hellaswag
     ds-ring plan DIR --ranks 16 --card H100 --max-length 131072
 
-generate, score, bench and bench-generate run under the deepspeed launcher on this host, on all GPUs or on --ranks of
+generate, score, evaluate, bench and bench-generate run under the deepspeed launcher on this host, on all GPUs or on --ranks of
 them; on CPUs with one rank, or --ranks. With --hostfile FILE they run on its hosts, of which this is the first. Other
 options of the launcher: launch/*.py under deepspeed.
 The others (plan, doctor, make-checkpoint, compare, longest) run in this process; compare and longest launch ranks
@@ -37,6 +38,7 @@ from ds_ring.utils.streams import prepare_streams, print_result
 LAUNCHED = {
     "generate": "ds_ring.cli.generate",
     "score": "ds_ring.cli.score",
+    "evaluate": "ds_ring.cli.evaluate",
     "bench": "benchmarks.cli.bench",
     "bench-generate": "benchmarks.cli.bench_generate",
 }
@@ -56,7 +58,7 @@ RANKS_HELP = """[--ranks N | --hostfile FILE] and the options below
   --ranks N             processes on this host [one on each GPU; on CPUs one]
   --hostfile FILE       hosts and their slots, one a line ("name slots=8"), of which this host is the first
 """
-TAKES_MODEL = ("generate", "score", "plan", "doctor", "bench-generate")
+TAKES_MODEL = ("generate", "score", "evaluate", "plan", "doctor", "bench-generate")
 """Commands whose first argument may be the model."""
 
 
