@@ -44,7 +44,7 @@ CACHES = ("use_cache", "cache_requests")
 """Options of lm_eval for files that each process reads and writes."""
 OUTPUTS = ("output_path", "log_samples", "write_out", "show_config", "wandb_args", "trackio_args", "hf_hub_log_args")
 """Options of lm_eval for what rank 0 alone writes."""
-KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
+KEPT = ("lm_eval_version", "results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 """What of lm_eval's results is in ours."""
 
 
@@ -116,17 +116,19 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
     given = config.workload.max_length if "max_length" in config.workload.model_fields_set else None
     config = api.with_planned_degrees(sized(config))
     found = evaluated(config, asked, given)
-    return {**results.provenance(), "config": config.document(), "layout": config.label, **found}
+    return {**results.provenance(), "config": config.document(), "layout": config.label, "lm_eval": found}
 
 
 def sized(config: RunConfig) -> RunConfig:
-    """``config`` with the greatest length that tasks may ask for, unless it is given: the model's."""
+    """``config`` with what tasks may ask for, unless it is given: requests of the model's greatest length, of which
+    every rank could have a micro-batch."""
     from ds_ring.hf.dims import model_dims
     from ds_ring.utils.model_config import read_config
 
-    limit = model_dims(read_config(config.checkpoint)).max_positions
-    given = "max_length" in config.workload.model_fields_set
-    return config if given or limit is None else RunConfig.load(config, max_length=limit)
+    work, ranks = config.workload, int(os.environ.get("WORLD_SIZE", "1"))
+    limit = model_dims(read_config(config.checkpoint)).intended_positions
+    own = {"batch_size": ranks * work.micro_batch_size, "max_length": limit or work.max_length}
+    return RunConfig.load(config, **{n: value for n, value in own.items() if n not in work.model_fields_set})
 
 
 def evaluated(config: RunConfig, asked: argparse.Namespace, max_length: int | None = None) -> dict[str, Any]:

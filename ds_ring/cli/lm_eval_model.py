@@ -109,7 +109,7 @@ def answers(engine: Engine, batch: Sequence[Scored]) -> Iterator[tuple[int, Answ
     for text, log_probs, is_argmax in zip(batch, scores.log_probs, scores.is_argmax, strict=True):
         for column, (tokens, numbers) in enumerate(text.continuations.items()):
             last = slice(-len(tokens), None)  # of the scored tokens, which are the last ones of the text
-            answer = float(log_probs[last, column].sum()), bool(is_argmax[last, column].all())
+            answer = float(log_probs[last, column].double().sum()), bool(is_argmax[last, column].all())
             yield from ((number, answer) for number in numbers)
 
 
@@ -161,6 +161,15 @@ class RingLM(HFLM):
                     f"max_length={self.max_length}; give lm_eval's --gen_kwargs max_gen_toks=N, or a longer max_length"
                 )
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        """[B, columns] of prompts and what follows them. Each replica has a row: the last one again where they are
+        too few."""
+        rows, replicas = len(context), self._model.engine.mesh.topology.dp
+        places = torch.arange(max(rows, replicas)).clamp(max=rows - 1)
+        options["attention_mask"] = options["attention_mask"][places]
+        found: Tensor = super()._model_generate(context[places], max_length, stop, **options)
+        return found[:rows]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval's results say of the model."""

@@ -5,9 +5,9 @@
     ds-ring evaluate DIR -- --tasks hellaswag
     ds-ring plan DIR --ranks 16 --card H100 --max-length 131072
 
-generate, score, evaluate, bench and bench-generate run under the deepspeed launcher on this host, on all GPUs or on --ranks of
-them; on CPUs with one rank, or --ranks. With --hostfile FILE they run on its hosts, of which this is the first. Other
-options of the launcher: launch/*.py under deepspeed.
+generate, score, evaluate, bench and bench-generate run under the deepspeed launcher on this host, on all GPUs or on
+--ranks of them; on CPUs with one rank, or --ranks. With --hostfile FILE they run on its hosts, of which this is the
+first. Other options of the launcher: launch/*.py under deepspeed.
 The others (plan, doctor, make-checkpoint, compare, longest) run in this process; compare and longest launch ranks
 themselves. "ds-ring COMMAND --help" lists a command's options. Exit codes: ds_ring/cli/options.py. Whatever ends this
 process ends the ranks, and the exit code is 0 only where rank 0 has told the result.
