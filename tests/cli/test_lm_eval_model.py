@@ -92,7 +92,9 @@ def made(engine, batch_size):
 def test_answers_are_those_of_the_back_end_for_transformers(layout, batch_size):
     pairs, rolling, texts, chat = wanted()
     assert [greedy for _, greedy in pairs[-3:]] == [True, True, False]
-    for found in serve(model(), lambda engine: requests(made(engine, batch_size)), batch_size=2, micro_batch_size=2, **layout):
+    for found in serve(
+        model(), lambda engine: requests(made(engine, batch_size)), batch_size=2, micro_batch_size=2, **layout
+    ):
         for (log_likelihood, greedy), (want, want_greedy) in zip(found[0], pairs, strict=True):
             assert log_likelihood == pytest.approx(want, abs=1e-4)
             assert greedy == want_greedy
