@@ -106,8 +106,6 @@ def run_config(args: argparse.Namespace, asked: argparse.Namespace) -> RunConfig
 def work(args: argparse.Namespace) -> dict[str, Any]:
     asked = parsed(args.lm_eval)
     config = planned_by_default(run_config(args, asked))
-    if not options.is_first_rank():
-        os.environ["TQDM_DISABLE"] = "1"  # read as it is imported
     from ds_ring import api
     from ds_ring.hf.checkpoint import Checkpoint
     from ds_ring.utils import results
@@ -151,7 +149,7 @@ def evaluated(config: RunConfig, asked: argparse.Namespace, max_length: int | No
         begun.append("weights load")
         return api.from_pretrained(config=config)
 
-    RingLM.load = load
+    RingLM.load, RingLM.shows_progress = load, first
     setup_logging("INFO" if first else "ERROR")
     asked = argparse.Namespace(**vars(asked))
     longest = {} if max_length is None else {"max_length": max_length}

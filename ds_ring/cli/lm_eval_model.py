@@ -119,9 +119,11 @@ class RingLM(HFLM):
 
     Attributes:
         load: makes the engine.
+        shows_progress: whether this rank shows how many requests are answered.
     """
 
     load: ClassVar[Callable[[], Engine]]
+    shows_progress: ClassVar[bool] = True
 
     def __init__(self, pretrained: str | LoadedOnFirstUse, batch_size: int = 1, **options: Any) -> None:
         """As ``HFLM``, whose ``options`` are of tokens and templates.
@@ -143,7 +145,8 @@ class RingLM(HFLM):
         engine, texts = self._model.engine, scored(requests, self.max_length)
         size = override_bs or self.batch_size
         found = dict[int, Answer]()
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+        hidden = disable_tqdm or not self.shows_progress
+        with tqdm(total=len(requests), disable=hidden, desc="Running loglikelihood requests") as bar:
             for start in range(0, len(texts), size):
                 for number, answer in answers(engine, texts[start : start + size]):
                     found[number] = answer
@@ -160,7 +163,7 @@ class RingLM(HFLM):
                     f"task {request.task_name} asks for max_gen_toks={new}, which leaves a prompt no token of "
                     f"max_length={self.max_length}; give lm_eval's --gen_kwargs max_gen_toks=N, or a longer max_length"
                 )
-        return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or not self.shows_progress)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """[B, columns] of prompts and what follows them. Each replica has a row: the last one again where they are
