@@ -2,14 +2,15 @@
 
     ds-ring generate DIR --prompt "What is the capital of France?"
     ds-ring score DIR a.txt b.txt
+    ds-ring evaluate DIR -- --tasks hellaswag
     ds-ring plan DIR --ranks 16 --card H100 --max-length 131072
 
-generate, score, bench and bench-generate run under the deepspeed launcher on this host, on all GPUs or on --ranks of
-them; on CPUs with one rank, or --ranks. With --hostfile FILE they run on its hosts, of which this is the first. Other
-options of the launcher: launch/*.py under deepspeed.
-The others (plan, doctor, make-checkpoint, compare, longest) run in this process; compare and longest launch ranks
-themselves. "ds-ring COMMAND --help" lists a command's options. Exit codes: ds_ring/cli/options.py. Whatever ends this
-process ends the ranks, and the exit code is 0 only where rank 0 has told the result.
+generate, score, evaluate, bench and bench-generate run under the deepspeed launcher on this host, on all GPUs or on
+--ranks of them; on CPUs with one rank, or --ranks. With --hostfile FILE they run on its hosts, of which this is the
+first. Other options of the launcher: launch/*.py under deepspeed.
+The others (plan, doctor, make-checkpoint, make-tasks, compare, longest) run in this process; compare and longest launch
+ranks themselves. "ds-ring COMMAND --help" lists a command's options. Exit codes: ds_ring/cli/options.py. Whatever ends
+this process ends the ranks, and the exit code is 0 only where rank 0 has told the result.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ds_ring.utils.streams import prepare_streams, print_result
 LAUNCHED = {
     "generate": "ds_ring.cli.generate",
     "score": "ds_ring.cli.score",
+    "evaluate": "ds_ring.cli.evaluate",
     "bench": "benchmarks.cli.bench",
     "bench-generate": "benchmarks.cli.bench_generate",
 }
@@ -44,6 +46,7 @@ HERE = {
     "plan": "ds_ring.cli.plan",
     "doctor": "ds_ring.cli.doctor",
     "make-checkpoint": "ds_ring.cli.make_checkpoint",
+    "make-tasks": "ds_ring.cli.make_tasks",
     "compare": "benchmarks.cli.compare",
     "longest": "benchmarks.cli.longest",
 }
@@ -56,7 +59,7 @@ RANKS_HELP = """[--ranks N | --hostfile FILE] and the options below
   --ranks N             processes on this host [one on each GPU; on CPUs one]
   --hostfile FILE       hosts and their slots, one a line ("name slots=8"), of which this host is the first
 """
-TAKES_MODEL = ("generate", "score", "plan", "doctor", "bench-generate")
+TAKES_MODEL = ("generate", "score", "evaluate", "plan", "doctor", "bench-generate", "make-tasks")
 """Commands whose first argument may be the model."""
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.cli.local_hosts import MOST_HOSTS
 from ds_ring.cli import outputs
+from ds_ring.cli.make_tasks import LEAST_LENGTH
 from ds_ring.cli.options import run_config
 from ds_ring.cli.parser import whole
 from ds_ring.config.sections import LEAST_TEMPERATURE, MOST
@@ -47,6 +48,7 @@ WHOLE = {
     "seed": lambda n: 0 <= n < 2**64, "master_port": lambda n: 1 <= n < 65536, "ranks": lambda n: 1 <= n <= MOST_RANKS,
     "in_flight": lambda n: 2 <= n <= MOST, "gpus": lambda n: 2 <= n <= 65536,
     "hosts": lambda n: 1 <= n <= MOST_HOSTS, "at_once": lambda n: 1 <= n <= 64,
+    "lengths": lambda n: LEAST_LENGTH <= n <= MOST,
     **{name: lambda n: 0 <= n <= MOST for name in FROM_0},
 }  # fmt: skip
 

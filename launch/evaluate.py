@@ -1,0 +1,11 @@
+"""Evaluate a model on tasks of the lm_eval package. See ds_ring/cli/evaluate.py."""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from ds_ring.process.interruption import start
+
+if __name__ == "__main__":
+    start("ds_ring.cli.evaluate")
