@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ds_ring import from_pretrained
 from ds_ring.config import RunConfig
 from ds_ring.engine.engine import Engine
 from ds_ring.engine.sequence_parallel import SequenceParallelRunner
@@ -37,13 +36,12 @@ def saved(tmp_path, config):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_rank_reads_its_part_of_every_layer(name, tmp_path):
-    path, ids = saved(tmp_path, MODELS[name]()), tokens(2, 21)
-    run = RunConfig.load({"dtype": "fp32"}, ring_degree=2, weights="sharded", batch_size=2)
+def on_ranks(path, work, **options):
+    """``work(engine)`` on every rank, each of which reads the checkpoint at ``path``."""
+    run = RunConfig.load({"dtype": "fp32"}, **options)
     dims = model_dims(read_config(path))
 
-    def work(mesh):
+    def on_rank(mesh):
         with alone:  # what builds and loads without weights changes PyTorch for the whole process
             loader = LayerLoader(path, torch.float32, CPU)
 
@@ -53,21 +51,25 @@ def test_a_rank_reads_its_part_of_every_layer(name, tmp_path):
 
         runner = SequenceParallelRunner(loader.model, run, mesh, dims, CPU, fill)
         assert not [name for name, parameter in loader.model.named_parameters() if parameter.is_meta]
-        return Engine(runner)(ids).logits
+        return work(Engine(runner))
 
     with one_process():
-        got = in_mesh(run.topology, work)
+        return in_mesh(run.topology, on_rank)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rank_reads_its_part_of_every_layer(name, tmp_path):
+    path, ids = saved(tmp_path, MODELS[name]()), tokens(2, 21)
     want = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
-    for logits in got:
+    for logits in on_ranks(path, lambda engine: engine(ids).logits, ring_degree=2, weights="sharded", batch_size=2):
         assert (logits - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def test_streamed_from_pretrained_generates_what_transformers_does(tmp_path):
+def test_what_one_rank_streams_generates_what_transformers_does(tmp_path):
     path, ids = saved(tmp_path, llama_gqa()), tokens(2, 21)
-    engine = from_pretrained(path, weights="streamed")
-    got = engine.generate(ids, max_new_tokens=20, do_sample=False)
-    model = AutoModelForCausalLM.from_pretrained(path)
-    assert torch.equal(got, model.generate(ids, max_new_tokens=20, do_sample=False))
+    options = {"max_new_tokens": 20, "do_sample": False}
+    (got,) = on_ranks(path, lambda engine: engine.generate(ids, **options), weights="streamed")
+    assert torch.equal(got, AutoModelForCausalLM.from_pretrained(path).generate(ids, **options))
 
 
 def test_a_checkpoint_that_lacks_a_layers_weight_is_refused_by_name(tmp_path):
