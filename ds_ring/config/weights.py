@@ -25,11 +25,11 @@ def weights_of(document: Mapping[str, Any]) -> Weights:
     """
     name, zero = _zero(document)
     stage = zero.get("stage", 0)
-    if stage not in (0, 3) or isinstance(stage, bool):
+    if type(stage) is not int or stage not in (0, 3):
         raise ConfigError(
             f"{name}.stage={stage!r}: there are no gradients and no optimizer to shard; take 3, which shards weights"
         )
-    offload = zero.get("offload_param") or {}
+    offload = zero.get("offload_param", {})
     if not isinstance(offload, dict):
         raise ConfigError(f"{name}.offload_param must be a JSON object, not {offload!r}")
     device = offload.get("device", "none")
@@ -40,6 +40,8 @@ def weights_of(document: Mapping[str, Any]) -> Weights:
         raise ConfigError(f"{name}.{unknown[0]} is not known here; known: {', '.join(sorted(known))}")
     if unknown := sorted(map(str, set(offload) - {"device", "pin_memory"})):
         raise ConfigError(f"{name}.offload_param.{unknown[0]} is not known here; known: device, pin_memory")
+    if type(pinned := offload.get("pin_memory", True)) is not bool:
+        raise ConfigError(f"{name}.offload_param.pin_memory={pinned!r} must be true or false")
     if stage == 0:
         if lost := [PARTITION] * (PARTITION in zero) + ["offload_param"] * (device == "cpu"):
             raise ConfigError(f"{name}.{lost[0]} counts with stage 3 alone (weights=sharded or streamed)")
@@ -60,10 +62,12 @@ def with_weights(document: Mapping[str, Any], *, weights: Any = None, degree: An
     """``document`` with what is given, in DeepSpeed's keys.
 
     Raises:
-        ConfigError: ``weights`` is none of ``Weights``.
+        ConfigError: ``weights`` is none of ``Weights``, or what ``document`` has for it is not known.
     """
     name, zero = _zero(document)
     if weights is not None:
+        weights_of(document)  # what is replaced is not lost without a word
+        weights_degree_of(document)
         if weights not in get_args(Weights):
             raise ConfigError(f"weights={weights!r}: take one of {', '.join(get_args(Weights))}")
         kept = {PARTITION: zero[PARTITION]} if PARTITION in zero else {}
@@ -81,11 +85,11 @@ def without_weights(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _zero(document: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    given = [key for key in KEYS if document.get(key)]
+    given = [key for key in KEYS if document.get(key, {}) != {}]
     if len(given) > 1:
         raise ConfigError(f"{given[0]} and {given[1]} are two names for one thing; give one")
     name = given[0] if given else KEYS[0]
-    zero = document.get(name) or {}
+    zero = document.get(name, {})
     if not isinstance(zero, dict):
         raise ConfigError(f"{name} must be a JSON object, not {zero!r}")
     return name, zero

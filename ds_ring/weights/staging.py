@@ -28,6 +28,7 @@ BUFFERS = 2
 class _Buffer:
     """Attributes:
     layer: what it holds, or will when ``pending`` has ended; None: nothing.
+    began: when, counted in fetches of this rank.
     users: lanes that are inside that layer.
     is_free: no lane that was expected is inside, or will be.
     """
@@ -36,6 +37,7 @@ class _Buffer:
         self.memory = memory
         self.layer: int | None = None
         self.pending: Pending | None = None
+        self.began = 0
         self.users: set[Any] = set()
         self.is_free = True
 
@@ -54,7 +56,7 @@ class Staging:
         ]
         self._buffers = [_Buffer(torch.empty(nbytes, dtype=torch.uint8, device=device)) for nbytes in largest]
         self._left: Counter[int] = Counter()
-        self._passes = self._lanes = self._fetched = 0
+        self._passes = self._lanes = self._fetched = self._begun = 0
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +76,9 @@ class Staging:
         """Inside the block ``count`` micro-batches run through all layers, ``lanes`` at a time."""
         self._left.clear()
         self._passes, self._lanes, self._fetched = count, lanes, 0
+        # What a pass that ended in an error left on its way: messages are taken in the order in which they were sent.
+        for buffer in sorted(self._buffers, key=lambda one: one.began):
+            self._arrive(buffer)
         for buffer in self._buffers:
             buffer.is_free = True
         self._fetch_ahead()
@@ -91,9 +96,7 @@ class Staging:
             assert self.yield_lane is not None, "a layer runs inside another"
             self.yield_lane()
         self._fetch(buffer, number)
-        if buffer.pending is not None:
-            buffer.pending.wait()
-            buffer.pending = None
+        self._arrive(buffer)
         buffer.users.add(getcurrent())
 
     def leave(self, number: int) -> None:
@@ -121,10 +124,20 @@ class Staging:
         """Have the layer come, if it is not there, nor on its way."""
         if buffer.layer == number:
             return
-        if buffer.pending is not None:  # of another layer, for nothing; but its messages must be taken
-            buffer.pending.wait()
-        buffer.layer = number
+        self._arrive(buffer)  # of another layer, for nothing; but its messages must be taken
+        buffer.layer = None
         buffer.pending = self.parts.start(number, buffer.memory)
+        buffer.layer = number
+        self._begun += 1
+        buffer.began = self._begun
+
+    def _arrive(self, buffer: _Buffer) -> None:
+        """Wait for what is on its way. Where that fails, the buffer holds nothing."""
+        pending, layer = buffer.pending, buffer.layer
+        if pending is not None:
+            buffer.pending = buffer.layer = None
+            pending.wait()
+            buffer.layer = layer
 
 
 class _Entering:
