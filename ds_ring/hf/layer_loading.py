@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ds_ring.hf.tensor_fit import refuse_unfit
 from ds_ring.utils.model_config import read_config
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+KEPT = "_ds_ring_kept"
+"""Attribute of parameters of a layer that has been taken over: these stay."""
 
 
 class LayerLoader:
@@ -36,10 +39,12 @@ class LayerLoader:
         checkpoint, config = Checkpoint.open(path), read_config(path)
         self._decoder, tied = without_weights(config, dtype, range(config.get_text_config().num_hidden_layers))
         self.model: PreTrainedModel = self._decoder.model
+        layers = self._decoder.layers
+        self._prefix = next(f"{name}." for name, module in self.model.named_modules() if module is layers)
         self._tensors: dict[int | None, dict[str, Any]] = defaultdict(dict)
         for name, tensor in checkpoint.lazy_tensors().items():
             self._tensors[_first_number(name)][name] = tensor
-        self._load(None, {name for name in _names(self.model) if not name.startswith(self._prefix())}, tied)
+        self._load(None, {name for name in _names(self.model) if not name.startswith(self._prefix)}, tied)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(device)
@@ -52,19 +57,15 @@ class LayerLoader:
         Raises:
             CheckpointError: as the constructor.
         """
-        prefix = f"{self._prefix()}{number}."
+        prefix = f"{self._prefix}{number}."
         self._load(number, {name for name in _names(self.model) if name.startswith(prefix)})
-
-    def _prefix(self) -> str:
-        layers = self._decoder.layers
-        name = next(name for name, module in self.model.named_modules() if module is layers)
-        return f"{name}."
 
     def _load(self, group: int | None, wanted: set[str], tied: bool = False) -> None:
         mismatched: list[Any] = []
         # By its first number a name says whose layer it is of, but where the model has other layers too.
         for candidate in [group, *(other for other in self._tensors if other != group)]:
-            mismatched += convert(self.model, self._tensors[candidate], self._dtype, self._device)
+            with self._kept():
+                mismatched += convert(self.model, self._tensors[candidate], self._dtype, self._device)
             if tied:
                 self.model.tie_weights()
             self._forget_others(wanted)
@@ -77,22 +78,28 @@ class LayerLoader:
 
     def _forget_others(self, wanted: set[str]) -> None:
         """Weights of layers that are not wanted now, and came along."""
-        prefix = self._prefix()
-        for layer_name, layer in self._decoder.layers.named_children():
-            if any(name.startswith(f"{prefix}{layer_name}.") for name in wanted):
+        for number, layer in enumerate(self._decoder.layers):
+            if any(name.startswith(f"{self._prefix}{number}.") for name in wanted):
                 continue
             for module in layer.modules():
                 for name, parameter in module._parameters.items():
-                    if parameter is not None and not parameter.is_meta and not _is_view(parameter):
+                    if parameter is not None and not parameter.is_meta and not hasattr(parameter, KEPT):
                         module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-
-def _is_view(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, KEPT, False)
-
-
-KEPT = "_ds_ring_kept"
-"""Attribute of parameters of a layer that has been taken over: these stay."""
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Inside the block parameters that were taken over may be replaced; behind it they are there again."""
+        kept = [
+            (module, name, parameter)
+            for module in self._decoder.layers.modules()
+            for name, parameter in module._parameters.items()
+            if hasattr(parameter, KEPT)
+        ]
+        try:
+            yield
+        finally:
+            for module, name, parameter in kept:
+                module._parameters[name] = parameter
 
 
 def _names(model: nn.Module) -> Iterable[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from ds_ring.config import RunConfig
+from ds_ring.config.weights import weights_degree_of
 from ds_ring.errors import ConfigError, UserError
 from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import linear_parameters
@@ -97,7 +98,7 @@ def plans(
     found: list[Plan] = []
     refusal: UserError | None = None
     for chosen in degrees(ranks, dims):
-        candidate = RunConfig.load(run, **chosen)
+        candidate = _one_copy_a_host(RunConfig.load(run, **chosen), card)
         try:
             check_run(candidate, dims, ranks)
         except UserError as error:
@@ -169,6 +170,13 @@ def with_planned_degrees(
     ordered = plans(run, model_dims(config), linear_parameters(config), ranks, card, generating=generating)
     best, reason = best_of(ordered, ranks, card)
     return best.config, reason
+
+
+def _one_copy_a_host(config: RunConfig, card: Card) -> RunConfig:
+    """With the ranks that hold weights between them as the engine takes them (``api.with_weights_degree``)."""
+    if config.weights == "whole" or weights_degree_of(config.deepspeed) is not None:
+        return config
+    return RunConfig.load(config, weights_degree=math.gcd(config.topology.sp, card.per_host))
 
 
 def _fewest(plans: list[Plan]) -> Plan:

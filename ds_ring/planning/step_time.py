@@ -93,7 +93,7 @@ def step_time(config: RunConfig, dims: ModelDims, linear_parameters: int, card: 
     return replace(
         step,
         weights=fetched.shown(computed.total),
-        beside=step.beside + card.rates.beside_copies * min(fetched.total, computed.total),
+        beside=step.beside + fetched.beside * min(fetched.total, computed.total),
         awake=max(step.awake, awake),
     )
 

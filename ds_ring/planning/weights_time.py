@@ -23,11 +23,13 @@ class Fetching:
         layer_s: seconds of one layer with nothing beside it; 0 where weights are whole.
         layers: how many a forward fetches, micro-batch after micro-batch.
         by_links: whether layers come over links between devices.
+        beside: seconds that kernels take longer for a second of it beside them.
     """
 
     layer_s: float
     layers: int
     by_links: bool
+    beside: float
 
     def shown(self, computed_s: float) -> float:
         """Seconds that show beside so many of computation."""
@@ -41,7 +43,7 @@ class Fetching:
 def fetching(config: RunConfig, dims: ModelDims, linear_parameters: int, card: Card, pulls: bool) -> Fetching:
     """Of one forward of the configured batch."""
     if config.weights == "whole":
-        return Fetching(0.0, 0, False)
+        return Fetching(0.0, 0, False, 0.0)
     ranks, micro = config.topology.weights, config.largest_micro_batch
     layer = linear_parameters / dims.num_layers * (4 if config.dtype == "fp32" else 2)
     rate = card.link_bytes * (1.0 if ranks == 2 else card.rates.copies_among_many)
@@ -50,4 +52,7 @@ def fetching(config: RunConfig, dims: ModelDims, linear_parameters: int, card: C
     received = layer * (ranks - 1) / ranks / rate
     streamed = layer / ranks / card.host_bytes if config.weights == "streamed" else 0.0
     rounds = math.ceil(config.micro_batches(micro) / in_flight(config, micro, pulls))
-    return Fetching(max(received, streamed), rounds * dims.num_layers, ranks > 1)
+    # Streamed parts travel as messages.
+    by_nccl = received / max(received, streamed) if config.weights == "streamed" else 0.0
+    beside = card.rates.beside_copies * (1 - by_nccl) + card.rates.beside_nccl * by_nccl
+    return Fetching(max(received, streamed), rounds * dims.num_layers, ranks > 1, beside)

@@ -102,7 +102,10 @@ class SharedHead:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Inside the block the head is whole on every rank: for many tokens, a block at a time. Collective."""
-        self._whole_Vd = torch.cat([rows for _, rows in self._table.blocks()])
+        own = self._table.own_Rd
+        self._whole_Vd = own.new_empty(self._table.count, own.shape[1])
+        for first, rows in self._table.blocks():
+            self._whole_Vd[first : first + len(rows)] = rows
         try:
             yield
         finally:

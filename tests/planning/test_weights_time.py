@@ -30,7 +30,7 @@ def test_half_of_a_layer_comes_from_the_other_rank():
     assert got.by_links
     assert got.shown(1.0) == got.layer_s
     assert got.shown(0.001) == pytest.approx(3 * got.layer_s - 0.001 + got.layer_s)
-    assert fetching(run_of(ring_degree=2), dims, parameters, H100, pulls=True) == Fetching(0.0, 0, False)
+    assert fetching(run_of(ring_degree=2), dims, parameters, H100, pulls=True) == Fetching(0.0, 0, False, 0.0)
 
 
 def test_streamed_is_bound_by_the_slower_of_both_ways():
@@ -40,6 +40,7 @@ def test_streamed_is_bound_by_the_slower_of_both_ways():
     assert not alone.by_links
     two = fetching(run_of(weights="streamed", ring_degree=2), dims, parameters, H100, pulls=True)
     assert two.layer_s == pytest.approx(alone.layer_s / 2)
+    assert alone.beside == H100.rates.beside_copies < two.beside < H100.rates.beside_nccl
 
 
 def test_each_round_of_micro_batches_in_flight_fetches_every_layer():
