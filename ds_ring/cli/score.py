@@ -33,6 +33,7 @@ def check(args: argparse.Namespace, ranks: int | None = None) -> None:
         if not args.text:
             raise InputError("no documents: give --text FILE… or --documents FILE.jsonl")
         inputs.check_texts(args.text)
+        inputs.check_read_once(args.text, ranks)
     else:
         if args.text:
             raise InputError("--text and --documents exclude each other; give texts as lines of --documents")
@@ -40,6 +41,8 @@ def check(args: argparse.Namespace, ranks: int | None = None) -> None:
             raise InputError("--documents needs --scores FILE.jsonl, which gets a line for each")
         if options.is_first_rank():  # which alone writes; on other hosts there may be nothing
             scores_file.check_free(args.scores, args.resume)
+        # The command reads it here, and each rank once more.
+        inputs.check_read_once([args.documents], max(2, ranks or 1))
         document_lines.read_lines(args.documents)
     config = planned_by_default(options.run_config(args), ranks)
     inputs.check_degrees(config, ranks)

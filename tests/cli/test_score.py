@@ -1,9 +1,11 @@
 """Scores of text files over replicas: in their order, however many there are and whatever their names."""
 
+import os
+
 import pytest
 import torch
 
-from ds_ring.cli import documents
+from ds_ring.cli import documents, score
 from ds_ring.cli.documents import Document
 from ds_ring.cli.scoring_job import of_files
 from ds_ring.config import RunConfig
@@ -51,3 +53,15 @@ def test_a_layout_is_planned_for_the_documents():
     assert (config.workload.batch_size, config.workload.max_length) == (3, 7)
     config = documents.sized(RunConfig.load({}), [Document("a", 0, torch.empty(0).int(), too_long="it is")])
     assert (config.workload.batch_size, config.workload.max_length) == (1, 1)
+
+
+def test_a_pipe_that_several_would_read_is_refused(tmp_path):
+    """Nobody writes into it: whoever opens it waits for ever."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    parser = score.make_parser()
+    with pytest.raises(InputError, match="2 ranks would read it"):
+        score.check(parser.parse_args(["--model", str(tmp_path), "--text", str(fifo)]), 2)
+    given = ["--model", str(tmp_path), "--documents", str(fifo), "--scores", str(tmp_path / "scores.jsonl")]
+    with pytest.raises(InputError, match="is no regular file"):
+        score.check(parser.parse_args(given))

@@ -9,6 +9,7 @@ from ds_ring.hf.dims import model_dims
 from ds_ring.hf.flops import linear_parameters
 from ds_ring.planning.cards import CARDS
 from ds_ring.planning.memory_estimate import peak_bytes
+from ds_ring.planning.plan import plans
 from ds_ring.planning.step_time import step_time
 from ds_ring.planning.weights_time import Fetching, fetching
 from tests.helpers.mocked_world import serve
@@ -47,6 +48,16 @@ def test_each_round_of_micro_batches_in_flight_fetches_every_layer():
     dims, parameters = model_dims(build(gpt_neox(layers=4)).config), 4_000_000
     run = run_of(weights="sharded", ring_degree=2, batch_size=8, in_flight=4)
     assert fetching(run, dims, parameters, H100, pulls=True).layers == 2 * 4
+
+
+def test_sixteen_ranks_on_two_hosts_hold_a_copy_on_each():
+    model = build(gpt_neox(heads=16))
+    dims, parameters = model_dims(model.config), linear_parameters(model.config)
+    run = run_of(weights="sharded", max_length=1600, batch_size=4)
+    held = {plan.label: plan.config.topology.weights for plan in plans(run, dims, parameters, 16, H100)}
+    assert held["ring16_sharded"] == 8
+    assert held["dp2_ring8_sharded"] == 8
+    assert held["dp4_ring4_sharded"] == 4
 
 
 def test_a_step_waits_for_the_first_layer_at_least():
