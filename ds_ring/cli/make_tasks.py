@@ -11,7 +11,6 @@ from the one before, beside a second chain. N is the prompt and its answer in to
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from ds_ring.cli import options
 from ds_ring.cli.parser import LARGEST_SEED, Parser, whole
 from ds_ring.errors import ConfigError, OutputError
+from ds_ring.utils import strict_json
 
 LEAST_LENGTH, ANSWER_TOKENS = 512, 32
 KEYS = ("amber", "basalt", "cedar", "delta", "ember", "falcon", "garnet", "harbor")
@@ -116,12 +116,12 @@ def work(args: argparse.Namespace) -> dict[str, Any]:
             for _ in range(args.samples):
                 made = make(chance)
                 text = prompt(chance, made, sentences, count, length - ANSWER_TOKENS - special)
-                lines.append(json.dumps({"prompt": text, "answer": made[2]}))
+                lines.append(strict_json.dumps({"prompt": text, "answer": made[2]}))
             names.append(f"{kind}_{length}")
             file = Path(args.directory, f"{names[-1]}.jsonl")
             try:
                 file.write_text("\n".join([*lines, ""]))
-                file.with_suffix(".yaml").write_text(json.dumps(task(names[-1], file), indent=1) + "\n")
+                file.with_suffix(".yaml").write_text(strict_json.dumps(task(names[-1], file), indent=1) + "\n")
             except OSError as error:
                 raise OutputError(f"{file} could not be written: {error.strerror}") from None
     return {"directory": args.directory, "tasks": names, "samples": args.samples}
