@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from greenlet import getcurrent
@@ -29,7 +28,7 @@ class _Buffer:
     """Attributes:
     layer: what it holds, or will when ``pending`` has ended; None: nothing.
     began: when, counted in fetches of this rank.
-    users: lanes that are inside that layer.
+    users: ids of the lanes that are inside that layer. Not the greenlets: one that is held may outlive its thread.
     is_free: no lane that was expected is inside, or will be.
     """
 
@@ -38,7 +37,7 @@ class _Buffer:
         self.layer: int | None = None
         self.pending: Pending | None = None
         self.began = 0
-        self.users: set[Any] = set()
+        self.users: set[int] = set()
         self.is_free = True
 
 
@@ -97,12 +96,12 @@ class Staging:
             self.yield_lane()
         self._fetch(buffer, number)
         self._arrive(buffer)
-        buffer.users.add(getcurrent())
+        buffer.users.add(id(getcurrent()))
 
     def leave(self, number: int) -> None:
         """The lane has run it."""
         buffer = self._buffers[number % BUFFERS]
-        buffer.users.discard(getcurrent())
+        buffer.users.discard(id(getcurrent()))
         self._left[number] += 1
         if not buffer.users and (self._left[number] % self._lanes == 0 or self._left[number] == self._passes):
             buffer.is_free = True
