@@ -130,6 +130,11 @@ class RunConfig(Section):
         return DTYPE_NAMES[name]
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a weight, and of an activation's element."""
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
     def tp_size(self) -> int:
         size = _object("tensor_parallel", self.deepspeed.get("tensor_parallel") or {}).get("tp_size", 1)
         if type(size) is not int or not 1 <= size <= MOST:

@@ -51,7 +51,7 @@ from ds_ring.weights.staging import BUFFERS as STAGED
 def peak_bytes(config: RunConfig, dims: ModelDims, linear_parameters: int, micro: int, *, pulls: bool = True) -> float:
     """Bytes of weights and of one micro-batch of ``micro`` sequences; logits are those of last tokens. ``pulls``: as
     for ``in_flight``."""
-    t, p, itemsize = config.topology, config.parallel, 4 if config.dtype == "fp32" else 2
+    t, p, itemsize = config.topology, config.parallel, config.itemsize
     layout = SequenceLayout(config.workload.max_length, p.ring_degree, p.ulysses_degree, p.ring_impl)
     rows, d = micro * layout.local_length, dims.hidden_size
     block = min(rows, config.workload.block_tokens or rows)
@@ -88,7 +88,7 @@ def cache_bytes(config: RunConfig, dims: ModelDims, rows: int, length: int) -> f
     that see a window keep no more tokens than that; each has a slot to spare (``kv_cache/shard.py``). A continued
     conversation may hold half as much again, as its memory grows.
     """
-    t, itemsize = config.topology, 4 if config.dtype == "fp32" else 2
+    t, itemsize = config.topology, config.itemsize
     slots = -(-length // t.sp) + 1
     layers = [
         2 * kv_heads * head_dim / t.tp * (slots if window is None else 1 + min(slots, window))

@@ -119,14 +119,14 @@ def predict(
     config: RunConfig, dims: ModelDims, linear_parameters: int, card: Card, *, generating: bool = False
 ) -> Plan:
     """The step and memory of ``config``'s own layout."""
-    work, t, itemsize = config.workload, config.topology, 4 if config.dtype == "fp32" else 2
+    work, t = config.workload, config.topology
     micro, engine = config.largest_micro_batch, pulls(config, card.per_host)
     held = peak_bytes(config, dims, linear_parameters, micro, pulls=engine)
     if generating:
         at_a_time = RunConfig.load(config, max_length=min(work.prefill_chunk or work.max_length, work.max_length))
         cache = cache_bytes(config, dims, math.ceil(work.batch_size / t.dp), work.max_length)
         held = peak_bytes(at_a_time, dims, linear_parameters, micro, pulls=engine) + cache
-    sent = bytes_by_axis(config, dims, work.batch_size, work.max_length, itemsize, card.per_host)
+    sent = bytes_by_axis(config, dims, work.batch_size, work.max_length, config.itemsize, card.per_host)
     both = Sent(sum(one.near for one in sent.values()), sum(one.far for one in sent.values()))
     step, memory = step_time(config, dims, linear_parameters, card), held / 2**30
     lanes, moved = in_flight(config, micro, engine), transfers(config, dims, sent, card)

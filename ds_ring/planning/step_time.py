@@ -82,11 +82,10 @@ def _scaled(value: float) -> str:
 
 def step_time(config: RunConfig, dims: ModelDims, linear_parameters: int, card: Card) -> StepTime:
     """One forward of the configured batch on ``config``'s layout."""
-    itemsize = 4 if config.dtype == "fp32" else 2
     rows, micro = math.ceil(config.workload.batch_size / config.topology.dp), config.largest_micro_batch
-    computed = compute(config, dims, linear_parameters, rows, micro, itemsize, card)
+    computed = compute(config, dims, linear_parameters, rows, micro, config.itemsize, card)
     fetched = fetching(config, dims, linear_parameters, card, pulls(config, card.per_host))
-    step = _step(config, dims, computed, itemsize, card)
+    step = _step(config, dims, computed, rows, card)
     if not fetched.layers:
         return step
     awake = _links_awake(fetched.layers, fetched.total, computed.total, card) if fetched.by_links else 0.0
@@ -98,13 +97,12 @@ def step_time(config: RunConfig, dims: ModelDims, linear_parameters: int, card: 
     )
 
 
-def _step(config: RunConfig, dims: ModelDims, computed: Compute, itemsize: int, card: Card) -> StepTime:
+def _step(config: RunConfig, dims: ModelDims, computed: Compute, rows: int, card: Card) -> StepTime:
     """With weights that are there."""
     work, t, micro = config.workload, config.topology, config.largest_micro_batch
-    rows = math.ceil(work.batch_size / t.dp)
     if t.tp * t.pp * t.sp == 1:
         return StepTime(*computed.parts)
-    sent = bytes_by_axis(config, dims, t.dp * rows, work.max_length, itemsize, card.per_host)
+    sent = bytes_by_axis(config, dims, t.dp * rows, work.max_length, config.itemsize, card.per_host)
     moved = transfers(config, dims, sent, card)
     lanes = in_flight(config, micro, pulls(config, card.per_host))
     if t.pp > 1:

@@ -45,7 +45,7 @@ def fetching(config: RunConfig, dims: ModelDims, linear_parameters: int, card: C
     if config.weights == "whole":
         return Fetching(0.0, 0, False, 0.0)
     ranks, micro = config.topology.weights, config.largest_micro_batch
-    layer = linear_parameters / dims.num_layers * (4 if config.dtype == "fp32" else 2)
+    layer = linear_parameters / dims.num_layers * config.itemsize
     rate = card.link_bytes * (1.0 if ranks == 2 else card.rates.copies_among_many)
     if ranks > card.per_host:
         rate = card.network_bytes * min(1.0, card.adapters) * card.rates.network_reached
