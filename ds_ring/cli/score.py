@@ -41,8 +41,6 @@ def check(args: argparse.Namespace, ranks: int | None = None) -> None:
             raise InputError("--documents needs --scores FILE.jsonl, which gets a line for each")
         if options.is_first_rank():  # which alone writes; on other hosts there may be nothing
             scores_file.check_free(args.scores, args.resume)
-        # The command reads it here, and each rank once more.
-        inputs.check_read_once([args.documents], max(2, ranks or 1))
         document_lines.read_lines(args.documents)
     config = planned_by_default(options.run_config(args), ranks)
     inputs.check_degrees(config, ranks)

@@ -41,12 +41,7 @@ def as_positions(position_ids: object) -> Tensor | None:
     Raises:
         InputError: no tensor of whole numbers.
     """
-    if position_ids is None:
-        return None
-    positions = _tensor("position_ids", position_ids)
-    if not _is_whole(positions):
-        raise InputError(f"position_ids must be whole numbers, not {positions.dtype}")
-    return positions
+    return _whole("position_ids", position_ids)
 
 
 def as_targets(target_ids: object) -> Tensor | None:
@@ -55,12 +50,16 @@ def as_targets(target_ids: object) -> Tensor | None:
     Raises:
         InputError: no tensor of whole numbers.
     """
-    if target_ids is None:
+    return _whole("target_ids", target_ids)
+
+
+def _whole(name: str, value: object) -> Tensor | None:
+    if value is None:
         return None
-    targets = _tensor("target_ids", target_ids)
-    if not _is_whole(targets):
-        raise InputError(f"target_ids must be whole numbers, not {targets.dtype}")
-    return targets
+    tensor = _tensor(name, value)
+    if not _is_whole(tensor):
+        raise InputError(f"{name} must be whole numbers, not {tensor.dtype}")
+    return tensor
 
 
 def _tensor(name: str, value: object) -> Tensor:

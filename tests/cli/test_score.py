@@ -63,5 +63,5 @@ def test_a_pipe_that_several_would_read_is_refused(tmp_path):
     with pytest.raises(InputError, match="2 ranks would read it"):
         score.check(parser.parse_args(["--model", str(tmp_path), "--text", str(fifo)]), 2)
     given = ["--model", str(tmp_path), "--documents", str(fifo), "--scores", str(tmp_path / "scores.jsonl")]
-    with pytest.raises(InputError, match="is no regular file"):
+    with pytest.raises(InputError, match=r"every rank reads --documents, so it must be a regular file"):
         score.check(parser.parse_args(given))
