@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -19,13 +19,10 @@ from ds_ring.weights.layer_layout import Entry, LayerLayout
 class Parts(ABC):
     """This rank's parts of all layers, and the way to those of its peers."""
 
-    overlaps = False
-    """Whether fetching costs the kernels beside it (almost) nothing."""
-
     def __init__(self, layouts: Sequence[LayerLayout], transport: Transport) -> None:
         self.layouts, self.transport = layouts, transport
         self.starts = [
-            [sum(layout.part_nbytes[rank] for layout in layouts[:number]) for number in range(len(layouts) + 1)]
+            list(accumulate((layout.part_nbytes[rank] for layout in layouts), initial=0))
             for rank in range(transport.size)
         ]
 
@@ -54,8 +51,6 @@ class Parts(ABC):
 
 class PulledParts(Parts):
     """In memory that peers read: copy engines take what is missing. Parts never change, so nobody waits for a flag."""
-
-    overlaps = True
 
     def __init__(self, layouts: Sequence[LayerLayout], transport: Transport, device: Device) -> None:
         super().__init__(layouts, transport)

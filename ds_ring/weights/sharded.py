@@ -70,7 +70,7 @@ class ShardedWeights:
     @property
     def nbytes(self) -> int:
         """What this rank holds of them: its parts, the buffers, and what is whole on every rank."""
-        inside = {id(parameter) for parameter, _ in self._shared()}
+        inside = {id(parameter) for parameter in self._shared()}
         whole = sum(p.nbytes for p in self.decoder.model.parameters() if id(p) not in inside)
         return self.parts.memory.nbytes + self.staging.nbytes + whole
 
@@ -126,10 +126,10 @@ class ShardedWeights:
         for parameter in layer.parameters():
             setattr(parameter, KEPT, True)
 
-    def _shared(self) -> Iterator[tuple[nn.Parameter, int]]:
+    def _shared(self) -> Iterator[nn.Parameter]:
         for number, layer in enumerate(self.decoder.layers):
             for _, owner, attribute in owners(layer, self.layouts[number]):
-                yield getattr(owner, attribute), number
+                yield getattr(owner, attribute)
 
     def _share_vocabulary(self, model: PreTrainedModel) -> None:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
